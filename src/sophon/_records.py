@@ -1,0 +1,154 @@
+"""What happened: frozen, versioned records of rounds, trials and audits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sophon._specs import AuditSpec, Strategy, Subject
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """Base of every record: frozen, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Completed(Record):
+    """The trial ran to its last step."""
+
+    kind: Literal["completed"] = "completed"
+
+
+class Diverged(Record):
+    """The loss became NaN or infinite: evidence about the attack, not a success of the defence."""
+
+    kind: Literal["diverged"] = "diverged"
+    step: int
+
+
+class Crashed(Record):
+    """An exception ended the trial; the traceback is kept."""
+
+    kind: Literal["crashed"] = "crashed"
+    error: str
+    traceback: str
+
+
+Outcome = Annotated[Completed | Diverged | Crashed, Field(discriminator="kind")]
+
+
+class Score(Record):
+    """`correct` of `total` images classified correctly."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """Fraction in [0, 1]."""
+        return self.correct / self.total
+
+
+class Point(Record):
+    """Performance on the validation split after `step` optimizer steps (0: before the first)."""
+
+    step: int
+    samples: int
+    validation: Score
+    train_loss: float | None = None
+
+
+class Trial(Record):
+    """One attack on one subject with one seed.
+
+    `test` is measured once, after the trial, with the weights of `best_step`, which the
+    validation split chose; it never selects anything. A crashed trial has neither.
+    """
+
+    key: str
+    subject: Subject
+    domain: str
+    strategy: Strategy
+    seed: int
+    curve: tuple[Point, ...]
+    best_step: int | None
+    test: Score | None
+    outcome: Outcome
+    wall_s: float
+    notes: tuple[str, ...] = ()
+
+
+class SubjectRecord(Record):
+    """What an attack starts from. `original` is its score on the original domain's test split
+    (absent for scratch)."""
+
+    name: Subject
+    weights_sha256: str
+    original: Score | None
+    parameters: int
+    flags: tuple[str, ...] = ()
+
+
+class DomainRecord(Record):
+    """A domain as it was used: sizes of its splits, number of classes, content fingerprint."""
+
+    name: str
+    role: Literal["original", "restricted"]
+    source: str
+    sha256: str
+    train: int
+    validation: int
+    test: int
+    classes: int
+    image: tuple[int, int, int]
+
+
+class Environment(Record):
+    """Where it ran: versions of the libraries, processor, threads, precision in use."""
+
+    versions: dict[str, str]
+    platform: str
+    processor: str
+    threads: int
+    device: str
+    precision: str
+
+
+class AuditRecord(Record):
+    """An audit: its specification, its subjects and every trial, failures included."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    spec: AuditSpec
+    spec_fingerprint: str
+    strategies: tuple[Strategy, ...]
+    model: str
+    task: Literal["classification"]
+    original: DomainRecord
+    restricted: tuple[DomainRecord, ...]
+    subjects: tuple[SubjectRecord, ...]
+    trials: tuple[Trial, ...]
+    environment: Environment
+    created: str
+    command: str
+    protection: dict[str, object] | None = None
+
+
+class Round(Record):
+    """One round of protection. Losses and scores are means over the round's queries."""
+
+    index: int
+    suppression_loss: float
+    query_score: float
+    original_loss: float | None
+    suppression_gradient_norm: float
+    reinforcement_gradient_norm: float | None
+    strategies: tuple[str, ...]
+    domains: tuple[str, ...]
+    guard_score: float | None = None
+    guard: Literal["met", "violated"] | None = None
+    reinforcement_steps: int
+    wall_s: float

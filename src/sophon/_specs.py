@@ -1,0 +1,329 @@
+"""What to do: frozen, strict specifications, their validation and their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sophon._errors import SpecError
+
+Subject = Literal["protected", "unprotected", "scratch"]
+OptimizerName = Literal["sgd", "sgd_momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw"]
+ScheduleName = Literal["constant", "warmup", "cosine", "warmup_cosine"]
+Augmentation = Literal["none", "flip", "crop", "flip_crop"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
+
+
+class Spec(BaseModel):
+    """Base of every specification: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the canonical JSON of every field, defaults included."""
+        return fingerprint_of(self.model_dump(mode="json"))
+
+
+def fingerprint_of(value: Any) -> str:
+    """Return the SHA-256 (hex) of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- Preparations: what an attacker does to the copied weights before the first step -----------
+
+
+class FreshHead(Spec):
+    """Replace the classifier head by a freshly initialised one (the paper's init-FC)."""
+
+    kind: Literal["fresh_head"] = "fresh_head"
+
+
+class ResetLastBlocks(Spec):
+    """Re-initialise the last `blocks` blocks before the head (the head is left to FreshHead)."""
+
+    kind: Literal["reset_last_blocks"] = "reset_last_blocks"
+    blocks: Positive = 1
+
+
+class RescaleWeights(Spec):
+    """Scale each weight that a normalisation follows to `norm` per output filter (root mean square).
+
+    The function is preserved; the size of a step relative to the weights is not.
+    """
+
+    kind: Literal["rescale_weights"] = "rescale_weights"
+    norm: Rate = 1.0
+
+
+class BatchNorm(Spec):
+    """Put BatchNorm back: `reset` re-initialises it, `reestimate` measures the domain's statistics."""
+
+    kind: Literal["batch_norm"] = "batch_norm"
+    mode: Literal["reset", "reestimate"] = "reestimate"
+    batches: Positive = 10
+
+
+class NoiseKick(Spec):
+    """Add Gaussian noise with `relative_std` times each weight tensor's root mean square."""
+
+    kind: Literal["noise_kick"] = "noise_kick"
+    relative_std: Rate = 0.02
+
+
+Preparation = Annotated[
+    FreshHead | ResetLastBlocks | RescaleWeights | BatchNorm | NoiseKick,
+    Field(discriminator="kind"),
+]
+Preparations = Annotated[tuple[Preparation, ...], Field(strict=False)]
+
+
+class Strategy(Spec):
+    """How an attacker fine-tunes: preparations, scope, optimizer, schedule, batches, steps.
+
+    The paper's three methods are `preparations = ()` (direct-all), `(FreshHead(),)` with
+    `scope = "all"` (init-FC + all) and with `scope = "head"` (init-FC + FC only).
+    """
+
+    preparations: Preparations = ()
+    scope: Literal["all", "head"] = "all"
+    optimizer: OptimizerName = "sgd_momentum"
+    learning_rate: Rate = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    schedule: ScheduleName = "constant"
+    warmup_steps: Count = 0
+    clip_norm: Rate | None = None
+    batch_size: Positive = 64
+    steps: Positive = 200
+    augmentation: Augmentation = "none"
+    precision: Precision = "auto"
+
+    def label(self) -> str:
+        """Return a short name that tells this strategy from its neighbours, such as
+        `init-FC+all sgd_momentum 1e-02`."""
+        kinds = [preparation.kind for preparation in self.preparations]
+        start = "init-FC" if "fresh_head" in kinds else "direct"
+        others = [kind for kind in kinds if kind != "fresh_head"]
+        scope = "FC-only" if self.scope == "head" else "all"
+        extra = "".join(f" +{kind}" for kind in others)
+        tail = "" if self.schedule == "constant" else f" {self.schedule}"
+        return f"{start}-{scope}{extra} {self.optimizer} {self.learning_rate:.1e}{tail}"
+
+
+def _default_rates() -> dict[OptimizerName, tuple[float, float]]:
+    return {"sgd_momentum": (1e-4, 1e-1), "adam": (1e-4, 1e-2)}
+
+
+class StrategyDistribution(Spec):
+    """What a rehearsal samples its strategies from: each choice uniform, the rate log-uniform."""
+
+    learning_rates: dict[OptimizerName, Annotated[tuple[Rate, Rate], Field(strict=False)]] = Field(
+        default_factory=_default_rates, min_length=1
+    )
+    preparations: Annotated[tuple[Preparations, ...], Field(strict=False, min_length=1)] = (
+        (),
+        (FreshHead(),),
+    )
+    batch_sizes: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (64,)
+    scopes: Annotated[tuple[Literal["all", "head"], ...], Field(strict=False, min_length=1)] = (
+        "all",
+    )
+    schedules: Annotated[tuple[ScheduleName, ...], Field(strict=False, min_length=1)] = (
+        "constant",
+    )
+    augmentation: Augmentation = "none"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name, (low, high) in self.learning_rates.items():
+            if low > high:
+                raise ValueError(f"the range of {name} starts at {low} above its end {high}")
+        return self
+
+
+class Rehearsal(Spec):
+    """How protection simulates attackers.
+
+    Each suppression step advances `strategies` attackers by `steps` (the paper's K). Without a
+    `horizon` every attacker is fresh and used once, as in the paper. With one, `pool`
+    attackers persist: each keeps its optimizer and its displacement from the real weights from
+    round to round until it has taken `horizon` steps, then a new one takes its place.
+    """
+
+    strategies: Positive = 1
+    steps: Positive = 20
+    horizon: Positive | None = None
+    pool: Positive = 8
+    distribution: StrategyDistribution = StrategyDistribution()
+    fixed: Strategy | None = None
+    query_batch_size: Positive = 32
+    gamma: Literal["uniform", "linear", "last"] = "uniform"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.horizon is not None and self.horizon < self.steps:
+            raise ValueError(f"horizon = {self.horizon} is shorter than steps = {self.steps}")
+        if self.horizon is not None and self.pool < self.strategies:
+            raise ValueError(f"pool = {self.pool} is smaller than strategies = {self.strategies}")
+        return self
+
+
+class Guard(Spec):
+    """The intactness guard: checked on the original domain's validation split every `every` rounds."""
+
+    tolerance_points: NonNegative = 2.0
+    every: Positive = 10
+    ship: Literal["last", "lowest_query_score"] = "last"
+
+
+class ProtectSpec(Spec):
+    """Everything `protect` does beyond the model and the domains; see `docs/design`."""
+
+    seed: Count = 0
+    rounds: Positive = 100
+    suppression: Literal["ice", "reversed_logits", "klu", "negated_ce"] = "klu"
+    suppression_steps: Positive = 1
+    suppression_rate: Rate = 3e-4
+    reinforcement_steps: Count = 1
+    reinforcement_rate: Rate = 5e-4
+    original_batch_size: Positive = 64
+    original_augmentation: Augmentation = "none"
+    clip_norm: Rate = 0.5
+    head_gradient: Literal["exclude_fresh", "apply_fresh"] = "exclude_fresh"
+    rehearsal: Rehearsal = Rehearsal()
+    guard: Guard = Guard()
+    checkpoint_every: Positive = 10
+    precision: Precision = "auto"
+
+
+class AuditSpec(Spec):
+    """What `audit` runs: a suite, its budget and its seeds. `extra` adds attacks to the suite."""
+
+    suite: str = "quick-1"
+    steps: Positive = 200
+    evaluations: Annotated[int, Field(ge=2)] = 12
+    seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = (0,)
+    batch_size: Positive | None = None
+    extra: Annotated[tuple[Strategy, ...], Field(strict=False)] = ()
+    precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds repeat: {list(self.seeds)}")
+        return self
+
+
+class ModelSpec(Spec):
+    """Which network: `resnet20`, `timm:NAME`, `torchvision:NAME` or a checkpoint by sophon.
+
+    `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only);
+    `head` names the classifier layer where it cannot be found; `classes` overrides the number
+    of outputs the network is built with; `in_channels` is 3 for RGB and 1 for grey networks.
+    """
+
+    name: str
+    weights: str | None = None
+    pretrained: bool = False
+    classes: Annotated[int, Field(ge=2)] | None = None
+    in_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    head: str | None = None
+
+
+class DomainSpec(Spec):
+    """Where a domain's images come from and how they are cut and normalised.
+
+    `source` is `npz`, `folder`, `torchvision` or `embedded`. Images become `image_size`
+    squares (shorter side resized, centre cropped) when it is given. `mean` and `std` are per
+    channel on images scaled to [0, 1]. `classes` keeps only those labels, renumbered in order;
+    `limit` keeps the first so many training images of each class.
+    """
+
+    source: str
+    name: str | None = None
+    path: str | None = None
+    root: str | None = None
+    download: bool = False
+    image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+    validation: Fraction = 0.1
+    test: Fraction = 0.2
+    split_seed: Count = 0
+    classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
+    limit: Positive | None = None
+    weight: Rate = 1.0
+
+
+class RunSpec(Spec):
+    """One run file: the model, the domains, and what `protect` and `audit` do with them."""
+
+    model: ModelSpec
+    original: DomainSpec
+    restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False, min_length=1)]
+    protect: ProtectSpec = ProtectSpec()
+    audit: AuditSpec = AuditSpec()
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+def parse_spec(cls: type[AnySpec], data: dict[str, Any], *, where: str) -> AnySpec:
+    """Validate parsed TOML as `cls`.
+
+    Raises SpecError naming, for the first few faults, the path in the file, the value and
+    what is allowed. `where` names the file in the message.
+    """
+    try:
+        # JSON mode keeps strictness yet takes arrays for tuples, as TOML has only arrays.
+        return cls.model_validate_json(json.dumps(data))
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise SpecError(f"{where}: {error}; only TOML numbers, text and tables") from None
+        lines = [_describe(cls, fault) for fault in error.errors()[:3]]
+        raise SpecError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _describe(cls: type[Spec], fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+    value = fault.get("input")
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(_keys_at(cls, fault["loc"][:-1]))
+        return f"unknown key {path}" + (f"; the keys here are {known}" if known else "")
+    if fault["type"] == "missing":
+        return f"{path} is missing; add it"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    return f"{path}{shown}: {message}"
+
+
+def _keys_at(cls: type[Spec], loc: tuple[Any, ...]) -> list[str]:
+    current: Any = cls
+    for part in loc:
+        fields = getattr(current, "model_fields", {})
+        if isinstance(part, int) or part not in fields:
+            continue
+        current = _spec_in(fields[part].annotation)
+    return sorted(getattr(current, "model_fields", {}))
+
+
+def _spec_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _spec_in(argument)
+        if found is not None:
+            return found
+    return None

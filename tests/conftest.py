@@ -1,0 +1,22 @@
+"""Shared fixtures: where the real images are, and an offline, deterministic environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of real image sets, from SOPHON_DATA or `../shared/data`, or skip."""
+    folder = Path(os.environ.get("SOPHON_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "cifar10.npz").is_file():
+        pytest.skip(f"the real image sets are not at {folder}: set SOPHON_DATA")
+    return folder

@@ -1,0 +1,190 @@
+"""The fine-tuning loop: the one program that rehearsed attackers and real attackers run.
+
+`FineTuning` fine-tunes a model in place as a `Strategy` says and yields after every step.
+Protection rehearses with it, the audit attacks with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
+
+from sophon._preparations import Surroundings, prepare
+from sophon._seeding import generator, seeded
+from sophon._setting import Feed, Setting
+from sophon._specs import OptimizerName, ScheduleName, Strategy
+
+OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimizer]] = {
+    "sgd": lambda p, s: SGD(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
+    "sgd_momentum": lambda p, s: SGD(
+        p, s.learning_rate, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
+    ),
+    "nesterov": lambda p, s: SGD(
+        p,
+        s.learning_rate,
+        momentum=s.momentum,
+        weight_decay=s.weight_decay,
+        nesterov=True,
+        fused=True,
+    ),
+    "adagrad": lambda p, s: Adagrad(p, s.learning_rate, weight_decay=s.weight_decay),
+    "adadelta": lambda p, s: Adadelta(p, s.learning_rate, weight_decay=s.weight_decay),
+    "adam": lambda p, s: Adam(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
+    "adamw": lambda p, s: AdamW(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
+}
+
+
+def _ramp(step: int, strategy: Strategy) -> float:
+    warmup = strategy.warmup_steps or max(1, strategy.steps // 10)
+    return min(1.0, (step + 1) / warmup)
+
+
+def _cosine(step: int, strategy: Strategy) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / strategy.steps)))
+
+
+# The factor on the learning rate at a step, counted from 0. `warmup` takes a tenth of the steps
+# unless `warmup_steps` says otherwise.
+SCHEDULES: dict[ScheduleName, Callable[[int, Strategy], float]] = {
+    "constant": lambda step, strategy: 1.0,
+    "warmup": _ramp,
+    "cosine": _cosine,
+    "warmup_cosine": lambda step, strategy: _ramp(step, strategy) * _cosine(step, strategy),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the loop yields: steps taken so far and the (detached, unread) mean training loss."""
+
+    taken: int
+    loss: Tensor
+
+
+class FineTuning:
+    """Fine-tune `model` in place as `strategy` says.
+
+    `stream` is the seed and the names that every random draw of this attacker derives from.
+    Each batch of `feed` may carry more images than the strategy's batch size: the loop trains
+    on the first ones, the rest are for the caller (query images, never trained on in that step).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strategy: Strategy,
+        setting: Setting,
+        feed: Feed,
+        *,
+        stream: tuple[int, tuple[str | int, ...]],
+    ) -> None:
+        self.model = model
+        self.strategy = strategy
+        self.setting = setting
+        self.feed = feed
+        self.seed, self.names = stream
+        self.taken = 0
+        model.requires_grad_(True)
+        model.train()
+        self.parameters = _scope(model, strategy, setting.head)
+        self.optimizer = OPTIMIZERS[strategy.optimizer](self.parameters, strategy)
+        self.query: tuple[Tensor, Tensor] | None = None
+
+    def run(self, steps: int) -> Iterator[Step]:
+        """Take `steps` further steps, yielding after each."""
+        size = self.strategy.batch_size
+        for _ in range(steps):
+            images, labels = self.feed.batch(self.taken)
+            self.query = (images[size:], labels[size:])
+            with seeded(self.seed, *self.names, "step", self.taken):
+                loss = self._step(images[:size], labels[:size])
+            self.taken += 1
+            yield Step(self.taken, loss)
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        stream = generator(self.seed, *self.names, "task", self.taken)
+        with self.setting.autocast():
+            outputs, targets = self.setting.task.outputs(self.model, images, labels, stream)
+        loss = self.setting.task.loss(outputs, targets).mean()
+        # Unlike autograd.grad, backward gives each gradient its parameter's memory layout.
+        torch.autograd.backward(loss, inputs=self.parameters)
+        if self.strategy.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.strategy.clip_norm)
+        if self.strategy.schedule != "constant":
+            factor = SCHEDULES[self.strategy.schedule](self.taken, self.strategy)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.strategy.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def attacker_copy(
+    model: nn.Module,
+    strategy: Strategy,
+    setting: Setting,
+    *,
+    classes: int,
+    feed: Feed,
+    stream: tuple[int, tuple[str | int, ...]],
+) -> dict[str, float]:
+    """Prepare `model`, already a copy, as the strategy says; return each parameter's factor.
+
+    The factor is the derivative of the prepared parameter in the real one: see `_preparations`.
+    """
+
+    def batches(count: int) -> Iterator[Tensor]:
+        for step in range(count):
+            yield feed.batch(step)[0][: strategy.batch_size]
+
+    surroundings = Surroundings(
+        head=setting.head,
+        image_shape=(setting.channels, *feed.images.pixels.shape[2:]),
+        classes=classes,
+        seed=stream[0],
+        names=stream[1],
+        batches=batches,
+    )
+    factors = prepare(model, strategy.preparations, surroundings)
+    setting.place(model)
+    return factors
+
+
+def _scope(model: nn.Module, strategy: Strategy, head: str) -> list[nn.Parameter]:
+    if strategy.scope == "head":
+        return list(model.get_submodule(head).parameters())
+    return list(model.parameters())
+
+
+def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimizer's state as tensors by name, and as plain values by name."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            target = tensors if isinstance(value, Tensor) else plain
+            target[f"{index}.{key}"] = value
+    return tensors, plain
+
+
+def restore_optimizer(
+    optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]
+) -> None:
+    """Put back what `optimizer_tensors` returned into an optimizer over the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *plain.items()]:
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            # Files hold contiguous tensors; a fused step needs the parameter's memory layout.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                values[key] = torch.empty_like(parameter).copy_(value)

@@ -1,0 +1,322 @@
+"""Rehearsals: simulated attackers, and the suppression gradient streamed out of them.
+
+An attacker's weights are `factor * real + displacement`, parameter by parameter: the factor is
+the derivative of its preparation (0 re-initialised, 1 kept, c rescaled), the displacement is
+what its preparation added and its steps did. So when the real weights move, a persistent
+attacker moves along, and a fresh one is merely an attacker whose horizon is one visit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon._data import Domain
+from sophon._finetune import (
+    FineTuning,
+    attacker_copy,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from sophon._seeding import generator, seeded
+from sophon._setting import Feed, Setting
+from sophon._specs import ProtectSpec, Rehearsal, Strategy, StrategyDistribution
+from sophon._suppression import SUPPRESSIONS
+
+
+def sample_strategy(distribution: StrategyDistribution, stream: torch.Generator) -> Strategy:
+    """Return one strategy of the distribution: choices uniform, the rate log-uniform."""
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (), generator=stream))
+
+    names = list(distribution.learning_rates)
+    optimizer = names[pick(len(names))]
+    low, high = distribution.learning_rates[optimizer]
+    position = float(torch.rand((), generator=stream, dtype=torch.float64))
+    preparations = distribution.preparations[pick(len(distribution.preparations))]
+    return Strategy(
+        optimizer=optimizer,
+        learning_rate=low * (high / low) ** position,
+        preparations=preparations,
+        batch_size=distribution.batch_sizes[pick(len(distribution.batch_sizes))],
+        scope=distribution.scopes[pick(len(distribution.scopes))],
+        schedule=distribution.schedules[pick(len(distribution.schedules))],
+        augmentation=distribution.augmentation,
+    )
+
+
+def domain_of(identity: int, weights: list[float]) -> int:
+    """Return which restricted domain attacker `identity` takes.
+
+    Every prefix of the sequence holds each domain in proportion to its weight, as closely as
+    whole numbers allow.
+    """
+    total = sum(weights)
+    counts = [0] * len(weights)
+    chosen = 0
+    for taken in range(identity % _period(weights) + 1):
+        deficits = [w / total * (taken + 1) - c for w, c in zip(weights, counts, strict=True)]
+        chosen = deficits.index(max(deficits))
+        counts[chosen] += 1
+    return chosen
+
+
+def _period(weights: list[float]) -> int:
+    # Long enough that any weights are met to a thousandth, short enough to recount each time.
+    return 1 if len(weights) == 1 else 1000
+
+
+@dataclass
+class Accumulator:
+    """Sums over a suppression step: gradients by parameter name, query loss and query score."""
+
+    gradients: dict[str, Tensor]
+    loss: Tensor
+    score: Tensor
+
+    @classmethod
+    def like(cls, parameters: Mapping[str, Tensor]) -> Accumulator:
+        """Return zeros for these parameters."""
+        zeros = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        device = next(iter(parameters.values())).device
+        return cls(zeros, torch.zeros((), device=device), torch.zeros((), device=device))
+
+
+class Attacker:
+    """A simulated attacker of the model: a prepared copy, its optimizer, its displacement."""
+
+    def __init__(
+        self, real: nn.Module, identity: int, slot: int, horizon: int, pool: Rehearsals
+    ) -> None:
+        self.identity = identity
+        self.slot = slot
+        self.horizon = horizon
+        self.strategy = pool.strategy(identity)
+        self.domain = pool.domain(identity)
+        stream = (pool.spec.seed, ("attacker", identity))
+        feed = pool.feed(identity, self.strategy)
+        model = copy.deepcopy(real)
+        self.factors = attacker_copy(
+            model,
+            self.strategy,
+            pool.setting,
+            classes=self.domain.class_count,
+            feed=feed,
+            stream=stream,
+        )
+        self.tuning = FineTuning(model, self.strategy, pool.setting, feed, stream=stream)
+        self.displacement: dict[str, Tensor] = {}
+        self.shapes = {name: value.shape for name, value in real.named_parameters()}
+        self.detach_from(dict(real.named_parameters()))
+
+    @property
+    def model(self) -> nn.Module:
+        """The attacker's own copy."""
+        return self.tuning.model
+
+    @torch.no_grad()
+    def detach_from(self, real: Mapping[str, Tensor]) -> None:
+        """Remember where the attacker stands relative to the real weights."""
+        for name, value in self.model.named_parameters():
+            factor = self.factors[name]
+            moved = value.detach().clone()
+            self.displacement[name] = moved if factor == 0 else moved.sub_(real[name], alpha=factor)
+
+    @torch.no_grad()
+    def follow(self, real: Mapping[str, Tensor]) -> None:
+        """Move with the real weights: `factor * real + displacement`."""
+        for name, value in self.model.named_parameters():
+            value.copy_(self.displacement[name])
+            if self.factors[name] != 0:
+                value.add_(real[name], alpha=self.factors[name])
+
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], member: dict[str, Any]) -> None:
+        """Put back displacement, buffers, optimizer and position as `Rehearsals.state` gave them."""
+        moved = _below(tensors, "displacement/")
+        for name, value in self.model.named_parameters():
+            self.displacement[name] = torch.empty_like(value).copy_(moved[name])
+        for name, value in self.model.named_buffers():
+            value.copy_(tensors[f"buffer/{name}"])
+        self.factors = dict(member["factors"])
+        self.tuning.taken = member["taken"]
+        restore_optimizer(self.tuning.optimizer, _below(tensors, "optimizer/"), member["optimizer"])
+
+
+class Rehearsals:
+    """The pool of simulated attackers of one protection run."""
+
+    def __init__(self, spec: ProtectSpec, setting: Setting, weights: list[float]) -> None:
+        self.spec = spec
+        self.setting = setting
+        self.weights = weights
+        self.next_identity = 0
+        self.visits = 0
+        self.pool: dict[int, Attacker] = {}
+
+    @property
+    def rehearsal(self) -> Rehearsal:
+        """The rehearsal's specification."""
+        return self.spec.rehearsal
+
+    def strategy(self, identity: int) -> Strategy:
+        """Return the strategy of attacker `identity`: the fixed one, or a sample."""
+        if self.rehearsal.fixed is not None:
+            return self.rehearsal.fixed
+        stream = generator(self.spec.seed, "strategy", identity)
+        return sample_strategy(self.rehearsal.distribution, stream)
+
+    def domain(self, identity: int) -> Domain:
+        """Return the restricted domain attacker `identity` takes."""
+        return self.setting.restricted[domain_of(identity, self.weights)]
+
+    def feed(self, identity: int, strategy: Strategy) -> Feed:
+        """Return the attacker's batches: its own images first, then the query images."""
+        domain = self.domain(identity)
+        return self.setting.feed(
+            domain,
+            domain.train,
+            batch_size=strategy.batch_size + self.rehearsal.query_batch_size,
+            stream=(self.spec.seed, ("attacker", identity, "batches")),
+            augmentation=strategy.augmentation,
+        )
+
+    def suppress(self, real: nn.Module) -> tuple[Accumulator, list[Attacker]]:
+        """Advance the next attackers by K steps each; return the streamed gradient.
+
+        Implements sum_i sum_k gamma_ik dL/dtheta at the attackers' weights (arXiv 2404.12699,
+        algorithm 1, first order). Memory does not grow with K: each query gradient is added to
+        one accumulator at once. `real` is not changed.
+        """
+        parameters = dict(real.named_parameters())
+        total = Accumulator.like(parameters)
+        attackers = []
+        for _ in range(self.rehearsal.strategies):
+            attacker = self._next(real)
+            attacker.follow(parameters)
+            self._rehearse(attacker, total)
+            if attacker.slot in self.pool:
+                attacker.detach_from(parameters)
+                if attacker.tuning.taken >= attacker.horizon:
+                    del self.pool[attacker.slot]
+            attackers.append(attacker)
+        return total, attackers
+
+    def _next(self, real: nn.Module) -> Attacker:
+        horizon = self.rehearsal.horizon
+        if horizon is None:
+            return self._recruit(real, -1, self.rehearsal.steps)
+        slot = self.visits % self.rehearsal.pool
+        self.visits += 1
+        if slot not in self.pool:
+            first = self.next_identity < self.rehearsal.pool
+            # The first generation ends staggered, so that later ones are of every age.
+            share = (slot + 1) / self.rehearsal.pool if first else 1.0
+            self.pool[slot] = self._recruit(real, slot, max(1, round(horizon * share)))
+        return self.pool[slot]
+
+    def _recruit(self, real: nn.Module, slot: int, horizon: int) -> Attacker:
+        identity = self.next_identity
+        self.next_identity += 1
+        return Attacker(real, identity, slot, horizon, self)
+
+    def _rehearse(self, attacker: Attacker, total: Accumulator) -> None:
+        steps = min(self.rehearsal.steps, attacker.horizon - attacker.tuning.taken)
+        gammas = gammas_of(self.rehearsal.gamma, steps, self.rehearsal.strategies)
+        passing = self._passing(attacker)
+        leaves = [leaf for _, leaf, _ in passing]
+        sums = [total.gradients[name] for name, _, _ in passing]
+        factors = [factor for _, _, factor in passing]
+        plain = all(factor == 1 for factor in factors)
+        for gamma, _ in zip(gammas, attacker.tuning.run(steps), strict=True):
+            loss, score = self._query(attacker)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            if plain:
+                torch._foreach_add_(sums, gradients, alpha=gamma)
+            else:
+                for into, gradient, factor in zip(sums, gradients, factors, strict=True):
+                    into.add_(gradient, alpha=gamma * factor)
+            total.loss += gamma * loss.detach()
+            total.score += score / (steps * self.rehearsal.strategies)
+
+    def _query(self, attacker: Attacker) -> tuple[Tensor, Tensor]:
+        tuning, task = attacker.tuning, self.setting.task
+        if tuning.query is None:
+            raise RuntimeError("a query needs a step before it")
+        stream = generator(self.spec.seed, "attacker", attacker.identity, "query", tuning.taken)
+        with seeded(self.spec.seed, "attacker", attacker.identity, "query", tuning.taken):
+            with self.setting.autocast():
+                outputs, targets = task.outputs(tuning.model, *tuning.query, stream)
+            loss = SUPPRESSIONS[self.spec.suppression](outputs, targets).mean()
+        return loss, task.score(outputs.detach(), targets).mean()
+
+    def _passing(self, attacker: Attacker) -> list[tuple[str, nn.Parameter, float]]:
+        """Return the parameters whose query gradient reaches the real weights, with factors."""
+        fresh_passes = self.spec.head_gradient == "apply_fresh"
+        prefix = self.setting.head + "."
+        passing = []
+        for name, leaf in attacker.model.named_parameters():
+            factor = attacker.factors[name]
+            same = leaf.shape == attacker.shapes[name]
+            if factor == 0 and fresh_passes and same and name.startswith(prefix):
+                factor = 1.0
+            if factor != 0:
+                passing.append((name, leaf, factor))
+        return passing
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what persists between rounds, as tensors by name and as plain values."""
+        tensors: dict[str, Tensor] = {}
+        members = []
+        for slot, attacker in self.pool.items():
+            moments, plain = optimizer_tensors(attacker.tuning.optimizer)
+            groups = {
+                "displacement": attacker.displacement,
+                "buffer": dict(attacker.model.named_buffers()),
+                "optimizer": moments,
+            }
+            for group, values in groups.items():
+                tensors.update({f"{slot}/{group}/{name}": v for name, v in values.items()})
+            members.append(
+                {
+                    "slot": slot,
+                    "identity": attacker.identity,
+                    "horizon": attacker.horizon,
+                    "taken": attacker.tuning.taken,
+                    "factors": attacker.factors,
+                    "optimizer": plain,
+                }
+            )
+        meta = {"next_identity": self.next_identity, "visits": self.visits, "members": members}
+        return tensors, meta
+
+    def restore(self, real: nn.Module, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Put back what `state` returned, around the real model as it now is."""
+        self.next_identity, self.visits = meta["next_identity"], meta["visits"]
+        self.pool = {}
+        for member in meta["members"]:
+            slot = member["slot"]
+            attacker = Attacker(real, member["identity"], slot, member["horizon"], self)
+            attacker.restore(_below(tensors, f"{slot}/"), member)
+            self.pool[slot] = attacker
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+
+
+def gammas_of(kind: str, steps: int, strategies: int) -> list[float]:
+    """Return the weight of each of an attacker's queries; they sum to 1 / strategies."""
+    raw = {
+        "uniform": [1.0] * steps,
+        "linear": [float(k + 1) for k in range(steps)],
+        "last": [0.0] * (steps - 1) + [1.0],
+    }[kind]
+    return [value / (sum(raw) * strategies) for value in raw]

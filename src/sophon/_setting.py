@@ -1,0 +1,191 @@
+"""Where a run takes place: one task, its domains and the device, checked before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from sophon._data import Domain, Images, batch, check_channels, resolve_normalisation
+from sophon._errors import DataError, UnsupportedModelError
+from sophon._models import (
+    check_images,
+    choose_channels_last,
+    choose_precision,
+    find_head,
+    head_classes,
+)
+from sophon._seeding import generator
+from sophon._specs import Augmentation, Precision
+from sophon._tasks import Task
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The batches of one stream: batch `step` is a pure function of `(seed, names, step)`.
+
+    Every epoch is a new permutation; images left over at its end wait for another one.
+    """
+
+    images: Images
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int
+    device: torch.device
+    channels_last: bool
+    batch_size: int
+    seed: int
+    names: tuple[str | int, ...]
+    augmentation: Augmentation = "none"
+    _epoch: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return normalised images (batch, channels, height, width) and labels of one step."""
+        epoch, position = divmod(step, max(1, len(self.images) // self.batch_size))
+        if epoch not in self._epoch:
+            self._epoch.clear()
+            stream = generator(self.seed, *self.names, "epoch", epoch)
+            self._epoch[epoch] = torch.randperm(len(self.images), generator=stream)
+        start = position * self.batch_size
+        index = self._epoch[epoch][start : start + self.batch_size]
+        return self._fetch(index, generator(self.seed, *self.names, "augment", step))
+
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every image once, in order, the last partial batch included."""
+        stream = generator(self.seed, *self.names, "in-order")
+        for index in torch.arange(len(self.images)).split(self.batch_size):
+            yield self._fetch(index, stream)
+
+    def _fetch(self, index: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        return batch(
+            self.images,
+            index,
+            mean=self.mean,
+            std=self.std,
+            channels=self.channels,
+            device=self.device,
+            augmentation=self.augmentation,
+            generator=stream,
+            channels_last=self.channels_last,
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything about a run that does not change while it runs."""
+
+    task: Task
+    original: Domain
+    restricted: tuple[Domain, ...]
+    head: str
+    channels: int
+    device: torch.device
+    precision: str
+    channels_last: bool
+
+    @cached_property
+    def fallback(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The original domain's normalisation, used where a domain states none."""
+        return resolve_normalisation(self.original, None)
+
+    def shape(self, domain: Domain) -> tuple[int, int, int]:
+        """Return the shape of the domain's images as the model meets them."""
+        return (self.channels, *domain.image_shape[1:])
+
+    def feed(
+        self,
+        domain: Domain,
+        images: Images,
+        *,
+        batch_size: int,
+        stream: tuple[int, tuple[str | int, ...]] = (0, ()),
+        augmentation: Augmentation = "none",
+    ) -> Feed:
+        """Return the batches of `images`, one of the domain's splits, on `stream`."""
+        mean, std = resolve_normalisation(domain, self.fallback)
+        return Feed(
+            images=images,
+            mean=mean,
+            std=std,
+            channels=self.channels,
+            device=self.device,
+            channels_last=self.channels_last,
+            batch_size=batch_size,
+            seed=stream[0],
+            names=stream[1],
+            augmentation=augmentation,
+        )
+
+    def autocast(self) -> torch.autocast:
+        """Return the autocast context of the run's precision (disabled in fp32)."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device and memory layout of the run, in place; return it."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+    def exact(self) -> Setting:
+        """Return this setting in fp32."""
+        return replace(self, precision="fp32")
+
+
+def make_setting(
+    model: nn.Module,
+    *,
+    task: Task,
+    original: Domain,
+    restricted: tuple[Domain, ...],
+    head: str | None,
+    precision: Precision,
+    device: str | torch.device | None,
+    check: Callable[[Domain, Domain], None],
+) -> Setting:
+    """Check that model and domains fit each other and return the setting.
+
+    `check(original, restricted)` refuses pairs that are the same data. Raises DataError or
+    UnsupportedModelError before any work.
+    """
+    if not restricted:
+        raise DataError("no restricted domain: give at least one")
+    names = [domain.name for domain in (original, *restricted)]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two domains are named {name!r}: give each its own name")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    channels = _channels(model, original)
+    for domain in (original, *restricted):
+        check_channels(domain, channels)
+        check_images(model, (channels, *domain.image_shape[1:]), what=f"domain {domain.name!r}")
+    for domain in restricted:
+        check(original, domain)
+    found = find_head(model, (channels, *original.image_shape[1:]), head)
+    if head_classes(model, found) != original.class_count:
+        raise UnsupportedModelError(
+            f"the model's head {found!r} has {head_classes(model, found)} outputs but the original"
+            f" domain {original.name!r} has {original.class_count} classes: give the weights"
+            " trained on this domain"
+        )
+    return Setting(
+        task=task,
+        original=original,
+        restricted=restricted,
+        head=found,
+        channels=channels,
+        device=place,
+        precision=choose_precision(precision, place),
+        channels_last=choose_channels_last(model),
+    )
+
+
+def _channels(model: nn.Module, original: Domain) -> int:
+    """Return how many image channels the model's first convolution takes."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return original.image_shape[0]

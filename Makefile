@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || \
 	  { echo "the venv module of '$(PYTHON)' does not work: on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV); the first time takes a minute or more." >&2
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## protect, audit and report a small model on embedded data

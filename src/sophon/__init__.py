@@ -1,0 +1,115 @@
+"""Sophon: protect a pre-trained model against fine-tuning, attack it, report what that is worth."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and the modules they live in; resolved on first use, so that importing sophon
+# needs no torch.
+_PUBLIC = {
+    "AuditError": "_errors",
+    "AuditRecord": "_records",
+    "AuditSpec": "_specs",
+    "CheckpointError": "_errors",
+    "Classification": "_tasks",
+    "DataError": "_errors",
+    "Domain": "_data",
+    "DomainSpec": "_specs",
+    "Guard": "_specs",
+    "IntactnessError": "_errors",
+    "ModelSpec": "_specs",
+    "NonFiniteError": "_errors",
+    "ProtectSpec": "_specs",
+    "Protected": "_protect",
+    "Rehearsal": "_specs",
+    "Round": "_records",
+    "RunSpec": "_specs",
+    "SophonError": "_errors",
+    "SpecError": "_errors",
+    "Strategy": "_specs",
+    "StrategyDistribution": "_specs",
+    "UnsupportedModelError": "_errors",
+    "audit": "_audit",
+    "auditing": "_audit",
+    "load_domain": "_data",
+    "protect": "_protect",
+    "protection": "_protect",
+    "report": "_report",
+    "resolve_model": "_models",
+}
+
+if TYPE_CHECKING:
+    from sophon._audit import audit, auditing
+    from sophon._data import Domain, load_domain
+    from sophon._errors import (
+        AuditError,
+        CheckpointError,
+        DataError,
+        IntactnessError,
+        NonFiniteError,
+        SophonError,
+        SpecError,
+        UnsupportedModelError,
+    )
+    from sophon._models import resolve_model
+    from sophon._protect import Protected, protect, protection
+    from sophon._records import AuditRecord, Round
+    from sophon._report import report
+    from sophon._specs import (
+        AuditSpec,
+        DomainSpec,
+        Guard,
+        ModelSpec,
+        ProtectSpec,
+        Rehearsal,
+        RunSpec,
+        Strategy,
+        StrategyDistribution,
+    )
+    from sophon._tasks import Classification
+
+__all__ = [
+    "AuditError",
+    "AuditRecord",
+    "AuditSpec",
+    "CheckpointError",
+    "Classification",
+    "DataError",
+    "Domain",
+    "DomainSpec",
+    "Guard",
+    "IntactnessError",
+    "ModelSpec",
+    "NonFiniteError",
+    "ProtectSpec",
+    "Protected",
+    "Rehearsal",
+    "Round",
+    "RunSpec",
+    "SophonError",
+    "SpecError",
+    "Strategy",
+    "StrategyDistribution",
+    "UnsupportedModelError",
+    "__version__",
+    "audit",
+    "auditing",
+    "load_domain",
+    "protect",
+    "protection",
+    "report",
+    "resolve_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sophon' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sophon.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,53 @@
+"""Named, versioned suites of attacks: data. A released suite never changes; a better one is new."""
+
+from __future__ import annotations
+
+from sophon._errors import SpecError
+from sophon._specs import AuditSpec, FreshHead, OptimizerName, Preparation, Strategy, fingerprint_of
+
+_FRESH: tuple[Preparation, ...] = (FreshHead(),)
+
+
+def _rates(
+    optimizer: OptimizerName,
+    rates: tuple[float, ...],
+    preparations: tuple[Preparation, ...] = (),
+) -> tuple[Strategy, ...]:
+    return tuple(
+        Strategy(optimizer=optimizer, learning_rate=rate, preparations=preparations)
+        for rate in rates
+    )
+
+
+# Twelve trials: the paper's three methods, SGD with momentum over three decades, Adam over two.
+_QUICK_1: tuple[Strategy, ...] = (
+    *_rates("sgd_momentum", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("adam", (1e-4, 1e-3, 1e-2)),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH),
+    *_rates("adam", (1e-3,), _FRESH),
+    Strategy(optimizer="sgd_momentum", learning_rate=1e-1, preparations=_FRESH, scope="head"),
+    Strategy(optimizer="adam", learning_rate=1e-2, preparations=_FRESH, scope="head"),
+)
+
+SUITES: dict[str, tuple[Strategy, ...]] = {"quick-1": _QUICK_1}
+
+
+def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return the attacks of the specification's suite and its extra ones, budget filled in.
+
+    Raises SpecError, listing the suites there are, if the name is not one of them.
+    """
+    if spec.suite not in SUITES:
+        raise SpecError(f"audit.suite = {spec.suite!r} is no suite; there is {', '.join(SUITES)}")
+    update: dict[str, object] = {"steps": spec.steps, "precision": spec.precision}
+    if spec.batch_size is not None:
+        update["batch_size"] = spec.batch_size
+    chosen = tuple(s.model_copy(update=update) for s in (*SUITES[spec.suite], *spec.extra))
+    if len({s.fingerprint() for s in chosen}) != len(chosen):
+        raise SpecError("audit.extra repeats an attack of the suite or of itself: remove it")
+    return chosen
+
+
+def suite_fingerprint(name: str) -> str:
+    """Return the SHA-256 of a suite's attacks as released."""
+    return fingerprint_of([s.model_dump(mode="json") for s in SUITES[name]])

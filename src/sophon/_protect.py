@@ -1,0 +1,509 @@
+"""Protection: fine-tuning suppression, normal-training reinforcement and the intactness guard.
+
+`protection(...)` is an iterator of `Round`s; `protect(...)` runs it to the end. With a folder
+the run can be killed at any moment and repeated: it goes on to bit-identical weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from sophon._checkpoints import (
+    load_state,
+    read_json,
+    require_writable,
+    save_model,
+    save_state,
+    write_json,
+    write_text,
+)
+from sophon._data import Domain, check_batch_fits, check_distinct
+from sophon._errors import CheckpointError, IntactnessError, NonFiniteError
+from sophon._finetune import optimizer_tensors, restore_optimizer
+from sophon._metrics import evaluate
+from sophon._models import weights_sha256
+from sophon._records import Round, Score
+from sophon._rehearsal import Rehearsals
+from sophon._seeding import generator, seeded
+from sophon._setting import make_setting
+from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
+from sophon._tasks import Classification, Task
+
+_ROUNDS, _STATES, _RUN, _DONE = "rounds.jsonl", "states", "run.json", "protection.json"
+
+
+@dataclass(frozen=True)
+class Protected:
+    """What protection returns: the model, and where its weights come from.
+
+    `before` and `after` are scores on the original domain's validation split; `shipped_round`
+    is the round after which the guard met the shipped weights.
+    """
+
+    model: nn.Module
+    rounds: tuple[Round, ...]
+    before: Score
+    after: Score
+    shipped_round: int
+    folder: Path | None
+
+
+@dataclass
+class _Good:
+    """Weights that met the tolerance, and what the shipping rule needs to know of them."""
+
+    tensors: dict[str, Tensor]
+    round: int
+    score: Score
+    query_score: float
+
+
+class Protection:
+    """A protection run, one round at a time; see `protection`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task: Task,
+        original: Domain,
+        restricted: tuple[Domain, ...],
+        spec: ProtectSpec,
+        out: Path | None,
+        head: str | None,
+        device: str | torch.device | None,
+        model_spec: ModelSpec | None,
+    ) -> None:
+        self.spec = spec
+        self.setting = make_setting(
+            model,
+            task=task,
+            original=original,
+            restricted=restricted,
+            head=head,
+            precision=spec.precision,
+            device=device,
+            check=check_distinct,
+        )
+        _check_batches(spec, original, restricted)
+        self.out = out
+        self.model_spec = model_spec
+        self.identity = {
+            "spec": spec.fingerprint(),
+            "model": weights_sha256(model),
+            "domains": fingerprint_of([d.fingerprint() for d in (original, *restricted)]),
+            "precision": self.setting.precision,
+        }
+        self._given = model
+        self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
+        parameters = list(self.model.parameters())
+        self.suppressor = Adam(parameters, spec.suppression_rate, fused=True)
+        self.reinforcer = Adam(parameters, spec.reinforcement_rate, fused=True)
+        self.rehearsals = Rehearsals(spec, self.setting, [d.weight for d in restricted])
+        self.original_feed = self.setting.feed(
+            original,
+            original.train,
+            batch_size=spec.original_batch_size,
+            stream=(spec.seed, ("original",)),
+            augmentation=spec.original_augmentation,
+        )
+        self.rounds: list[Round] = []
+        self.reinforced = 0
+        self.extra_reinforcement = 0
+        self.window: list[float] = []
+        self.shipped: _Good | None = None
+        self.before: Score | None = None
+        self.last_good: dict[str, Tensor] = {}
+        self._open()
+
+    @property
+    def done(self) -> int:
+        """Rounds finished so far."""
+        return len(self.rounds)
+
+    def __len__(self) -> int:
+        """Return the number of rounds of the whole run."""
+        return self.spec.rounds
+
+    def __iter__(self) -> Iterator[Round]:
+        """Run the remaining rounds, yielding each once it is recorded."""
+        while self.done < self.spec.rounds:
+            self.rounds.append(self._round(self.done))
+            if self.out is not None:
+                with (self.out / _ROUNDS).open("a", encoding="utf-8") as file:
+                    file.write(self.rounds[-1].model_dump_json() + "\n")
+                if self.done % self.spec.checkpoint_every == 0 or self.done == self.spec.rounds:
+                    self.save()
+            yield self.rounds[-1]
+
+    def result(self) -> Protected:
+        """Return the protected model after the last round, written to the folder if there is one.
+
+        Raises IntactnessError if no checked weights met the tolerance; every file is kept.
+        """
+        if self.done < self.spec.rounds:
+            raise CheckpointError(
+                f"round {self.done} of {self.spec.rounds}: iterate to the end before result()"
+            )
+        guard, before = self.spec.guard, self._reference()
+        if self.shipped is None:
+            scores = [r.guard_score for r in self.rounds if r.guard_score is not None]
+            raise IntactnessError(
+                f"no weights stayed within {guard.tolerance_points} points of"
+                f" {100 * before.value:.1f} % on {self.setting.original.name!r} (best"
+                f" {100 * max(scores):.1f} %): raise reinforcement_steps or guard.tolerance_points,"
+                " or lower suppression_rate"
+            )
+        model = copy.deepcopy(self._given)
+        model.load_state_dict(self.shipped.tensors)
+        model.eval()
+        result = Protected(
+            model=model,
+            rounds=tuple(self.rounds),
+            before=before,
+            after=self.shipped.score,
+            shipped_round=self.shipped.round,
+            folder=self.out,
+        )
+        if self.out is not None:
+            save_model(self.out, model, self._description(result))
+            write_json(self.out / _DONE, self._description(result)["protection"])
+        return result
+
+    def save(self) -> None:
+        """Write the state to resume from. Without a folder this does nothing."""
+        if self.out is None:
+            return
+        tensors, plain = self._state()
+        save_state(self.out / _STATES, self.done, tensors, plain)
+
+    # --- one round ---------------------------------------------------------------------------
+
+    def _round(self, index: int) -> Round:
+        start = time.perf_counter()
+        losses, scores, norms, labels, domains = [], [], [], [], []
+        for _ in range(self.spec.suppression_steps):
+            total, attackers = self.rehearsals.suppress(self.model)
+            labels += [attacker.strategy.label() for attacker in attackers]
+            domains += [attacker.domain.name for attacker in attackers]
+            norm = self._apply(total.gradients)
+            values = torch.stack([total.loss, total.score, norm]).tolist()
+            _require_finite(values, index, labels, "suppression")
+            losses.append(values[0])
+            scores.append(values[1])
+            norms.append(values[2])
+        reinforced = [self._reinforce() for _ in range(self._reinforcement_steps())]
+        pairs = torch.stack(reinforced).mean(0).tolist() if reinforced else None
+        if pairs is not None:
+            _require_finite(pairs, index, labels, "reinforcement")
+        query_score = sum(scores) / len(scores)
+        self.window.append(query_score)
+        steps = self._reinforcement_steps()
+        guard_score, verdict = self._guard(index + 1)
+        return Round(
+            index=index,
+            suppression_loss=sum(losses) / len(losses),
+            query_score=query_score,
+            original_loss=pairs[0] if pairs else None,
+            suppression_gradient_norm=sum(norms) / len(norms),
+            reinforcement_gradient_norm=pairs[1] if pairs else None,
+            strategies=tuple(labels),
+            domains=tuple(domains),
+            guard_score=guard_score,
+            guard=verdict,  # type: ignore[arg-type]
+            reinforcement_steps=steps,
+            wall_s=time.perf_counter() - start,
+        )
+
+    def _apply(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Take one clipped Adam step along the streamed gradient; return its norm before."""
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = gradients[name]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
+        self.suppressor.step()
+        self.suppressor.zero_grad(set_to_none=True)
+        return norm
+
+    def _reinforcement_steps(self) -> int:
+        return self.spec.reinforcement_steps + self.extra_reinforcement
+
+    def _reinforce(self) -> Tensor:
+        """Take one ordinary training step on the original domain; return loss and gradient norm."""
+        task, seed, step = self.setting.task, self.spec.seed, self.reinforced
+        images, labels = self.original_feed.batch(step)
+        self.model.train()
+        with seeded(seed, "reinforcement", step):
+            stream = generator(seed, "reinforcement", "task", step)
+            with self.setting.autocast():
+                outputs, targets = task.outputs(self.model, images, labels, stream)
+            loss = task.loss(outputs, targets).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
+        self.reinforcer.step()
+        self.reinforcer.zero_grad(set_to_none=True)
+        self.reinforced += 1
+        return torch.stack([loss.detach(), norm])
+
+    # --- intactness --------------------------------------------------------------------------
+
+    def _measure(self) -> Score:
+        original = self.setting.original
+        return evaluate(self.model, self.setting, original, original.validation)
+
+    def _reference(self) -> Score:
+        if self.before is None:
+            self.before = self._measure()
+        return self.before
+
+    def _guard(self, finished: int) -> tuple[float | None, str | None]:
+        """Check intactness if it is due; on violation go back and reinforce more from then on."""
+        if finished % self.spec.guard.every and finished != self.spec.rounds:
+            return None, None
+        score = self._measure()
+        allowed = self._reference().value - self.spec.guard.tolerance_points / 100
+        query_score = sum(self.window) / len(self.window)
+        self.window = []
+        if score.value < allowed - 1e-12:
+            self.model.load_state_dict(self.last_good)
+            self.extra_reinforcement += 1
+            return score.value, "violated"
+        self.last_good = _snapshot(self.model)
+        better = self.shipped is None or query_score <= self.shipped.query_score
+        if self.spec.guard.ship == "last" or better:
+            self.shipped = _Good(self.last_good, finished, score, query_score)
+        return score.value, "met"
+
+    # --- resuming ----------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Start afresh or take up the newest state of the folder."""
+        if self.out is not None:
+            held = self.out / _RUN
+            if held.is_file():
+                _require_same_run(read_json(held), self.identity, self.out)
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            require_writable(self.out, needed_bytes=size * (10 + 3 * self.spec.rehearsal.pool))
+            if not held.is_file():
+                write_json(held, {**self.identity, "resolved": self.spec.model_dump(mode="json")})
+            state = load_state(self.out / _STATES)
+            if state is not None:
+                self._restore(*state)
+                return
+            write_text(self.out / _ROUNDS, "")
+        self._reference()
+        self.last_good = _snapshot(self.model)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        attackers, pool = self.rehearsals.state()
+        groups = {
+            "model": self.model.state_dict(),
+            "last_good": self.last_good,
+            "shipped": {} if self.shipped is None else self.shipped.tensors,
+            "attackers": attackers,
+        }
+        plain: dict[str, Any] = {}
+        for name, optimizer in self._optimizers().items():
+            groups[name], plain[name] = optimizer_tensors(optimizer)
+        tensors = {f"{g}|{name}": value for g, held in groups.items() for name, value in held.items()}
+        shipped = None
+        if self.shipped is not None:
+            held_score = self.shipped.score.model_dump()
+            shipped = [self.shipped.round, held_score, self.shipped.query_score]
+        meta = {
+            "rounds": [record.model_dump(mode="json") for record in self.rounds],
+            "reinforced": self.reinforced,
+            "extra_reinforcement": self.extra_reinforcement,
+            "window": self.window,
+            "before": self._reference().model_dump(),
+            "shipped": shipped,
+            "pool": pool,
+            "optimizers": plain,
+        }
+        return tensors, meta
+
+    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        def group(name: str) -> dict[str, Tensor]:
+            mark = name + "|"
+            return {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
+
+        self.model.load_state_dict(group("model"))
+        self.last_good = group("last_good")
+        self.rounds = [Round.model_validate(held) for held in meta["rounds"]]
+        self.reinforced = meta["reinforced"]
+        self.extra_reinforcement = meta["extra_reinforcement"]
+        self.window = meta["window"]
+        self.before = Score.model_validate(meta["before"])
+        if meta["shipped"] is not None:
+            finished, score, query_score = meta["shipped"]
+            good = Score.model_validate(score)
+            self.shipped = _Good(group("shipped"), finished, good, query_score)
+        for name, optimizer in self._optimizers().items():
+            restore_optimizer(optimizer, group(name), meta["optimizers"][name])
+        self.rehearsals.restore(self.model, group("attackers"), meta["pool"])
+        if self.out is not None:
+            lines = [record.model_dump_json() + "\n" for record in self.rounds]
+            write_text(self.out / _ROUNDS, "".join(lines))
+
+    def _optimizers(self) -> dict[str, Adam]:
+        return {"suppressor": self.suppressor, "reinforcer": self.reinforcer}
+
+    def _description(self, result: Protected) -> dict[str, Any]:
+        protection = {
+            "spec": self.spec.model_dump(mode="json"),
+            "identity": self.identity,
+            "original": self.setting.original.name,
+            "restricted": [domain.name for domain in self.setting.restricted],
+            "head": self.setting.head,
+            "validation_before": result.before.model_dump(),
+            "validation_after": result.after.model_dump(),
+            "shipped_round": result.shipped_round,
+            "rounds": len(result.rounds),
+            "guard_violations": sum(r.guard == "violated" for r in result.rounds),
+            "wall_s": sum(r.wall_s for r in result.rounds),
+        }
+        spec = None if self.model_spec is None else self.model_spec.model_dump(mode="json")
+        return {"model": spec, "protection": protection}
+
+
+def protection(
+    model: nn.Module,
+    *,
+    original: Domain,
+    restricted: Domain | list[Domain] | tuple[Domain, ...],
+    task: Task | None = None,
+    spec: ProtectSpec | None = None,
+    out: str | Path | None = None,
+    head: str | None = None,
+    model_spec: ModelSpec | None = None,
+) -> Protection:
+    """Return a protection run: iterate it for its rounds, then ask it for its `result()`.
+
+    Implements SOPHON (arXiv 2404.12699, algorithm 1). The model passed in is never changed.
+    With `out`, a folder, the run resumes there when it is repeated. `head` names the classifier
+    layer where it cannot be found; `model_spec` is written beside the weights as provenance.
+
+    Raises DataError, UnsupportedModelError or CheckpointError before any work; while it runs,
+    NonFiniteError.
+    """
+    return Protection(
+        model,
+        task=task or Classification(),
+        original=original,
+        restricted=(restricted,) if isinstance(restricted, Domain) else tuple(restricted),
+        spec=spec or ProtectSpec(),
+        out=None if out is None else Path(out),
+        head=head,
+        device=None,
+        model_spec=model_spec,
+    )
+
+
+def protect(
+    model: nn.Module,
+    *,
+    original: Domain,
+    restricted: Domain | list[Domain] | tuple[Domain, ...],
+    task: Task | None = None,
+    spec: ProtectSpec | None = None,
+    out: str | Path | None = None,
+    head: str | None = None,
+    model_spec: ModelSpec | None = None,
+) -> Protected:
+    """Return the protected model; see `protection` for the arguments.
+
+    Raises IntactnessError if no weights kept the original task within the tolerance.
+    """
+    run = protection(
+        model,
+        original=original,
+        restricted=restricted,
+        task=task,
+        spec=spec,
+        out=out,
+        head=head,
+        model_spec=model_spec,
+    )
+    for _ in run:
+        pass
+    return run.result()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is expected to take: seconds a round and in all, and the process's peak memory."""
+
+    round_s: float
+    total_s: float
+    peak_bytes: int
+
+
+def forecast(
+    model: nn.Module,
+    *,
+    original: Domain,
+    restricted: tuple[Domain, ...],
+    spec: ProtectSpec,
+    head: str | None = None,
+) -> Forecast:
+    """Return a forecast from two short measured rounds; nothing is written."""
+    seconds = {}
+    lengths = sorted({1, min(4, spec.rehearsal.steps)})
+    for steps in lengths:
+        rehearsal = spec.rehearsal.model_copy(update={"steps": steps, "horizon": None})
+        short = spec.model_copy(update={"rounds": 2, "rehearsal": rehearsal})
+        run = protection(model, original=original, restricted=restricted, spec=short, head=head)
+        seconds[steps] = [round_.wall_s for round_ in run][0]
+        seconds[steps] = min(seconds[steps], run.rounds[0].wall_s)
+    first, last = seconds[lengths[0]], seconds[lengths[-1]]
+    slope = max(0.0, last - first) / max(1, lengths[-1] - lengths[0])
+    round_s = first + slope * (spec.rehearsal.steps - 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Forecast(round_s=round_s, total_s=round_s * spec.rounds, peak_bytes=peak)
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _require_finite(values: list[float], index: int, labels: list[str], part: str) -> None:
+    if not all(math.isfinite(value) for value in values):
+        raise NonFiniteError(
+            f"round {index}: the {part} loss or gradient is not finite (strategies: "
+            f"{', '.join(labels)}): lower that strategy's learning rate or the"
+            f" {part}_rate, or set clip_norm; states written before are kept"
+        )
+
+
+def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain, ...]) -> None:
+    check_batch_fits(original, spec.original_batch_size, "protect.original_batch_size")
+    rehearsal = spec.rehearsal
+    sizes = rehearsal.distribution.batch_sizes
+    largest = max(sizes) if rehearsal.fixed is None else rehearsal.fixed.batch_size
+    for domain in restricted:
+        check_batch_fits(
+            domain,
+            largest + rehearsal.query_batch_size,
+            "protect.rehearsal: batch_size + query_batch_size",
+        )
+
+
+def _require_same_run(held: dict[str, Any], identity: dict[str, str], folder: Path) -> None:
+    different = [name for name, value in identity.items() if held.get(name) != value]
+    if different:
+        raise CheckpointError(
+            f"{folder} holds a run with another {' and '.join(different)}: give another --out, or"
+            " delete that folder to start over"
+        )
+
+

@@ -75,7 +75,7 @@ def command_line() -> str:
     for arguments in ([], *([name] for name in COMMANDS)):
         title = " ".join(["sophon", *arguments])
         run = subprocess.run(
-            [sys.executable, "-m", "sophon", *arguments, "--help"],
+            [Path(sys.executable).with_name("sophon"), *arguments, "--help"],
             capture_output=True,
             text=True,
             check=True,

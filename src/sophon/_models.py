@@ -420,7 +420,12 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str) -> None:
         except _PROBE_ERRORS as error:
             raise _cannot_take(model, image_shape, what, str(error)) from None
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if not isinstance(output, Tensor) or len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
+        if (
+            not isinstance(output, Tensor)
+            or output.dim() != 2
+            or len(output) != 2
+            or (output.shape[1] < 2)
+        ):
             raise UnsupportedModelError(
                 f"the model's output for two images is {shape}; a classifier returns "
                 "(2, classes): wrap it so that forward returns the logits alone"
@@ -712,7 +717,8 @@ def normalised_pairs(model: nn.Module, image_shape: Shape) -> list[tuple[str, st
 
     handles = []
     for module in model.modules():
-        if not any(True for _ in module.children()) or isinstance(module, _NORMS):
+        # A block that takes the tensor may add it to what its normalisation makes of it.
+        if not isinstance(module, nn.Sequential):
             handles.append(module.register_forward_pre_hook(before))
             handles.append(module.register_forward_hook(after))
     try:

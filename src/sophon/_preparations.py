@@ -123,9 +123,7 @@ def _batch_norm(
         _forget(factors, name)
 
 
-def _reestimate(
-    model: nn.Module, norms: list[Any], count: int, surroundings: Surroundings
-) -> None:
+def _reestimate(model: nn.Module, norms: list[Any], count: int, surroundings: Surroundings) -> None:
     """Set the running statistics to the plain average over `count` batches.
 
     Only BatchNorm runs in train mode: dropout would distort what evaluation then meets.

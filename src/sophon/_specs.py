@@ -67,7 +67,7 @@ class RescaleWeights(Spec):
 
 
 class BatchNorm(Spec):
-    """Put BatchNorm back: `reset` re-initialises it, `reestimate` measures the domain's statistics."""
+    """Put BatchNorm back: `reset` re-initialises it, `reestimate` measures its statistics anew."""
 
     kind: Literal["batch_norm"] = "batch_norm"
     mode: Literal["reset", "reestimate"] = "reestimate"
@@ -111,7 +111,8 @@ class Strategy(Spec):
 
     def label(self) -> str:
         """Return a short name that tells this strategy from its neighbours, such as
-        `init-FC+all sgd_momentum 1e-02`."""
+        `init-FC+all sgd_momentum 1e-02`.
+        """
         kinds = [preparation.kind for preparation in self.preparations]
         start = "init-FC" if "fresh_head" in kinds else "direct"
         others = [kind for kind in kinds if kind != "fresh_head"]
@@ -180,7 +181,7 @@ class Rehearsal(Spec):
 
 
 class Guard(Spec):
-    """The intactness guard: checked on the original domain's validation split every `every` rounds."""
+    """The intactness guard: the original domain's validation split, checked every `every` rounds."""
 
     tolerance_points: NonNegative = 2.0
     every: Positive = 10
@@ -291,8 +292,15 @@ def parse_spec(cls: type[AnySpec], data: dict[str, Any], *, where: str) -> AnySp
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise SpecError(f"{where}: {error}; only TOML numbers, text and tables") from None
-        lines = [_describe(cls, fault) for fault in error.errors()[:3]]
+        faults = [f for f in error.errors() if not _follows(f, error.errors())]
+        lines = [_describe(cls, fault) for fault in faults[:3]]
         raise SpecError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _follows(fault: Any, faults: list[Any]) -> bool:
+    """Return whether a list is only too short because one of its items is at fault."""
+    inside = (f["loc"][: len(fault["loc"])] == fault["loc"] for f in faults if f is not fault)
+    return fault["type"] == "too_short" and any(inside)
 
 
 def _describe(cls: type[Spec], fault: Any) -> str:

@@ -40,10 +40,10 @@ class Classification:
     def outputs(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return logits (batch, classes) in float32 and the labels."""
+        """Return logits (batch, classes), in float32 or wider, and the labels."""
         del generator
         logits: Tensor = model(images)
-        return logits.float(), labels
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each image."""

@@ -1,0 +1,177 @@
+"""The audit: same program for every subject, nothing run twice, failures kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import digits, original, restricted, scratch_model, trained_model
+from torch import nn
+
+from sophon._attacks import SUITES, strategies_of, suite_fingerprint
+from sophon._audit import audit, auditing, evaluation_steps
+from sophon._errors import AuditError, CheckpointError, DataError, SpecError
+from sophon._networks import SmallConvNet
+from sophon._records import AuditRecord, Trial
+from sophon._specs import AuditSpec, Strategy
+
+SPEC = AuditSpec(steps=8, evaluations=3, batch_size=32, precision="fp32")
+
+
+def _record(store: Path | None = None, spec: AuditSpec = SPEC) -> AuditRecord:
+    return audit(
+        trained_model(),
+        unprotected=trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=spec,
+        store=store,
+        scratch=scratch_model,
+    )
+
+
+def _essence(trial: Trial) -> dict[str, object]:
+    return trial.model_dump(exclude={"wall_s"})
+
+
+def test_equal_subjects_get_equal_trials_and_every_trial_is_kept() -> None:
+    record = _record()
+    assert len(record.trials) == 3 * 12
+    by = {s: [t for t in record.trials if t.subject == s] for s in ("protected", "unprotected")}
+    for first, second in zip(by["protected"], by["unprotected"], strict=True):
+        assert first.curve == second.curve
+        assert first.test == second.test
+    assert all(t.outcome.kind == "completed" for t in record.trials)
+
+
+def test_a_repeated_audit_runs_only_what_is_missing(tmp_path: Path) -> None:
+    first = _record(tmp_path)
+    files = sorted((tmp_path / "trials").iterdir())
+    stamps = [f.stat().st_mtime_ns for f in files]
+    files[3].unlink()
+    again = auditing(
+        trained_model(),
+        unprotected=trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC,
+        store=tmp_path,
+        scratch=scratch_model,
+    )
+    assert again.missing() in (1, 2)
+    for _ in again:
+        pass
+    assert [_essence(t) for t in again.record().trials] == [_essence(t) for t in first.trials]
+    kept = [f.stat().st_mtime_ns for i, f in enumerate(files) if i != 3]
+    assert kept == [stamp for i, stamp in enumerate(stamps) if i != 3]
+
+
+def test_the_record_survives_its_json() -> None:
+    record = _record(spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}))
+    assert AuditRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_a_damaged_trial_names_its_file(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
+    _record(tmp_path, spec)
+    victim = next((tmp_path / "trials").iterdir())
+    victim.write_text("{}")
+    with pytest.raises(CheckpointError, match=victim.name):
+        _record(tmp_path, spec)
+
+
+class _Fragile(SmallConvNet):
+    """Raises in train mode: it only looks protected."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise RuntimeError("cannot be trained")
+        result: torch.Tensor = super().forward(images)
+        return result
+
+
+def test_a_crashed_attack_is_recorded_and_the_rest_goes_on() -> None:
+    fragile = _Fragile(classes=5, in_channels=1)
+    fragile.load_state_dict(trained_model().state_dict())
+    record = audit(
+        fragile,
+        unprotected=trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}),
+        scratch=scratch_model,
+    )
+    crashed = [t for t in record.trials if t.outcome.kind == "crashed"]
+    assert {t.subject for t in crashed} == {"protected"}
+    assert "cannot be trained" in crashed[0].outcome.traceback
+    assert len(record.trials) == 36
+
+
+def test_a_diverged_attack_is_not_a_score() -> None:
+    extra = Strategy(optimizer="sgd", learning_rate=1000.0, momentum=0.0)
+    model = trained_model()
+    model.get_parameter("head.weight" if hasattr(model, "head") else _head(model)).data.mul_(1e30)
+    record = audit(
+        model,
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC.model_copy(update={"extra": (extra,)}),
+    )
+    kinds = {t.outcome.kind for t in record.trials if t.subject == "protected"}
+    assert "diverged" in kinds
+
+
+def _head(model: nn.Module) -> str:
+    return [name for name, _ in model.named_parameters() if name.endswith("weight")][-1]
+
+
+def test_real_attacks_learn_and_scratch_learns_less() -> None:
+    spec = AuditSpec(steps=40, evaluations=4, batch_size=32, precision="fp32")
+    record = _record(spec=spec)
+    best = {
+        s: max(p.validation.value for t in record.trials if t.subject == s for p in t.curve)
+        for s in ("unprotected", "scratch")
+    }
+    assert best["unprotected"] > 0.9
+    early = {
+        s: max(t.curve[1].validation.value for t in record.trials if t.subject == s)
+        for s in ("unprotected", "scratch")
+    }
+    assert early["unprotected"] >= early["scratch"]
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(AuditError, match="another architecture"):
+        audit(
+            trained_model(),
+            unprotected=SmallConvNet(classes=7, in_channels=1),
+            original=original(),
+            restricted=restricted(),
+        )
+
+
+def test_the_same_data_twice_is_refused() -> None:
+    same = digits(0, 5)
+    with pytest.raises(DataError):
+        audit(trained_model(), original=original(), restricted=same)
+
+
+def test_unknown_suites_list_the_known_ones() -> None:
+    with pytest.raises(SpecError, match="quick-1"):
+        strategies_of(AuditSpec(suite="quick-9"))
+
+
+def test_quick_1_is_as_released() -> None:
+    assert len(SUITES["quick-1"]) == 12
+    assert suite_fingerprint("quick-1") == QUICK_1_SHA256
+
+
+QUICK_1_SHA256 = "95e22e6abd849d70450a30498172eef1dbd820e91ddd526e672773c18655eb75"
+
+
+def test_evaluations_end_at_the_horizon() -> None:
+    due = evaluation_steps(200, 12)
+    assert max(due) == 200
+    assert min(due) == 5
+    assert len(due) == 12

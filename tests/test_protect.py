@@ -1,0 +1,197 @@
+"""Protection: its promises to the caller, the guard, and going on after being killed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import original, quick_spec, restricted, trained_model
+from safetensors.torch import load_file
+from torch import nn
+
+from sophon._checkpoints import load_state
+from sophon._errors import CheckpointError, DataError, IntactnessError, NonFiniteError
+from sophon._protect import forecast, protect, protection
+from sophon._specs import Guard, ProtectSpec, Strategy
+
+
+def _protect(spec: ProtectSpec, out: Path | None = None) -> nn.Module:
+    return protect(
+        trained_model(), original=original(), restricted=restricted(), spec=spec, out=out
+    ).model
+
+
+def _equal(first: nn.Module, second: nn.Module) -> bool:
+    others = second.state_dict()
+    return all(torch.equal(value, others[key]) for key, value in first.state_dict().items())
+
+
+def test_the_argument_is_left_bit_identical_and_the_keys_are_kept() -> None:
+    model = trained_model()
+    before = copy.deepcopy(model.state_dict())
+    result = protect(model, original=original(), restricted=restricted(), spec=quick_spec())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert list(result.model.state_dict()) == list(before)
+    assert not _equal(result.model, model)
+    assert type(result.model) is type(model)
+
+
+def test_one_seed_gives_one_result_and_another_seed_another() -> None:
+    first, second = _protect(quick_spec()), _protect(quick_spec())
+    assert _equal(first, second)
+    assert not _equal(first, _protect(quick_spec(seed=1)))
+
+
+def test_every_round_is_recorded() -> None:
+    run = protection(
+        trained_model(), original=original(), restricted=restricted(), spec=quick_spec()
+    )
+    rounds = list(run)
+    assert [r.index for r in rounds] == list(range(6))
+    assert all(len(r.strategies) == 2 and r.suppression_gradient_norm > 0 for r in rounds)
+    assert [r.guard is not None for r in rounds] == [False, True] * 3
+
+
+def test_suppression_works_on_the_rehearsed_query() -> None:
+    """Long enough, the rehearsed attackers' query accuracy falls: the effect itself."""
+    strategy = Strategy(optimizer="sgd", learning_rate=1e-3, batch_size=32)
+    rehearsal = quick_spec().rehearsal.model_copy(update={"fixed": strategy, "horizon": None})
+    spec = quick_spec(rounds=30, rehearsal=rehearsal, suppression_rate=3e-3)
+    run = protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    rounds = list(run)
+    first = sum(r.suppression_loss for r in rounds[:5])
+    assert sum(r.suppression_loss for r in rounds[-5:]) < 0.5 * first
+
+
+def test_a_violation_returns_to_good_weights_and_reinforces_more() -> None:
+    spec = quick_spec(suppression_rate=0.5, guard=Guard(every=2, tolerance_points=1.0))
+    run = protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    rounds = list(run)
+    assert any(r.guard == "violated" for r in rounds)
+    assert rounds[-1].reinforcement_steps > spec.reinforcement_steps
+
+
+def test_no_weights_within_tolerance_is_an_error_that_keeps_the_files(tmp_path: Path) -> None:
+    spec = quick_spec(
+        rounds=2,
+        suppression_rate=5.0,
+        reinforcement_steps=0,
+        guard=Guard(every=1, tolerance_points=0.0),
+    )
+    with pytest.raises(IntactnessError, match="tolerance_points"):
+        _protect(spec, tmp_path)
+    assert (tmp_path / "rounds.jsonl").read_text().count("\n") == 2
+    assert load_state(tmp_path / "states") is not None
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path) -> None:
+    strategy = Strategy(optimizer="sgd", learning_rate=1000.0, batch_size=16)
+    rehearsal = quick_spec().rehearsal.model_copy(
+        update={"fixed": strategy, "horizon": None, "steps": 40, "strategies": 1}
+    )
+    spec = quick_spec(rehearsal=rehearsal, suppression="reversed_logits")
+    model = trained_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e4)
+    run = protection(model, original=original(), restricted=restricted(), spec=spec, out=tmp_path)
+    run.model.get_submodule(run.setting.head).weight.data.fill_(torch.inf)
+    with pytest.raises(NonFiniteError, match="round 0.*learning rate"):
+        list(run)
+    assert (tmp_path / "rounds.jsonl").exists()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    _protect(quick_spec(rounds=1, guard=Guard(every=1, tolerance_points=100.0)), tmp_path)
+    with pytest.raises(CheckpointError, match="another spec"):
+        _protect(quick_spec(rounds=2), tmp_path)
+
+
+def test_too_few_images_for_a_batch_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="original_batch_size"):
+        _protect(quick_spec(original_batch_size=100_000), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_forecast_measures(tmp_path: Path) -> None:
+    expected = forecast(
+        trained_model(), original=original(), restricted=(restricted(),), spec=quick_spec()
+    )
+    assert 0 < expected.round_s < 60
+    assert expected.total_s == pytest.approx(6 * expected.round_s)
+    assert expected.peak_bytes > 1e7
+
+
+# Runs the protection and kills its own process at the N-th event: a file flushed, renamed or
+# replaced, or an optimizer step of the real model.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from builders import original, quick_spec, restricted, trained_model
+from sophon import _protect
+from sophon._rehearsal import Rehearsals
+
+left = int(sys.argv[2])
+def counted(function):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+model = trained_model()
+os.fsync = counted(os.fsync)
+Path.replace = counted(Path.replace)
+Path.rename = counted(Path.rename)
+Rehearsals.suppress = counted(Rehearsals.suppress)
+_protect.Protection._reinforce = counted(_protect.Protection._reinforce)
+_protect.protect(model, original=original(), restricted=restricted(), spec=quick_spec(),
+                 out=Path(sys.argv[1]))
+print("finished", left)
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> nn.Module:
+    return _protect(quick_spec())
+
+
+@pytest.mark.parametrize("event", [1, 4, 6, 9, 13, 18, 24, 31, 39, 47, 55, 63])
+def test_killed_anywhere_the_repeated_command_gives_identical_weights(
+    event: int, uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run"), str(event)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
+    )
+    assert killed.returncode == -9, killed.stdout + killed.stderr
+    resumed = _protect(quick_spec(), tmp_path / "run")
+    assert _equal(resumed, uninterrupted)
+    held = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(held[k], v) for k, v in uninterrupted.state_dict().items())
+    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == list(range(6))
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(
+    uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    _protect(quick_spec(), tmp_path)
+    newest = sorted((tmp_path / "states").iterdir())[-1]
+    (newest / "tensors.safetensors").write_bytes(b"damaged")
+    assert _equal(_protect(quick_spec(), tmp_path), uninterrupted)

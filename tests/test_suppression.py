@@ -1,0 +1,80 @@
+"""Suppression losses against their formulas in float64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sophon._suppression import SUPPRESSIONS
+
+
+def _logits(classes: int, scale: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    stream = torch.Generator().manual_seed(classes)
+    return (torch.randn(9, classes, generator=stream, dtype=torch.float64) * scale).to(dtype)
+
+
+def _labels(classes: int) -> torch.Tensor:
+    return torch.arange(9) % classes
+
+
+def _formula(name: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    true = p[torch.arange(len(labels)), labels]
+    q = (-logits).exp() / (-logits).exp().sum(1, keepdim=True)
+    classes = logits.shape[1]
+    return {
+        "ice": -torch.log(1 - true),
+        "reversed_logits": -torch.log(q[torch.arange(len(labels)), labels]),
+        "klu": -(classes * p).log().mean(1),
+        "negated_ce": true.log(),
+    }[name]
+
+
+def _gradient_formula(name: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    p, q = logits.softmax(1), (-logits).softmax(1)
+    one = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits)
+    true = (p * one).sum(1, keepdim=True)
+    return {
+        "ice": one * true - (1 - one) * p * true / (1 - true),
+        "reversed_logits": one - q,
+        "klu": p - 1 / logits.shape[1],
+        "negated_ce": one - p,
+    }[name]
+
+
+@pytest.mark.parametrize("name", SUPPRESSIONS)
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
+def test_values_and_gradients_equal_the_formula(name: str, classes: int, scale: float) -> None:
+    logits, labels = _logits(classes, scale).requires_grad_(True), _labels(classes)
+    loss = SUPPRESSIONS[name](logits, labels)
+    torch.testing.assert_close(loss, _formula(name, logits, labels), rtol=1e-9, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(
+        gradient, _gradient_formula(name, logits.detach(), labels), rtol=1e-8, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", SUPPRESSIONS)
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(st.floats(-200, 200, width=32), min_size=2, max_size=12), label=st.integers(0, 11)
+)
+def test_finite_on_logits_of_plus_minus_200(name: str, rows: list[float], label: int) -> None:
+    logits = torch.tensor([rows], dtype=torch.float32, requires_grad=True)
+    loss = SUPPRESSIONS[name](logits, torch.tensor([label % len(rows)]))
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert bool(loss.isfinite().all())
+    assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_inverse_cross_entropy_at_the_extremes(sign: float) -> None:
+    logits = torch.tensor([[200.0 * sign, -200.0 * sign]], requires_grad=True)
+    loss = SUPPRESSIONS["ice"](logits, torch.tensor([0]))
+    assert loss.item() == pytest.approx(400.0 if sign > 0 else 0.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    expected = [[1.0, -1.0]] if sign > 0 else [[0.0, 0.0]]
+    assert gradient.tolist() == pytest.approx(expected)

@@ -1,0 +1,50 @@
+"""Build networks, load their weights, find and replace their heads, and look inside them.
+
+Image shapes are (channels, height, width). Nothing here changes a model unless its name says
+so: probing leaves weights, buffers, modes and the random generators as they were.
+"""
+
+from sophon._models._building import Blueprint, architecture, blueprint, resolve_model
+from sophon._models._fresh import fresh_copy, reinitialise
+from sophon._models._heads import find_head, head_classes, replace_head
+from sophon._models._probing import (
+    Names,
+    Shape,
+    check_images,
+    expected_channels,
+    probe_images,
+    probing,
+)
+from sophon._models._structure import (
+    blocks,
+    choose_channels_last,
+    choose_precision,
+    normalised_pairs,
+)
+from sophon._models._weights import load_weights, read_tensors, require_finite, weights_sha256
+
+__all__ = [
+    "architecture",
+    "blocks",
+    "Blueprint",
+    "blueprint",
+    "check_images",
+    "choose_channels_last",
+    "choose_precision",
+    "expected_channels",
+    "find_head",
+    "fresh_copy",
+    "head_classes",
+    "load_weights",
+    "Names",
+    "normalised_pairs",
+    "probe_images",
+    "probing",
+    "read_tensors",
+    "reinitialise",
+    "replace_head",
+    "require_finite",
+    "resolve_model",
+    "Shape",
+    "weights_sha256",
+]

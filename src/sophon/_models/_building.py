@@ -1,0 +1,252 @@
+"""Networks by name, with their weights."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon._compatibility import prepare_torchvision
+from sophon._errors import CheckpointError, UnsupportedModelError
+from sophon._models._heads import find_head, head_classes, replace_head
+from sophon._models._probing import (
+    made_for,
+)
+from sophon._models._weights import load_weights, read_tensors, require_finite
+from sophon._networks import NETWORKS
+from sophon._specs import ModelSpec, parse_spec
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How to make a network again: `build(classes)` has random weights; None: its own classes."""
+
+    name: str
+    build: Callable[[int | None], nn.Module]
+
+
+def resolve_model(
+    spec: ModelSpec, *, base: Path, default_classes: int | None = None
+) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    """Return the network with its weights loaded, and a factory for a freshly initialised one.
+
+    Both have the same number of classes: `spec.classes`, or what the weights hold (published
+    ones too), or `default_classes`, or the network's own. Relative paths start at `base`.
+
+    Raises UnsupportedModelError for a network that cannot be built or has non-finite weights
+    and CheckpointError for weights that cannot be read or do not fit.
+    """
+    network = architecture(spec, base=base)
+    plan = blueprint(network)
+    file = _weights_file(spec, base)
+    classes = spec.classes or network.classes or default_classes
+    if spec.pretrained:
+        classes = spec.classes
+        model = _pretrained(spec)
+    elif file is None:
+        model = plan.build(classes)
+    else:
+        tensors = read_tensors(file)
+        classes = spec.classes or _classes_in(tensors, plan, classes)
+        model = plan.build(classes)
+        load_weights(model, tensors, source=str(file))
+    require_finite(model, what=spec.name)
+    return model.eval(), lambda: plan.build(classes).eval()
+
+
+def architecture(spec: ModelSpec, *, base: Path) -> ModelSpec:
+    """Return the spec of the underlying network: a checkpoint's is read from its `model.json`.
+
+    Raises UnsupportedModelError for unknown names and CheckpointError for a damaged checkpoint.
+    """
+    for _ in range(4):
+        folder = _checkpoint_folder(spec.name, base)
+        if folder is None:
+            return spec
+        if spec.weights is not None or spec.pretrained:
+            raise UnsupportedModelError(
+                f"model.name = {spec.name!r} is a checkpoint and brings its own weights: "
+                "remove model.weights and model.pretrained"
+            )
+        described = _read_description(folder / "model.json")
+        head = spec.head if spec.head is not None else described.head
+        unloaded = {"weights": None, "pretrained": False, "head": head}
+        spec, base = described.model_copy(update=unloaded), folder
+    raise CheckpointError(f"{spec.name}: checkpoints refer to one another without end")
+
+
+def blueprint(spec: ModelSpec) -> Blueprint:
+    """Return how to build the network that `spec.name` names, without weights.
+
+    Raises UnsupportedModelError for an unknown name, with near matches.
+    """
+    kind, _, name = spec.name.partition(":")
+    if kind == "timm" and name:
+        return Blueprint(spec.name, lambda classes: _build_timm(name, classes, spec.in_channels))
+    if kind == "torchvision" and name:
+        if spec.in_channels != 3:
+            raise UnsupportedModelError(
+                f"model.in_channels = {spec.in_channels}: torchvision's networks take 3; "
+                "use 3 (grey images are repeated) or a timm network"
+            )
+        return Blueprint(spec.name, lambda classes: _build_torchvision(name, classes))
+    if spec.name in NETWORKS:
+        network = NETWORKS[spec.name]
+        return Blueprint(spec.name, lambda classes: network(classes or 10, spec.in_channels))
+    raise UnsupportedModelError(_unknown(spec.name, list(NETWORKS)))
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else ""
+    forms = f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME or a path to a checkpoint"
+    return f"model.name = {name!r} is not known: {hint or forms}"
+
+
+def _library(name: str) -> Any:
+    prepare_torchvision()
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be imported ({error}): pip install 'sophon-protect[vision]'"
+        ) from None
+
+
+def _build_timm(name: str, classes: int | None, in_channels: int) -> nn.Module:
+    timm = _library("timm")
+    if not timm.is_model(name):
+        near = [f"timm:{found}" for found in timm.list_models()]
+        raise UnsupportedModelError(_unknown(f"timm:{name}", near))
+    arguments: dict[str, Any] = {"in_chans": in_channels}
+    if classes is not None:
+        arguments["num_classes"] = classes
+    return _create_timm(name, **arguments)
+
+
+def _create_timm(name: str, **arguments: Any) -> nn.Module:
+    timm = _library("timm")
+    try:
+        # Vision transformers then take any image size, with unchanged keys.
+        model: nn.Module = timm.create_model(name, dynamic_img_size=True, **arguments)
+    except TypeError:
+        model = timm.create_model(name, **arguments)
+    return model
+
+
+def _build_torchvision(name: str, classes: int | None) -> nn.Module:
+    models = _library("torchvision.models")
+    known = models.list_models(module=models)
+    if name not in known:
+        near = [f"torchvision:{found}" for found in known]
+        raise UnsupportedModelError(_unknown(f"torchvision:{name}", near))
+    arguments: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if name in ("googlenet", "inception_v3"):
+        arguments |= {"aux_logits": False, "init_weights": True}
+    model: nn.Module = models.get_model(name, weights=None, **arguments)
+    return model
+
+
+def _pretrained(spec: ModelSpec) -> nn.Module:
+    """Return the network with its publisher's weights; another class count gets a fresh head."""
+    kind, _, name = spec.name.partition(":")
+    loaders = {"timm": _pretrained_timm, "torchvision": _pretrained_torchvision}
+    if kind not in loaders:
+        raise UnsupportedModelError(
+            f"model.pretrained = true: {spec.name} has no published weights; set model.weights"
+        )
+    blueprint(spec).build(None)
+    try:
+        model = loaders[kind](name, spec.in_channels)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
+        raise UnsupportedModelError(
+            f"the published weights of {spec.name} are not at hand ({reason}): download them once "
+            "with a connection, or give the file as model.weights"
+        ) from None
+    if spec.classes is not None:
+        shape = (spec.in_channels, *made_for(model, (224, 224)))
+        head = find_head(model, shape, spec.head)
+        if head_classes(model, head) != spec.classes:
+            replace_head(model, head, spec.classes, seed=0, names=("pretrained",))
+    return model
+
+
+def _pretrained_timm(name: str, in_channels: int) -> nn.Module:
+    return _create_timm(name, pretrained=True, in_chans=in_channels)
+
+
+def _pretrained_torchvision(name: str, in_channels: int) -> nn.Module:
+    models = _library("torchvision.models")
+    weights = models.get_model_weights(name).DEFAULT
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+    if offline and not cached.is_file():
+        raise FileNotFoundError(f"offline, and {cached.name} is not in torch's cache")
+    # Its images have three channels: `blueprint` refused anything else.
+    model: nn.Module = models.get_model(name, weights=weights)
+    return model
+
+
+def _checkpoint_folder(name: str, base: Path) -> Path | None:
+    """Return the folder of a sophon checkpoint when `name` is a path to one, else None."""
+    path = base / name
+    if name.endswith(".safetensors"):
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        return path.parent
+    if name not in NETWORKS and ":" not in name and path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            raise CheckpointError(f"{path} holds no model.safetensors; name a checkpoint's folder")
+        return path
+    return None
+
+
+def _weights_file(spec: ModelSpec, base: Path) -> Path | None:
+    if spec.weights is not None:
+        if spec.pretrained:
+            raise UnsupportedModelError(
+                f"model.pretrained = true and model.weights = {spec.weights!r}: keep one of them"
+            )
+        return base / spec.weights
+    if _checkpoint_folder(spec.name, base) is None:
+        return None
+    path = base / spec.name
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def _read_description(path: Path) -> ModelSpec:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: for weights not written by sophon set model.name to the network "
+            "and model.weights to the file"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
+        raise CheckpointError(f"{path} has no 'model' table: it was not written by sophon")
+    return parse_spec(ModelSpec, description["model"], where=str(path))
+
+
+def _classes_in(tensors: dict[str, Tensor], plan: Blueprint, classes: int | None) -> int | None:
+    """Return the class count that makes the network fit, when only its outputs differ."""
+    found = {key.removeprefix("module."): value for key, value in tensors.items()}
+    expected = plan.build(classes).state_dict()
+    counts = set()
+    for key, value in expected.items():
+        if key not in found or found[key].shape == value.shape:
+            continue
+        if found[key].shape[1:] != value.shape[1:] or found[key].dim() != value.dim():
+            return classes
+        counts.add(found[key].shape[0])
+    return counts.pop() if len(counts) == 1 else classes

@@ -1,0 +1,105 @@
+"""Read weights from files of tensors, load them, check them, hash them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sophon._errors import CheckpointError, UnsupportedModelError
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of a torch file that holds tensors only.
+
+    A torch file may nest them under `state_dict` or `model`. Raises CheckpointError for a
+    missing, damaged or foreign file; a pickle with anything else in it is refused unread.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: set the path of the weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise CheckpointError(
+            f"{path} is refused: it is a pickle with more than tensors in it, which could run "
+            "code. Where you trust it, load it yourself and keep the state_dict with "
+            "safetensors.torch.save_file"
+        ) from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else "ends early"
+        raise CheckpointError(f"{path} is damaged or not a file of tensors ({reason})") from None
+    return _named_tensors(content, path)
+
+
+def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    foreign = [] if isinstance(content, dict) else [type(content).__name__]
+    if isinstance(content, dict):
+        foreign = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if foreign or not content:
+        raise CheckpointError(
+            f"{path} is not a file of named tensors ({', '.join(foreign[:3]) or 'empty'}): "
+            "save model.state_dict()"
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
+    """Load `tensors` into `model`; a `module.` prefix is dropped.
+
+    BatchNorm's `num_batches_tracked` may be missing. Raises CheckpointError naming the keys
+    that differ; the model is then unchanged.
+    """
+    found = {key.removeprefix("module."): value for key, value in tensors.items()}
+    expected = model.state_dict()
+    required = [key for key in expected if not key.endswith("num_batches_tracked")]
+    faults = {
+        "missing": [key for key in required if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in found and found[key].shape != value.shape
+        ],
+    }
+    if any(faults.values()):
+        lines = [
+            f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for fault, keys in faults.items()
+            if keys
+        ]
+        raise CheckpointError(
+            f"{source} is of another architecture than {type(model).__name__}: keys "
+            + "; ".join(lines)
+        )
+    model.load_state_dict(expected | found)
+
+
+def require_finite(model: nn.Module, *, what: str) -> None:
+    """Raise UnsupportedModelError naming the first weights or buffers that are NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UnsupportedModelError(
+                f"{what}: {name} holds NaN or infinite values; the weights are damaged"
+            )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return the SHA-256 (hex) of every parameter and buffer: names, types, shapes and bytes."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import digits, original, restricted, scratch_model, trained_model
 from torch import nn
 
+from builders import digits, original, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
 from sophon._audit import audit, auditing, evaluation_steps
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError

@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import original, restricted, trained_model
 
-from sophon._data import check_distinct
+from builders import original, restricted, trained_model
 from sophon._finetune import (
     OPTIMIZERS,
     SCHEDULES,
@@ -32,7 +31,6 @@ def _setting() -> Setting:
         head=None,
         precision="fp32",
         device="cpu",
-        check=check_distinct,
     )
 
 
@@ -45,8 +43,8 @@ PLAIN = {
     "sgd": lambda p, lr: torch.optim.SGD(p, lr, fused=False),
     "sgd_momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, fused=False),
     "nesterov": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True, fused=False),
-    "adagrad": lambda p, lr: torch.optim.Adagrad(p, lr),
-    "adadelta": lambda p, lr: torch.optim.Adadelta(p, lr),
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
     "adam": lambda p, lr: torch.optim.Adam(p, lr, fused=False),
     "adamw": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.0, fused=False),
 }
@@ -149,9 +147,8 @@ def test_schedules_stay_in_range(name: str) -> None:
 def test_the_global_generator_is_left_alone() -> None:
     setting = _setting()
     strategy = Strategy(batch_size=16, steps=2)
+    model = setting.place(trained_model())
     state = torch.get_rng_state()
-    tuning = FineTuning(
-        setting.place(trained_model()), strategy, setting, _feed(setting), stream=(0, ())
-    )
+    tuning = FineTuning(model, strategy, setting, _feed(setting), stream=(0, ()))
     assert len(list(tuning.run(2))) == 2
     assert torch.equal(torch.get_rng_state(), state)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import original, quick_spec, restricted, trained_model
 from safetensors.torch import load_file
 from torch import nn
 
+from builders import original, quick_spec, restricted, trained_model
 from sophon._checkpoints import load_state
 from sophon._errors import CheckpointError, DataError, IntactnessError, NonFiniteError
 from sophon._protect import forecast, protect, protection
@@ -92,18 +92,12 @@ def test_no_weights_within_tolerance_is_an_error_that_keeps_the_files(tmp_path: 
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path) -> None:
-    strategy = Strategy(optimizer="sgd", learning_rate=1000.0, batch_size=16)
-    rehearsal = quick_spec().rehearsal.model_copy(
-        update={"fixed": strategy, "horizon": None, "steps": 40, "strategies": 1}
+    spec = quick_spec(suppression="reversed_logits")
+    run = protection(
+        trained_model(), original=original(), restricted=restricted(), spec=spec, out=tmp_path
     )
-    spec = quick_spec(rehearsal=rehearsal, suppression="reversed_logits")
-    model = trained_model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1e4)
-    run = protection(model, original=original(), restricted=restricted(), spec=spec, out=tmp_path)
     run.model.get_submodule(run.setting.head).weight.data.fill_(torch.inf)
-    with pytest.raises(NonFiniteError, match="round 0.*learning rate"):
+    with pytest.raises(NonFiniteError, match=r"round 0.*learning rate"):
         list(run)
     assert (tmp_path / "rounds.jsonl").exists()
 
@@ -167,7 +161,7 @@ def uninterrupted() -> nn.Module:
     return _protect(quick_spec())
 
 
-@pytest.mark.parametrize("event", [1, 4, 6, 9, 13, 18, 24, 31, 39, 47, 55, 63])
+@pytest.mark.parametrize("event", [1, 3, 4, 6, 9, 13, 18, 24, 31, 39, 47, 51])
 def test_killed_anywhere_the_repeated_command_gives_identical_weights(
     event: int, uninterrupted: nn.Module, tmp_path: Path
 ) -> None:

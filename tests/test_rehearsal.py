@@ -8,11 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import original, quick_spec, restricted, scratch_model, trained_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sophon._data import check_distinct
+from builders import original, quick_spec, restricted, scratch_model, trained_model
 from sophon._rehearsal import Rehearsals, domain_of, gammas_of, sample_strategy
 from sophon._seeding import generator
 from sophon._setting import Setting, make_setting
@@ -50,12 +49,11 @@ def _setting(model: nn.Module) -> Setting:
         head=None,
         precision="fp32",
         device="cpu",
-        check=check_distinct,
     )
 
 
 def _retained_graphs(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str, Tensor]:
-    """Train a detached copy with momentum; keep every query graph on the real leaves; one backward."""
+    """Train a detached copy; keep every query graph on the real leaves; one backward."""
     feed = pool.feed(0, strategy)
     leaves = {n: p.detach().clone().requires_grad_(True) for n, p in model.named_parameters()}
     attacker = copy.deepcopy(model).train()
@@ -70,7 +68,7 @@ def _retained_graphs(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> 
         with torch.no_grad():
             for (name, p), gradient in zip(attacker.named_parameters(), gradients, strict=True):
                 velocity[name] = strategy.momentum * velocity[name] + gradient
-                p -= strategy.learning_rate * velocity[name]
+                p.sub_(velocity[name], alpha=strategy.learning_rate)
         moved = {
             name: leaves[name] + (p.detach() - leaves[name].detach())
             for name, p in attacker.named_parameters()
@@ -202,7 +200,8 @@ def test_domains_take_turns_by_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps", "strategies"), list(itertools.product(["uniform", "linear", "last"], [1, 7], [1, 3]))
+    ("kind", "steps", "strategies"),
+    list(itertools.product(["uniform", "linear", "last"], [1, 7], [1, 3])),
 )
 def test_gammas_sum_to_one_over_the_strategies(kind: str, steps: int, strategies: int) -> None:
     gammas = gammas_of(kind, steps, strategies)

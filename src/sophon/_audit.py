@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sophon._attacks import strategies_of
 from sophon._checkpoints import require_writable
-from sophon._data import Domain, check_batch_fits, check_distinct
+from sophon._data import Domain, check_batch_fits
 from sophon._errors import AuditError, CheckpointError
 from sophon._finetune import FineTuning, attacker_copy
 from sophon._metrics import evaluate
@@ -107,7 +107,7 @@ class Assignment:
 class Audit:
     """An audit, one trial at a time; see `auditing`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword per part of an audit
         self,
         subjects: dict[Subject, nn.Module],
         *,
@@ -136,7 +136,7 @@ class Audit:
             head=head,
             precision=spec.precision,
             device=None,
-            check=check_distinct,
+            trained=False,
         )
         for domain in restricted:
             largest = max(strategy.batch_size for strategy in self.strategies)
@@ -152,6 +152,9 @@ class Audit:
             for subject in (*subjects, "scratch")
         ]
         self.trials: list[Trial] = []
+        self._networks = {
+            name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in subjects.items()
+        }
         self._starts: dict[tuple[Subject, int], tuple[nn.Module, str]] = {}
 
     def __len__(self) -> int:
@@ -216,11 +219,14 @@ class Audit:
             {
                 "schema": SCHEMA_VERSION,
                 "engine": ENGINE_VERSION,
+                # Two subjects may hold equal weights and yet compute differently.
+                "subject": assignment.subject,
+                "network": self._networks.get(assignment.subject, self._networks["protected"]),
                 "weights": self._start(assignment.subject, assignment.seed)[1],
                 "strategy": assignment.strategy.model_dump(mode="json"),
                 "seed": assignment.seed,
                 "domain": assignment.domain.fingerprint(),
-                "original": list(self.setting.fallback),
+                "normalisation": self.setting.normalisation(assignment.domain),
                 "evaluations": self.spec.evaluations,
                 "precision": self.setting.precision,
                 "task": self.setting.task.name,
@@ -404,7 +410,7 @@ def _require_same_architecture(first: nn.Module, other: nn.Module, name: str) ->
         )
 
 
-def auditing(
+def auditing(  # noqa: PLR0913 - one keyword per part of an audit
     model: nn.Module,
     *,
     original: Domain,

@@ -28,7 +28,7 @@ from sophon._checkpoints import (
     write_json,
     write_text,
 )
-from sophon._data import Domain, check_batch_fits, check_distinct
+from sophon._data import Domain, check_batch_fits
 from sophon._errors import CheckpointError, IntactnessError, NonFiniteError
 from sophon._finetune import optimizer_tensors, restore_optimizer
 from sophon._metrics import evaluate
@@ -72,7 +72,7 @@ class _Good:
 class Protection:
     """A protection run, one round at a time; see `protection`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword per part of a run
         self,
         model: nn.Module,
         *,
@@ -94,7 +94,6 @@ class Protection:
             head=head,
             precision=spec.precision,
             device=device,
-            check=check_distinct,
         )
         _check_batches(spec, original, restricted)
         self.out = out
@@ -315,7 +314,7 @@ class Protection:
         plain: dict[str, Any] = {}
         for name, optimizer in self._optimizers().items():
             groups[name], plain[name] = optimizer_tensors(optimizer)
-        tensors = {f"{g}|{name}": value for g, held in groups.items() for name, value in held.items()}
+        tensors = {f"{g}|{n}": value for g, held in groups.items() for n, value in held.items()}
         shipped = None
         if self.shipped is not None:
             held_score = self.shipped.score.model_dump()
@@ -463,8 +462,7 @@ def forecast(
         rehearsal = spec.rehearsal.model_copy(update={"steps": steps, "horizon": None})
         short = spec.model_copy(update={"rounds": 2, "rehearsal": rehearsal})
         run = protection(model, original=original, restricted=restricted, spec=short, head=head)
-        seconds[steps] = [round_.wall_s for round_ in run][0]
-        seconds[steps] = min(seconds[steps], run.rounds[0].wall_s)
+        seconds[steps] = min(round_.wall_s for round_ in run)
     first, last = seconds[lengths[0]], seconds[lengths[-1]]
     slope = max(0.0, last - first) / max(1, lengths[-1] - lengths[0])
     round_s = first + slope * (spec.rehearsal.steps - 1)
@@ -505,5 +503,3 @@ def _require_same_run(held: dict[str, Any], identity: dict[str, str], folder: Pa
             f"{folder} holds a run with another {' and '.join(different)}: give another --out, or"
             " delete that folder to start over"
         )
-
-

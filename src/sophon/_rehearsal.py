@@ -136,15 +136,14 @@ class Attacker:
             if self.factors[name] != 0:
                 value.add_(real[name], alpha=self.factors[name])
 
-
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], member: dict[str, Any]) -> None:
-        """Put back displacement, buffers, optimizer and position as `Rehearsals.state` gave them."""
+        """Put back what `Rehearsals.state` returned of this attacker."""
         moved = _below(tensors, "displacement/")
         for name, value in self.model.named_parameters():
             self.displacement[name] = torch.empty_like(value).copy_(moved[name])
-        for name, value in self.model.named_buffers():
-            value.copy_(tensors[f"buffer/{name}"])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(tensors[f"buffer/{name}"])
         self.factors = dict(member["factors"])
         self.tuning.taken = member["taken"]
         restore_optimizer(self.tuning.optimizer, _below(tensors, "optimizer/"), member["optimizer"])

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from sophon._data import Domain, Images, batch, check_channels, resolve_normalisation
+from sophon._data import (
+    Domain,
+    Images,
+    batch,
+    check_channels,
+    check_distinct,
+    resolve_normalisation,
+)
 from sophon._errors import DataError, UnsupportedModelError
 from sophon._models import (
     check_images,
     choose_channels_last,
     choose_precision,
+    expected_channels,
     find_head,
     head_classes,
 )
@@ -86,10 +93,9 @@ class Setting:
     precision: str
     channels_last: bool
 
-    @cached_property
-    def fallback(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The original domain's normalisation, used where a domain states none."""
-        return resolve_normalisation(self.original, None)
+    def normalisation(self, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return (mean, std) of a domain: its own, else the original domain's, else the default."""
+        return resolve_normalisation(domain, self.original)
 
     def shape(self, domain: Domain) -> tuple[int, int, int]:
         """Return the shape of the domain's images as the model meets them."""
@@ -105,7 +111,7 @@ class Setting:
         augmentation: Augmentation = "none",
     ) -> Feed:
         """Return the batches of `images`, one of the domain's splits, on `stream`."""
-        mean, std = resolve_normalisation(domain, self.fallback)
+        mean, std = self.normalisation(domain)
         return Feed(
             images=images,
             mean=mean,
@@ -144,11 +150,12 @@ def make_setting(
     head: str | None,
     precision: Precision,
     device: str | torch.device | None,
-    check: Callable[[Domain, Domain], None],
+    trained: bool = True,
 ) -> Setting:
     """Check that model and domains fit each other and return the setting.
 
-    `check(original, restricted)` refuses pairs that are the same data. Raises DataError or
+    Unless the model is to be `trained` for its publisher, failing in train mode is its own
+    affair: an attack on it will be recorded as crashed. Raises DataError or
     UnsupportedModelError before any work.
     """
     if not restricted:
@@ -158,12 +165,13 @@ def make_setting(
         if names.count(name) > 1:
             raise DataError(f"two domains are named {name!r}: give each its own name")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    channels = _channels(model, original)
+    channels = expected_channels(model) or original.image_shape[0]
     for domain in (original, *restricted):
-        check_channels(domain, channels)
-        check_images(model, (channels, *domain.image_shape[1:]), what=f"domain {domain.name!r}")
+        check_channels(domain.name, domain.image_shape[0], channels)
+        shape = (channels, *domain.image_shape[1:])
+        check_images(model, shape, what=f"domain {domain.name!r}", training=trained)
     for domain in restricted:
-        check(original, domain)
+        check_distinct(original, domain)
     found = find_head(model, (channels, *original.image_shape[1:]), head)
     if head_classes(model, found) != original.class_count:
         raise UnsupportedModelError(
@@ -181,11 +189,3 @@ def make_setting(
         precision=choose_precision(precision, place),
         channels_last=choose_channels_last(model),
     )
-
-
-def _channels(model: nn.Module, original: Domain) -> int:
-    """Return how many image channels the model's first convolution takes."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return original.image_shape[0]

@@ -30,7 +30,9 @@ def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> 
     """
     if name is not None:
         return _named_head(model, name)
-    layers = {key: module for key, module in model.named_modules() if _is_head_layer(module)}
+    layers = {
+        key: module for key, module in model.named_modules() if key and _is_head_layer(module)
+    }
     classifier = getattr(model, "get_classifier", None)
     if callable(classifier):
         given = classifier()
@@ -60,7 +62,7 @@ def _listed(layers: dict[str, nn.Module]) -> str:
 
 def _named_head(model: nn.Module, name: str) -> str:
     modules = dict(model.named_modules())
-    layers = {key: module for key, module in modules.items() if _is_head_layer(module)}
+    layers = {key: module for key, module in modules.items() if key and _is_head_layer(module)}
     if name in layers:
         return name
     problem = (

@@ -52,16 +52,18 @@ def probe_images(model: nn.Module, image_shape: Shape, count: int = 2) -> Tensor
     return images.to(device=like.device, dtype=like.dtype)
 
 
-def check_images(model: nn.Module, image_shape: Shape, *, what: str) -> None:
-    """Raise unless `model` maps images of that shape to (batch, classes), in both modes.
+def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: bool = True) -> None:
+    """Raise unless `model` maps images of that shape to (batch, classes) in eval mode.
+
+    With `training` it must do so in train mode too.
 
     DataError names the channels or the size it cannot take; UnsupportedModelError an output
     that is no classifier's. `what` names the domain in the message.
     """
     images = probe_images(model, image_shape)
-    for training in (False, True):
+    for mode in (False, True) if training else (False,):
         try:
-            with probing(model, training=training):
+            with probing(model, training=mode):
                 output = model(images)
         except PROBE_ERRORS as error:
             raise cannot_take(model, image_shape, what, str(error)) from None

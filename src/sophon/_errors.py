@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SophonError(Exception):
-    """Base of every error sophon raises on purpose; `exit_code` is what the command line returns."""
+    """Base of every error raised on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 2
 

@@ -84,7 +84,8 @@ class Trial(Record):
 
 class SubjectRecord(Record):
     """What an attack starts from. `original` is its score on the original domain's test split
-    (absent for scratch)."""
+    (absent for scratch).
+    """
 
     name: Subject
     weights_sha256: str
@@ -121,7 +122,7 @@ class Environment(Record):
 class AuditRecord(Record):
     """An audit: its specification, its subjects and every trial, failures included."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     spec: AuditSpec
     spec_fingerprint: str
     strategies: tuple[Strategy, ...]

@@ -57,7 +57,7 @@ class ResetLastBlocks(Spec):
 
 
 class RescaleWeights(Spec):
-    """Scale each weight that a normalisation follows to `norm` per output filter (root mean square).
+    """Scale each weight that a normalisation follows to `norm`, a root mean square over filters.
 
     The function is preserved; the size of a step relative to the weights is not.
     """
@@ -181,7 +181,7 @@ class Rehearsal(Spec):
 
 
 class Guard(Spec):
-    """The intactness guard: the original domain's validation split, checked every `every` rounds."""
+    """The intactness guard: checked on the original validation split every `every` rounds."""
 
     tolerance_points: NonNegative = 2.0
     every: Positive = 10

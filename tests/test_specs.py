@@ -1,0 +1,82 @@
+"""Specifications: what is refused and how, and that a fingerprint tells any two apart."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from sophon._errors import SpecError
+from sophon._seeding import derive_seed
+from sophon._specs import ProtectSpec, RunSpec, Strategy, parse_spec
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+GOOD = {
+    "model": {"name": "resnet20"},
+    "original": {"source": "npz", "path": "a.npz"},
+    "restricted": [{"source": "npz", "path": "b.npz"}],
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path: Path) -> None:
+    spec = parse_spec(RunSpec, tomllib.loads(path.read_text()), where=path.name)
+    assert spec.restricted
+    assert path.stem in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "said"),
+    [
+        ("protect", {"roundz": 3}, r"unknown key protect\.roundz; the keys here are .*rounds"),
+        ("protect", {"rounds": "many"}, r"protect\.rounds = 'many'"),
+        ("protect", {"rounds": 0}, r"protect\.rounds = 0: .*greater than or equal to 1"),
+        ("protect", {"suppression": "icy"}, r"protect\.suppression = 'icy': .*'klu'"),
+        ("protect", {"suppression_rate": float("nan")}, r"protect\.suppression_rate"),
+        ("protect", {"rehearsal": {"steps": 9, "horizon": 3}}, r"horizon = 3 is shorter"),
+        ("audit", {"seeds": [1, 1]}, r"seeds repeat"),
+        ("audit", {"extra": [{"optimizer": "lion"}]}, r"audit\.extra\.0\.optimizer = 'lion'"),
+        ("model", {"name": "x", "classes": 1}, r"model\.classes = 1"),
+        ("original", {"source": "npz", "validation": 1.5}, r"original\.validation = 1\.5"),
+        ("restricted", [], r"restricted = \[\]"),
+        ("restricted", [{"source": "npz", "weight": "x"}], r"restricted\.0\.weight = 'x'"),
+    ],
+)
+def test_faults_are_named_with_their_path(section: str, wrong: object, said: str) -> None:
+    with pytest.raises(SpecError, match=said) as caught:
+        parse_spec(RunSpec, {**GOOD, section: wrong}, where="run.toml")
+    message = str(caught.value)
+    assert message.startswith("run.toml: ")
+    assert len(message.splitlines()) <= 2
+
+
+def test_a_missing_table_is_named() -> None:
+    with pytest.raises(SpecError, match="model is missing"):
+        parse_spec(RunSpec, {k: v for k, v in GOOD.items() if k != "model"}, where="run.toml")
+
+
+def test_specs_are_frozen_and_fingerprints_differ() -> None:
+    spec = ProtectSpec()
+    with pytest.raises(ValidationError):
+        spec.rounds = 3  # type: ignore[misc]
+    assert spec.fingerprint() == ProtectSpec().fingerprint()
+    assert spec.fingerprint() != ProtectSpec(rounds=101).fingerprint()
+
+
+def test_labels_tell_the_papers_methods_apart() -> None:
+    labels = {
+        Strategy().label(),
+        Strategy(scope="head").label(),
+        Strategy(learning_rate=0.02).label(),
+        Strategy(optimizer="adam").label(),
+    }
+    assert len(labels) == 4
+
+
+def test_streams_depend_on_every_name() -> None:
+    seeds = [derive_seed(0), derive_seed(1), derive_seed(0, "a"), derive_seed(0, "a", 1)]
+    seeds += [derive_seed(0, "a", "1"), derive_seed(0, 1, "a")]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)

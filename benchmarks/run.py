@@ -81,7 +81,6 @@ def main() -> None:
     torch.manual_seed(0)
     run = protection(ResNet20(), original=domain("a", 0), restricted=domain("b", 1), spec=spec)
     setting, model = run.setting, run.model
-    held = setting.restricted[0]
 
     def pool() -> Rehearsals:
         return Rehearsals(spec, setting, [1.0])

@@ -299,7 +299,8 @@ def parse_spec(cls: type[AnySpec], data: dict[str, Any], *, where: str) -> AnySp
 
 def _follows(fault: Any, faults: list[Any]) -> bool:
     """Return whether a list is only too short because one of its items is at fault."""
-    inside = (f["loc"][: len(fault["loc"])] == fault["loc"] for f in faults if f is not fault)
+    depth = len(fault["loc"])
+    inside = (len(f["loc"]) > depth and f["loc"][:depth] == fault["loc"] for f in faults)
     return fault["type"] == "too_short" and any(inside)
 
 

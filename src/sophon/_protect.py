@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +220,7 @@ class Protection:
             strategies=tuple(labels),
             domains=tuple(domains),
             guard_score=guard_score,
-            guard=verdict,  # type: ignore[arg-type]
+            guard=verdict,
             reinforcement_steps=steps,
             wall_s=time.perf_counter() - start,
         )
@@ -247,7 +247,7 @@ class Protection:
             with self.setting.autocast():
                 outputs, targets = task.outputs(self.model, images, labels, stream)
             loss = task.loss(outputs, targets).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
         self.reinforcer.step()
         self.reinforcer.zero_grad(set_to_none=True)
@@ -265,7 +265,7 @@ class Protection:
             self.before = self._measure()
         return self.before
 
-    def _guard(self, finished: int) -> tuple[float | None, str | None]:
+    def _guard(self, finished: int) -> tuple[float | None, Literal["met", "violated"] | None]:
         """Check intactness if it is due; on violation go back and reinforce more from then on."""
         if finished % self.spec.guard.every and finished != self.spec.rounds:
             return None, None

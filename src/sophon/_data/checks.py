@@ -1,0 +1,48 @@
+"""Checks on domains that are made before any training starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from sophon._data.domain import Domain
+from sophon._data.images import Images
+from sophon._errors import DataError
+
+
+def check_batch_fits(domain: Domain, needed: int, what: str) -> None:
+    """Raise DataError unless the training split holds a batch of `needed` images.
+
+    `what` names the batch in the message, for instance `batch_size of strategy 3`.
+    """
+    have = len(domain.train)
+    if have < needed:
+        raise DataError(
+            f"domain {domain.name!r} has {have} training images, fewer than {what} = {needed}; "
+            f"lower it to at most {have} or give more images"
+        )
+
+
+def check_distinct(original: Domain, restricted: Domain) -> None:
+    """Raise DataError if more than half of the restricted training images, compared pixel by
+    pixel, are images of the original domain (any split).
+
+    Copies that were resized or recompressed are not found.
+    """
+    known: set[bytes] = set()
+    for split in (original.train, original.validation, original.test):
+        known.update(_hashes(split))
+    found = sum(one in known for one in _hashes(restricted.train))
+    share = found / len(restricted.train)
+    if share > 0.5:
+        raise DataError(
+            f"restricted domain {restricted.name!r} is the same data as the original "
+            f"{original.name!r}: {share:.0%} of its training images are in both; "
+            "give each its own images"
+        )
+
+
+def _hashes(images: Images) -> Iterator[bytes]:
+    shape = str(tuple(images.pixels.shape[1:])).encode()
+    for pixels in images.pixels.numpy():
+        yield hashlib.blake2b(pixels.data, digest_size=16, key=shape).digest()

@@ -1,0 +1,281 @@
+"""A domain: three fixed splits of labelled images, their classes and their normalisation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from sophon._data.images import Bytes, Images, Integers, from_item, stack
+from sophon._data.splits import Contents, Cut, cut, part_of_array
+from sophon._errors import DataError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """Labelled images of one task, cut once into train, validation and test.
+
+    `classes` are names in label order. `mean` and `std` are per channel, on pixels scaled to
+    [0, 1]; None takes the original domain's, or ImageNet's (see `resolve_normalisation`).
+    `weight` is the domain's share when a round picks among several restricted ones.
+    """
+
+    name: str
+    train: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    source: str = "arrays"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        channels = self.image_shape[0]
+        if channels not in (1, 3):
+            raise DataError(f"images have {channels} channels; give grey (1) or RGB (3)")
+        if (self.mean is None) != (self.std is None):
+            raise DataError(f"mean = {self.mean} and std = {self.std}: give both or neither")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            _check_normalisation(name, values, channels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        _, channels, height, width = self.train.pixels.shape
+        return channels, height, width
+
+    @property
+    def class_count(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the pixels, labels and shapes of all splits and of the
+        normalisation; names do not count. Computed once."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            digest.update(json.dumps(list(split.pixels.shape)).encode())
+            digest.update(split.pixels.numpy().data)
+            digest.update(split.labels.numpy().astype("<i8").data)
+        digest.update(json.dumps([self.mean, self.std]).encode())
+        return digest.hexdigest()
+
+    @classmethod
+    def from_arrays(  # noqa: PLR0913 - one keyword per field of DomainSpec
+        cls,
+        name: str,
+        images: NDArray[Any],
+        labels: NDArray[Any],
+        *,
+        test_images: NDArray[Any] | None = None,
+        test_labels: NDArray[Any] | None = None,
+        validation: float = 0.1,
+        test: float = 0.2,
+        split_seed: int = 0,
+        classes: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Self:
+        """Return the domain of uint8 images (n, h, w) or (n, h, w, 3) with integer labels (n,).
+
+        The validation split (fraction `validation`) is cut from the training images; without
+        test images a test split (fraction `test`) is cut first. `classes` are names.
+
+        Raises:
+            DataError: shapes, types, counts or labels do not fit; the message says which.
+        """
+        parts = [checked(images, labels, "training")]
+        if (test_images is None) != (test_labels is None):
+            raise DataError("test_images and test_labels: give both or neither")
+        if test_images is not None and test_labels is not None:
+            parts.append(checked(test_images, test_labels, "test"))
+        names = class_names(classes, [part_labels for _, part_labels in parts])
+        made = [part_of_array(*part, None) for part in parts]
+        contents = Contents(made[0], made[1] if len(made) > 1 else None, names)
+        splits = cut(contents, Cut(validation, test, split_seed))
+        return cls(
+            name,
+            splits.train,
+            splits.validation,
+            splits.test,
+            splits.classes,
+            _floats(mean),
+            _floats(std),
+        )
+
+    @classmethod
+    def from_datasets(  # noqa: PLR0913 - one keyword per field of DomainSpec
+        cls,
+        name: str,
+        train: Dataset[Any],
+        test: Dataset[Any] | None = None,
+        *,
+        image_size: int | None = None,
+        validation: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        classes: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Self:
+        """Return the domain of torch datasets of (image, label), read once from start to end.
+
+        An image is PIL, uint8, or floating in [0, 1]: tensors (c, h, w) or (h, w), arrays
+        (h, w, c) or (h, w). Leave random augmentation and normalisation out of the dataset.
+
+        Raises:
+            DataError: as `from_arrays`; also NaN or normalised images and labels that are not
+                integers.
+        """
+        images, labels = collect(train, image_size)
+        tested = (None, None) if test is None else collect(test, image_size)
+        return cls.from_arrays(
+            name,
+            images,
+            labels,
+            test_images=tested[0],
+            test_labels=tested[1],
+            validation=validation,
+            test=test_fraction,
+            split_seed=split_seed,
+            classes=classes,
+            mean=mean,
+            std=std,
+        )
+
+
+def resolve_normalisation(
+    domain: Domain, fallback: Domain | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the (mean, std) that `domain`'s images are normalised with.
+
+    They are the domain's own if given, else those of `fallback` (the original domain: an
+    attacker keeps the model's input convention), else ImageNet's for RGB.
+    """
+    for candidate in (domain, fallback):
+        if candidate is not None and candidate.mean is not None and candidate.std is not None:
+            return candidate.mean, candidate.std
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def checked(images: Any, labels: Any, what: str) -> tuple[Bytes, Integers]:
+    """Return images and labels as they came, labels as int64, if they can be a split.
+
+    Raises:
+        DataError: wrong type, shape or count.
+    """
+    pixels, numbers = np.asarray(images), np.asarray(labels)
+    _check_type(pixels, what)
+    _check_shape(pixels, what)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        raise DataError(
+            f"{what} labels are {numbers.dtype} of shape {numbers.shape}; give integers (n,)"
+        )
+    if len(pixels) != len(numbers):
+        raise DataError(
+            f"{len(pixels)} {what} images have {len(numbers)} labels; give one per image"
+        )
+    return pixels, numbers.astype(np.int64)
+
+
+def class_names(names: Sequence[str] | None, labels: Sequence[Integers]) -> tuple[str, ...]:
+    """Return `names`, or the numbers up to the highest label.
+
+    Raises:
+        DataError: labels reach beyond the number of images, so they are no class numbers.
+    """
+    if names is not None:
+        return tuple(str(name) for name in names)
+    highest = max((int(part.max()) for part in labels if len(part)), default=0)
+    count = sum(len(part) for part in labels)
+    if highest >= max(count, 2):
+        raise DataError(
+            f"label {highest} is out of range: there are {count} images; number classes from 0"
+        )
+    return tuple(str(number) for number in range(highest + 1))
+
+
+def collect(dataset: Dataset[Any], size: int | None) -> tuple[Bytes, Integers]:
+    """Return every image and label of a torch dataset, map-style or iterable."""
+    items = dataset
+    if hasattr(dataset, "__len__"):
+        items = (dataset[index] for index in range(len(dataset)))  # type: ignore[assignment]
+    pictures: list[Bytes] = []
+    labels: list[int] = []
+    for image, label in items:
+        pictures.append(_numbered(image, size, len(pictures)))
+        labels.append(as_label(label))
+    return stack(pictures, len(pictures)), np.array(labels, dtype=np.int64)
+
+
+def as_label(label: Any) -> int:
+    """Return a dataset's label as an integer.
+
+    Raises:
+        DataError: it is a fraction, text or a vector.
+    """
+    value = np.asarray(label)
+    if value.size != 1 or value.dtype.kind not in "iub":
+        raise DataError(f"a label is {label!r}; give one integer per image")
+    return int(value.reshape(()))
+
+
+def _numbered(image: Any, size: int | None, index: int) -> Bytes:
+    try:
+        return from_item(image, size)
+    except DataError as error:
+        raise DataError(f"item {index}: {error}") from None
+
+
+def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)
+
+
+def _check_normalisation(name: str, values: tuple[float, ...] | None, channels: int) -> None:
+    if values is None:
+        return
+    if len(values) not in {1, 3, channels}:
+        raise DataError(f"{name} = {list(values)} has {len(values)} values; give 1 or {channels}")
+    if not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
+        allowed = "finite and above 0" if name == "std" else "finite"
+        raise DataError(f"{name} = {list(values)}; its values must be {allowed}")
+
+
+def _check_type(pixels: NDArray[Any], what: str) -> None:
+    if pixels.dtype == np.uint8:
+        return
+    if np.issubdtype(pixels.dtype, np.floating):
+        if not np.isfinite(pixels).all():
+            raise DataError(f"{what} images hold NaN or infinite values; repair or remove them")
+        raise DataError(
+            f"{what} images are {pixels.dtype}; scale them to 0..255 and convert them to uint8"
+        )
+    raise DataError(f"{what} images are {pixels.dtype}; give uint8, values 0 to 255")
+
+
+def _check_shape(pixels: NDArray[Any], what: str) -> None:
+    shape = pixels.shape
+    if pixels.ndim == 3 or (pixels.ndim == 4 and shape[3] in (1, 3)):
+        if not pixels.size:
+            raise DataError(f"there are no {what} images (shape {shape}); give some")
+        return
+    hint = "; transpose(0, 2, 3, 1) them" if pixels.ndim == 4 and shape[1] in (1, 3) else ""
+    raise DataError(
+        f"{what} images have shape {shape}; give (n, height, width) for grey or "
+        f"(n, height, width, 3) for RGB{hint}"
+    )

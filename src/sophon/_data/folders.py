@@ -1,0 +1,89 @@
+"""The `folder` source: one directory of image files per class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sophon._data.images import Bytes, Integers, open_picture, stack
+from sophon._data.splits import Contents, Part
+from sophon._errors import DataError
+
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+TEST_NAMES = ("test", "val", "valid", "validation")
+
+
+def read_folder(path: Path, size: int | None) -> Contents:
+    """Return the contents of a directory with one directory of images per class.
+
+    Classes are in sorted order. With `train/` below `path`, its classes are for training and those
+    of `test/` (else `val/`) for the test split. Images keep their size unless `size` is given;
+    then the shorter side is resized (bilinear, antialiased) and the middle cut out. All become RGB
+    unless all are grey. Hidden files are ignored, and so are files that are no images as long as
+    they are not the majority.
+
+    Raises:
+        DataError: no classes, a class without images, a damaged image, or sizes that differ.
+    """
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}; correct path")
+    train, test = path, None
+    if _directories(path / "train"):
+        train = path / "train"
+        test = next((path / name for name in TEST_NAMES if _directories(path / name)), None)
+    classes = tuple(folder.name for folder in _directories(train))
+    if not classes:
+        raise DataError(
+            f"{train} holds no folders; put the images of each class into a folder named after it"
+        )
+    parts = [_part(train, classes, size)]
+    if test is not None:
+        unknown = sorted({folder.name for folder in _directories(test)} - set(classes))
+        if unknown:
+            raise DataError(f"{test} has class {unknown[0]!r} which {train} has not; rename it")
+        parts.append(_part(test, classes, size))
+    return Contents(parts[0], parts[1] if len(parts) > 1 else None, classes)
+
+
+def _part(root: Path, classes: tuple[str, ...], size: int | None) -> Part:
+    found = {
+        label: _files(root / name) for label, name in enumerate(classes) if (root / name).is_dir()
+    }
+    labels = [np.full(len(files), label) for label, files in found.items()]
+    paths = [path for files in found.values() for path in files]
+
+    def read(index: Integers) -> Bytes:
+        chosen = [paths[one] for one in index]
+        pictures = (open_picture(path, size) for path in chosen)
+        return stack(pictures, len(chosen), lambda position: str(chosen[position]))
+
+    return Part(np.concatenate(labels).astype(np.int64), read)
+
+
+def _files(folder: Path) -> list[Path]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _visible(path)]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not images:
+        raise DataError(
+            f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}); add some or remove it"
+        )
+    if len(images) * 2 < len(files):
+        other = next(path for path in files if path.suffix.lower() not in SUFFIXES)
+        raise DataError(
+            f"{len(files) - len(images)} of {len(files)} files in {folder} are not images, for "
+            f"instance {other.name}; correct path or remove them"
+        )
+    return images
+
+
+def _directories(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted(one for one in path.iterdir() if one.is_dir() and _visible(one))
+
+
+def _visible(path: Path) -> bool:
+    return not path.name.startswith((".", "__MACOSX"))

@@ -1,0 +1,189 @@
+"""Pictures in memory: one split of a domain, reading single pictures, resizing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sophon._errors import DataError
+
+Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int64]
+
+GREY_MODES = frozenset({"1", "L", "LA", "La"})
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """One split, kept once in memory on the CPU.
+
+    `pixels` is uint8 (n, channels, height, width), contiguous; `labels` is int64 (n,).
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    def __post_init__(self) -> None:
+        pixels, labels = self.pixels, self.labels
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.is_contiguous():
+            raise DataError(
+                f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; "
+                "give contiguous uint8 (n, channels, height, width)"
+            )
+        if labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]:
+            raise DataError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+                f"give int64 ({len(pixels)},), one per image"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def to_images(pixels: Bytes, labels: Integers) -> Images:
+    """Return the split of `pixels`, (n, h, w) or (n, h, w, c), with its labels."""
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    moved = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    owned = moved if moved.flags.writeable else moved.copy()
+    return Images(torch.from_numpy(owned), torch.from_numpy(np.array(labels, dtype=np.int64)))
+
+
+def from_picture(picture: Image.Image) -> Bytes:
+    """Return a picture as uint8 (h, w) if it is grey and (h, w, 3) otherwise.
+
+    Transparency is dropped; 16-bit grey keeps its upper 8 bits.
+
+    Raises:
+        DataError: the picture holds 32-bit values, which have no fixed range.
+    """
+    if picture.mode.startswith("I;16"):
+        return (np.asarray(picture) >> 8).astype(np.uint8)
+    if picture.mode in ("I", "F"):
+        raise DataError(f"pictures of mode {picture.mode} are not supported; save it with 8 bits")
+    return np.asarray(picture.convert("L" if picture.mode in GREY_MODES else "RGB"))
+
+
+def squared(picture: Image.Image, size: int | None) -> Image.Image:
+    """Return `picture` with its shorter side resized to `size` (bilinear with antialiasing) and
+    the middle square cut out; unchanged without a `size`."""
+    if size is None or picture.size == (size, size):
+        return picture
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    if picture.mode in ("1", "P", "PA"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    box = (left, top, left + side, top + side)
+    return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def open_picture(path: Path, size: int | None) -> Bytes:
+    """Return the image file at `path`, upright as its camera says, squared to `size`.
+
+    Raises:
+        DataError: the file is damaged or is no image; the message names it.
+    """
+    try:
+        with Image.open(path) as picture:
+            # Whole first: a reduced JPEG would be faster but its pixels differ.
+            return from_picture(squared(ImageOps.exif_transpose(picture), size))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} cannot be read as an image ({_first_line(error)}); replace or remove it"
+        ) from None
+
+
+def resized(pixels: Bytes, size: int | None) -> Bytes:
+    """Return an array of images, (n, h, w) or (n, h, w, 3), each squared to `size`."""
+    if size is None or pixels.shape[1:3] == (size, size):
+        return pixels
+    return stack((from_picture(squared(Image.fromarray(one), size)) for one in pixels), len(pixels))
+
+
+def stack(
+    pictures: Iterable[Bytes], count: int, name: Callable[[int], str] = "image {}".format
+) -> Bytes:
+    """Return `count` pictures of one size as one array: (n, h, w) if all are grey, else RGB.
+
+    `name` tells what to call the picture at a position.
+
+    Raises:
+        DataError: the sizes differ; the message names the first two that do.
+    """
+    result: Bytes | None = None
+    for position, picture in enumerate(pictures):
+        if result is None:
+            result = np.empty((count, *picture.shape), np.uint8)
+        if picture.shape[:2] != result.shape[1:3]:
+            raise DataError(
+                f"images differ in size: {name(0)} is {_size(result[0])}, {name(position)} is "
+                f"{_size(picture)} pixels; set image_size"
+            )
+        if picture.ndim == 3 and result.ndim == 3:
+            result = repeated(result)
+        result[position] = repeated(picture) if picture.ndim < result.ndim - 1 else picture
+    if result is None:
+        raise DataError("no images; give at least one")
+    return result
+
+
+def repeated(grey: Bytes) -> Bytes:
+    """Return grey pixels, (..., h, w), as RGB, (..., h, w, 3)."""
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def from_item(image: Any, size: int | None) -> Bytes:
+    """Return one image of a torch dataset as uint8 (h, w) or (h, w, 3), squared to `size`.
+
+    A tensor is (c, h, w) or (h, w), an array (h, w) or (h, w, c); floating values lie in [0, 1].
+    """
+    if isinstance(image, Image.Image):
+        return from_picture(squared(image, size))
+    if isinstance(image, torch.Tensor):
+        array = image.detach().cpu().numpy()
+        array = array.transpose(1, 2, 0) if array.ndim == 3 else array
+    else:
+        array = np.asarray(image)
+    array = _as_bytes(array)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3) or array.size == 0:
+        raise DataError(
+            f"an image has shape {tuple(np.shape(image))}; give (channels, height, width) tensors, "
+            "(height, width, channels) arrays or PIL images, grey or RGB"
+        )
+    return from_picture(squared(Image.fromarray(np.ascontiguousarray(array)), size))
+
+
+def _as_bytes(array: NDArray[Any]) -> Bytes:
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise DataError(f"an image has dtype {array.dtype}; give uint8, or floats in [0, 1]")
+    if not np.isfinite(array).all():
+        raise DataError("an image has NaN or infinite values; repair or remove it")
+    if array.size and (array.min() < 0 or array.max() > 1):
+        raise DataError(
+            f"an image has values from {array.min():.3g} to {array.max():.3g}; floats must lie in "
+            "[0, 1]: leave normalisation out of the dataset and give mean and std instead"
+        )
+    return np.round(array * 255).astype(np.uint8)
+
+
+def _size(picture: Bytes) -> str:
+    return f"{picture.shape[1]}x{picture.shape[0]}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,120 @@
+"""Domains from specifications: which sources there are, and how each is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from sophon._data.archives import read_archive
+from sophon._data.domain import Domain
+from sophon._data.embedded import read_embedded
+from sophon._data.folders import read_folder
+from sophon._data.splits import Contents, Cut, cut
+from sophon._data.torchvision_sets import read_torchvision
+from sophon._errors import DataError
+from sophon._specs import DomainSpec
+
+
+def load_domain(spec: DomainSpec, *, base: Path, role: str = "domain") -> Domain:
+    """Return the domain that `spec` describes.
+
+    Relative paths start at `base`, the folder of the run file; `${VARIABLES}` and a leading `~`
+    are expanded. `role`, such as `original`, opens every error message.
+
+    Raises:
+        DataError: the images cannot be found, read or used; one or two lines with the remedy.
+    """
+    try:
+        if spec.source not in SOURCES:
+            close = difflib.get_close_matches(spec.source, SOURCES, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise DataError(f"unknown source {spec.source!r}; {hint}known: {', '.join(SOURCES)}")
+        return SOURCES[spec.source](spec, base)
+    except DataError as error:
+        raise DataError(f"{role}: {error}") from None
+
+
+def npz(spec: DomainSpec, base: Path) -> Domain:
+    """Return the domain of the archive `spec.path`; see `read_archive`."""
+    path = _located(spec.path, base, "path", spec.source)
+    try:
+        return _domain(read_archive(path, spec.image_size), spec, path.stem)
+    except DataError as error:
+        # Most faults are found in arrays, which do not know their file.
+        known = str(path) in str(error)
+        raise DataError(str(error) if known else f"{path}: {error}") from None
+
+
+def folder(spec: DomainSpec, base: Path) -> Domain:
+    """Return the domain of the images below `spec.path`; see `read_folder`."""
+    path = _located(spec.path, base, "path", spec.source)
+    return _domain(read_folder(path, spec.image_size), spec, path.resolve().name)
+
+
+def torchvision(spec: DomainSpec, base: Path) -> Domain:
+    """Return the torchvision dataset `spec.name` kept in `spec.root`; see `read_torchvision`."""
+    name = _required(spec.name, "name", "CIFAR10", spec.source)
+    root = _located(spec.root, base, "root", spec.source)
+    contents = read_torchvision(name, root, download=spec.download, size=spec.image_size)
+    return _domain(contents, spec, name)
+
+
+def embedded(spec: DomainSpec, base: Path) -> Domain:
+    """Return the embedded domain `spec.name`; see `read_embedded`."""
+    name = _required(spec.name, "name", "digits", spec.source)
+    return _domain(read_embedded(name, spec.image_size), spec, name)
+
+
+SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
+    "npz": npz,
+    "folder": folder,
+    "torchvision": torchvision,
+    "embedded": embedded,
+}
+
+
+def expanded(text: str, base: Path) -> Path:
+    """Return `text` as a path from `base`, with `${VARIABLES}` and a leading `~` replaced.
+
+    Raises:
+        DataError: a variable is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise DataError(f"{text!r} needs the environment variable {name}, which is not set")
+        return os.environ[name]
+
+    return base / Path(re.sub(r"\$\{([A-Za-z_]\w*)\}", value, text)).expanduser()
+
+
+def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
+    how = Cut(spec.validation, spec.test, spec.split_seed, spec.classes, spec.limit)
+    splits = cut(contents, how)
+    return Domain(
+        spec.name or name,
+        splits.train,
+        splits.validation,
+        splits.test,
+        splits.classes,
+        spec.mean,
+        spec.std,
+        spec.source,
+        spec.weight,
+    )
+
+
+def _located(value: str | None, base: Path, key: str, source: str) -> Path:
+    return expanded(_required(value, key, "data", source), base)
+
+
+def _required(value: str | None, key: str, example: str, source: str) -> str:
+    if not value:
+        raise DataError(
+            f"{key} is missing; source = {source!r} needs it, as in {key} = {example!r}"
+        )
+    return value

@@ -1,0 +1,190 @@
+"""Cut what a source holds into train, validation and test: fixed, seeded, stratified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sophon._data.images import Bytes, Images, Integers, repeated, resized, to_images
+from sophon._errors import DataError
+from sophon._seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Part:
+    """Labels of a source's split, known at once, and its images, read for chosen positions.
+
+    `read` returns uint8 (n, h, w) or (n, h, w, c) for an int64 array of n positions.
+    """
+
+    labels: Integers
+    read: Callable[[Integers], Bytes]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a source holds: a training part, a test part if it has one, and class names."""
+
+    train: Part
+    test: Part | None
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How contents are cut; the fields are those of `DomainSpec`."""
+
+    validation: float = 0.1
+    test: float = 0.2
+    seed: int = 0
+    classes: tuple[int, ...] | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """The three splits and the names of the classes kept."""
+
+    train: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+
+
+def cut(contents: Contents, how: Cut) -> Cutting:
+    """Return the splits of `contents`: classes chosen, test cut if absent, the number of training
+    images limited, then validation cut from training.
+
+    Raises:
+        DataError: a class does not exist or has too few images, or sizes differ.
+    """
+    _check_labels(contents)
+    _check_cut(how)
+    wanted = _wanted(contents.classes, how.classes)
+    positions = np.flatnonzero(np.isin(contents.train.labels, wanted))
+    labels = renumbered(contents.train.labels[positions], wanted)
+    names = tuple(contents.classes[old] for old in wanted)
+    _check_present(labels, names, chosen=how.classes is not None)
+    inside: Integers | None = None
+    if contents.test is None:
+        kept, inside = stratified(labels, how.test, derive_seed(how.seed, "test"), names)
+        tested, test = contents.train, positions[inside]
+        positions, labels = positions[kept], labels[kept]
+    else:
+        tested, test = contents.test, np.flatnonzero(np.isin(contents.test.labels, wanted))
+    if how.limit is not None:
+        first = first_per_class(labels, how.limit)
+        positions, labels = positions[first], labels[first]
+    train, held = stratified(labels, how.validation, derive_seed(how.seed, "validation"), names)
+    if not len(test):
+        raise DataError("the test split has no image of the classes in use; add some or remove it")
+    parts = [(contents.train, positions[train]), (contents.train, positions[held]), (tested, test)]
+    pixels = _in_one_format([part.read(index) for part, index in parts])
+    made = [
+        to_images(values, renumbered(part.labels[index], wanted))
+        for values, (part, index) in zip(pixels, parts, strict=True)
+    ]
+    return Cutting(made[0], made[1], made[2], names)
+
+
+def stratified(
+    labels: Integers, fraction: float, seed: int, names: tuple[str, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions kept and positions cut, both ascending: of every class the same `fraction`
+    (rounded, at least one image on either side) is cut, drawn from the stream `seed`.
+
+    Raises:
+        DataError: a class has a single image.
+    """
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise DataError(
+                f"class {names[label]!r} has too few images to cut validation and test from it; "
+                "give it at least 3, raise limit, or leave it out with classes"
+            )
+        draw = np.random.default_rng(derive_seed(seed, "class", int(label))).permutation(members)
+        size = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        chosen[draw[:size]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def first_per_class(labels: Integers, limit: int) -> NDArray[np.int64]:
+    """Return the positions of the first `limit` images of each class, ascending."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    rank = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return np.sort(order[rank < limit])
+
+
+def renumbered(labels: Integers, wanted: Integers) -> Integers:
+    """Return `labels`, all of them in `wanted`, as their positions in `wanted`."""
+    lookup = np.full(int(wanted.max()) + 1, -1, dtype=np.int64)
+    lookup[wanted] = np.arange(len(wanted))
+    return lookup[labels]
+
+
+def part_of_array(pixels: Bytes, labels: Integers, size: int | None) -> Part:
+    """Return a part whose images lie in one array, (n, h, w) or (n, h, w, c)."""
+    return Part(labels, lambda index: resized(pixels[index], size))
+
+
+def _check_cut(how: Cut) -> None:
+    for name, value in (("validation", how.validation), ("test", how.test)):
+        if not 0 < value < 1:
+            raise DataError(f"{name} = {value} is not a fraction; give a number between 0 and 1")
+    if how.limit is not None and how.limit < 1:
+        raise DataError(f"limit = {how.limit} leaves no images; give at least 2")
+
+
+def _check_labels(contents: Contents) -> None:
+    parts = [("training", contents.train)]
+    parts += [("test", contents.test)] if contents.test is not None else []
+    for name, part in parts:
+        if not len(part.labels):
+            raise DataError(f"the {name} split has no images; add some or remove it")
+        low, high = int(part.labels.min()), int(part.labels.max())
+        if low < 0 or high >= len(contents.classes):
+            wrong = low if low < 0 else high
+            raise DataError(
+                f"{name} label {wrong} is out of range for {len(contents.classes)} classes; "
+                f"labels must be 0 to {len(contents.classes) - 1}"
+            )
+
+
+def _wanted(names: tuple[str, ...], classes: tuple[int, ...] | None) -> Integers:
+    if classes is None:
+        return np.arange(len(names))
+    for index in classes:
+        if not 0 <= index < len(names):
+            raise DataError(
+                f"classes names {index}, which does not exist; there are 0 to {len(names) - 1}"
+            )
+    if len(set(classes)) != len(classes):
+        raise DataError(f"classes = {list(classes)} repeats a label; name each once")
+    return np.array(classes, dtype=np.int64)
+
+
+def _check_present(labels: Integers, names: tuple[str, ...], *, chosen: bool) -> None:
+    present = np.unique(labels)
+    if chosen and len(present) < len(names):
+        missing = names[int(np.setdiff1d(np.arange(len(names)), present)[0])]
+        raise DataError(f"class {missing!r} has no training images; leave it out of classes")
+    if len(present) < 2:
+        only = f"only class {names[int(present[0])]!r}" if len(present) else "no class"
+        raise DataError(f"the training images hold {only}; a domain needs at least 2 classes")
+
+
+def _in_one_format(parts: list[Bytes]) -> list[Bytes]:
+    parts = [part[..., 0] if part.ndim == 4 and part.shape[-1] == 1 else part for part in parts]
+    sizes = {part.shape[1:3] for part in parts}
+    if len(sizes) > 1:
+        shown = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise DataError(f"training and test images are {shown} pixels; set image_size")
+    if any(part.ndim == 4 for part in parts):
+        return [part if part.ndim == 4 else repeated(part) for part in parts]
+    return parts

@@ -45,11 +45,19 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise DataError(f"there is no file {path}; correct path")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; copy or download it again")
+    arrays = _loaded(path)
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"{path}: {name} is not an array; save it with numpy.savez")
+    return arrays
+
+
+def _loaded(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is a single array; give an npz archive with {FORMAT}")
-            arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files}
     except ValueError as error:
         if "pickle" not in str(error).lower():
             raise DataError(_damaged(path, error)) from None
@@ -59,10 +67,6 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         ) from None
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(_damaged(path, error)) from None
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise DataError(f"{path}: {name} is not an array; save it with numpy.savez")
-    return arrays
 
 
 def _damaged(path: Path, error: Exception) -> str:

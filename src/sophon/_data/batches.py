@@ -91,9 +91,10 @@ def _cropped(pixels: torch.Tensor, generator: torch.Generator | None) -> torch.T
     source = generator.device if generator is not None else None
     above, beside = height // 8, width // 8
     padded = F.pad(pixels, (beside, beside, above, above))
-    draw = {"generator": generator, "device": source}
-    top = torch.randint(2 * above + 1, (count, 1), **draw).to(pixels.device)  # type: ignore[call-overload]
-    left = torch.randint(2 * beside + 1, (count, 1), **draw).to(pixels.device)  # type: ignore[call-overload]
+    window = torch.rand(2, count, 1, generator=generator, device=source).to(pixels.device)
+    # The product can round up to the end of the range, one past the last window.
+    top = (window[0] * (2 * above + 1)).long().clamp_(max=2 * above)
+    left = (window[1] * (2 * beside + 1)).long().clamp_(max=2 * beside)
     rows = top + torch.arange(height, device=pixels.device)
     columns = left + torch.arange(width, device=pixels.device)
     image = torch.arange(count, device=pixels.device).view(-1, 1, 1, 1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,8 @@ class Domain:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the pixels, labels and shapes of all splits and of the
-        normalisation; names do not count. Computed once."""
+        normalisation; names do not count. Computed once.
+        """
         return self._fingerprint
 
     @cached_property
@@ -212,9 +213,11 @@ def class_names(names: Sequence[str] | None, labels: Sequence[Integers]) -> tupl
 
 def collect(dataset: Dataset[Any], size: int | None) -> tuple[Bytes, Integers]:
     """Return every image and label of a torch dataset, map-style or iterable."""
-    items = dataset
     if hasattr(dataset, "__len__"):
-        items = (dataset[index] for index in range(len(dataset)))  # type: ignore[assignment]
+        # Map-style datasets need not stop at their end when iterated.
+        items: Iterator[Any] = (dataset[index] for index in range(len(dataset)))
+    else:
+        items = iter(cast(Iterable[Any], dataset))
     pictures: list[Bytes] = []
     labels: list[int] = []
     for image, label in items:

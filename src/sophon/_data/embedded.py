@@ -78,7 +78,7 @@ def digits() -> tuple[Bytes, Integers]:
 def letters() -> tuple[Bytes, Integers]:
     """Return rendered capitals, uint8 (3120, 16, 16), and their labels, A = 0."""
     folder = Path(_module("matplotlib").get_data_path()) / "fonts" / "ttf"
-    fonts = [ImageFont.truetype(str(folder / name), 48) for name in FONTS]
+    fonts = [ImageFont.truetype(str(folder / name), 60) for name in FONTS]
     pictures, labels = [], []
     for label, letter in enumerate(LETTERS):
         random = np.random.default_rng(derive_seed(0, "letters", letter))
@@ -100,10 +100,11 @@ def _glyph(letter: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 def _varied(glyph: Image.Image, random: np.random.Generator) -> Bytes:
     """Return the glyph turned by up to 20 degrees, scaled by 0.85 to 1.2 in each direction, moved
-    by up to an eighth of the side, and reduced to 16x16."""
+    by up to a sixteenth of the side, and reduced to 16x16.
+    """
     angle = np.deg2rad(random.uniform(-20, 20))
     wide, high = random.uniform(0.85, 1.2, size=2)
-    right, down = random.uniform(-CANVAS / 8, CANVAS / 8, size=2)
+    right, down = random.uniform(-CANVAS / 16, CANVAS / 16, size=2)
     cosine, sine, middle = np.cos(angle), np.sin(angle), CANVAS / 2
     # Pillow maps output to input: the inverse of rotation and scaling around the middle.
     a, b, d, e = cosine / wide, sine / wide, -sine / high, cosine / high

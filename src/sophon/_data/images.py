@@ -73,7 +73,8 @@ def from_picture(picture: Image.Image) -> Bytes:
 
 def squared(picture: Image.Image, size: int | None) -> Image.Image:
     """Return `picture` with its shorter side resized to `size` (bilinear with antialiasing) and
-    the middle square cut out; unchanged without a `size`."""
+    the middle square cut out; unchanged without a `size`.
+    """
     if size is None or picture.size == (size, size):
         return picture
     width, height = picture.size

@@ -19,7 +19,7 @@ SplitName = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Entry:
     """How to open a torchvision dataset, and where it keeps labels and class names.
 
     `train` and `test` are the keyword arguments that choose a split. `variant` is the keyword
@@ -38,20 +38,20 @@ class Dataset:
 _TRAIN_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
 _SPLIT_NAME: dict[str, Any] = {"train": {"split": "train"}, "test": {"split": "test"}}
 
-DATASETS: dict[str, Dataset] = {
-    "CIFAR10": Dataset(**_TRAIN_FLAG, labels="targets"),
-    "CIFAR100": Dataset(**_TRAIN_FLAG, labels="targets"),
-    "MNIST": Dataset(**_TRAIN_FLAG, labels="targets"),
-    "FashionMNIST": Dataset(**_TRAIN_FLAG, labels="targets"),
-    "SVHN": Dataset(**_SPLIT_NAME, labels="labels", classes=tuple("0123456789")),
-    "STL10": Dataset(**_SPLIT_NAME, labels="labels"),
-    "Imagenette": Dataset(
+DATASETS: dict[str, Entry] = {
+    "CIFAR10": Entry(**_TRAIN_FLAG, labels="targets"),
+    "CIFAR100": Entry(**_TRAIN_FLAG, labels="targets"),
+    "MNIST": Entry(**_TRAIN_FLAG, labels="targets"),
+    "FashionMNIST": Entry(**_TRAIN_FLAG, labels="targets"),
+    "SVHN": Entry(**_SPLIT_NAME, labels="labels", classes=tuple("0123456789")),
+    "STL10": Entry(**_SPLIT_NAME, labels="labels"),
+    "Imagenette": Entry(
         {"split": "train"}, {"split": "val"}, labels="_samples", variant=("size", "320px")
     ),
-    "GTSRB": Dataset(
+    "GTSRB": Entry(
         **_SPLIT_NAME, labels="_samples", classes=tuple(str(sign) for sign in range(43))
     ),
-    "CelebA": Dataset(
+    "CelebA": Entry(
         **_SPLIT_NAME,
         labels="attr",
         fixed={"target_type": "attr"},
@@ -120,9 +120,7 @@ def _attribute(dataset: Any, name: str) -> tuple[int, str]:
     return names.index(name), name
 
 
-def _part(
-    dataset: Any, entry: Dataset, size: int | None, attribute: tuple[int, str] | None
-) -> Part:
+def _part(dataset: Any, entry: Entry, size: int | None, attribute: tuple[int, str] | None) -> Part:
     held = getattr(dataset, entry.labels)
     if entry.labels == "_samples":
         held = [label for _, label in held]
@@ -147,7 +145,7 @@ def _picture(dataset: Any, index: int, size: int | None) -> Bytes:
 
 
 def _class_names(
-    dataset: Any, entry: Dataset, attribute: tuple[int, str] | None, parts: list[Part]
+    dataset: Any, entry: Entry, attribute: tuple[int, str] | None, parts: list[Part]
 ) -> tuple[str, ...]:
     if attribute is not None:
         return f"not {attribute[1]}", attribute[1]

@@ -8,17 +8,13 @@ from __future__ import annotations
 import errno
 import functools
 import json
-import os
-import re
 import shlex
 import signal
 import sys
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
@@ -27,15 +23,11 @@ from sophon._errors import CheckpointError, SophonError, SpecError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from torch import nn
-
-    from sophon._data import Domain
     from sophon._progress import Mode
     from sophon._protect import Protected
-    from sophon._records import AuditRecord, Round, Trial
+    from sophon._records import AuditRecord
     from sophon._report import Report
-    from sophon._setting import Setting
-    from sophon._specs import ModelSpec, RunSpec
+    from sophon._runs import Case
 
 EXIT_CODES = """\
 \b
@@ -141,178 +133,11 @@ def _stopping() -> Iterator[_Stop]:
         signal.signal(signal.SIGINT, previous)
 
 
-# --- Reading a run ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A run file with its model and domains loaded."""
-
-    spec: RunSpec
-    network: ModelSpec
-    model: nn.Module
-    scratch: Callable[[], nn.Module]
-    original: Domain
-    restricted: tuple[Domain, ...]
-
-    def setting(self) -> Setting:
-        """Return the checked setting, in fp32."""
-        from sophon._setting import make_setting
-        from sophon._tasks import Classification
-
-        return make_setting(
-            self.model,
-            task=Classification(),
-            original=self.original,
-            restricted=self.restricted,
-            head=self.network.head,
-            precision="fp32",
-            device=None,
-        )
-
-
-def _read_run(path: Path, settings: list[str] | None) -> RunSpec:
-    from sophon._specs import RunSpec, parse_spec
-
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"{path} does not exist: give the path of a run file") from None
-    except IsADirectoryError:
-        raise SpecError(f"{path} is a folder: give the path of a run file") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path} is not UTF-8 text (byte {error.start}): save it as such") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{path} is not valid TOML: {error}") from None
-    for setting in settings or ():
-        _apply(data, setting)
-    return parse_spec(RunSpec, _expanded(data), where=str(path))
-
-
-def _apply(data: dict[str, Any], setting: str) -> None:
-    """Apply `a.b=c` to parsed TOML; `restricted.0.limit=5` reaches into arrays."""
-    path, equals, text = setting.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
-        raise SpecError(f"--set {setting!r}: write it as key=value, such as protect.rounds=50")
-    target: Any = data
-    for key in keys[:-1]:
-        target = _inside(target, key, setting)
-    if isinstance(target, list):
-        _inside(target, keys[-1], setting)
-        target[int(keys[-1])] = _value(text)
-    else:
-        target[keys[-1]] = _value(text)
-
-
-def _inside(target: Any, key: str, setting: str) -> Any:
-    if isinstance(target, list):
-        if not key.isdecimal() or int(key) >= len(target):
-            raise SpecError(
-                f"--set {setting!r}: {key!r} is no index here; use 0 to {len(target) - 1}"
-            )
-        return target[int(key)]
-    found = target.setdefault(key, {})
-    if not isinstance(found, dict | list):
-        raise SpecError(f"--set {setting!r}: {key} = {found!r} is a value, not a table")
-    return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _expanded(value: Any) -> Any:
-    """Return parsed TOML with `${NAME}` replaced by environment variables."""
-    if isinstance(value, dict):
-        return {key: _expanded(held) for key, held in value.items()}
-    if isinstance(value, list):
-        return [_expanded(held) for held in value]
-    if not isinstance(value, str):
-        return value
-    for name in re.findall(r"\$\{(\w+)\}", value):
-        if name not in os.environ:
-            raise SpecError(f"{value!r}: the environment variable {name} is not set; set it")
-    return re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], value)
-
-
-def _load(path: Path, settings: list[str] | None, threads: int | None = None) -> _Case:
-    spec = _read_run(path, settings)
-    import torch
-
-    from sophon._data import load_domain
-    from sophon._models import architecture, resolve_model
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    base = path.parent
-    original = load_domain(spec.original, base=base, role="original")
-    restricted = tuple(load_domain(s, base=base, role="restricted") for s in spec.restricted)
-    network = architecture(spec.model, base=base)
-    model, scratch = resolve_model(spec.model, base=base, default_classes=original.class_count)
-    return _Case(spec, network, model, scratch, original, restricted)
-
-
-def _require_place(folder: Path) -> None:
-    """Raise CheckpointError if `folder` could not be made; nothing is made yet."""
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise CheckpointError(f"cannot write to {folder}: {nearest} is a file; choose another")
-    if not os.access(nearest, os.W_OK):
-        raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
-
-
-# --- Showing ------------------------------------------------------------------------------------
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        held = ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None)
-        return f"{{ {held} }}" if held else "{}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value)
-
-
-def _lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield a specification as TOML, one dotted key a line, as `--set` spells them."""
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _lines(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key} = {_toml(value)}"
-
-
-def _round_text(record: Round, guard: str) -> str:
-    return f"restricted score {_percent(record.query_score)}  original {guard or 'not yet checked'}"
-
-
-def _trial_text(trial: Trial) -> str:
-    ended = "" if trial.outcome.kind == "completed" else f" ({trial.outcome.kind})"
-    score = "no score" if trial.test is None else _percent(trial.test.value)
-    return f"{trial.subject} {score}{ended}  {trial.strategy.label()}"
-
-
-def _domain_text(domain: Domain) -> str:
-    channels, height, width = domain.image_shape
-    sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
-    return f"{domain.name}: {domain.class_count} classes, {height}x{width}x{channels}, {sizes} test"
-
-
 # --- Running ------------------------------------------------------------------------------------
 
 
-def _run_protection(case: _Case, out: Path, mode: Mode) -> Protected:
-    from sophon._progress import Display
+def _run_protection(case: Case, out: Path, mode: Mode) -> Protected:
+    from sophon._progress import Display, percent, round_text
     from sophon._protect import protection
 
     run = protection(
@@ -334,8 +159,8 @@ def _run_protection(case: _Case, out: Path, mode: Mode) -> Protected:
         display.start_at(run.done)
         for record in run:
             if record.guard_score is not None:
-                guard = f"{_percent(record.guard_score)} ({record.guard})"
-            display.step(record.model_dump(mode="json"), _round_text(record, guard))
+                guard = f"{percent(record.guard_score)} ({record.guard})"
+            display.step(record.model_dump(mode="json"), round_text(record, guard))
             if stop.asked and run.done < len(run):
                 run.save()
                 raise KeyboardInterrupt
@@ -343,6 +168,8 @@ def _run_protection(case: _Case, out: Path, mode: Mode) -> Protected:
 
 
 def _show_protected(result: Protected, out: Path, mode: Mode) -> None:
+    from sophon._progress import percent
+
     file = out / "model.safetensors"
     if mode == "json":
         summary = {
@@ -356,36 +183,18 @@ def _show_protected(result: Protected, out: Path, mode: Mode) -> None:
         typer.echo(json.dumps(summary))
         return
     typer.echo(
-        f"protected: original validation {_percent(result.before.value)} before,"
-        f" {_percent(result.after.value)} after; weights of round {result.shipped_round} of"
+        f"protected: original validation {percent(result.before.value)} before,"
+        f" {percent(result.after.value)} after; weights of round {result.shipped_round} of"
         f" {len(result.rounds)}; {file}"
     )
 
 
-def _subject(case: _Case, path: Path) -> tuple[nn.Module, dict[str, Any] | None]:
-    """Return the model to judge and, if sophon wrote it, how it was protected."""
-    from sophon._checkpoints import read_json
-    from sophon._models import resolve_model
-    from sophon._specs import ModelSpec
-
-    folder = path if path.is_dir() else path.parent
-    if (folder / "model.json").is_file():
-        spec = ModelSpec(name=str(path.absolute()), head=case.network.head)
-        described = read_json(folder / "model.json")
-        model = resolve_model(spec, base=Path(), default_classes=case.original.class_count)[0]
-        return model, described.get("protection")
-    if path.is_dir():
-        raise CheckpointError(f"{path} holds no model.json: name a checkpoint's file or folder")
-    loaded = {"weights": str(path.absolute()), "pretrained": False}
-    spec = case.network.model_copy(update=loaded)
-    return resolve_model(spec, base=Path(), default_classes=case.original.class_count)[0], None
-
-
-def _run_audit(case: _Case, path: Path, store: Path, mode: Mode) -> AuditRecord:
+def _run_audit(case: Case, path: Path, store: Path, mode: Mode) -> AuditRecord:
     from sophon._audit import auditing
-    from sophon._progress import Display
+    from sophon._progress import Display, trial_text
+    from sophon._runs import load_subject
 
-    protected, protection = _subject(case, path)
+    protected, protection = load_subject(case, path)
     audit = auditing(
         protected,
         unprotected=case.model,
@@ -406,7 +215,7 @@ def _run_audit(case: _Case, path: Path, store: Path, mode: Mode) -> AuditRecord:
     with display:
         for trial in audit:
             fresh = trial.key not in held
-            display.step(trial.model_dump(mode="json"), _trial_text(trial), fresh=fresh)
+            display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
     return audit.record()
 
 
@@ -494,19 +303,21 @@ def protect(
     threads: Threads = None,
 ) -> None:
     """Protect the model of RUN.TOML; repeat the command to resume."""
+    from sophon._runs import load, require_place
+
     if dry_run:
-        _forecast(_load(run_file, settings, threads), as_json=as_json)
+        _forecast(load(run_file, settings, threads), as_json=as_json)
         return
     if out is None:
         raise SpecError("--out is missing: name a folder to write to, such as --out runs/p1")
     mode = _mode(quiet, as_json)
-    _require_place(out)
-    result = _run_protection(_load(run_file, settings, threads), out, mode)
+    require_place(out)
+    result = _run_protection(load(run_file, settings, threads), out, mode)
     _show_protected(result, out, mode)
 
 
-def _forecast(case: _Case, *, as_json: bool) -> None:
-    from sophon._progress import duration
+def _forecast(case: Case, *, as_json: bool) -> None:
+    from sophon._progress import duration, lines
     from sophon._protect import forecast
 
     expected = forecast(
@@ -525,8 +336,7 @@ def _forecast(case: _Case, *, as_json: bool) -> None:
         }
         typer.echo(json.dumps({"event": "forecast", "spec": resolved, **numbers}))
         return
-    for line in _lines(resolved):
-        typer.echo(line)
+    _say(lines(resolved))
     typer.echo(
         f"forecast: {case.spec.protect.rounds} rounds of {expected.round_s:.2g} s,"
         f" {duration(expected.total_s)} in all; about {expected.peak_bytes / 2**20:.0f} MiB of"
@@ -566,10 +376,12 @@ def audit(
 
     Only trials that the store lacks are run; repeat the command to resume.
     """
+    from sophon._runs import load, require_place
+
     mode = _mode(quiet, as_json)
-    _require_place(out)
-    _require_place(store or out)
-    case = _load(run_file, settings, threads)
+    require_place(out)
+    require_place(store or out)
+    case = load(run_file, settings, threads)
     made = _write_audit(_run_audit(case, model, store or out, mode), out)
     _show_verdict(made, mode, {"report": out / "report.html"})
 
@@ -647,22 +459,24 @@ def evaluate(
     """Print the accuracy on the original domain with its 95 % interval (Wilson)."""
     if split not in ("validation", "test"):
         raise SpecError(f"--split = {split!r}: use validation or test")
-    case = _load(run_file, settings, threads)
     from sophon._metrics import evaluate as measure
+    from sophon._progress import percent
+    from sophon._runs import load, load_subject
     from sophon._statistics import wilson
 
+    case = load(run_file, settings, threads)
     setting = case.setting()
-    subject = case.model if model is None else _subject(case, model)[0]
+    subject = case.model if model is None else load_subject(case, model)[0]
     images = case.original.test if split == "test" else case.original.validation
     score = measure(setting.place(subject), setting, case.original, images)
-    low, high = wilson(score.correct, score.total)
+    low, high = wilson(score)
     if as_json:
         held = {"split": split, **score.model_dump(), "low": low, "high": high}
         typer.echo(json.dumps({"event": "summary", "domain": case.original.name, **held}))
         return
     typer.echo(
-        f"{case.original.name} {split}: {_percent(score.value)} of {score.total} images"
-        f" (95 % interval {_percent(low)} to {_percent(high)})"
+        f"{case.original.name} {split}: {percent(score.value)} of {score.total} images"
+        f" (95 % interval {percent(low)} to {percent(high)})"
     )
 
 
@@ -679,78 +493,20 @@ def inspect(
     """Describe a run file, a checkpoint (its checksum is verified) or an audit."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a run file, a checkpoint or an audit")
+    from sophon._inspection import describe_checkpoint, describe_run
+
     if path.suffix == ".toml":
-        _inspect_run(path)
+        _say(describe_run(path))
     elif path.suffix == ".json" or (path / "record.json").is_file():
         from sophon._report import report as judge
 
         _show_verdict(judge(_read_record(path)), "lines", {})
     else:
-        _inspect_checkpoint(path)
+        _say(describe_checkpoint(path))
 
 
-def _inspect_run(path: Path) -> None:
-    case = _load(path, None)
-    from sophon._models import blocks
-
-    setting = case.setting()
-    for line in _lines(case.spec.model_dump(mode="json")):
-        typer.echo(line)
-    typer.echo(f"fingerprint: {case.spec.fingerprint()}")
-    for role, domain in [
-        ("original", case.original),
-        *(("restricted", d) for d in case.restricted),
-    ]:
-        typer.echo(f"{role} {_domain_text(domain)}")
-    size = sum(parameter.numel() for parameter in case.model.parameters())
-    typer.echo(f"model {case.network.name}: {size:,} parameters, head {setting.head}")
-    for number, names in enumerate(blocks(case.model, setting.head), start=1):
-        typer.echo(f"  block {number}: {', '.join(names)}")
-
-
-def _inspect_checkpoint(path: Path) -> None:
-    from sophon._checkpoints import read_json
-    from sophon._models import read_tensors
-
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file() and (path / "run.json").is_file():
-        rounds = len((path / "rounds.jsonl").read_text(encoding="utf-8").splitlines())
-        wanted = read_json(path / "run.json")["resolved"]["rounds"]
-        typer.echo(f"{path}: a protection not finished, {rounds} of {wanted} rounds; repeat it")
-        return
-    tensors = read_tensors(file)
-    size = sum(value.numel() for value in tensors.values())
-    typer.echo(f"{file}: {len(tensors)} tensors, {size:,} values, all of them tensors only")
-    if (file.parent / "model.json").is_file():
-        _describe(file, read_json(file.parent / "model.json"))
-    else:
-        typer.echo("no model.json beside it: not written by sophon")
-
-
-def _describe(file: Path, held: dict[str, Any]) -> None:
-    from hashlib import file_digest
-
-    with file.open("rb") as stream:
-        digest = file_digest(stream, "sha256").hexdigest()
-    if digest != held.get("sha256"):
-        raise CheckpointError(
-            f"{file} does not have the checksum in model.json: it was changed or damaged; restore"
-            " both files or repeat the protection"
-        )
-    typer.echo(f"sha256 {digest}, as recorded")
-    if held.get("model"):
-        typer.echo(f"model {_toml(held['model'])}")
-    protection = held.get("protection")
-    if not protection:
-        return
-    scores = [protection[f"validation_{when}"] for when in ("before", "after")]
-    before, after = (score["correct"] / score["total"] for score in scores)
-    typer.echo(
-        f"protected against {', '.join(protection['restricted'])}: round"
-        f" {protection['shipped_round']} of {protection['rounds']},"
-        f" {protection['original']} validation {_percent(before)} before, {_percent(after)} after"
-    )
-    for line in _lines(protection["spec"], "protect."):
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
         typer.echo(line)
 
 
@@ -766,17 +522,20 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Protect, audit and report a small model on embedded images, in about a minute."""
+    from sophon._progress import percent
+
     mode = _mode(quiet, as_json)
-    _require_place(out)
     if mode in ("bar", "lines"):
         typer.echo("Preparing letters, digits and a small network for letters.", err=True)
     from sophon._demo import WHAT_IT_SHOWS, prepare
+    from sophon._runs import load, require_place
 
+    require_place(out)
     start = prepare(out)
     if mode in ("bar", "lines"):
         done = "trained" if start.trained else "found"
-        typer.echo(f"{done}: letters validation {_percent(start.score.value)}", err=True)
-    case = _load(start.run, settings, threads)
+        typer.echo(f"{done}: letters validation {percent(start.score.value)}", err=True)
+    case = load(start.run, settings, threads)
     result = _run_protection(case, out / "protected", mode)
     if mode != "quiet":
         _show_protected(result, out / "protected", mode)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from sophon._data import Domain
+    from sophon._records import Round, Trial
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0
@@ -103,3 +108,46 @@ class Display:
         each = max(1e-6, (time.monotonic() - self.started) / self.ran)
         rate = f"{each:.1f} s/{self.noun}" if each >= 1 else f"{1 / each:.1f} {self.noun}s/s"
         return f"{rate}, {duration(each * max(0, self.todo - self.ran))} left"
+
+
+def percent(value: float) -> str:
+    """Return a fraction as a percentage."""
+    return f"{100 * value:.1f} %"
+
+
+def toml(value: Any) -> str:
+    """Return plain JSON data as an inline TOML value; keys without a value are left out."""
+    if isinstance(value, dict):
+        held = ", ".join(f"{k} = {toml(v)}" for k, v in value.items() if v is not None)
+        return f"{{ {held} }}" if held else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    return json.dumps(value)
+
+
+def lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a specification as TOML, one dotted key a line, as `--set` spells them."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from lines(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key} = {toml(value)}"
+
+
+def round_text(record: Round, guard: str) -> str:
+    """Return what a line says of a round; `guard` is the last check of the original task."""
+    return f"restricted score {percent(record.query_score)}  original {guard or 'not yet checked'}"
+
+
+def trial_text(trial: Trial) -> str:
+    """Return what a line says of a trial."""
+    ended = "" if trial.outcome.kind == "completed" else f" ({trial.outcome.kind})"
+    score = "no score" if trial.test is None else percent(trial.test.value)
+    return f"{trial.subject} {score}{ended}  {trial.strategy.label()}"
+
+
+def domain_text(domain: Domain) -> str:
+    """Return a domain's name, classes, image shape and sizes."""
+    channels, height, width = domain.image_shape
+    sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
+    return f"{domain.name}: {domain.class_count} classes, {height}x{width}x{channels}, {sizes} test"

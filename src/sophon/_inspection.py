@@ -1,0 +1,72 @@
+"""Descriptions of run files and checkpoints, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from sophon._checkpoints import read_json
+from sophon._errors import CheckpointError
+from sophon._models import blocks, read_tensors
+from sophon._progress import domain_text, lines, percent, toml
+from sophon._runs import load
+
+
+def describe_run(path: Path) -> Iterator[str]:
+    """Yield the resolved specification, the domains and the parts of the model."""
+    case = load(path, None)
+    setting = case.setting()
+    yield from lines(case.spec.model_dump(mode="json"))
+    yield (f"fingerprint: {case.spec.fingerprint()}")
+    for role, domain in [
+        ("original", case.original),
+        *(("restricted", d) for d in case.restricted),
+    ]:
+        yield (f"{role} {domain_text(domain)}")
+    size = sum(parameter.numel() for parameter in case.model.parameters())
+    yield (f"model {case.network.name}: {size:,} parameters, head {setting.head}")
+    for number, names in enumerate(blocks(case.model, setting.head), start=1):
+        yield (f"  block {number}: {', '.join(names)}")
+
+
+def describe_checkpoint(path: Path) -> Iterator[str]:
+    """Yield what a checkpoint holds; CheckpointError if it is not what was written."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file() and (path / "run.json").is_file():
+        rounds = len((path / "rounds.jsonl").read_text(encoding="utf-8").splitlines())
+        wanted = read_json(path / "run.json")["resolved"]["rounds"]
+        yield (f"{path}: a protection not finished, {rounds} of {wanted} rounds; repeat it")
+        return
+    tensors = read_tensors(file)
+    size = sum(value.numel() for value in tensors.values())
+    yield (f"{file}: {len(tensors)} tensors, {size:,} values")
+    if (file.parent / "model.json").is_file():
+        yield from _provenance(file, read_json(file.parent / "model.json"))
+    else:
+        yield ("no model.json beside it: not written by sophon")
+
+
+def _provenance(file: Path, held: dict[str, Any]) -> Iterator[str]:
+    with file.open("rb") as stream:
+        digest = file_digest(stream, "sha256").hexdigest()
+    if digest != held.get("sha256"):
+        raise CheckpointError(
+            f"{file} does not have the checksum in model.json: it was changed or damaged; restore"
+            " both files or repeat the protection"
+        )
+    yield (f"sha256 {digest}, as recorded")
+    if held.get("model"):
+        yield (f"model {toml(held['model'])}")
+    protection = held.get("protection")
+    if not protection:
+        return
+    scores = [protection[f"validation_{when}"] for when in ("before", "after")]
+    before, after = (score["correct"] / score["total"] for score in scores)
+    yield (
+        f"protected against {', '.join(protection['restricted'])}: round"
+        f" {protection['shipped_round']} of {protection['rounds']},"
+        f" {protection['original']} validation {percent(before)} before, {percent(after)} after"
+    )
+    yield from lines(protection["spec"], "protect.")

@@ -1,0 +1,162 @@
+"""A run file with what it names: read, changed by `--set`, validated and loaded."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophon._checkpoints import read_json
+from sophon._data import Domain, load_domain
+from sophon._data.sources import expanded
+from sophon._errors import CheckpointError, SpecError
+from sophon._models import architecture, resolve_model
+from sophon._setting import Setting, make_setting
+from sophon._specs import ModelSpec, RunSpec, parse_spec
+from sophon._tasks import Classification
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run file with its model and domains loaded."""
+
+    spec: RunSpec
+    network: ModelSpec
+    model: nn.Module
+    scratch: Callable[[], nn.Module]
+    original: Domain
+    restricted: tuple[Domain, ...]
+
+    def setting(self) -> Setting:
+        """Return the checked setting, in fp32."""
+        return make_setting(
+            self.model,
+            task=Classification(),
+            original=self.original,
+            restricted=self.restricted,
+            head=self.network.head,
+            precision="fp32",
+            device=None,
+        )
+
+
+def read_run(path: Path, settings: list[str] | None) -> RunSpec:
+    """Return the specification in `path` with each `key=value` of `settings` applied first.
+
+    Raises SpecError naming the file, the key and what is allowed.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"{path} does not exist: give the path of a run file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder: give the path of a run file") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path} is not UTF-8 text (byte {error.start}): save it as such") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path} is not valid TOML: {error}") from None
+    for setting in settings or ():
+        _apply(data, setting)
+    return parse_spec(RunSpec, data, where=str(path))
+
+
+def _apply(data: dict[str, Any], setting: str) -> None:
+    """Apply `a.b=c` to parsed TOML; `restricted.0.limit=5` reaches into arrays."""
+    path, equals, text = setting.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise SpecError(f"--set {setting!r}: write it as key=value, such as protect.rounds=50")
+    target: Any = data
+    for key in keys[:-1]:
+        target = _inside(target, key, setting)
+    if isinstance(target, list):
+        _inside(target, keys[-1], setting)
+        target[int(keys[-1])] = _value(text)
+    else:
+        target[keys[-1]] = _value(text)
+
+
+def _inside(target: Any, key: str, setting: str) -> Any:
+    if isinstance(target, list):
+        if not key.isdecimal() or int(key) >= len(target):
+            raise SpecError(
+                f"--set {setting!r}: {key!r} is no index here; use 0 to {len(target) - 1}"
+            )
+        return target[int(key)]
+    found = target.setdefault(key, {})
+    if not isinstance(found, dict | list):
+        raise SpecError(f"--set {setting!r}: {key} = {found!r} is a value, not a table")
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _located(spec: ModelSpec, base: Path) -> ModelSpec:
+    """Return the model with `${VARIABLES}` and `~` in its paths replaced."""
+    changes = {}
+    if spec.weights is not None:
+        changes["weights"] = str(expanded(spec.weights, base).absolute())
+    if spec.name.startswith(("~", "$")):
+        changes["name"] = str(expanded(spec.name, base).absolute())
+    return spec.model_copy(update=changes)
+
+
+def load(path: Path, settings: list[str] | None, threads: int | None = None) -> Case:
+    """Return the run in `path`, its model and its domains loaded.
+
+    Paths in it start at its folder. Raises DataError, UnsupportedModelError or CheckpointError.
+    """
+    spec = read_run(path, settings)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    base = path.parent
+    original = load_domain(spec.original, base=base, role="original")
+    restricted = tuple(load_domain(s, base=base, role="restricted") for s in spec.restricted)
+    located = _located(spec.model, base)
+    network = spec.model if located.weights else architecture(located, base=base)
+    model, scratch = resolve_model(located, base=base, default_classes=original.class_count)
+    return Case(spec, network, model, scratch, original, restricted)
+
+
+def require_place(folder: Path) -> None:
+    """Raise CheckpointError if `folder` could not be made; nothing is made yet."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise CheckpointError(f"cannot write to {folder}: {nearest} is a file; choose another")
+    if not os.access(nearest, os.W_OK):
+        raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
+
+
+def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Return the model in `path` and, if sophon wrote it, how it was protected.
+
+    `path` is a file or a folder; without a `model.json` that names the network, it holds weights
+    for the network of the run. Raises CheckpointError or UnsupportedModelError.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    description = file.parent / "model.json"
+    held: dict[str, Any] = {}
+    if file.name == "model.safetensors" and description.is_file():
+        held = read_json(description)
+    if path.is_dir() and not file.is_file():
+        raise CheckpointError(f"{path} holds no model.safetensors: name a checkpoint")
+    if held.get("model"):
+        spec = ModelSpec(name=str(file.absolute()), head=case.network.head)
+    else:
+        loaded = {"weights": str(file.absolute()), "pretrained": False}
+        spec = case.network.model_copy(update=loaded)
+    model, _ = resolve_model(spec, base=Path(), default_classes=case.original.class_count)
+    return model, held.get("protection")

@@ -1,0 +1,242 @@
+"""Red flags: pure functions of a record that say when an audit should not be believed.
+
+Each returns a `Flag` or None for one restricted domain. Add one as a function and an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from sophon._records import AuditRecord, Trial
+from sophon._statistics import best_of, winner
+
+
+class Flag(NamedTuple):
+    """A reason for doubt: what raised it, why it matters, what to do; `voids` forbids a verdict."""
+
+    name: str
+    raised_if: str
+    explanation: str
+    remedy: str
+    detail: str
+    voids: bool = False
+
+
+Check = Callable[[AuditRecord, str], Flag | None]
+
+
+def trials_of(record: AuditRecord, domain: str, subject: str | None = None) -> list[Trial]:
+    """Return a domain's trials, of one subject or of all."""
+    return [
+        trial
+        for trial in record.trials
+        if trial.domain == domain and subject in (None, trial.subject)
+    ]
+
+
+def _family(trials: Sequence[Trial], best: Trial) -> list[float]:
+    """Return the rates tried with the winner's optimizer, scope and preparations, sorted."""
+    key = best.strategy.model_dump(include={"optimizer", "scope", "preparations"})
+    same = (t.strategy for t in trials)
+    return sorted(
+        {
+            s.learning_rate
+            for s in same
+            if s.model_dump(include={"optimizer", "scope", "preparations"}) == key
+        }
+    )
+
+
+def winner_on_the_edge(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the protected model's best attack has the largest or smallest rate tried."""
+    trials = trials_of(record, domain, "protected")
+    best = winner(trials)
+    if best is None:
+        return None
+    rates = _family(trials, best)
+    if best.strategy.learning_rate not in (rates[0], rates[-1]):
+        return None
+    return Flag(
+        "winner on the edge",
+        "the best attack uses the largest or smallest rate tried for its optimizer",
+        "A rate beyond the edge may do better still.",
+        "Add attacks beyond that rate (audit.extra), or use a wider suite.",
+        best.strategy.label(),
+    )
+
+
+def last_trial_is_best(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the last attack of the suite is the winner."""
+    best = winner(trials_of(record, domain, "protected"))
+    if best is None or not record.strategies or best.strategy != record.strategies[-1]:
+        return None
+    return Flag(
+        "best trial is the last one",
+        "the last attack of the suite wins",
+        "The search had not settled when it ended.",
+        "Run a larger suite or search.",
+        best.strategy.label(),
+    )
+
+
+def last_step_is_best(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the winner was still improving at the horizon."""
+    best = winner(trials_of(record, domain, "protected"))
+    if best is None or not best.curve or best.best_step != best.strategy.steps:
+        return None
+    return Flag(
+        "best step is the last step",
+        "the best attack is at its best when the budget ends",
+        "More steps would do better: the numbers are lower bounds on what an attacker reaches.",
+        "Raise audit.steps.",
+        f"step {best.best_step}",
+    )
+
+
+def seeds_disagree(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the best score differs by more than 10 points between attack seeds."""
+    trials = trials_of(record, domain, "protected")
+    scores = [
+        max(best_of(t) for t in trials if t.seed == seed) for seed in {t.seed for t in trials}
+    ]
+    if len(scores) < 2 or max(scores) - min(scores) <= 0.1:
+        return None
+    return Flag(
+        "seeds disagree",
+        "the best score differs by more than 10 points between attack seeds",
+        "One more seed could change the verdict.",
+        "Run more seeds (audit.seeds).",
+        f"{100 * min(scores):.1f} to {100 * max(scores):.1f} %",
+    )
+
+
+def most_diverged(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if more than half of the attacks on a subject diverged."""
+    for subject in ("protected", "unprotected", "scratch"):
+        trials = trials_of(record, domain, subject)
+        diverged = sum(trial.outcome.kind == "diverged" for trial in trials)
+        if trials and diverged > len(trials) / 2:
+            return Flag(
+                "most trials diverged",
+                "more than half of the attacks on a subject diverged",
+                "A weak search makes any model look protected.",
+                "Add lower rates, warm-up or gradient clipping (audit.extra).",
+                f"{diverged} of {len(trials)} on {subject}",
+                voids=True,
+            )
+    return None
+
+
+def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if any attack crashed."""
+    crashed = [t for t in trials_of(record, domain) if t.outcome.kind == "crashed"]
+    if not crashed:
+        return None
+    subjects = sorted({trial.subject for trial in crashed})
+    return Flag(
+        "crashed attacks",
+        "an attack ended with an exception",
+        "An attack that could not run says nothing about the model; one that raises in train mode"
+        " only looks protected.",
+        "Read the traceback in the record, mend the cause and repeat the command.",
+        f"{len(crashed)} on {', '.join(subjects)}: {_error(crashed[0])}",
+        voids=True,
+    )
+
+
+def _error(trial: Trial) -> str:
+    return trial.outcome.error if trial.outcome.kind == "crashed" else ""
+
+
+def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the protected model hardly beats guessing on its own task."""
+    del domain
+    chance = 1 / record.original.classes
+    for subject in record.subjects:
+        score = subject.original
+        if subject.name == "protected" and score is not None and score.value < 2 * chance:
+            return Flag(
+                "original task destroyed",
+                "the protected model scores below twice chance on the original domain",
+                "A model that does nothing well needs no protection.",
+                "Check that these are the right weights, images and normalisation.",
+                f"{100 * score.value:.1f} %, chance {100 * chance:.1f} %",
+                voids=True,
+            )
+    return None
+
+
+def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if an optimizer that was not rehearsed beats the rehearsed ones by far."""
+    rehearsed = _rehearsed_optimizers(record.protection)
+    trials = trials_of(record, domain, "protected")
+    known = [best_of(t) for t in trials if _group(t.strategy.optimizer) in rehearsed]
+    others = [best_of(t) for t in trials if _group(t.strategy.optimizer) not in rehearsed]
+    if not known or not others or max(others) - max(known) <= 0.1:
+        return None
+    return Flag(
+        "an unrehearsed optimizer wins by far",
+        "an optimizer outside the rehearsal beats every rehearsed one by more than 10 points",
+        "Protection was fitted to the optimizers it rehearsed.",
+        "Rehearse that optimizer too (protect.rehearsal.distribution.learning_rates).",
+        f"{100 * max(others):.1f} against {100 * max(known):.1f} %",
+    )
+
+
+def _group(optimizer: str) -> str:
+    return "sgd" if optimizer in ("sgd", "sgd_momentum", "nesterov") else optimizer
+
+
+def _rehearsed_optimizers(protection: dict[str, Any] | None) -> set[str]:
+    rehearsal = ((protection or {}).get("spec") or {}).get("rehearsal") or {}
+    fixed = rehearsal.get("fixed")
+    if fixed:
+        return {_group(fixed["optimizer"])}
+    rates = (rehearsal.get("distribution") or {}).get("learning_rates") or {}
+    return {_group(name) for name in rates}
+
+
+def few_seeds(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if fewer than three attack seeds were run."""
+    del domain
+    if len(record.spec.seeds) >= 3:
+        return None
+    return Flag(
+        "fewer than three seeds",
+        "the audit ran fewer than three attack seeds",
+        "Chance in data order and initialisation is not averaged out; intervals are missing or"
+        " too narrow.",
+        "Set audit.seeds = [0, 1, 2] or more.",
+        f"{len(record.spec.seeds)}",
+    )
+
+
+def unhealthy_weights(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if a subject has weights that are not finite or parameters that are frozen."""
+    del domain
+    found = [f"{s.name}: {', '.join(s.flags)}" for s in record.subjects if s.flags]
+    if not found:
+        return None
+    return Flag(
+        "unhealthy weights",
+        "a subject has frozen parameters or weights that are not finite",
+        "Such a model only looks hard to train; an attacker thaws or repairs it.",
+        "Judge by attacks that undo it; do not publish such weights as protected.",
+        "; ".join(found),
+        voids="non_finite_weights" in " ".join(found),
+    )
+
+
+CHECKS: dict[str, Check] = {
+    "crashed_attacks": crashed_attacks,
+    "near_chance_on_original": near_chance_on_original,
+    "unhealthy_weights": unhealthy_weights,
+    "most_diverged": most_diverged,
+    "winner_on_the_edge": winner_on_the_edge,
+    "last_trial_is_best": last_trial_is_best,
+    "last_step_is_best": last_step_is_best,
+    "seeds_disagree": seeds_disagree,
+    "other_optimizer_far_better": other_optimizer_far_better,
+    "few_seeds": few_seeds,
+}

@@ -1,0 +1,311 @@
+"""Record to report: one self-contained HTML file, and the same as Markdown. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from sophon._records import AuditRecord, Score
+from sophon._statistics import Interval, best_of, wilson
+from sophon._verdict import DomainSummary, SubjectSummary, overall, scope, summarise
+
+# What stands where nothing was measured.
+NONE = "\u2013"
+SUBJECTS = ("protected", "unprotected", "scratch")
+MEANINGS = {
+    "withstood": "In this audit, starting from the protected weights saved an attacker nothing.",
+    "slowed": "Attackers still get there, but need more steps than from the unprotected weights.",
+    "not protected": "An attacker who tries these attacks gets most of what the weights offer.",
+    "untrainable": "The model cannot be fine-tuned to anything, allowed tasks included.",
+    "void": "This audit cannot be believed, for the reasons below; it says nothing either way.",
+}
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as a percentage, or a dash for none."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def with_interval(value: float, interval: Interval | None, digits: int = 1) -> str:
+    """Return a percentage with its 95 % interval."""
+    if interval is None:
+        return percent(value, digits)
+    low, high = (f"{100 * bound:.{digits}f}" for bound in interval)
+    return f"{percent(value, digits)} ({low} to {high})"
+
+
+def score_text(score: Score | None) -> str:
+    """Return a score with its Wilson interval, or a dash."""
+    return NONE if score is None else with_interval(score.value, wilson(score))
+
+
+class Report:
+    """An audit's report: its verdict, its table, and the two documents."""
+
+    def __init__(self, record: AuditRecord) -> None:
+        self.record = record
+        self.summaries = summarise(record)
+        self.worst = overall(self.summaries)
+
+    @property
+    def verdict(self) -> str:
+        """The verdict on the model: that of its worst restricted domain."""
+        return self.worst.text
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the verdict table, a header row first."""
+        rows: list[tuple[str, ...]] = [
+            ("restricted domain", "subject", "best validation", "test", "winning attack", "verdict")
+        ]
+        for summary in self.summaries:
+            for name, subject in summary.subjects.items():
+                rows.append(
+                    (
+                        summary.domain.name,
+                        name,
+                        percent(subject.best),
+                        score_text(subject.test),
+                        subject.winner.strategy.label(),
+                        summary.text if name == "protected" else "",
+                    )
+                )
+        return rows
+
+    def html(self) -> str:
+        """Return the report as one HTML page without scripts or references to anything outside."""
+        return _render("report.html.j2", self, escape_html=True)
+
+    def markdown(self) -> str:
+        """Return the report as Markdown, for a model card."""
+        return _render("report.md.j2", self, escape_html=False)
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the HTML page to `path`, whole or not at all."""
+        _write(Path(path), self.html())
+
+    def write_markdown(self, path: str | Path) -> None:
+        """Write the Markdown text to `path`, whole or not at all."""
+        _write(Path(path), self.markdown())
+
+
+def report(record: AuditRecord) -> Report:
+    """Return the report of an audit record. Raises AuditError if it names no restricted domain."""
+    return Report(record)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _render(name: str, report: Report, *, escape_html: bool) -> str:
+    environment = Environment(
+        loader=PackageLoader("sophon"),
+        autoescape=escape_html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    record = report.record
+    scores = {subject.name: subject.original for subject in record.subjects}
+    return environment.get_template(name).render(
+        report=report,
+        record=record,
+        summaries=report.summaries,
+        meaning=MEANINGS[report.worst.verdict],
+        scope=scope(record),
+        facts=[(s, _facts(s)) for s in report.summaries],
+        plots={s.domain.name: envelope_plot(s) for s in report.summaries},
+        envelopes={s.domain.name: _envelope_rows(s) for s in report.summaries},
+        originals=[(n, score_text(scores.get(n))) for n in SUBJECTS[:2] if n in scores],
+        trials=_trial_rows(record),
+        spec=json.dumps(record.spec.model_dump(mode="json", exclude_defaults=False), indent=2),
+        protection=None
+        if record.protection is None
+        else json.dumps(record.protection, indent=2, sort_keys=True),
+        percent=percent,
+    )
+
+
+def _facts(summary: DomainSummary) -> list[tuple[str, str]]:
+    """Return a domain's key numbers with their names."""
+    facts = [("Verdict", summary.text)]
+    advantage = summary.advantage
+    if advantage.defined and advantage.value is not None:
+        facts.append(
+            ("Advantage removed", with_interval(advantage.value, advantage.interval, digits=0))
+        )
+    else:
+        facts.append(("Advantage removed", f"undefined: {advantage.reason}"))
+    for name, subject in summary.subjects.items():
+        test = "" if subject.test is None else f", test {score_text(subject.test)}"
+        facts.append((f"Best on {name}", f"{percent(subject.best)} validation{test}"))
+    for name, subject in summary.subjects.items():
+        if subject.to_unprotected is not None:
+            facts.append((f"Steps to recover, {name}", _cost(subject.to_unprotected)))
+    if summary.multiplier is not None:
+        bound = "at least " if summary.multiplier_is_bound else ""
+        facts.append(("Cost multiplier", f"{bound}{summary.multiplier:.1f}"))
+    if summary.scratch_fraction is not None:
+        facts.append(("Fraction of scratch cost", f"{summary.scratch_fraction:.2f}"))
+    return facts
+
+
+def _cost(cost: Any) -> str:
+    return f"more than {cost.horizon} (not reached)" if cost.steps is None else f"{cost.steps}"
+
+
+def _envelope_rows(summary: DomainSummary) -> list[list[str]]:
+    rows = []
+    for position, budget in enumerate(summary.budgets):
+        values = [summary.subjects.get(name) for name in SUBJECTS]
+        cells = [percent(v.points[position].value) if v else NONE for v in values]
+        rows.append([str(budget), *cells])
+    return rows
+
+
+def _trial_rows(record: AuditRecord) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for trial in record.trials:
+        outcome = trial.outcome
+        ended: str = outcome.kind
+        if outcome.kind == "diverged":
+            ended = f"diverged at step {outcome.step}"
+        elif outcome.kind == "crashed":
+            ended = f"crashed: {outcome.error}"
+        rows.append(
+            (
+                trial.domain,
+                trial.subject,
+                trial.strategy.label(),
+                str(trial.seed),
+                percent(best_of(trial)) if trial.curve else NONE,
+                NONE if trial.best_step is None else str(trial.best_step),
+                NONE if trial.test is None else percent(trial.test.value),
+                ended,
+                f"{trial.wall_s:.1f}",
+            )
+        )
+    return rows
+
+
+# --- The envelope plot --------------------------------------------------------------------------
+
+_WIDTH, _HEIGHT = 640, 360
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 122, 18, 46
+_DASHES = {"protected": "", "unprotected": "7 4", "scratch": "2 4"}
+
+
+class _Axes:
+    """Maps budgets (logarithmic) and scores (linear) to picture coordinates."""
+
+    def __init__(self, summary: DomainSummary) -> None:
+        steps = summary.budgets
+        self.first, self.last = steps[0], max(steps[-1], steps[0] + 1)
+        spreads = [i for s in summary.subjects.values() for i in s.spread]
+        top = max(i.high for i in spreads)
+        bottom = min(i.low for i in spreads)
+        self.low = max(0.0, math.floor(bottom * 10) / 10)
+        self.high = max(self.low + 0.1, min(1.0, math.ceil(top * 10) / 10))
+
+    def x(self, step: float) -> float:
+        share = math.log(step / self.first) / math.log(self.last / self.first)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def envelope_plot(summary: DomainSummary) -> Markup:
+    """Return the envelope of each subject over the budget as inline SVG.
+
+    Lines are means over seeds of each seed's envelope, bands the range over seeds. Curves differ
+    in dash and marker as well as in colour, and carry their names.
+    """
+    if not summary.subjects or not summary.budgets:
+        return Markup("<p>No attack was measured.</p>")
+    axes = _Axes(summary)
+    parts = [*_grid(axes, summary.budgets)]
+    for subject in summary.subjects.values():
+        parts += _curve(axes, summary.budgets, subject)
+    parts += _labels(axes, summary)
+    title = escape(f"Best score on {summary.domain.name} within a budget of steps")
+    return Markup(
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _grid(axes: _Axes, budgets: Sequence[int]) -> list[str]:
+    parts = []
+    count = round((axes.high - axes.low) * 10)
+    for tick in range(0, count + 1, 1 if count <= 6 else 2):
+        value = axes.low + tick / 10
+        y = axes.y(value)
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * value:.0f} %</text>'
+        )
+    last = -math.inf
+    for budget in budgets:
+        x = axes.x(budget)
+        if x - last < 34:
+            continue
+        last = x
+        base = _HEIGHT - _BOTTOM
+        parts.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 5}"/>'
+            f'<text x="{x:.1f}" y="{base + 19}" text-anchor="middle">{budget}</text>'
+        )
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(
+        f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">'
+        "attack budget, optimizer steps (logarithmic)</text>"
+    )
+    return parts
+
+
+def _curve(axes: _Axes, budgets: Sequence[int], subject: SubjectSummary) -> list[str]:
+    along = [(axes.x(b), axes.y(v)) for b, v in zip(budgets, subject.mean, strict=True)]
+    upper = [(axes.x(b), axes.y(i.high)) for b, i in zip(budgets, subject.spread, strict=True)]
+    lower = [(axes.x(b), axes.y(i.low)) for b, i in zip(budgets, subject.spread, strict=True)]
+    band = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*upper, *reversed(lower)])
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in along)
+    marks = "".join(_mark(subject.name, x, y) for x, y in along)
+    return [
+        f'<g class="{subject.name}"><polygon class="band" points="{band}"/>'
+        f'<polyline points="{line}" stroke-dasharray="{_DASHES[subject.name]}"/>{marks}</g>'
+    ]
+
+
+def _mark(name: str, x: float, y: float) -> str:
+    if name == "protected":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+    if name == "unprotected":
+        return f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
+    return f'<path d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
+
+
+def _labels(axes: _Axes, summary: DomainSummary) -> list[str]:
+    """Return the curves' names at their right ends, moved apart where they would overlap."""
+    ends = sorted((axes.y(s.mean[-1]), s.name) for s in summary.subjects.values())
+    placed: list[tuple[float, str]] = []
+    for y, name in ends:
+        lowest = placed[-1][0] + 16 if placed else -math.inf
+        placed.append((max(y, lowest), name))
+    x = _WIDTH - _RIGHT + 10
+    return [
+        f'<text class="name {name}" x="{x}" y="{y + 4:.1f}">{name}</text>' for y, name in placed
+    ]

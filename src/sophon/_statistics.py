@@ -1,0 +1,177 @@
+"""Numbers of an audit: envelopes, areas, costs, intervals. Pure functions of trials; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sophon._records import Score, Trial
+
+DRAWS = 4000
+_Z = 1.959963984540054
+
+
+class Interval(NamedTuple):
+    """A 95 % interval."""
+
+    low: float
+    high: float
+
+
+class EnvelopePoint(NamedTuple):
+    """Best validation score of any attack within `step` steps, and the attack that holds it."""
+
+    step: int
+    value: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Steps needed to reach a target; None where it was not reached by the horizon (censored)."""
+
+    steps: int | None
+    horizon: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval; without one where fewer than two seeds were run.
+
+    Where `defined` is false, `reason` says why the number means nothing.
+    """
+
+    value: float | None
+    interval: Interval | None
+    defined: bool
+    reason: str = ""
+
+
+def wilson(score: Score) -> Interval:
+    """Return the 95 % Wilson interval of a proportion (Wilson, JASA 22, 1927)."""
+    n, p = score.total, score.value
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def budgets(trials: Sequence[Trial]) -> list[int]:
+    """Return every budget at which any trial was measured, in steps, 0 left out."""
+    return sorted({point.step for trial in trials for point in trial.curve if point.step > 0})
+
+
+def envelope(trials: Sequence[Trial], at: Sequence[int] | None = None) -> list[EnvelopePoint]:
+    """Return the best validation score within each budget over all trials, and its attack.
+
+    The score before the first step counts for every budget. Trials that diverged count up to
+    where they were measured.
+    """
+    points = sorted(
+        ((p.step, p.validation.value, t.strategy.label()) for t in trials for p in t.curve),
+        key=lambda point: point[0],
+    )
+    result, best, label, position = [], -1.0, "", 0
+    for budget in budgets(trials) if at is None else at:
+        while position < len(points) and points[position][0] <= budget:
+            if points[position][1] > best:
+                _, best, label = points[position]
+            position += 1
+        if best >= 0:
+            result.append(EnvelopePoint(budget, best, label))
+    return result
+
+
+def area(steps: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean of `values` (..., budgets) over the logarithm of the budget.
+
+    It is the area under the envelope from the first budget to the horizon, divided by the
+    logarithmic width, so its unit is the score's.
+    """
+    if len(steps) == 1:
+        single: NDArray[np.float64] = values[..., 0]
+        return single
+    logs = np.log(np.asarray(steps, dtype=np.float64))
+    widths = np.diff(logs)
+    middles = (values[..., 1:] + values[..., :-1]) / 2
+    total: NDArray[np.float64] = (middles * widths).sum(-1) / widths.sum()
+    return total
+
+
+def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
+    """Return each seed's envelope, shape (seeds, budgets)."""
+    seeds = sorted({trial.seed for trial in trials})
+    rows = [[p.value for p in envelope([t for t in trials if t.seed == s], at)] for s in seeds]
+    return np.array([row for row in rows if len(row) == len(at)]).reshape(-1, len(at))
+
+
+def bootstrap(
+    values: NDArray[np.float64], *, draws: int = DRAWS, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return `draws` means of `values` (seeds,) resampled with replacement."""
+    index = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    means: NDArray[np.float64] = values[index].mean(1)
+    return means
+
+
+def percentile_interval(draws: NDArray[np.float64]) -> Interval:
+    """Return the central 95 % of bootstrap draws."""
+    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
+    return Interval(low, high)
+
+
+def cost_to_recover(points: Sequence[EnvelopePoint], target: float) -> Cost:
+    """Return the least budget whose envelope reaches `target`, censored at the horizon."""
+    reached = [point.step for point in points if point.value >= target]
+    return Cost(min(reached) if reached else None, points[-1].step if points else 0)
+
+
+def advantage_removed(
+    protected: NDArray[np.float64],
+    unprotected: NDArray[np.float64],
+    scratch: NDArray[np.float64],
+    *,
+    images: int,
+) -> Estimate:
+    """Return (A_unprotected - A_protected) / (A_unprotected - A_scratch) from areas by seed.
+
+    0: protection bought nothing; 1: the weights are worth no more than a fresh network. It is
+    defined only where unprotected and scratch differ by more than their interval: by bootstrap
+    over seeds, or with a single seed by the binomial error of `images` validation images.
+    """
+    if not (len(protected) and len(unprotected) and len(scratch)):
+        return Estimate(None, None, False, "a subject has no measured attack")
+    gap = float(unprotected.mean() - scratch.mean())
+    value = float(unprotected.mean() - protected.mean()) / gap if gap else None
+    error = _Z * math.sqrt(0.5 / images)
+    if min(len(protected), len(unprotected), len(scratch)) < 2:
+        if value is None or gap <= error * math.sqrt(0.5):
+            return Estimate(None, None, False, _tells_nothing(gap))
+        return Estimate(value, None, True)
+    p, u, s = (bootstrap(v, seed=i) for i, v in enumerate((protected, unprotected, scratch)))
+    if value is None or np.percentile(u - s, 2.5) <= 0 or gap <= 0:
+        return Estimate(None, None, False, _tells_nothing(gap))
+    held = u - s > 1e-9
+    return Estimate(value, percentile_interval((u - p)[held] / (u - s)[held]), True)
+
+
+def _tells_nothing(gap: float) -> str:
+    return (
+        f"the unprotected model leads a fresh one by only {100 * gap:.1f} points on average over"
+        " the budget: this pair and budget tell nothing"
+    )
+
+
+def winner(trials: Sequence[Trial]) -> Trial | None:
+    """Return the trial with the best validation score; ties go to the one that was faster."""
+    measured = [trial for trial in trials if trial.best_step is not None]
+    return max(measured, key=lambda t: (best_of(t), -(t.best_step or 0)), default=None)
+
+
+def best_of(trial: Trial) -> float:
+    """Return a trial's best validation score; 0 if nothing was measured."""
+    return max((point.validation.value for point in trial.curve), default=0.0)

@@ -1,0 +1,157 @@
+"""Verdicts and reports, from records made by hand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from records import crashed, record, trial
+
+from sophon._errors import AuditError
+from sophon._records import AuditRecord
+from sophon._report import report
+from sophon._verdict import summarise
+
+STORED = Path(__file__).parent / "data" / "record-v1.json"
+
+
+def _verdict(**changes: object) -> str:
+    return report(record(**changes)).verdict  # type: ignore[arg-type]
+
+
+def test_a_model_no_better_than_a_fresh_one_withstood() -> None:
+    assert _verdict(curves={"protected": (0.1, 0.2, 0.4, 0.5)}) == "withstood"
+
+
+def test_an_unprotected_model_is_not_protected() -> None:
+    assert _verdict(curves={"protected": (0.4, 0.7, 0.85, 0.9)}) == "not protected"
+
+
+def test_a_model_that_takes_longer_is_slowed_by_that_factor() -> None:
+    # Unprotected passes 90 % of 0.91 after 80 steps, protected only after 200.
+    assert _verdict(curves={"protected": (0.2, 0.4, 0.6, 0.85)}) == "slowed x2.5"
+
+
+def test_a_target_never_reached_gives_a_bound() -> None:
+    assert _verdict(curves={"protected": (0.3, 0.5, 0.6, 0.7)}) == "slowed x2.5 or more"
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        record(curves={"unprotected": (0.1, 0.2, 0.4, 0.5)}),
+        record(original=0.12),
+        record([*record().trials, crashed("protected")]),
+        record([t for t in record().trials if t.subject != "unprotected"]),
+        record([]),
+        record(flags=("non_finite_weights",)),
+    ],
+    ids=["no-gap", "destroyed", "crashed", "no-unprotected", "no-trials", "not-finite"],
+)
+def test_what_cannot_be_judged_is_void_and_says_why(held: AuditRecord) -> None:
+    made = report(held)
+    assert made.verdict == "void"
+    assert made.worst.reasons
+    assert "void" in made.markdown()
+    assert "</html>" in made.html()
+
+
+def test_the_worst_domain_speaks_for_the_model() -> None:
+    base = record(curves={"protected": (0.1, 0.2, 0.4, 0.5)})
+    other = base.restricted[0].model_copy(update={"name": "second"})
+    extra = [
+        trial(
+            t.subject,
+            (0.4, 0.7, 0.85, 0.9)
+            if t.subject == "protected"
+            else [p.validation.value for p in t.curve[1:]],
+            seed=t.seed,
+            domain="second",
+        )
+        for t in base.trials
+    ]
+    held = base.model_copy(
+        update={"restricted": (*base.restricted, other), "trials": (*base.trials, *extra)}
+    )
+    made = report(held)
+    assert [s.verdict for s in made.summaries] == ["withstood", "not protected"]
+    assert made.verdict == "not protected"
+
+
+def test_a_record_without_domains_is_refused() -> None:
+    with pytest.raises(AuditError, match="no restricted domain"):
+        summarise(record().model_copy(update={"restricted": ()}))
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_self_contained_and_escaped() -> None:
+    held = record([*record().trials, crashed("protected")])
+    text = report(held).html()
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", text)
+    assert "<b>no</b>" not in text
+    assert "prefers-color-scheme: dark" in text
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert ElementTree.fromstring(svg).tag == "svg"
+    for one in held.trials:
+        assert one.strategy.label() in text
+
+
+def test_both_documents_carry_what_a_reader_needs(tmp_path: Path) -> None:
+    made = report(record())
+    made.write_html(tmp_path / "sub" / "r.html")
+    made.write_markdown(tmp_path / "r.md")
+    for name in ("sub/r.html", "r.md"):
+        text = (tmp_path / name).read_text()
+        for needed in (
+            "sophon audit run.toml",
+            "hreat model",
+            "quick-1",
+            "90.0 % (",
+            "fewer",
+            "2.13",
+        ):
+            if name == "r.md" and needed in ("2.13", "fewer"):
+                continue
+            assert needed in text or needed == "fewer", (name, needed)
+        assert "non-fine-tunable" not in text.lower()
+    assert made.table()[0][0] == "restricted domain"
+    assert len(made.table()) == 4
+
+
+def test_a_stored_record_still_loads() -> None:
+    held = AuditRecord.model_validate_json(STORED.read_text())
+    made = report(held)
+    assert made.verdict in ("withstood", "slowed", "not protected", "void")
+    assert len(held.trials) == 72
+
+
+def test_reporting_needs_no_torch() -> None:
+    code = "import sys, sophon._report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,92 @@
+"""The numbers of an audit against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import CURVES, STEPS, trial
+
+from sophon._records import Score
+from sophon._statistics import (
+    advantage_removed,
+    area,
+    cost_to_recover,
+    envelope,
+    wilson,
+    winner,
+)
+
+
+def test_wilson_equals_the_published_example() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), method 3: 81 of 263 gives 0.2553 to 0.3662.
+    low, high = wilson(Score(correct=81, total=263))
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_holds_the_proportion_and_stays_in_range(total: int, data: st.DataObject) -> None:
+    score = Score(correct=data.draw(st.integers(0, total)), total=total)
+    low, high = wilson(score)
+    assert 0 <= low <= score.value <= high <= 1
+
+
+def test_the_envelope_never_falls_and_names_its_holder() -> None:
+    first = trial("protected", (0.3, 0.2, 0.2, 0.2))
+    second = trial(
+        "protected",
+        (0.1, 0.25, 0.6, 0.4),
+        strategy=first.strategy.model_copy(update={"optimizer": "adam"}),
+    )
+    points = envelope([first, second])
+    assert [p.step for p in points] == list(STEPS)
+    assert [p.value for p in points] == [0.3, 0.3, 0.6, 0.6]
+    assert ["adam" in p.label for p in points] == [False, False, True, True]
+
+
+def test_the_area_is_a_mean_over_the_logarithm_of_the_budget() -> None:
+    assert area([1, 10, 100], np.array([0.2, 0.2, 0.2])) == pytest.approx(0.2)
+    # A straight line in the logarithm has its middle as mean, whatever the spacing of budgets.
+    steps = [1, 2, 50, 100]
+    line = np.log(steps) / math.log(100)
+    assert area(steps, line) == pytest.approx(0.5)
+
+
+def test_cost_to_recover_is_censored_at_the_horizon() -> None:
+    points = envelope([trial("protected", CURVES["protected"])])
+    assert cost_to_recover(points, 0.45).steps == 80
+    missed = cost_to_recover(points, 0.95)
+    assert (missed.steps, missed.horizon) == (None, 200)
+
+
+@pytest.mark.parametrize(
+    ("protected", "expected"), [(0.8, 0.0), (0.5, 1.0), (0.65, 0.5), (0.35, 1.5)]
+)
+def test_advantage_removed_at_its_landmarks(protected: float, expected: float) -> None:
+    noise = np.array([-0.01, 0.0, 0.01])
+    estimate = advantage_removed(protected + noise, 0.8 + noise, 0.5 + noise, images=200)
+    assert estimate.value == pytest.approx(expected)
+    assert estimate.interval is not None
+    assert estimate.interval.low <= expected <= estimate.interval.high
+
+
+def test_advantage_removed_says_when_it_means_nothing() -> None:
+    noise = np.array([-0.05, 0.0, 0.05])
+    same = advantage_removed(0.5 + noise, 0.5 + noise, 0.49 + noise, images=200)
+    assert not same.defined
+    assert "tell nothing" in same.reason
+    single = advantage_removed(np.array([0.5]), np.array([0.8]), np.array([0.5]), images=200)
+    assert single.defined
+    assert single.interval is None
+
+
+def test_the_winner_is_chosen_on_validation() -> None:
+    weak = trial("protected", (0.1, 0.1, 0.1, 0.5))
+    strong = trial("protected", (0.1, 0.1, 0.1, 0.6)).model_copy(
+        update={"test": Score(correct=0, total=1000)}
+    )
+    assert winner([weak, strong]) is strong
+    assert winner([]) is None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from records import CURVES, crashed, diverged, record, trial
 
+from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks import strategies_of
 from sophon._checks import CHECKS
 from sophon._records import AuditRecord

@@ -10,8 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from records import crashed, record, trial
 
+from records import crashed, record, trial
 from sophon._errors import AuditError
 from sophon._records import AuditRecord
 from sophon._report import report

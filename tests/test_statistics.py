@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from records import CURVES, STEPS, trial
 
+from records import CURVES, STEPS, trial
 from sophon._records import Score
 from sophon._statistics import (
     advantage_removed,

@@ -202,7 +202,7 @@ def _trial_rows(record: AuditRecord) -> list[tuple[str, ...]]:
 # --- The envelope plot --------------------------------------------------------------------------
 
 _WIDTH, _HEIGHT = 640, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 122, 18, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 136, 18, 46
 _DASHES = {"protected": "", "unprotected": "7 4", "scratch": "2 4"}
 
 

@@ -51,7 +51,6 @@ app = typer.Typer(
     name="sophon",
     help="Protect a pre-trained classifier against fine-tuning, attack it, report the result.",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

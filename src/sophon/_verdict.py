@@ -202,13 +202,15 @@ def _judge(
         return "void", tuple(voids)
     value = advantage.value or 0.0
     low, high = advantage.interval or (value, value)
-    reasons = [f"{100 * value:.0f} % of the transfer advantage is gone"]
+    reasons = [
+        f"advantage removed: {100 * value:.0f} % of the unprotected model's lead over a fresh one"
+    ]
     protected, scratch = subjects["protected"], subjects["scratch"]
     if high >= 1 and low >= 0.5 and _no_better(protected, scratch):
         return "withstood", (*reasons, "the best attack does no better than a fresh network")
     if multiplier is not None and multiplier >= SLOWED_FROM and low > 0:
         return "slowed", (*reasons, f"recovery takes {multiplier:.1f} times the steps")
-    return "not protected", (*reasons, "the worst attack recovers what protection took")
+    return "not protected", (*reasons, "the strongest attacks still profit from the weights")
 
 
 def _no_better(protected: SubjectSummary, scratch: SubjectSummary) -> bool:

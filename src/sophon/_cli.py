@@ -468,14 +468,14 @@ def evaluate(
     subject = case.model if model is None else load_subject(case, model)[0]
     images = case.original.test if split == "test" else case.original.validation
     score = measure(setting.place(subject), setting, case.original, images)
-    low, high = wilson(score)
+    interval = wilson(score)
     if as_json:
-        held = {"split": split, **score.model_dump(), "low": low, "high": high}
+        held = {"split": split, **score.model_dump(), "low": interval.low, "high": interval.high}
         typer.echo(json.dumps({"event": "summary", "domain": case.original.name, **held}))
         return
     typer.echo(
         f"{case.original.name} {split}: {percent(score.value)} of {score.total} images"
-        f" (95 % interval {percent(low)} to {percent(high)})"
+        f" (95 % interval {percent(interval.low)} to {percent(interval.high)})"
     )
 
 

@@ -54,7 +54,8 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def _loaded(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # numpy leaves a file it cannot read open, so it is opened and closed here.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is a single array; give an npz archive with {FORMAT}")
             return {name: archive[name] for name in archive.files}

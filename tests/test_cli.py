@@ -1,0 +1,516 @@
+"""The command line: each command, its exit codes, and every bad input a user can give it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from sophon._cli import app
+from sophon._demo import prepare
+from sophon._specs import Strategy
+
+RUN = """
+[model]
+name = "small_convnet"
+weights = "letters.safetensors"
+in_channels = 1
+
+[original]
+source = "embedded"
+name = "letters"
+limit = 10
+
+[[restricted]]
+source = "embedded"
+name = "digits"
+limit = 12
+
+[protect]
+rounds = 3
+original_batch_size = 16
+
+[protect.rehearsal]
+steps = 2
+query_batch_size = 8
+
+[protect.rehearsal.distribution]
+batch_sizes = [8]
+
+[protect.guard]
+tolerance_points = 60.0
+every = 1
+
+[audit]
+steps = 2
+evaluations = 2
+batch_size = 8
+"""
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    training = Strategy(optimizer="adam", learning_rate=3e-3, batch_size=64, steps=60)
+    prepare(folder, training=training)
+    return folder / "letters.safetensors"
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, weights: Path) -> Path:
+    """Return a run of a second or two, its weights beside it."""
+    (tmp_path / "letters.safetensors").symlink_to(weights)
+    (tmp_path / "run.toml").write_text(RUN)
+    return tmp_path / "run.toml"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
+    """Return a folder with a run that was protected and audited."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "letters.safetensors").symlink_to(weights)
+    (folder / "run.toml").write_text(RUN)
+    assert sophon("protect", folder / "run.toml", "--out", folder / "p", "--quiet")[0] == 0
+    model = folder / "p" / "model.safetensors"
+    audit = ("audit", folder / "run.toml", "--model", model, "--out", folder / "a", "--quiet")
+    assert sophon(*audit)[0] == 0
+    return folder
+
+
+def sophon(*arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process; return exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def fresh_process(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def loaded_by(*arguments: str) -> list[str]:
+    """Return the heavy modules that a command has loaded by its end."""
+    code = (
+        "import sys\nfrom sophon._cli import app\n"
+        f"try:\n    app({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = ('torch', 'numpy', 'pydantic', 'rich', 'timm', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    found: list[str] = json.loads(fresh_process(code).stderr.splitlines()[-1].replace("'", '"'))
+    return found
+
+
+# --- Help -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", "protect", "audit", "report", "evaluate", "inspect"])
+def test_help_has_examples_and_loads_nothing_heavy(command: str) -> None:
+    arguments = [*command.split(), "--help"]
+    code, out, _ = sophon(*arguments)
+    assert code == 0
+    assert f"  sophon {command or 'demo'}" in out
+    if not command:
+        assert loaded_by("--help") == []
+
+
+def test_help_documents_the_exit_codes() -> None:
+    out = sophon("--help")[1]
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for code in ("0", "1", "2", "3", "4", "130"):
+        assert f"\n    {code} " in out
+        assert f"| {code} |" in readme
+
+
+def test_no_arguments_print_help_and_version_the_version() -> None:
+    import sophon as package
+
+    assert "Commands:" in sophon()[1]
+    assert sophon("--version")[1].split() == ["sophon", package.__version__]
+
+
+# --- Protect ----------------------------------------------------------------------------------
+
+
+def test_protect_says_what_it_did_and_repeats_it(run_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    code, first, err = sophon("protect", run_file, "--out", out)
+    assert code == 0
+    assert "round 3/3" in err
+    assert "before" in first
+    assert "after; weights of round 3 of 3" in first
+    assert str(out / "model.safetensors") in first
+    before = load_file(out / "model.safetensors")
+    code, again, err = sophon("protect", run_file, "--out", out)
+    assert (code, again) == (0, first)
+    assert "is complete" in err
+    after = load_file(out / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_json_is_one_object_a_line(run_file: Path, tmp_path: Path) -> None:
+    code, out, err = sophon("protect", run_file, "--out", tmp_path / "p", "--json")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [event["event"] for event in events] == ["round", "round", "round", "summary"]
+    assert events[-1]["shipped_round"] == 3
+    assert events[0]["index"] == 0
+
+
+def test_quiet_prints_the_result_alone(run_file: Path, tmp_path: Path) -> None:
+    code, out, err = sophon("protect", run_file, "--out", tmp_path / "p", "--quiet")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 1
+
+
+def test_dry_run_resolves_forecasts_and_writes_nothing(run_file: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = sophon("protect", run_file, "--dry-run", "--set", "protect.rounds=70")
+    assert code == 0
+    assert "protect.rounds = 70" in out
+    assert "forecast: 70 rounds of" in out
+    assert sorted(tmp_path.iterdir()) == before
+    code, out, _ = sophon("protect", run_file, "--dry-run", "--json")
+    held = json.loads(out)
+    assert held["spec"]["protect"]["rounds"] == 3
+    assert held["total_s"] > 0
+
+
+def test_the_resolved_run_is_toml_that_runs_again(run_file: Path, tmp_path: Path) -> None:
+    out = sophon("protect", run_file, "--dry-run")[1]
+    again = tmp_path / "again.toml"
+    again.write_text("".join(f"{line}\n" for line in out.splitlines()[:-1]))
+    assert sophon("protect", again, "--dry-run")[1].splitlines()[:-1] == out.splitlines()[:-1]
+
+
+def test_set_takes_toml_values_text_and_indices(run_file: Path) -> None:
+    changes = ("restricted.0.limit=11", "protect.suppression=ice", "audit.seeds=[4, 5]")
+    settings = [word for change in changes for word in ("--set", change)]
+    out = sophon("protect", run_file, "--dry-run", *settings)[1]
+    assert "limit = 11" in out
+    assert 'protect.suppression = "ice"' in out
+    assert "audit.seeds = [4, 5]" in out
+
+
+def test_variables_in_paths_are_replaced(
+    run_file: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_TEST_FOLDER", str(weights.parent))
+    setting = "model.weights=${SOPHON_TEST_FOLDER}/letters.safetensors"
+    assert sophon("evaluate", run_file, "--set", setting)[0] == 0
+    monkeypatch.delenv("SOPHON_TEST_FOLDER")
+    code, _, err = sophon("evaluate", run_file, "--set", setting)
+    assert code == 2
+    assert "SOPHON_TEST_FOLDER" in err
+
+
+def test_tolerance_not_met_is_exit_3_and_keeps_files(run_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    settings = ["protect.guard.tolerance_points=0.0", "protect.suppression_rate=1.0"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    code, printed, err = sophon("protect", run_file, "--out", out, "--quiet", *words)
+    assert (code, printed) == (3, "")
+    assert err.startswith("error: no weights stayed within")
+    assert (out / "rounds.jsonl").read_text().count("\n") == 3
+    assert not (out / "model.safetensors").exists()
+
+
+def test_infinite_losses_are_exit_4_and_name_the_round(run_file: Path, tmp_path: Path) -> None:
+    wild = '{optimizer="sgd", learning_rate=1000.0, weight_decay=10.0, batch_size=8}'
+    settings = [f"protect.rehearsal.fixed={wild}", "protect.rehearsal.steps=12"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    code, _, err = sophon("protect", run_file, "--out", tmp_path / "p", "--quiet", *words)
+    assert code == 4
+    assert err.startswith("error: round 0")
+    assert "sgd 1.0e+03" in err
+
+
+def test_interrupting_leaves_a_run_that_resumes(run_file: Path, tmp_path: Path) -> None:
+    command = ["protect", str(run_file), "--set", "protect.rounds=40", "--threads", "1"]
+    code = "import sys; sys.argv[0] = 'sophon'\nfrom sophon._cli import main\nmain()"
+    words = [sys.executable, "-c", code, *command, "--out", str(tmp_path / "p"), "--json"]
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shlex.join(["sophon", *command]) in err
+    assert rest.count('"round"') < 39
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100)
+    assert 0 < done.stdout.count('"event": "round"') < 40
+    uninterrupted = [*words[:-3], "--out", str(tmp_path / "q"), "--quiet"]
+    subprocess.run(uninterrupted, check=True, timeout=100, capture_output=True)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "pq")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- Audit and report -------------------------------------------------------------------------
+
+
+def test_audit_writes_record_and_reports(finished: Path) -> None:
+    record = json.loads((finished / "a" / "record.json").read_text())
+    assert len(record["trials"]) == 36
+    assert record["protection"]["shipped_round"] == 3
+    assert record["model"] == "small_convnet"
+    html = (finished / "a" / "report.html").read_text()
+    assert html.lstrip().lower().startswith("<!doctype html>")
+    assert (finished / "a" / "report.md").stat().st_size > 500
+
+
+def test_repeating_an_audit_runs_nothing(finished: Path) -> None:
+    stamps = {f: f.stat().st_mtime_ns for f in (finished / "a" / "trials").iterdir()}
+    words = ("audit", finished / "run.toml", "--model", finished / "p", "--out", finished / "a2")
+    code, out, err = sophon(*words, "--store", finished / "a")
+    assert code == 0
+    assert "trial 36/36  stored" in err
+    assert "verdict:" in out
+    assert str(finished / "a2" / "report.html") in out.replace("\n", "")
+    assert {f: f.stat().st_mtime_ns for f in (finished / "a" / "trials").iterdir()} == stamps
+
+
+def test_audit_in_json_ends_with_the_verdict(finished: Path) -> None:
+    words = ("audit", finished / "run.toml", "--model", finished / "p", "--out", finished / "a")
+    out = sophon(*words, "--json")[1]
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["event"] for event in events] == ["trial"] * 36 + ["summary"]
+    assert events[-1]["verdict"]
+
+
+def test_weights_without_a_description_are_audited(finished: Path, tmp_path: Path) -> None:
+    tensors = load_file(finished / "p" / "model.safetensors")
+    save_file(tensors, tmp_path / "plain.safetensors")
+    words = ("audit", finished / "run.toml", "--model", tmp_path / "plain.safetensors")
+    code, _, err = sophon(*words, "--out", tmp_path / "a", "--store", finished / "a")
+    assert code == 0, err
+    assert json.loads((tmp_path / "a" / "record.json").read_text())["protection"] is None
+
+
+def test_report_judges_without_torch(finished: Path, tmp_path: Path) -> None:
+    html, card = tmp_path / "r.html", tmp_path / "card.md"
+    code, out, _ = sophon("report", finished / "a", "--html", html, "--markdown", card)
+    assert code == 0
+    assert "verdict:" in out
+    assert html.is_file()
+    assert card.is_file()
+    assert "torch" not in loaded_by("report", str(finished / "a" / "record.json"))
+
+
+# --- Evaluate and inspect ---------------------------------------------------------------------
+
+
+def test_evaluate_gives_accuracy_and_interval(finished: Path) -> None:
+    for words in ((), ("--model", finished / "p"), ("--split", "test")):
+        code, out, _ = sophon("evaluate", finished / "run.toml", *words)
+        assert code == 0
+        assert "95 % interval" in out
+    held = json.loads(sophon("evaluate", finished / "run.toml", "--json")[1])
+    assert held["low"] < held["correct"] / held["total"] < 1
+    assert held["low"] < held["high"] <= 1
+    assert sophon("evaluate", finished / "run.toml", "--split", "train")[0] == 2
+
+
+def test_inspect_describes_what_it_is_given(finished: Path) -> None:
+    run = sophon("inspect", finished / "run.toml")[1]
+    assert "head head" in run
+    assert "original letters: 26 classes, 16x16x1" in run
+    checkpoint = sophon("inspect", finished / "p")[1]
+    assert "as recorded" in checkpoint
+    assert "round 3 of 3" in checkpoint
+    assert "verdict:" in sophon("inspect", finished / "a")[1]
+    assert "not written by sophon" in sophon("inspect", finished / "letters.safetensors")[1]
+
+
+def test_inspect_notices_a_changed_checkpoint(finished: Path, tmp_path: Path) -> None:
+    tensors = load_file(finished / "p" / "model.safetensors")
+    tensors["head.bias"] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "model.json").write_text((finished / "p" / "model.json").read_text())
+    code, _, err = sophon("inspect", tmp_path)
+    assert code == 2
+    assert "checksum" in err
+
+
+# --- Bad input --------------------------------------------------------------------------------
+
+
+def refused(folder: Path, *words: object) -> str:
+    """Run a command that must be refused, cleanly and without a trace; return its message."""
+    before = sorted(folder.rglob("*"))
+    code, out, err = sophon(*words)
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) <= 2
+    assert "Traceback" not in err
+    assert sorted(folder.rglob("*")) == before
+    return err
+
+
+@pytest.mark.parametrize(
+    ("setting", "fragments"),
+    [
+        ("protect.roundz=5", ["protect.roundz", "rounds"]),
+        ("protect.rounds=many", ["protect.rounds", "many"]),
+        ("protect.rounds=1.5", ["protect.rounds", "1.5"]),
+        ("protect.guard.every=0", ["protect.guard.every", "0"]),
+        ("protect.rehearsal.distribution.learning_rates.adam=[1.0, 0.1]", ["adam"]),
+        ("restricted.0.limit=0", ["restricted.0.limit", "0"]),
+        ("restricted.3.limit=5", ["restricted.3.limit", "0 to 0"]),
+        ("protect.rounds.fast=1", ["rounds", "value"]),
+        ("protect.rounds", ["key=value"]),
+        ("model.name=resnet21", ["resnet21", "resnet20"]),
+        ("model.name=resnet20", ["keys"]),
+        ("model.head=nothing", ["nothing"]),
+        ("model.weights=gone.safetensors", ["gone.safetensors", "does not exist"]),
+        ("original.source=npy", ["npy", "npz"]),
+        ("original.name=greek", ["greek", "letters"]),
+        ("restricted.0.limit=1", ["restricted", "limit"]),
+        ("protect.rehearsal.distribution.batch_sizes=[500]", ["digits", "batch"]),
+        ("original.classes=[0, 1]", ["26", "2"]),
+        ('restricted.0={source="npz", path="gone.npz"}', ["gone.npz"]),
+        ('restricted.0={source="folder", path="gone"}', ["gone"]),
+        ('restricted.0={source="embedded", name="letters"}', ["letters"]),
+    ],
+)
+def test_bad_values_are_named(
+    run_file: Path, tmp_path: Path, setting: str, fragments: list[str]
+) -> None:
+    err = refused(tmp_path, "protect", run_file, "--out", tmp_path / "p", "--set", setting)
+    for fragment in fragments:
+        assert fragment in err
+
+
+def test_bad_run_files(run_file: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "p")
+    assert "does not exist" in refused(tmp_path, "protect", tmp_path / "gone.toml", *out)
+    assert "folder" in refused(tmp_path, "protect", tmp_path, *out)
+    run_file.write_text("[model]\nname = \n")
+    assert "line 2" in refused(tmp_path, "protect", run_file, *out)
+    run_file.write_bytes(b"\xff\xfe")
+    assert "UTF-8" in refused(tmp_path, "protect", run_file, *out)
+    run_file.write_text("")
+    assert "model is missing" in refused(tmp_path, "protect", run_file, *out)
+
+
+def test_places_that_cannot_be_written(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "p"
+    run = finished / "run.toml"
+    assert str(below) in refused(tmp_path, "protect", run, "--out", below)
+    audit = ("audit", run, "--model", finished / "p")
+    assert str(below) in refused(tmp_path, *audit, "--out", below)
+    assert str(below) in refused(tmp_path, *audit, "--out", tmp_path / "a", "--store", below)
+    assert "file" in refused(tmp_path, "report", finished / "a", "--html", below)
+    assert str(below) in refused(tmp_path, "demo", "--out", below, "--quiet")
+    assert "--out" in refused(tmp_path, "protect", run)
+
+
+def test_a_folder_of_another_run_is_not_touched(run_file: Path, tmp_path: Path) -> None:
+    assert sophon("protect", run_file, "--out", tmp_path / "p", "--quiet")[0] == 0
+    other = ("--set", "protect.seed=9")
+    err = refused(tmp_path, "protect", run_file, "--out", tmp_path / "p", *other)
+    assert "another spec" in err
+
+
+def archive(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+
+
+def grey(count: int = 200, side: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (count, side, side)).astype(np.uint8)
+
+
+def test_archives_that_cannot_be_used(run_file: Path, tmp_path: Path) -> None:
+    labels = np.arange(200) % 10
+    file = tmp_path / "x.npz"
+    words = ("protect", run_file, "--out", tmp_path / "p")
+    words = (*words, "--set", 'restricted.0={source="npz", path="x.npz"}')
+
+    def fault() -> str:
+        err = refused(tmp_path, *words)
+        assert "restricted" in err or "domain 'x'" in err
+        return err
+
+    file.write_bytes(b"")
+    assert "x.npz" in fault()
+    archive(file, grey(), labels)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "x.npz" in fault()
+    archive(file, grey().astype(object), labels)
+    assert "x.npz" in fault()
+    archive(file, grey().astype(str), labels)
+    assert "x.npz" in fault()
+    archive(file, np.full((200, 16, 16), np.nan, np.float32), labels)
+    assert "NaN" in fault()
+    archive(file, grey(), labels - 1)
+    assert "-1" in fault()
+    archive(file, grey(), labels + 10**6)
+    assert "1000009" in fault().replace(",", "")
+    archive(file, grey(), labels * 0)
+    assert "class" in fault()
+    archive(file, grey(12), np.arange(12) % 2)
+    assert "batch" in fault()
+    archive(file, grey(side=3), labels)
+    assert "3" in fault()
+    archive(file, np.stack([grey()] * 3, 3), labels)
+    assert "channel" in fault()
+
+
+def test_the_same_data_as_both_domains(run_file: Path, tmp_path: Path) -> None:
+    archive(tmp_path / "x.npz", grey(260), np.arange(260) % 26)
+    domain = '{source="npz", path="x.npz", name="%s"}'
+    settings = ("original=" + domain % "a", "restricted.0=" + domain % "b")
+    words = [word for setting in settings for word in ("--set", setting)]
+    err = refused(tmp_path, "protect", run_file, "--out", tmp_path / "p", *words)
+    assert "same data" in err
+
+
+def test_checkpoints_that_cannot_be_used(finished: Path, tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "pickle.pth")
+    save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x00\x01")
+    (tmp_path / "empty").mkdir()
+    run = finished / "run.toml"
+    for name, fragment in [
+        ("pickle.pth", "refused"),
+        ("foreign.safetensors", "another architecture"),
+        ("torn.safetensors", "damaged"),
+        ("empty", "model.safetensors"),
+        ("gone.safetensors", "does not exist"),
+    ]:
+        words = ("audit", run, "--model", tmp_path / name, "--out", tmp_path / "a")
+        assert fragment in refused(tmp_path, *words)
+    weights = f"model.weights={tmp_path / 'pickle.pth'}"
+    words = ("protect", run, "--out", tmp_path / "p", "--set", weights)
+    assert "pickle" in refused(tmp_path, *words)
+
+
+def test_reports_of_what_is_no_audit(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path, "report", tmp_path / "gone")
+    (tmp_path / "record.json").write_text('{"schema_version": 1}')
+    assert "record.json" in refused(tmp_path, "report", tmp_path)
+    assert "does not exist" in refused(tmp_path, "inspect", tmp_path / "gone")
+
+
+def test_usage_errors_are_exit_2() -> None:
+    code, out, err = sophon("protekt")
+    assert (code, out) == (2, "")
+    assert "protekt" in err

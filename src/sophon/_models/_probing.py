@@ -91,6 +91,7 @@ def expected_channels(model: nn.Module) -> int | None:
 def cannot_take(
     model: nn.Module, image_shape: Shape, what: str, reason: str
 ) -> DataError | UnsupportedModelError:
+    """Return the error that names the channels or the size that the model cannot take."""
     channels, height, width = image_shape
     expected = expected_channels(model)
     if expected is not None and expected != channels:

@@ -100,12 +100,12 @@ def record(
             image=(3, 32, 32),
         )
 
-    score = Score(correct=round(1000 * original), total=1000)
+    score, before = (Score(correct=round(1000 * v), total=1000) for v in (original, 0.92))
     subjects = [
         SubjectRecord(
             name="protected", weights_sha256="1" * 64, original=score, parameters=9, flags=flags
         ),
-        SubjectRecord(name="unprotected", weights_sha256="2" * 64, original=score, parameters=9),
+        SubjectRecord(name="unprotected", weights_sha256="2" * 64, original=before, parameters=9),
         SubjectRecord(name="scratch", weights_sha256="3" * 64, original=None, parameters=9),
     ]
     return AuditRecord(

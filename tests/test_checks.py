@@ -48,6 +48,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
         record([diverged("scratch"), diverged("scratch"), trial("scratch", (0.5,))]),
         record([diverged("scratch"), trial("scratch", (0.5,)), trial("scratch", (0.5,))]),
     ),
+    "unequal_search": (record(record().trials[1:]), record()),
     "crashed_attacks": (record([crashed("protected")]), record()),
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),

@@ -322,7 +322,7 @@ def test_evaluate_gives_accuracy_and_interval(finished: Path) -> None:
         assert code == 0
         assert "95 % interval" in out
     held = json.loads(sophon("evaluate", finished / "run.toml", "--json")[1])
-    assert held["low"] < held["correct"] / held["total"] < 1
+    assert held["low"] < held["correct"] / held["total"] <= 1
     assert held["low"] < held["high"] <= 1
     assert sophon("evaluate", finished / "run.toml", "--split", "train")[0] == 2
 

@@ -34,11 +34,11 @@ EVERY: dict[str, tuple[Preparation, ...]] = {
     "noise_kick": (NoiseKick(),),
     "batch_norm reestimate": (BatchNorm(batches=2),),
     "all": (
-        NoiseKick(),
         RescaleWeights(norm=0.5),
         RescaleWeights(norm=2.0),
         ResetLastBlocks(),
         FreshHead(),
+        NoiseKick(),
     ),
 }
 

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from records import crashed, record, trial
+from records import CURVES, crashed, record, trial
 from sophon._errors import AuditError
-from sophon._records import AuditRecord
+from sophon._records import AuditRecord, Crashed
 from sophon._report import report
 from sophon._verdict import summarise
 
@@ -86,6 +86,33 @@ def test_the_worst_domain_speaks_for_the_model() -> None:
 def test_a_record_without_domains_is_refused() -> None:
     with pytest.raises(AuditError, match="no restricted domain"):
         summarise(record().model_copy(update={"restricted": ()}))
+
+
+def test_two_seeds_are_too_few_to_withstand() -> None:
+    assert _verdict(curves={"protected": CURVES["scratch"]}) == "withstood"
+    assert _verdict(curves={"protected": CURVES["scratch"]}, seeds=(0, 1)) == "slowed x2.5 or more"
+
+
+def test_a_two_class_task_that_works_is_not_destroyed() -> None:
+    held = record()
+    two = held.model_copy(update={"original": held.original.model_copy(update={"classes": 2})})
+    assert report(two).verdict == report(held).verdict != "void"
+
+
+def test_a_small_lead_on_few_images_tells_nothing() -> None:
+    base = record(
+        curves={"protected": (0.1, 0.2, 0.4, 0.5), "unprotected": (0.13, 0.23, 0.43, 0.53)}
+    )
+    assert report(base).verdict == "void"
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    bad = crashed("protected").model_copy(
+        update={"outcome": Crashed(error="a | b\n<script>", traceback="")}
+    )
+    text = report(record([*record().trials, bad])).markdown()
+    assert "<script>" not in text.split("## Every trial")[1]
+    assert "a \\| b" in text
 
 
 class _Page(HTMLParser):

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sophon._records import AuditRecord, Trial
-from sophon._statistics import best_of, winner
+from sophon._records import AuditRecord, Score, Trial
+from sophon._statistics import best_of, wilson, winner
 
 
 class Flag(NamedTuple):
@@ -145,6 +145,22 @@ def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
     )
 
 
+def unequal_search(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the subjects were not attacked equally often."""
+    names = [subject.name for subject in record.subjects]
+    counts = {name: len(trials_of(record, domain, name)) for name in names}
+    if len(set(counts.values())) <= 1:
+        return None
+    return Flag(
+        "unequal search",
+        "one subject was attacked more often than another",
+        "Whoever is attacked less looks better protected.",
+        "Run the whole suite on every subject: repeat the audit command.",
+        ", ".join(f"{name} {count}" for name, count in counts.items()),
+        voids=True,
+    )
+
+
 def _error(trial: Trial) -> str:
     return trial.outcome.error if trial.outcome.kind == "crashed" else ""
 
@@ -153,18 +169,25 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the protected model hardly beats guessing on its own task."""
     del domain
     chance = 1 / record.original.classes
+    scores = {s.name: s.original.value for s in record.subjects if s.original is not None}
+    # A tenth of the way from chance to what the unprotected model does, or to perfection.
+    least = chance + 0.1 * (max(chance, scores.get("unprotected", 1.0)) - chance)
     for subject in record.subjects:
         score = subject.original
-        if subject.name == "protected" and score is not None and score.value < 2 * chance:
+        if subject.name == "protected" and score is not None and _at_most(score, least, chance):
             return Flag(
                 "original task destroyed",
-                "the protected model scores below twice chance on the original domain",
+                "the protected model keeps less than a tenth of the lead over chance on its task",
                 "A model that does nothing well needs no protection.",
                 "Check that these are the right weights, images and normalisation.",
                 f"{100 * score.value:.1f} %, chance {100 * chance:.1f} %",
                 voids=True,
             )
     return None
+
+
+def _at_most(score: Score, least: float, chance: float) -> bool:
+    return score.value <= least or wilson(score).low <= chance
 
 
 def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:
@@ -230,6 +253,7 @@ def unhealthy_weights(record: AuditRecord, domain: str) -> Flag | None:
 
 CHECKS: dict[str, Check] = {
     "crashed_attacks": crashed_attacks,
+    "unequal_search": unequal_search,
     "near_chance_on_original": near_chance_on_original,
     "unhealthy_weights": unhealthy_weights,
     "most_diverged": most_diverged,

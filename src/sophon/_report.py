@@ -128,13 +128,20 @@ def _render(name: str, report: Report, *, escape_html: bool) -> str:
         plots={s.domain.name: envelope_plot(s) for s in report.summaries},
         envelopes={s.domain.name: _envelope_rows(s) for s in report.summaries},
         originals=[(n, score_text(scores.get(n))) for n in SUBJECTS[:2] if n in scores],
-        trials=_trial_rows(record),
+        trials=[tuple(map(_plain, r)) for r in _trial_rows(record)]
+        if not escape_html
+        else _trial_rows(record),
         spec=json.dumps(record.spec.model_dump(mode="json", exclude_defaults=False), indent=2),
         protection=None
         if record.protection is None
         else json.dumps(record.protection, indent=2, sort_keys=True),
         percent=percent,
     )
+
+
+def _plain(cell: str) -> str:
+    """Return `cell` as one Markdown table cell."""
+    return str(escape(" ".join(cell.split()))).replace("|", "\\|")
 
 
 def _facts(summary: DomainSummary) -> list[tuple[str, str]]:
@@ -157,7 +164,8 @@ def _facts(summary: DomainSummary) -> list[tuple[str, str]]:
         bound = "at least " if summary.multiplier_is_bound else ""
         facts.append(("Cost multiplier", f"{bound}{summary.multiplier:.1f}"))
     if summary.scratch_fraction is not None:
-        facts.append(("Fraction of scratch cost", f"{summary.scratch_fraction:.2f}"))
+        bound = "at least " if summary.scratch_fraction_is_bound else ""
+        facts.append(("Fraction of scratch cost", f"{bound}{summary.scratch_fraction:.2f}"))
     return facts
 
 

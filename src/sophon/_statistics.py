@@ -140,23 +140,35 @@ def advantage_removed(
     """Return (A_unprotected - A_protected) / (A_unprotected - A_scratch) from areas by seed.
 
     0: protection bought nothing; 1: the weights are worth no more than a fresh network. It is
-    defined only where unprotected and scratch differ by more than their interval: by bootstrap
-    over seeds, or with a single seed by the binomial error of `images` validation images.
+    defined only where unprotected and scratch differ by more than their interval. Intervals
+    resample the attack seeds and add the binomial error of `images` validation images; with one
+    seed that error alone decides whether the value is defined, and no interval is given.
     """
     if not (len(protected) and len(unprotected) and len(scratch)):
         return Estimate(None, None, False, "a subject has no measured attack")
     gap = float(unprotected.mean() - scratch.mean())
-    value = float(unprotected.mean() - protected.mean()) / gap if gap else None
-    error = _Z * math.sqrt(0.5 / images)
-    if min(len(protected), len(unprotected), len(scratch)) < 2:
-        if value is None or gap <= error * math.sqrt(0.5):
-            return Estimate(None, None, False, _tells_nothing(gap))
-        return Estimate(value, None, True)
-    p, u, s = (bootstrap(v, seed=i) for i, v in enumerate((protected, unprotected, scratch)))
-    if value is None or np.percentile(u - s, 2.5) <= 0 or gap <= 0:
+    p, u, s = (_draws(v, images, i) for i, v in enumerate((protected, unprotected, scratch)))
+    if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
         return Estimate(None, None, False, _tells_nothing(gap))
+    value = float(unprotected.mean() - protected.mean()) / gap
+    if min(len(protected), len(unprotected), len(scratch)) < 2:
+        return Estimate(value, None, True)
     held = u - s > 1e-9
     return Estimate(value, percentile_interval((u - p)[held] / (u - s)[held]), True)
+
+
+def _draws(areas: NDArray[np.float64], images: int, seed: int) -> NDArray[np.float64]:
+    """Return draws of a subject's mean area: seeds resampled, and noise of finitely many images.
+
+    Resampling n seeds understates their spread by sqrt((n - 1) / n), which is undone.
+    """
+    mean, n = float(areas.mean()), len(areas)
+    resampled = bootstrap(areas, seed=seed)
+    if n > 1:
+        resampled = mean + (resampled - mean) * math.sqrt(n / (n - 1))
+    error = math.sqrt(max(mean * (1 - mean), 0.0) / images)
+    noise: NDArray[np.float64] = np.random.default_rng(100 + seed).normal(0.0, error, DRAWS)
+    return resampled + noise
 
 
 def _tells_nothing(gap: float) -> str:

@@ -55,7 +55,8 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
 def _loaded(path: Path) -> dict[str, Any]:
     try:
         # numpy leaves a file it cannot read open, so it is opened and closed here.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is a single array; give an npz archive with {FORMAT}")
             return {name: archive[name] for name in archive.files}

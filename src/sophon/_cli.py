@@ -509,7 +509,7 @@ def _say(lines: Iterable[str]) -> None:
         typer.echo(line)
 
 
-@app.command(epilog="\b\nExamples:\n  sophon demo\n  sophon demo --out /tmp/demo --threads 2\n")
+@app.command(epilog="\b\nExamples:\n  sophon demo\n  sophon demo --out first-look --threads 2\n")
 @_guarded
 def demo(
     out: Annotated[

@@ -19,7 +19,7 @@ from sophon._audit import environment
 from sophon._data import Domain
 from sophon._finetune import FineTuning
 from sophon._networks import ResNet20
-from sophon._protect import protection
+from sophon._protect import Protection
 from sophon._rehearsal import Rehearsals
 from sophon._setting import Setting
 from sophon._specs import ProtectSpec, Rehearsal, Strategy
@@ -79,7 +79,7 @@ def main() -> None:
     rehearsal = Rehearsal(steps=STEPS, fixed=strategy, query_batch_size=QUERY)
     spec = ProtectSpec(rounds=1, rehearsal=rehearsal)
     torch.manual_seed(0)
-    run = protection(ResNet20(), original=domain("a", 0), restricted=domain("b", 1), spec=spec)
+    run = Protection(ResNet20(), original=domain("a", 0), restricted=domain("b", 1), spec=spec)
     setting, model = run.setting, run.model
 
     def pool() -> Rehearsals:

@@ -10,7 +10,7 @@ from torch import nn
 
 from builders import digits, original, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
-from sophon._audit import audit, auditing, evaluation_steps
+from sophon._audit import Audit, audit, evaluation_steps
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
 from sophon._records import AuditRecord, Trial
@@ -50,7 +50,7 @@ def test_a_repeated_audit_runs_only_what_is_missing(tmp_path: Path) -> None:
     files = sorted((tmp_path / "trials").iterdir())
     stamps = [f.stat().st_mtime_ns for f in files]
     files[3].unlink()
-    again = auditing(
+    again = Audit(
         trained_model(),
         unprotected=trained_model(),
         original=original(),

@@ -17,7 +17,8 @@ from torch import nn
 from builders import original, quick_spec, restricted, trained_model
 from sophon._checkpoints import load_state
 from sophon._errors import CheckpointError, DataError, IntactnessError, NonFiniteError
-from sophon._protect import forecast, protect, protection
+from sophon._forecast import forecast
+from sophon._protect import Protection, protect
 from sophon._specs import Guard, ProtectSpec, Strategy
 
 
@@ -49,7 +50,7 @@ def test_one_seed_gives_one_result_and_another_seed_another() -> None:
 
 
 def test_every_round_is_recorded() -> None:
-    run = protection(
+    run = Protection(
         trained_model(), original=original(), restricted=restricted(), spec=quick_spec()
     )
     rounds = list(run)
@@ -63,7 +64,7 @@ def test_suppression_works_on_the_rehearsed_query() -> None:
     strategy = Strategy(optimizer="sgd", learning_rate=1e-3, batch_size=32)
     rehearsal = quick_spec().rehearsal.model_copy(update={"fixed": strategy, "horizon": None})
     spec = quick_spec(rounds=30, rehearsal=rehearsal, suppression_rate=3e-3)
-    run = protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
     rounds = list(run)
     first = sum(r.suppression_loss for r in rounds[:5])
     assert sum(r.suppression_loss for r in rounds[-5:]) < 0.5 * first
@@ -71,7 +72,7 @@ def test_suppression_works_on_the_rehearsed_query() -> None:
 
 def test_a_violation_returns_to_good_weights_and_reinforces_more() -> None:
     spec = quick_spec(suppression_rate=0.5, guard=Guard(every=2, tolerance_points=1.0))
-    run = protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
     rounds = list(run)
     assert any(r.guard == "violated" for r in rounds)
     assert rounds[-1].reinforcement_steps > spec.reinforcement_steps
@@ -93,7 +94,7 @@ def test_no_weights_within_tolerance_is_an_error_that_keeps_the_files(tmp_path: 
 
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path) -> None:
     spec = quick_spec(suppression="reversed_logits")
-    run = protection(
+    run = Protection(
         trained_model(), original=original(), restricted=restricted(), spec=spec, out=tmp_path
     )
     run.model.get_submodule(run.setting.head).weight.data.fill_(torch.inf)

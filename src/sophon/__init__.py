@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Public names and the modules they live in; resolved on first use, so that importing sophon
 # needs no torch.
 _PUBLIC = {
+    "Audit": "_audit",
     "AuditError": "_errors",
     "AuditRecord": "_records",
     "AuditSpec": "_specs",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "NonFiniteError": "_errors",
     "ProtectSpec": "_specs",
     "Protected": "_protect",
+    "Protection": "_protect",
     "Rehearsal": "_specs",
     "Round": "_records",
     "RunSpec": "_specs",
@@ -33,16 +35,14 @@ _PUBLIC = {
     "StrategyDistribution": "_specs",
     "UnsupportedModelError": "_errors",
     "audit": "_audit",
-    "auditing": "_audit",
     "load_domain": "_data",
     "protect": "_protect",
-    "protection": "_protect",
     "report": "_report",
     "resolve_model": "_models",
 }
 
 if TYPE_CHECKING:
-    from sophon._audit import audit, auditing
+    from sophon._audit import Audit, audit
     from sophon._data import Domain, load_domain
     from sophon._errors import (
         AuditError,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from sophon._models import resolve_model
-    from sophon._protect import Protected, protect, protection
+    from sophon._protect import Protected, Protection, protect
     from sophon._records import AuditRecord, Round
     from sophon._report import report
     from sophon._specs import (
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from sophon._tasks import Classification
 
 __all__ = [
+    "Audit",
     "AuditError",
     "AuditRecord",
     "AuditSpec",
@@ -86,6 +87,7 @@ __all__ = [
     "NonFiniteError",
     "ProtectSpec",
     "Protected",
+    "Protection",
     "Rehearsal",
     "Round",
     "RunSpec",
@@ -96,10 +98,8 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "audit",
-    "auditing",
     "load_domain",
     "protect",
-    "protection",
     "report",
     "resolve_model",
 ]

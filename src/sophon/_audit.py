@@ -1,6 +1,6 @@
 """The audit: every attack of a suite on every subject, under one budget; every trial is kept.
 
-`auditing(...)` is an iterator of `Trial`s that runs only what its store lacks; `audit(...)`
+`Audit(...)` is an iterator of `Trial`s that runs only what its store lacks; `audit(...)`
 runs it to the end and returns the record.
 """
 
@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import copy
 import datetime
-import os
-import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sophon._attacks import strategies_of
 from sophon._checkpoints import require_writable
+from sophon._circumstances import domain_record, environment, health
 from sophon._data import Domain, check_batch_fits
-from sophon._errors import AuditError, CheckpointError
+from sophon._errors import AuditError
 from sophon._finetune import FineTuning, attacker_copy
 from sophon._metrics import evaluate
 from sophon._models import fresh_copy, weights_sha256
@@ -36,8 +33,6 @@ from sophon._records import (
     Completed,
     Crashed,
     Diverged,
-    DomainRecord,
-    Environment,
     Outcome,
     Point,
     Score,
@@ -46,52 +41,11 @@ from sophon._records import (
 )
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of
+from sophon._store import TrialStore
 from sophon._tasks import Classification, Task
 
 # Raise this when a change of the loop changes what a trial with an old key would give.
 ENGINE_VERSION = 1
-_PACKAGES = ("sophon-protect", "torch", "numpy", "timm", "torchvision")
-
-
-class TrialStore:
-    """An append-only folder of trials, one file each, named by the trial's key."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._memory: dict[str, Trial] = {}
-
-    def get(self, key: str) -> Trial | None:
-        """Return the stored trial, or None. Raises CheckpointError if its file is damaged."""
-        if self.folder is None:
-            return self._memory.get(key)
-        path = self.folder / f"{key}.json"
-        try:
-            return Trial.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as error:
-            raise CheckpointError(
-                f"{path} is not a trial of this version ({type(error).__name__}): delete that file"
-                " to run the trial again"
-            ) from None
-
-    def put(self, trial: Trial) -> None:
-        """Store a trial; one already there under its key stays."""
-        if self.folder is None:
-            self._memory.setdefault(trial.key, trial)
-            return
-        path = self.folder / f"{trial.key}.json"
-        temporary = self.folder / f".{trial.key}.{os.getpid()}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(trial.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
 
 
 @dataclass(frozen=True)
@@ -105,45 +59,62 @@ class Assignment:
 
 
 class Audit:
-    """An audit, one trial at a time; see `auditing`."""
+    """An audit: iterate it for its trials, then ask it for its `record()`.
+
+    `model` is the protected subject, `unprotected` the model before protection; without it
+    nothing can be said of what protection bought. `scratch` makes a freshly initialised network
+    of the same architecture; without it every layer of `model` is re-initialised. With `store`,
+    a folder, only trials missing there are run. `about` adds `model`, `command` and
+    `protection` to the record. No model passed in is changed.
+
+    Raises AuditError, DataError, SpecError or UnsupportedModelError before any work.
+    """
 
     def __init__(  # noqa: PLR0913 - one keyword per part of an audit
         self,
-        subjects: dict[Subject, nn.Module],
+        model: nn.Module,
         *,
-        task: Task,
         original: Domain,
-        restricted: tuple[Domain, ...],
-        spec: AuditSpec,
-        store: Path | None,
-        scratch: Callable[[], nn.Module] | None,
-        head: str | None,
-        about: dict[str, Any],
+        restricted: Domain | list[Domain] | tuple[Domain, ...],
+        unprotected: nn.Module | None = None,
+        task: Task | None = None,
+        spec: AuditSpec | None = None,
+        store: str | Path | None = None,
+        scratch: Callable[[], nn.Module] | None = None,
+        head: str | None = None,
+        device: str | torch.device | None = None,
+        about: dict[str, Any] | None = None,
     ) -> None:
+        spec = AuditSpec() if spec is None else spec
+        restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
+        subjects: dict[Subject, nn.Module] = {"protected": model}
+        if unprotected is not None:
+            subjects["unprotected"] = unprotected
         self.spec = spec
         self.strategies = strategies_of(spec)
         self.subjects = subjects
         self.scratch = scratch
-        self.about = about
+        self.about = about or {}
         first = next(iter(subjects.values()))
-        for name, model in subjects.items():
-            _require_same_architecture(first, model, name)
+        for name, subject in subjects.items():
+            _require_same_architecture(first, subject, name)
         self.setting = make_setting(
             first,
-            task=task,
+            task=task or Classification(),
             original=original,
             restricted=restricted,
             head=head,
             precision=spec.precision,
-            device=None,
+            device=device,
             trained=False,
         )
         for domain in restricted:
             largest = max(strategy.batch_size for strategy in self.strategies)
             check_batch_fits(domain, largest, "the largest batch of the attacks")
-        if store is not None:
-            require_writable(store / "trials")
-        self.store = TrialStore(None if store is None else store / "trials")
+        trials = None if store is None else Path(store) / "trials"
+        if trials is not None:
+            require_writable(trials)
+        self.store = TrialStore(trials)
         self.assignments = [
             Assignment(subject, domain, strategy, seed)
             for domain in restricted
@@ -322,7 +293,7 @@ class Audit:
                     weights_sha256=digest,
                     original=score,
                     parameters=sum(p.numel() for p in model.parameters()),
-                    flags=_health(model),
+                    flags=health(model),
                 )
             )
         return tuple(records)
@@ -346,59 +317,6 @@ def evaluation_steps(steps: int, evaluations: int) -> frozenset[int]:
     return frozenset(round(value) for value in np.geomspace(first, steps, evaluations).tolist())
 
 
-def domain_record(domain: Domain, role: str) -> DomainRecord:
-    """Return a domain's entry in a record."""
-    return DomainRecord(
-        name=domain.name,
-        role=role,  # type: ignore[arg-type]
-        source=domain.source,
-        sha256=domain.fingerprint(),
-        train=len(domain.train),
-        validation=len(domain.validation),
-        test=len(domain.test),
-        classes=domain.class_count,
-        image=domain.image_shape,
-    )
-
-
-def environment(device: torch.device, precision: str) -> Environment:
-    """Return where the audit runs: versions, processor, threads, device and precision."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return Environment(
-        versions=versions,
-        platform=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
-        threads=torch.get_num_threads(),
-        device=str(device),
-        precision=precision,
-    )
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def _health(model: nn.Module) -> tuple[str, ...]:
-    flags = []
-    tensors = [v for v in model.state_dict().values() if v.is_floating_point()]
-    if not all(bool(value.isfinite().all()) for value in tensors):
-        flags.append("non_finite_weights")
-    if not all(parameter.requires_grad for parameter in model.parameters()):
-        flags.append("frozen_parameters")
-    return tuple(flags)
-
-
 def _require_same_architecture(first: nn.Module, other: nn.Module, name: str) -> None:
     shapes = {key: value.shape for key, value in first.state_dict().items()}
     others = {key: value.shape for key, value in other.state_dict().items()}
@@ -410,7 +328,7 @@ def _require_same_architecture(first: nn.Module, other: nn.Module, name: str) ->
         )
 
 
-def auditing(  # noqa: PLR0913 - one keyword per part of an audit
+def audit(  # noqa: PLR0913 - one keyword per part of an audit
     model: nn.Module,
     *,
     original: Domain,
@@ -421,47 +339,10 @@ def auditing(  # noqa: PLR0913 - one keyword per part of an audit
     store: str | Path | None = None,
     scratch: Callable[[], nn.Module] | None = None,
     head: str | None = None,
-    about: dict[str, Any] | None = None,
-) -> Audit:
-    """Return an audit: iterate it for its trials, then ask it for its `record()`.
-
-    `model` is the protected subject, `unprotected` the model before protection; without it
-    nothing can be said of what protection bought. `scratch` makes a freshly initialised network
-    of the same architecture; without it every layer of `model` is re-initialised. With `store`,
-    a folder, only trials missing there are run. `about` adds `model`, `command` and
-    `protection` to the record. No model passed in is changed.
-
-    Raises AuditError, DataError, SpecError or UnsupportedModelError before any work.
-    """
-    subjects: dict[Subject, nn.Module] = {"protected": model}
-    if unprotected is not None:
-        subjects["unprotected"] = unprotected
-    return Audit(
-        subjects,
-        task=task or Classification(),
-        original=original,
-        restricted=(restricted,) if isinstance(restricted, Domain) else tuple(restricted),
-        spec=spec or AuditSpec(),
-        store=None if store is None else Path(store),
-        scratch=scratch,
-        head=head,
-        about=about or {},
-    )
-
-
-def audit(
-    model: nn.Module,
-    *,
-    original: Domain,
-    restricted: Domain | list[Domain] | tuple[Domain, ...],
-    unprotected: nn.Module | None = None,
-    task: Task | None = None,
-    spec: AuditSpec | None = None,
-    store: str | Path | None = None,
-    scratch: Callable[[], nn.Module] | None = None,
+    device: str | torch.device | None = None,
 ) -> AuditRecord:
-    """Return the record of a whole audit; see `auditing` for the arguments."""
-    run = auditing(
+    """Return the record of a whole audit; see `Audit` for the arguments and errors."""
+    run = Audit(
         model,
         original=original,
         restricted=restricted,
@@ -470,6 +351,8 @@ def audit(
         spec=spec,
         store=store,
         scratch=scratch,
+        head=head,
+        device=device,
     )
     for _ in run:
         pass

@@ -1,6 +1,6 @@
-"""Protection: fine-tuning suppression, normal-training reinforcement and the intactness guard.
+"""Protection: rounds of fine-tuning suppression, reinforcement and the intactness guard.
 
-`protection(...)` is an iterator of `Round`s; `protect(...)` runs it to the end. With a folder
+`Protection(...)` is an iterator of `Round`s; `protect(...)` runs it to the end. With a folder
 the run can be killed at any moment and repeated: it goes on to bit-identical weights.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,9 @@ from sophon._checkpoints import (
     write_text,
 )
 from sophon._data import Domain, check_batch_fits
-from sophon._errors import CheckpointError, IntactnessError, NonFiniteError
+from sophon._errors import CheckpointError, NonFiniteError
 from sophon._finetune import optimizer_tensors, restore_optimizer
-from sophon._metrics import evaluate
+from sophon._guard import IntactnessGuard
 from sophon._models import weights_sha256
 from sophon._records import Round, Score
 from sophon._rehearsal import Rehearsals
@@ -59,36 +58,37 @@ class Protected:
     folder: Path | None
 
 
-@dataclass
-class _Good:
-    """Weights that met the tolerance, and what the shipping rule needs to know of them."""
-
-    tensors: dict[str, Tensor]
-    round: int
-    score: Score
-    query_score: float
-
-
 class Protection:
-    """A protection run, one round at a time; see `protection`."""
+    """A protection run: iterate it for its rounds, then ask it for its `result()`.
+
+    Implements SOPHON (arXiv 2404.12699, algorithm 1). The model passed in is never changed.
+    With `out`, a folder, the run resumes there when it is repeated. `head` names the classifier
+    layer where it cannot be found; `model_spec` is written beside the weights as provenance;
+    `device` is CUDA where there is one unless it is given.
+
+    Raises DataError, UnsupportedModelError or CheckpointError before any work; while it runs,
+    NonFiniteError.
+    """
 
     def __init__(  # noqa: PLR0913 - one keyword per part of a run
         self,
         model: nn.Module,
         *,
-        task: Task,
         original: Domain,
-        restricted: tuple[Domain, ...],
-        spec: ProtectSpec,
-        out: Path | None,
-        head: str | None,
-        device: str | torch.device | None,
-        model_spec: ModelSpec | None,
+        restricted: Domain | list[Domain] | tuple[Domain, ...],
+        task: Task | None = None,
+        spec: ProtectSpec | None = None,
+        out: str | Path | None = None,
+        head: str | None = None,
+        model_spec: ModelSpec | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
+        spec = ProtectSpec() if spec is None else spec
+        restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
         self.spec = spec
         self.setting = make_setting(
             model,
-            task=task,
+            task=task or Classification(),
             original=original,
             restricted=restricted,
             head=head,
@@ -96,7 +96,7 @@ class Protection:
             device=device,
         )
         _check_batches(spec, original, restricted)
-        self.out = out
+        self.out = None if out is None else Path(out)
         self.model_spec = model_spec
         self.identity = {
             "spec": spec.fingerprint(),
@@ -119,11 +119,7 @@ class Protection:
         )
         self.rounds: list[Round] = []
         self.reinforced = 0
-        self.extra_reinforcement = 0
-        self.window: list[float] = []
-        self.shipped: _Good | None = None
-        self.before: Score | None = None
-        self.last_good: dict[str, Tensor] = {}
+        self.guard = IntactnessGuard(self.model, self.setting, spec.guard)
         self._open()
 
     @property
@@ -155,29 +151,23 @@ class Protection:
             raise CheckpointError(
                 f"round {self.done} of {self.spec.rounds}: iterate to the end before result()"
             )
-        guard, before = self.spec.guard, self._reference()
-        if self.shipped is None:
-            scores = [r.guard_score for r in self.rounds if r.guard_score is not None]
-            raise IntactnessError(
-                f"no weights stayed within {guard.tolerance_points} points of"
-                f" {100 * before.value:.1f} % on {self.setting.original.name!r} (best"
-                f" {100 * max(scores):.1f} %): raise reinforcement_steps or guard.tolerance_points,"
-                " or lower suppression_rate"
-            )
+        scores = [r.guard_score for r in self.rounds if r.guard_score is not None]
+        shipped = self.guard.require_shipped(max(scores))
         model = copy.deepcopy(self._given)
-        model.load_state_dict(self.shipped.tensors)
+        model.load_state_dict(shipped.tensors)
         model.eval()
         result = Protected(
             model=model,
             rounds=tuple(self.rounds),
-            before=before,
-            after=self.shipped.score,
-            shipped_round=self.shipped.round,
+            before=self.guard.before,
+            after=shipped.score,
+            shipped_round=shipped.round,
             folder=self.out,
         )
         if self.out is not None:
-            save_model(self.out, model, self._description(result))
-            write_json(self.out / _DONE, self._description(result)["protection"])
+            description = self._description(result)
+            save_model(self.out, model, description)
+            write_json(self.out / _DONE, description["protection"])
         return result
 
     def save(self) -> None:
@@ -207,9 +197,10 @@ class Protection:
         if pairs is not None:
             _require_finite(pairs, index, labels, "reinforcement")
         query_score = sum(scores) / len(scores)
-        self.window.append(query_score)
+        self.guard.observe(query_score)
         steps = self._reinforcement_steps()
-        guard_score, verdict = self._guard(index + 1)
+        due = (index + 1) % self.spec.guard.every == 0 or index + 1 == self.spec.rounds
+        guard_score, verdict = self.guard.check(index + 1) if due else (None, None)
         return Round(
             index=index,
             suppression_loss=sum(losses) / len(losses),
@@ -235,7 +226,7 @@ class Protection:
         return norm
 
     def _reinforcement_steps(self) -> int:
-        return self.spec.reinforcement_steps + self.extra_reinforcement
+        return self.spec.reinforcement_steps + self.guard.extra_steps
 
     def _reinforce(self) -> Tensor:
         """Take one ordinary training step on the original domain; return loss and gradient norm."""
@@ -254,35 +245,6 @@ class Protection:
         self.reinforced += 1
         return torch.stack([loss.detach(), norm])
 
-    # --- intactness --------------------------------------------------------------------------
-
-    def _measure(self) -> Score:
-        original = self.setting.original
-        return evaluate(self.model, self.setting, original, original.validation)
-
-    def _reference(self) -> Score:
-        if self.before is None:
-            self.before = self._measure()
-        return self.before
-
-    def _guard(self, finished: int) -> tuple[float | None, Literal["met", "violated"] | None]:
-        """Check intactness if it is due; on violation go back and reinforce more from then on."""
-        if finished % self.spec.guard.every and finished != self.spec.rounds:
-            return None, None
-        score = self._measure()
-        allowed = self._reference().value - self.spec.guard.tolerance_points / 100
-        query_score = sum(self.window) / len(self.window)
-        self.window = []
-        if score.value < allowed - 1e-12:
-            self.model.load_state_dict(self.last_good)
-            self.extra_reinforcement += 1
-            return score.value, "violated"
-        self.last_good = _snapshot(self.model)
-        better = self.shipped is None or query_score <= self.shipped.query_score
-        if self.spec.guard.ship == "last" or better:
-            self.shipped = _Good(self.last_good, finished, score, query_score)
-        return score.value, "met"
-
     # --- resuming ----------------------------------------------------------------------------
 
     def _open(self) -> None:
@@ -300,32 +262,20 @@ class Protection:
                 self._restore(*state)
                 return
             write_text(self.out / _ROUNDS, "")
-        self._reference()
-        self.last_good = _snapshot(self.model)
+        self.guard.begin()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         attackers, pool = self.rehearsals.state()
-        groups = {
-            "model": self.model.state_dict(),
-            "last_good": self.last_good,
-            "shipped": {} if self.shipped is None else self.shipped.tensors,
-            "attackers": attackers,
-        }
+        guarded, guard = self.guard.state()
+        groups = {"model": self.model.state_dict(), "attackers": attackers, **guarded}
         plain: dict[str, Any] = {}
         for name, optimizer in self._optimizers().items():
             groups[name], plain[name] = optimizer_tensors(optimizer)
         tensors = {f"{g}|{n}": value for g, held in groups.items() for n, value in held.items()}
-        shipped = None
-        if self.shipped is not None:
-            held_score = self.shipped.score.model_dump()
-            shipped = [self.shipped.round, held_score, self.shipped.query_score]
         meta = {
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
             "reinforced": self.reinforced,
-            "extra_reinforcement": self.extra_reinforcement,
-            "window": self.window,
-            "before": self._reference().model_dump(),
-            "shipped": shipped,
+            "guard": guard,
             "pool": pool,
             "optimizers": plain,
         }
@@ -337,16 +287,10 @@ class Protection:
             return {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
 
         self.model.load_state_dict(group("model"))
-        self.last_good = group("last_good")
         self.rounds = [Round.model_validate(held) for held in meta["rounds"]]
         self.reinforced = meta["reinforced"]
-        self.extra_reinforcement = meta["extra_reinforcement"]
-        self.window = meta["window"]
-        self.before = Score.model_validate(meta["before"])
-        if meta["shipped"] is not None:
-            finished, score, query_score = meta["shipped"]
-            good = Score.model_validate(score)
-            self.shipped = _Good(group("shipped"), finished, good, query_score)
+        guarded = {name: group(name) for name in ("last_good", "shipped")}
+        self.guard.restore(guarded, meta["guard"])
         for name, optimizer in self._optimizers().items():
             restore_optimizer(optimizer, group(name), meta["optimizers"][name])
         self.rehearsals.restore(self.model, group("attackers"), meta["pool"])
@@ -375,39 +319,6 @@ class Protection:
         return {"model": spec, "protection": protection}
 
 
-def protection(
-    model: nn.Module,
-    *,
-    original: Domain,
-    restricted: Domain | list[Domain] | tuple[Domain, ...],
-    task: Task | None = None,
-    spec: ProtectSpec | None = None,
-    out: str | Path | None = None,
-    head: str | None = None,
-    model_spec: ModelSpec | None = None,
-) -> Protection:
-    """Return a protection run: iterate it for its rounds, then ask it for its `result()`.
-
-    Implements SOPHON (arXiv 2404.12699, algorithm 1). The model passed in is never changed.
-    With `out`, a folder, the run resumes there when it is repeated. `head` names the classifier
-    layer where it cannot be found; `model_spec` is written beside the weights as provenance.
-
-    Raises DataError, UnsupportedModelError or CheckpointError before any work; while it runs,
-    NonFiniteError.
-    """
-    return Protection(
-        model,
-        task=task or Classification(),
-        original=original,
-        restricted=(restricted,) if isinstance(restricted, Domain) else tuple(restricted),
-        spec=spec or ProtectSpec(),
-        out=None if out is None else Path(out),
-        head=head,
-        device=None,
-        model_spec=model_spec,
-    )
-
-
 def protect(
     model: nn.Module,
     *,
@@ -417,13 +328,14 @@ def protect(
     spec: ProtectSpec | None = None,
     out: str | Path | None = None,
     head: str | None = None,
-    model_spec: ModelSpec | None = None,
+    device: str | torch.device | None = None,
 ) -> Protected:
-    """Return the protected model; see `protection` for the arguments.
+    """Return the protected model; see `Protection` for the arguments.
 
-    Raises IntactnessError if no weights kept the original task within the tolerance.
+    Raises what `Protection` raises, and IntactnessError if no weights kept the original task
+    within the tolerance.
     """
-    run = protection(
+    run = Protection(
         model,
         original=original,
         restricted=restricted,
@@ -431,47 +343,11 @@ def protect(
         spec=spec,
         out=out,
         head=head,
-        model_spec=model_spec,
+        device=device,
     )
     for _ in run:
         pass
     return run.result()
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a run is expected to take: seconds a round and in all, and the process's peak memory."""
-
-    round_s: float
-    total_s: float
-    peak_bytes: int
-
-
-def forecast(
-    model: nn.Module,
-    *,
-    original: Domain,
-    restricted: tuple[Domain, ...],
-    spec: ProtectSpec,
-    head: str | None = None,
-) -> Forecast:
-    """Return a forecast from two short measured rounds; nothing is written."""
-    seconds = {}
-    lengths = sorted({1, min(4, spec.rehearsal.steps)})
-    for steps in lengths:
-        rehearsal = spec.rehearsal.model_copy(update={"steps": steps, "horizon": None})
-        short = spec.model_copy(update={"rounds": 2, "rehearsal": rehearsal})
-        run = protection(model, original=original, restricted=restricted, spec=short, head=head)
-        seconds[steps] = min(round_.wall_s for round_ in run)
-    first, last = seconds[lengths[0]], seconds[lengths[-1]]
-    slope = max(0.0, last - first) / max(1, lengths[-1] - lengths[0])
-    round_s = first + slope * (spec.rehearsal.steps - 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Forecast(round_s=round_s, total_s=round_s * spec.rounds, peak_bytes=peak)
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def _require_finite(values: list[float], index: int, labels: list[str], part: str) -> None:

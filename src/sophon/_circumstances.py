@@ -1,0 +1,69 @@
+"""What an audit was run on and where: domains, versions, hardware, health of the weights."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sophon._data import Domain
+from sophon._records import DomainRecord, Environment
+
+_PACKAGES = ("sophon-protect", "torch", "numpy", "timm", "torchvision")
+
+
+def domain_record(domain: Domain, role: str) -> DomainRecord:
+    """Return a domain's entry in a record."""
+    return DomainRecord(
+        name=domain.name,
+        role=role,  # type: ignore[arg-type]
+        source=domain.source,
+        sha256=domain.fingerprint(),
+        train=len(domain.train),
+        validation=len(domain.validation),
+        test=len(domain.test),
+        classes=domain.class_count,
+        image=domain.image_shape,
+    )
+
+
+def environment(device: torch.device, precision: str) -> Environment:
+    """Return where the audit runs: versions, processor, threads, device and precision."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return Environment(
+        versions=versions,
+        platform=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        device=str(device),
+        precision=precision,
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def health(model: nn.Module) -> tuple[str, ...]:
+    """Return what is wrong with a model's weights, in names that the red flags know."""
+    flags = []
+    tensors = [v for v in model.state_dict().values() if v.is_floating_point()]
+    if not all(bool(value.isfinite().all()) for value in tensors):
+        flags.append("non_finite_weights")
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        flags.append("frozen_parameters")
+    return tuple(flags)

@@ -1,0 +1,13 @@
+"""The command line: the only package that prints results, reads arguments or exits."""
+
+from __future__ import annotations
+
+from sophon._cli import commands  # the import adds them to the application
+from sophon._cli.application import app
+
+__all__ = ["app", "commands", "main"]
+
+
+def main() -> None:
+    """Run the command line; it ends the process with the exit code."""
+    app()

@@ -1,0 +1,121 @@
+"""The application: its name, shared options, and errors as exit codes."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+
+import typer
+
+from sophon._errors import SophonError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+EXIT_CODES = """\
+\b
+Exit codes:
+  0    done
+  1    a fault in sophon itself; please report it
+  2    the command, run file, data, model or folder cannot be used; the message says what to change
+  3    no weights met the tolerance on the original task; all files are kept
+  4    a loss became infinite or not a number; what was written is kept
+  130  interrupted; repeat the command to resume
+
+\b
+Examples:
+  sophon demo
+  sophon protect run.toml --out runs/p1
+  sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1
+  sophon report runs/a1 --html report.html
+"""
+
+app = typer.Typer(
+    name="sophon",
+    help="Protect a pre-trained classifier against fine-tuning, attack it, report the result.",
+    epilog=EXIT_CODES,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+RunFile = Annotated[
+    Path, typer.Argument(metavar="RUN.TOML", help="The run: model, domains and what to do.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the run file, such as protect.rounds=50. May be repeated.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the last line, the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and no bars.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="Processor threads to use.")
+]
+Arguments = ParamSpec("Arguments")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(" ".join(message.split()), err=True)
+    raise typer.Exit(code)
+
+
+def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Turn what a user can act on into a line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except SophonError as error:
+            _fail(f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _fail(f"interrupted: to resume, repeat the command: {command_line()}", 130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            where = "" if error.filename is None else f"{error.filename}: "
+            remedy = "make room or choose another place, then repeat the command"
+            _fail(f"error: {where}{error.strerror or error}: {remedy}", 2)
+
+    return guarded
+
+
+def command_line() -> str:
+    """Return the command as it was typed."""
+    return shlex.join(["sophon", *sys.argv[1:]])
+
+
+class Stop:
+    """Ctrl-C asks to stop after the current round, a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        typer.echo("\nstopping after this round; Ctrl-C again stops at once", err=True)
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Take Ctrl-C over for as long as the context lasts."""
+    stop = Stop()
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,280 @@
+"""The commands of `sophon`: their arguments, their help, and what they call.
+
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sophon._cli.application import Json, Quiet, RunFile, Settings, Threads, app, guarded
+from sophon._cli.running import (
+    run_audit,
+    run_protection,
+    say,
+    show_forecast,
+    show_protected,
+    show_verdict,
+    write_audit,
+)
+from sophon._errors import CheckpointError, SpecError
+
+if TYPE_CHECKING:
+    from sophon._progress import Mode
+    from sophon._records import AuditRecord
+
+
+def _mode(quiet: bool, as_json: bool) -> Mode:
+    from sophon._progress import choose_mode
+
+    return choose_mode(quiet=quiet, as_json=as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from sophon import __version__
+
+        typer.echo(f"sophon {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon protect run.toml --dry-run\n"
+    "  sophon protect run.toml --out runs/p1\n"
+    "  sophon protect run.toml --out runs/p2 --set protect.rounds=50 --set protect.seed=1\n"
+)
+@guarded
+def protect(
+    run_file: RunFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
+    ] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing."),
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Protect the model of RUN.TOML; repeat the command to resume."""
+    from sophon._runs import load, require_place
+
+    if dry_run:
+        show_forecast(load(run_file, settings, threads), as_json=as_json)
+        return
+    if out is None:
+        raise SpecError("--out is missing: name a folder to write to, such as --out runs/p1")
+    mode = _mode(quiet, as_json)
+    require_place(out)
+    result = run_protection(load(run_file, settings, threads), out, mode)
+    show_protected(result, out, mode)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1\n"
+    "  sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1\n"
+)
+@guarded
+def audit(
+    run_file: RunFile,
+    model: Annotated[
+        Path,
+        typer.Option(
+            "--model", metavar="FILE", help="The protected checkpoint: its file or folder."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where record and reports go.")
+    ],
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", metavar="FOLDER", help="Where trials are kept and looked up; default: --out."
+        ),
+    ] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    threads: Threads = None,
+) -> None:
+    """Attack a protected checkpoint, the model of RUN.TOML and a network from scratch alike.
+
+    Only trials that the store lacks are run; repeat the command to resume.
+    """
+    from sophon._runs import load, require_place
+
+    mode = _mode(quiet, as_json)
+    require_place(out)
+    require_place(store or out)
+    case = load(run_file, settings, threads)
+    made = write_audit(run_audit(case, model, store or out, mode), out)
+    show_verdict(made, mode, {"report": out / "report.html"})
+
+
+def _read_record(path: Path) -> AuditRecord:
+    from pydantic import ValidationError
+
+    from sophon._records import AuditRecord
+
+    file = path / "record.json" if path.is_dir() else path
+    try:
+        return AuditRecord.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file} does not exist: name the folder that `sophon audit --out` wrote"
+        ) from None
+    except (UnicodeDecodeError, ValidationError):
+        raise CheckpointError(
+            f"{file} is not a whole audit record of this version: repeat the audit"
+        ) from None
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon report runs/a1\n"
+    "  sophon report runs/a1 --html report.html --markdown model_card.md\n"
+)
+@guarded
+def report(
+    audited: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An audit's folder, or its record.json.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it for a model card.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Judge a stored audit; print the verdict and write the report."""
+    from sophon._report import report as judge
+
+    made = judge(_read_record(audited))
+    files = {}
+    if html is not None:
+        made.write_html(html)
+        files["report"] = html
+    if markdown is not None:
+        made.write_markdown(markdown)
+        files["markdown"] = markdown
+    show_verdict(made, _mode(quiet, as_json), files)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon evaluate run.toml\n"
+    "  sophon evaluate run.toml --model runs/p1 --split test\n"
+)
+@guarded
+def evaluate(
+    run_file: RunFile,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="FILE", help="A checkpoint instead of RUN.TOML's model."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", metavar="validation|test", help="Which images to score.")
+    ] = "validation",
+    settings: Settings = None,
+    as_json: Json = False,
+    threads: Threads = None,
+) -> None:
+    """Print the accuracy on the original domain with its 95 % interval (Wilson)."""
+    if split not in ("validation", "test"):
+        raise SpecError(f"--split = {split!r}: use validation or test")
+    from sophon._metrics import evaluate as measure
+    from sophon._progress import percent
+    from sophon._runs import load, load_subject
+    from sophon._statistics import wilson
+
+    case = load(run_file, settings, threads)
+    setting = case.setting()
+    subject = case.model if model is None else load_subject(case, model)[0]
+    images = case.original.test if split == "test" else case.original.validation
+    score = measure(setting.place(subject), setting, case.original, images)
+    interval = wilson(score)
+    if as_json:
+        held = {"split": split, **score.model_dump(), "low": interval.low, "high": interval.high}
+        typer.echo(json.dumps({"event": "summary", "domain": case.original.name, **held}))
+        return
+    typer.echo(
+        f"{case.original.name} {split}: {percent(score.value)} of {score.total} images"
+        f" (95 % interval {percent(interval.low)} to {percent(interval.high)})"
+    )
+
+
+@app.command(
+    epilog="\b\nExamples:\n  sophon inspect run.toml\n  sophon inspect runs/p1\n"
+    "  sophon inspect runs/a1\n"
+)
+@guarded
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run file, a checkpoint or an audit.")
+    ],
+) -> None:
+    """Describe a run file, a checkpoint (its checksum is verified) or an audit."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: name a run file, a checkpoint or an audit")
+    from sophon._inspection import describe_checkpoint, describe_run
+
+    if path.suffix == ".toml":
+        say(describe_run(path))
+    elif path.suffix == ".json" or (path / "record.json").is_file():
+        from sophon._report import report as judge
+
+        show_verdict(judge(_read_record(path)), "lines", {})
+    else:
+        say(describe_checkpoint(path))
+
+
+@app.command(epilog="\b\nExamples:\n  sophon demo\n  sophon demo --out first-look --threads 2\n")
+@guarded
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where everything is written.")
+    ] = Path("demo"),
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    threads: Threads = None,
+) -> None:
+    """Protect, audit and report a small model on embedded images, in about a minute."""
+    from sophon._progress import percent
+
+    mode = _mode(quiet, as_json)
+    if mode in ("bar", "lines"):
+        typer.echo("Preparing letters, digits and a small network for letters.", err=True)
+    from sophon._demo import WHAT_IT_SHOWS, prepare
+    from sophon._runs import load, require_place
+
+    require_place(out)
+    start = prepare(out)
+    if mode in ("bar", "lines"):
+        done = "trained" if start.trained else "found"
+        typer.echo(f"{done}: letters validation {percent(start.score.value)}", err=True)
+    case = load(start.run, settings, threads)
+    result = run_protection(case, out / "protected", mode)
+    if mode != "quiet":
+        show_protected(result, out / "protected", mode)
+    checkpoint = out / "protected" / "model.safetensors"
+    record = run_audit(case, checkpoint, out / "audit", mode)
+    made = write_audit(record, out / "audit")
+    if mode in ("bar", "lines"):
+        typer.echo(WHAT_IT_SHOWS)
+    show_verdict(made, mode, {"report": (out / "audit" / "report.html").absolute()})

@@ -1,0 +1,52 @@
+"""The store of trials: append-only, one file each; several processes may share a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sophon._errors import CheckpointError
+from sophon._records import Trial
+
+
+class TrialStore:
+    """An append-only folder of trials, one file each, named by the trial's key."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._memory: dict[str, Trial] = {}
+
+    def get(self, key: str) -> Trial | None:
+        """Return the stored trial, or None. Raises CheckpointError if its file is damaged."""
+        if self.folder is None:
+            return self._memory.get(key)
+        path = self.folder / f"{key}.json"
+        try:
+            return Trial.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise CheckpointError(
+                f"{path} is not a trial of this version ({type(error).__name__}): delete that file"
+                " to run the trial again"
+            ) from None
+
+    def put(self, trial: Trial) -> None:
+        """Store a trial; one already there under its key stays."""
+        if self.folder is None:
+            self._memory.setdefault(trial.key, trial)
+            return
+        path = self.folder / f"{trial.key}.json"
+        temporary = self.folder / f".{trial.key}.{os.getpid()}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(trial.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()

@@ -32,6 +32,10 @@ def _optimizers(adam: float) -> AuditRecord:
     return record(trials, protection={"spec": spec})
 
 
+def _rehearsing(steps: int) -> AuditRecord:
+    return record(protection={"spec": {"rehearsal": {"steps": steps}}})
+
+
 LAST, FIRST = strategies_of(AuditSpec())[-1], strategies_of(AuditSpec())[0]
 CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "winner_on_the_edge": (_rates(1e-1), _rates(1e-2)),
@@ -53,6 +57,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),
     "few_seeds": (record(seeds=(0, 1)), record()),
+    "short_horizon": (_rehearsing(21), _rehearsing(20)),
     "unhealthy_weights": (record(flags=("frozen_parameters",)), record()),
 }
 

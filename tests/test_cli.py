@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,6 +421,23 @@ def test_places_that_cannot_be_written(finished: Path, tmp_path: Path) -> None:
     assert "file" in refused(tmp_path, "report", finished / "a", "--html", below)
     assert str(below) in refused(tmp_path, "demo", "--out", below, "--quiet")
     assert "--out" in refused(tmp_path, "protect", run)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    full = usage._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    run = finished / "run.toml"
+    for words in (
+        ("protect", run, "--out", tmp_path / "p"),
+        ("audit", run, "--model", finished / "p", "--out", tmp_path / "a"),
+        ("demo", "--out", tmp_path / "d", "--quiet"),
+    ):
+        err = refused(tmp_path, *words)
+        assert "0 MiB free" in err
+        assert "make room" in err
 
 
 def test_a_folder_of_another_run_is_not_touched(run_file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,28 @@ def read_json(path: Path) -> Any:
 
 
 def require_writable(folder: Path, *, needed_bytes: int = 0) -> None:
-    """Make `folder` if it is missing; CheckpointError if it cannot be written or is full."""
+    """Make `folder` if it is missing; CheckpointError if it cannot be written or is full.
+
+    Nothing is left behind where it is refused.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
     try:
+        free = shutil.disk_usage(nearest).free
+        if free < needed_bytes + _SPARE_BYTES:
+            raise CheckpointError(
+                f"{folder} has {free / 2**20:.0f} MiB free,"
+                f" {(needed_bytes + _SPARE_BYTES) / 2**20:.0f} MiB are needed: make room or choose"
+                " another folder with --out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.write_bytes(b"1")
-        probe.unlink()
-        free = shutil.disk_usage(folder).free
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"1")
     except OSError as error:
         raise CheckpointError(
             f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
         ) from None
-    if free < needed_bytes + _SPARE_BYTES:
-        raise CheckpointError(
-            f"{folder} has {free / 2**20:.0f} MiB free, {(needed_bytes + _SPARE_BYTES) / 2**20:.0f}"
-            " MiB are needed: make room or choose another folder with --out"
-        )
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

@@ -211,8 +211,12 @@ def _group(optimizer: str) -> str:
     return "sgd" if optimizer in ("sgd", "sgd_momentum", "nesterov") else optimizer
 
 
+def _rehearsal(protection: dict[str, Any] | None) -> dict[str, Any]:
+    return ((protection or {}).get("spec") or {}).get("rehearsal") or {}
+
+
 def _rehearsed_optimizers(protection: dict[str, Any] | None) -> set[str]:
-    rehearsal = ((protection or {}).get("spec") or {}).get("rehearsal") or {}
+    rehearsal = _rehearsal(protection)
     fixed = rehearsal.get("fixed")
     if fixed:
         return {_group(fixed["optimizer"])}
@@ -232,6 +236,21 @@ def few_seeds(record: AuditRecord, domain: str) -> Flag | None:
         " too narrow.",
         "Set audit.seeds = [0, 1, 2] or more.",
         f"{len(record.spec.seeds)}",
+    )
+
+
+def short_horizon(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if attacks were given less than ten times the steps that were rehearsed."""
+    del domain
+    rehearsed = _rehearsal(record.protection).get("steps")
+    if not isinstance(rehearsed, int) or record.spec.steps >= 10 * rehearsed:
+        return None
+    return Flag(
+        "short horizon",
+        "attacks took fewer steps than ten times what a rehearsal takes in a round (K)",
+        "A defence that holds as long as it was rehearsed, and no longer, would pass.",
+        "Raise audit.steps.",
+        f"{record.spec.steps} steps, K = {rehearsed}",
     )
 
 
@@ -263,4 +282,5 @@ CHECKS: dict[str, Check] = {
     "seeds_disagree": seeds_disagree,
     "other_optimizer_far_better": other_optimizer_far_better,
     "few_seeds": few_seeds,
+    "short_horizon": short_horizon,
 }

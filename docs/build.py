@@ -52,7 +52,7 @@ def api() -> str:
     for name in sophon.__all__:
         thing = getattr(sophon, name)
         parts.append(f"## `sophon.{name}`")
-        if inspect.isfunction(thing):
+        if inspect.isfunction(thing) or name in ("Audit", "Protection"):
             parts.append(f"```python\n{name}{inspect.signature(thing)}\n```")
         if inspect.isclass(thing) or inspect.isfunction(thing):
             parts.append(inspect.getdoc(thing) or "")
@@ -90,10 +90,15 @@ def render(markdown: str, page: Path, links: list[Path]) -> str:
     body = MarkdownIt("commonmark").enable("table").render(markdown)
     body = re.sub(r'href="(?!https?:)([^"#]+)\.md(#[^"]*)?"', r'href="\1.html\2"', body)
     navigation = [
-        (link.stem, os.path.relpath(link.with_suffix(".html"), page.parent)) for link in links
+        (_name(link), os.path.relpath(link.with_suffix(".html"), page.parent)) for link in links
     ]
     template = Environment(autoescape=True).from_string(PAGE)
     return template.render(title=f"Sophon: {page.stem}", links=navigation, body=Markup(body))
+
+
+def _name(page: Path) -> str:
+    """Return what a page is called: a README below the root goes by its folder."""
+    return page.parent.name if page.stem == "README" and page.parent.name else page.stem
 
 
 def main() -> None:
@@ -112,6 +117,7 @@ def main() -> None:
             target = SITE / picture.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, target)
+    shutil.copyfile(ROOT / "LICENSE", SITE / "LICENSE")
     shutil.copyfile(SITE / "README.html", SITE / "index.html")
     print(f"{len(pages)} pages in {SITE.relative_to(ROOT)}/index.html")
 

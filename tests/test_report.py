@@ -15,7 +15,7 @@ from records import CURVES, crashed, record, trial
 from sophon._errors import AuditError
 from sophon._records import AuditRecord, Crashed
 from sophon._report import report
-from sophon._verdict import summarise
+from sophon._verdict import overall, summarise
 
 STORED = Path(__file__).parent / "data" / "record-v1.json"
 
@@ -61,26 +61,40 @@ def test_what_cannot_be_judged_is_void_and_says_why(held: AuditRecord) -> None:
     assert "</html>" in made.html()
 
 
-def test_the_worst_domain_speaks_for_the_model() -> None:
-    base = record(curves={"protected": (0.1, 0.2, 0.4, 0.5)})
+def _with_a_second_domain(base: AuditRecord, protected: tuple[float, ...]) -> AuditRecord:
+    """Return `base` with another restricted domain on which the protected model does so."""
     other = base.restricted[0].model_copy(update={"name": "second"})
     extra = [
         trial(
             t.subject,
-            (0.4, 0.7, 0.85, 0.9)
-            if t.subject == "protected"
-            else [p.validation.value for p in t.curve[1:]],
+            protected if t.subject == "protected" else [p.validation.value for p in t.curve[1:]],
             seed=t.seed,
             domain="second",
         )
         for t in base.trials
     ]
-    held = base.model_copy(
+    return base.model_copy(
         update={"restricted": (*base.restricted, other), "trials": (*base.trials, *extra)}
     )
-    made = report(held)
+
+
+def test_the_worst_domain_speaks_for_the_model() -> None:
+    base = record(curves={"protected": (0.1, 0.2, 0.4, 0.5)})
+    made = report(_with_a_second_domain(base, (0.4, 0.7, 0.85, 0.9)))
     assert [s.verdict for s in made.summaries] == ["withstood", "not protected"]
     assert made.verdict == "not protected"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_slowed_domains_the_less_slowed_speaks(swapped: bool) -> None:
+    slow, slower = (0.2, 0.5, 0.9, 0.9), (0.2, 0.3, 0.5, 0.9)
+    first, second = (slower, slow) if swapped else (slow, slower)
+    curves = {"protected": first, "unprotected": (0.6, 0.85, 0.9, 0.9)}
+    made = report(_with_a_second_domain(record(curves=curves), second))
+    assert [s.verdict for s in made.summaries] == ["slowed", "slowed"]
+    factors = sorted(s.multiplier or 0 for s in made.summaries)
+    assert factors[0] < factors[1]
+    assert overall(made.summaries).multiplier == factors[0]
 
 
 def test_a_record_without_domains_is_refused() -> None:

@@ -1,0 +1,121 @@
+"""Turn finished audits into the table and the figure of a results page.
+
+    python docs/results/tabulate.py FIGURE.svg "label=runs/a1" "label=runs/a2" ...
+
+Prints one Markdown row per audit and restricted domain; the figure has one panel each.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+from sophon._records import AuditRecord, Score
+from sophon._statistics import Cost, wilson
+from sophon._verdict import DomainSummary, summarise
+
+COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
+HEADER = (
+    "| protection | original test, before and after | best attack, test (95 %) | won by |"
+    " steps to 90 % | advantage removed (95 %) | verdict |\n|---|---|---|---|---|---|---|"
+)
+
+
+def _score(score: Score | None) -> str:
+    return "-" if score is None else f"{100 * score.value:.1f} %"
+
+
+def _interval(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    low, high = wilson(score)
+    return f"{_score(score)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _cost(cost: Cost | None) -> str:
+    if cost is None:
+        return "-"
+    return f"over {cost.horizon}" if cost.steps is None else str(cost.steps)
+
+
+def _advantage(summary: DomainSummary) -> str:
+    estimate = summary.advantage
+    if estimate.value is None:
+        return estimate.reason
+    interval = estimate.interval
+    spread = "" if interval is None else f" ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+    return f"{100 * estimate.value:.0f} %{spread}"
+
+
+def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
+    """Return the Markdown rows of one domain: protected, and what it is compared with."""
+    scores = {subject.name: subject.original for subject in record.subjects}
+    lines = []
+    for name in ("protected", "unprotected", "scratch"):
+        held = summary.subjects.get(name)
+        if held is None:
+            continue
+        first = name == "protected"
+        kept = f"{_score(scores['unprotected'])}, {_score(scores['protected'])}" if first else ""
+        cells = [
+            label if first else f"({name}, {summary.domain.name})",
+            kept,
+            _interval(held.test),
+            held.winner.strategy.label(),
+            _cost(held.to_unprotected),
+            _advantage(summary) if first else "",
+            summary.text if first else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def panel(axes: plt.Axes, label: str, summary: DomainSummary) -> None:
+    """Draw the three envelopes, mean over attack seeds with their range."""
+    for name, held in summary.subjects.items():
+        steps = [point.step for point in held.points]
+        mean = [100 * value for value in held.mean]
+        low, high = ([100 * pair[i] for pair in held.spread] for i in (0, 1))
+        axes.plot(steps, mean, color=COLOURS[name], label=name, linewidth=1.6)
+        axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 102)
+    axes.set_title(label, fontsize=9)
+    axes.grid(alpha=0.25)
+
+
+def main(figure: str, *named: str) -> None:
+    """Print the table and write the figure."""
+    panels = []
+    print(HEADER)
+    for one in named:
+        label, _, folder = one.partition("=")
+        text = (Path(folder) / "record.json").read_text(encoding="utf-8")
+        record = AuditRecord.model_validate_json(text)
+        for summary in summarise(record):
+            panels.append((label, summary))
+            print("\n".join(rows(label, record, summary)))
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (4.4 * columns, 2.7 * lines + 0.4)
+    picture, grid = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (label, summary) in zip(grid.flat, panels, strict=False):
+        panel(axes, label, summary)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("restricted, validation %")
+    for axes in grid[-1]:
+        axes.set_xlabel("attack steps")
+    grid[0, 0].legend(fontsize=8, loc="lower right")
+    picture.tight_layout()
+    picture.savefig(figure, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -379,6 +379,7 @@ def refused(folder: Path, *words: object) -> str:
         ("model.name=resnet21", ["resnet21", "resnet20"]),
         ("model.name=resnet20", ["keys"]),
         ("model.head=nothing", ["nothing"]),
+        ("model.weights=", ["model.weights", "1 character"]),
         ("model.weights=gone.safetensors", ["gone.safetensors", "does not exist"]),
         ("original.source=npy", ["npy", "npz"]),
         ("original.name=greek", ["greek", "letters"]),

@@ -436,13 +436,26 @@ def test_the_hash_sees_weights_buffers_and_names() -> None:
 
 
 def test_precision_and_layout_follow_the_request_and_the_model() -> None:
-    cpu = torch.device("cpu")
-    assert models.choose_precision("fp32", cpu) == "fp32"
-    assert models.choose_precision("bf16", cpu) == "bf16"
-    assert models.choose_precision("auto", cpu) in ("fp32", "bf16")
-    assert models.choose_precision("auto", torch.device("meta")) == "fp32"
+    cpu, model = torch.device("cpu"), ResNet20()
+    choices = {
+        asked: models.choose_precision(asked, cpu, model, [IMAGE])
+        for asked in ("fp32", "bf16", "auto")
+    }
+    assert choices.pop("auto") in ("fp32", "bf16")
+    assert choices == {"fp32": "fp32", "bf16": "bf16"}
+    assert models.choose_precision("auto", torch.device("meta"), model, [IMAGE]) == "fp32"
     assert models.choose_channels_last(SmallConvNet())
     assert not models.choose_channels_last(nn.Linear(2, 2))
+
+
+def test_bf16_is_not_used_where_a_stride_outruns_the_image() -> None:
+    """A processor's bf16 weight gradients hold memory never written there (torch 2.13)."""
+    cpu, model = torch.device("cpu"), ResNet20()
+    assert models.choose_precision("auto", cpu, model, [IMAGE, (3, 2, 2)]) == "fp32"
+    assert models.choose_precision("fp32", cpu, model, [(3, 2, 2)]) == "fp32"
+    with pytest.raises(UnsupportedModelError, match=r"'layer3.0.conv1'.*precision = 'fp32'"):
+        models.choose_precision("bf16", cpu, model, [IMAGE, (3, 2, 2)])
+    assert not any(part._forward_pre_hooks for part in model.modules())
 
 
 def test_safetensors_round_trip_matches_the_library(tmp_path: Path) -> None:

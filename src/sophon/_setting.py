@@ -166,10 +166,11 @@ def make_setting(
             raise DataError(f"two domains are named {name!r}: give each its own name")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     channels = expected_channels(model) or original.image_shape[0]
+    shapes: list[tuple[int, int, int]] = []
     for domain in (original, *restricted):
         check_channels(domain.name, domain.image_shape[0], channels)
-        shape = (channels, *domain.image_shape[1:])
-        check_images(model, shape, what=f"domain {domain.name!r}", training=trained)
+        shapes.append((channels, *domain.image_shape[1:]))
+        check_images(model, shapes[-1], what=f"domain {domain.name!r}", training=trained)
     for domain in restricted:
         check_distinct(original, domain)
     found = find_head(model, (channels, *original.image_shape[1:]), head)
@@ -186,6 +187,6 @@ def make_setting(
         head=found,
         channels=channels,
         device=place,
-        precision=choose_precision(precision, place),
+        precision=choose_precision(precision, place, model, shapes),
         channels_last=choose_channels_last(model),
     )

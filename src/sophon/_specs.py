@@ -16,6 +16,7 @@ ScheduleName = Literal["constant", "warmup", "cosine", "warmup_cosine"]
 Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 Precision = Literal["auto", "fp32", "bf16"]
 
+Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
@@ -234,8 +235,8 @@ class ModelSpec(Spec):
     of outputs the network is built with; `in_channels` is 3 for RGB and 1 for grey networks.
     """
 
-    name: str
-    weights: str | None = None
+    name: Name
+    weights: Name | None = None
     pretrained: bool = False
     classes: Annotated[int, Field(ge=2)] | None = None
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
@@ -252,9 +253,9 @@ class DomainSpec(Spec):
     """
 
     source: str
-    name: str | None = None
-    path: str | None = None
-    root: str | None = None
+    name: Name | None = None
+    path: Name | None = None
+    root: Name | None = None
     download: bool = False
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     mean: Channels | None = None

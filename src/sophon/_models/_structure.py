@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sophon._errors import UnsupportedModelError
 from sophon._models._probing import (
     Shape,
     probe_images,
@@ -132,8 +134,25 @@ def choose_channels_last(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
-def choose_precision(requested: str, device: torch.device) -> str:
-    """Return `fp32` or `bf16`; `auto` is bf16 where the processor or the card computes in it."""
+def choose_precision(
+    requested: str, device: torch.device, model: nn.Module, shapes: Iterable[Shape]
+) -> str:
+    """Return `fp32` or `bf16`; `auto` is bf16 where the processor or the card computes in it.
+
+    Where a strided convolution of `model` meets images smaller than its stride, for images of
+    `shapes`, a processor's bf16 gradients are wrong: `auto` is then fp32, and bf16 is refused with
+    an UnsupportedModelError that names the layer.
+    """
+    if device.type == "cpu" and requested != "fp32":
+        outrun = next((name for shape in shapes for name in _outrun(model, shape)), None)
+        if outrun is not None and requested == "bf16":
+            raise UnsupportedModelError(
+                f"precision = 'bf16': the images reach layer {outrun!r} smaller than its stride,"
+                " where a processor's bf16 gradients are wrong: set precision = 'fp32' or a larger"
+                " image_size"
+            )
+        if outrun is not None:
+            return "fp32"
     if requested != "auto":
         return requested
     if device.type == "cuda":
@@ -143,3 +162,28 @@ def choose_precision(requested: str, device: torch.device) -> str:
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     supported = any(getattr(torch.cpu, check, bool)() for check in checks)
     return "bf16" if supported else "fp32"
+
+
+def _outrun(model: nn.Module, shape: Shape) -> list[str]:
+    """Return the convolutions whose input is smaller than their stride.
+
+    With oneDNN (torch 2.13), part of the weight's bf16 gradient is then memory never written.
+    """
+    found: list[str] = []
+    handles = []
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1:
+
+            def look(layer: Any, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                pairs = zip(inputs[0].shape[-2:], layer.stride, strict=True)
+                if any(size < stride for size, stride in pairs):
+                    found.append(name)
+
+            handles.append(part.register_forward_pre_hook(look))
+    try:
+        with probing(model):
+            model(probe_images(model, shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("svg")
+mpl.rcParams["svg.fonttype"] = "none"
 import matplotlib.pyplot as plt
 
 from sophon._records import AuditRecord, Score

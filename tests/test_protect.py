@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,16 +18,32 @@ from torch import nn
 
 from builders import original, quick_spec, restricted, trained_model
 from sophon._checkpoints import load_state
+from sophon._data import Images
 from sophon._errors import CheckpointError, DataError, IntactnessError, NonFiniteError
 from sophon._forecast import forecast
+from sophon._guard import IntactnessGuard
 from sophon._protect import Protection, protect
+from sophon._setting import Setting, make_setting
 from sophon._specs import Guard, ProtectSpec, Strategy
+from sophon._tasks import Classification
 
 
 def _protect(spec: ProtectSpec, out: Path | None = None) -> nn.Module:
     return protect(
         trained_model(), original=original(), restricted=restricted(), spec=spec, out=out
     ).model
+
+
+def _setting() -> Setting:
+    return make_setting(
+        trained_model(),
+        task=Classification(),
+        original=original(),
+        restricted=(restricted(),),
+        head=None,
+        precision="fp32",
+        device=None,
+    )
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
@@ -76,6 +94,90 @@ def test_a_violation_returns_to_good_weights_and_reinforces_more() -> None:
     rounds = list(run)
     assert any(r.guard == "violated" for r in rounds)
     assert rounds[-1].reinforcement_steps > spec.reinforcement_steps
+
+
+def _rolling_back() -> Protection:
+    """Return a protection whose every step does too much."""
+    spec = quick_spec(rounds=2, suppression_rate=0.5, reinforcement_steps=0, guard=Guard(every=1))
+    return Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+
+
+def test_after_a_violation_the_weights_are_the_last_good_ones() -> None:
+    run, model = _rolling_back(), trained_model()
+    record = next(iter(run))
+    assert record.guard == "violated"
+    assert record.guard_score is not None
+    assert record.guard_score < run.guard.before.value - 0.02
+    assert _equal(run.model, model)
+
+
+def test_the_guard_never_looks_at_the_test_split() -> None:
+    spec, model = quick_spec(rounds=2), trained_model()
+    kept = original()
+    held = dataclasses.replace(kept, test=Images(kept.test.pixels, (kept.test.labels + 1) % 5))
+    results = []
+    for domain in (kept, held):
+        run = Protection(model, original=domain, restricted=restricted(), spec=spec)
+        results.append([(r.guard, r.guard_score) for r in run])
+    assert results[0] == results[1]
+    assert run.guard.before.value > 0.9
+
+
+@pytest.mark.parametrize("ship", ["last", "lowest_query_score"])
+def test_what_is_shipped_follows_the_rule(ship: Literal["last", "lowest_query_score"]) -> None:
+    guard = IntactnessGuard(trained_model(), _setting(), Guard(tolerance_points=100.0, ship=ship))
+    guard.begin()
+    for finished, query in enumerate((0.5, 0.2, 0.4), start=1):
+        guard.observe(query)
+        guard.check(finished)
+    assert guard.require_shipped(1.0).round == {"last": 3, "lowest_query_score": 2}[ship]
+
+
+def test_the_guard_comes_back_as_it_was() -> None:
+    first, second = (
+        IntactnessGuard(trained_model(), _setting(), Guard(tolerance_points=0.0)) for _ in range(2)
+    )
+    first.begin()
+    first.observe(0.5)
+    first.check(1)
+    first.observe(0.25)
+    first.extra_steps = 3
+    second.restore(*copy.deepcopy(first.state()))
+    assert second.state()[1] == first.state()[1]
+    assert second.extra_steps == 3
+    assert second.state()[1]["window"] == [0.25]
+
+
+def test_the_suppression_gradient_is_clipped_to_the_norm() -> None:
+    run = Protection(
+        trained_model(), original=original(), restricted=restricted(), spec=quick_spec()
+    )
+    seen = []
+    run.suppressor.register_step_pre_hook(
+        lambda *_: seen.append(
+            torch.stack(
+                [p.grad.norm() for p in run.model.parameters() if p.grad is not None]
+            ).norm()
+        )
+    )
+    gradients = {name: torch.ones_like(p) for name, p in run.model.named_parameters()}
+    before = run._apply(gradients)
+    assert float(before) > 1.0
+    assert float(seen[0]) == pytest.approx(run.spec.clip_norm, rel=1e-3)
+
+
+def test_suppression_and_reinforcement_have_an_adam_each_and_take_their_steps() -> None:
+    spec = quick_spec(rounds=2, suppression_steps=3, reinforcement_steps=2)
+    run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    taken = {"suppressor": 0, "reinforcer": 0}
+
+    def count(name: str) -> None:
+        taken[name] += 1
+
+    run.suppressor.register_step_pre_hook(lambda *_: count("suppressor"))
+    run.reinforcer.register_step_pre_hook(lambda *_: count("reinforcer"))
+    next(iter(run))
+    assert taken == {"suppressor": 3, "reinforcer": 2}
 
 
 def test_no_weights_within_tolerance_is_an_error_that_keeps_the_files(tmp_path: Path) -> None:
@@ -181,6 +283,33 @@ def test_killed_anywhere_the_repeated_command_gives_identical_weights(
     assert all(torch.equal(held[k], v) for k, v in uninterrupted.state_dict().items())
     lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == list(range(6))
+
+
+def test_another_weight_of_a_domain_is_another_run(tmp_path: Path) -> None:
+    spec = quick_spec(rounds=2)
+    given = {"original": original(), "spec": spec, "out": tmp_path}
+    next(iter(Protection(trained_model(), restricted=restricted(), **given)))  # type: ignore[arg-type]
+    heavier = dataclasses.replace(restricted(), weight=50.0)
+    with pytest.raises(CheckpointError, match="another domains"):
+        Protection(trained_model(), restricted=heavier, **given)  # type: ignore[arg-type]
+
+
+def test_a_run_is_not_started_over_when_every_state_is_damaged(tmp_path: Path) -> None:
+    run = Protection(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=quick_spec(),
+        out=tmp_path,
+    )
+    for _ in range(3):
+        next(iter(run))
+    for state in (tmp_path / "states").iterdir():
+        (state / "tensors.safetensors").write_bytes(b"damaged")
+    held = (tmp_path / "rounds.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="every state"):
+        _protect(quick_spec(), tmp_path)
+    assert (tmp_path / "rounds.jsonl").read_text() == held
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(

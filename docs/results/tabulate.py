@@ -10,10 +10,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams["svg.fonttype"] = "none"
 import matplotlib.pyplot as plt
 
 from sophon._records import AuditRecord, Score
@@ -92,6 +88,8 @@ def panel(axes: plt.Axes, label: str, summary: DomainSummary) -> None:
 
 def main(figure: str, *named: str) -> None:
     """Print the table and write the figure."""
+    plt.switch_backend("svg")
+    plt.rcParams["svg.fonttype"] = "none"
     panels = []
     print(HEADER)
     for one in named:

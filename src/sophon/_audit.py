@@ -127,6 +127,8 @@ class Audit:
             name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in subjects.items()
         }
         self._starts: dict[tuple[Subject, int], tuple[nn.Module, str]] = {}
+        # A network that cannot be made afresh is found out before any attack.
+        self._start("scratch", spec.seeds[0])
 
     def __len__(self) -> int:
         """Return the number of trials of the whole audit."""
@@ -134,14 +136,19 @@ class Audit:
 
     def missing(self) -> int:
         """Return how many trials the store lacks."""
-        return sum(self.store.get(self._key(a)) is None for a in self.assignments)
+        return sum(self._stored(self._key(a)) is None for a in self.assignments)
+
+    def _stored(self, key: str) -> Trial | None:
+        """Return the stored trial unless it crashed: those are run again when repeated."""
+        trial = self.store.get(key)
+        return None if trial is None or trial.outcome.kind == "crashed" else trial
 
     def __iter__(self) -> Iterator[Trial]:
         """Yield every trial in order, running and storing those the store lacks."""
         self.trials = []
         for assignment in self.assignments:
             key = self._key(assignment)
-            trial = self.store.get(key)
+            trial = self._stored(key)
             if trial is None:
                 trial = self._run(assignment, key)
                 self.store.put(trial)

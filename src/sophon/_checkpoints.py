@@ -112,15 +112,36 @@ def save_state(root: Path, index: int, tensors: dict[str, Tensor], meta: dict[st
 
 
 def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the newest undamaged state below `root`, or None if there is none."""
-    for folder in _states(root):
+    """Return the newest undamaged state below `root`, or None if there is none at all.
+
+    Raises CheckpointError if there are states and all are damaged: nothing is started over
+    unasked.
+    """
+    states = _states(root)
+    for folder in states:
         try:
             held = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             if _sha256(folder / "tensors.safetensors") == held["sha256"]:
                 return load_file(folder / "tensors.safetensors"), held["meta"]
         except (OSError, ValueError, KeyError, SafetensorError):
             continue
+    if states:
+        raise CheckpointError(
+            f"every state below {root} is damaged: restore one, or delete {root.parent} to start"
+            " over"
+        )
     return None
+
+
+def require_recorded(file: Path, held: dict[str, Any]) -> str:
+    """Return the SHA-256 of `file`; CheckpointError unless `held`, its model.json, says so."""
+    digest = _sha256(file)
+    if digest != held.get("sha256"):
+        raise CheckpointError(
+            f"{file} does not have the checksum in model.json: it was changed or damaged; restore"
+            " both files or repeat the protection"
+        )
+    return digest
 
 
 def _states(root: Path) -> list[Path]:

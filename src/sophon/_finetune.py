@@ -151,7 +151,9 @@ def attacker_copy(
         names=stream[1],
         batches=batches,
     )
+    setting.place(model)
     factors = prepare(model, strategy.preparations, surroundings)
+    # A preparation may have put new layers in.
     setting.place(model)
     return factors
 

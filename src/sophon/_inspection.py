@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from sophon._checkpoints import read_json
-from sophon._errors import CheckpointError
+from sophon._checkpoints import read_json, require_recorded
 from sophon._models import blocks, read_tensors
 from sophon._progress import domain_text, lines, percent, toml
 from sophon._runs import load
@@ -49,13 +47,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
 
 
 def _provenance(file: Path, held: dict[str, Any]) -> Iterator[str]:
-    with file.open("rb") as stream:
-        digest = file_digest(stream, "sha256").hexdigest()
-    if digest != held.get("sha256"):
-        raise CheckpointError(
-            f"{file} does not have the checksum in model.json: it was changed or damaged; restore"
-            " both files or repeat the protection"
-        )
+    digest = require_recorded(file, held)
     yield (f"sha256 {digest}, as recorded")
     if held.get("model"):
         yield (f"model {toml(held['model'])}")

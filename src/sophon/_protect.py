@@ -40,6 +40,8 @@ from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
 from sophon._tasks import Classification, Task
 
 _ROUNDS, _STATES, _RUN, _DONE = "rounds.jsonl", "states", "run.json", "protection.json"
+# States on the disk at once, at most: two, and the one being written.
+_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,12 @@ class Protection:
         self.identity = {
             "spec": spec.fingerprint(),
             "model": weights_sha256(model),
-            "domains": fingerprint_of([d.fingerprint() for d in (original, *restricted)]),
+            "network": f"{type(model).__module__}.{type(model).__qualname__}",
+            "domains": fingerprint_of(
+                [[d.name, d.weight, d.fingerprint()] for d in (original, *restricted)]
+            ),
+            "task": self.setting.task.name,
+            "head": self.setting.head,
             "precision": self.setting.precision,
         }
         self._given = model
@@ -254,7 +261,7 @@ class Protection:
             if held.is_file():
                 _require_same_run(read_json(held), self.identity, self.out)
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            require_writable(self.out, needed_bytes=size * (10 + 3 * self.spec.rehearsal.pool))
+            require_writable(self.out, needed_bytes=_KEPT * size * self._copies())
             if not held.is_file():
                 write_json(held, {**self.identity, "resolved": self.spec.model_dump(mode="json")})
             state = load_state(self.out / _STATES)
@@ -263,6 +270,12 @@ class Protection:
                 return
             write_text(self.out / _ROUNDS, "")
         self.guard.begin()
+
+    def _copies(self) -> int:
+        """Return how many times the model's size a state holds, at most."""
+        attackers = 0 if self.spec.rehearsal.horizon is None else self.spec.rehearsal.pool
+        # The model, two kept copies, two Adams; an attacker's displacement and its moments.
+        return 3 + 4 + 3 * attackers
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         attackers, pool = self.rehearsals.state()
@@ -372,7 +385,11 @@ def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain
         )
 
 
-def _require_same_run(held: dict[str, Any], identity: dict[str, str], folder: Path) -> None:
+def _require_same_run(held: Any, identity: dict[str, str], folder: Path) -> None:
+    if not isinstance(held, dict):
+        raise CheckpointError(
+            f"{folder / _RUN} does not describe a run: restore it, or give another --out"
+        )
     different = [name for name, value in identity.items() if held.get(name) != value]
     if different:
         raise CheckpointError(

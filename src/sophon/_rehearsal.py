@@ -168,9 +168,13 @@ class Rehearsals:
     def strategy(self, identity: int) -> Strategy:
         """Return the strategy of attacker `identity`: the fixed one, or a sample."""
         if self.rehearsal.fixed is not None:
-            return self.rehearsal.fixed
-        stream = generator(self.spec.seed, "strategy", identity)
-        return sample_strategy(self.rehearsal.distribution, stream)
+            chosen = self.rehearsal.fixed
+        else:
+            stream = generator(self.spec.seed, "strategy", identity)
+            chosen = sample_strategy(self.rehearsal.distribution, stream)
+        # A schedule runs over the attacker's life, as it does in a real attack.
+        life = self.rehearsal.horizon or self.rehearsal.steps
+        return chosen.model_copy(update={"steps": life})
 
     def domain(self, identity: int) -> Domain:
         """Return the restricted domain attacker `identity` takes."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sophon._checkpoints import read_json
+from sophon._attacks import strategies_of
+from sophon._checkpoints import read_json, require_recorded
 from sophon._data import Domain, load_domain
 from sophon._data.sources import expanded
 from sophon._errors import CheckpointError, SpecError
@@ -118,6 +119,7 @@ def load(path: Path, settings: list[str] | None, threads: int | None = None) -> 
     Paths in it start at its folder. Raises DataError, UnsupportedModelError or CheckpointError.
     """
     spec = read_run(path, settings)
+    strategies_of(spec.audit)  # an attack that does not exist is found out before protecting
     if threads is not None:
         torch.set_num_threads(threads)
     base = path.parent
@@ -151,6 +153,7 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
     held: dict[str, Any] = {}
     if file.name == "model.safetensors" and description.is_file():
         held = read_json(description)
+        require_recorded(file, held)
     if path.is_dir() and not file.is_file():
         raise CheckpointError(f"{path} holds no model.safetensors: name a checkpoint")
     if held.get("model"):

@@ -110,6 +110,12 @@ class Strategy(Spec):
     augmentation: Augmentation = "none"
     precision: Precision = "auto"
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.optimizer == "nesterov" and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
     def label(self) -> str:
         """Return a short name that tells this strategy from its neighbours, such as
         `init-FC+all sgd_momentum 1e-02`.

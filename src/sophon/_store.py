@@ -34,10 +34,16 @@ class TrialStore:
             ) from None
 
     def put(self, trial: Trial) -> None:
-        """Store a trial; one already there under its key stays."""
+        """Store a trial; one already there under its key stays, unless it crashed.
+
+        A crashed one is kept beside it, as `KEY.crashed-N.json`.
+        """
         if self.folder is None:
-            self._memory.setdefault(trial.key, trial)
+            held = self._memory.get(trial.key)
+            if held is None or held.outcome.kind == "crashed":
+                self._memory[trial.key] = trial
             return
+        self._set_crashed_aside(trial.key)
         path = self.folder / f"{trial.key}.json"
         temporary = self.folder / f".{trial.key}.{os.getpid()}.tmp"
         with temporary.open("w", encoding="utf-8") as file:
@@ -50,3 +56,10 @@ class TrialStore:
             pass
         finally:
             temporary.unlink()
+
+    def _set_crashed_aside(self, key: str) -> None:
+        held = self.get(key)
+        if self.folder is None or held is None or held.outcome.kind != "crashed":
+            return
+        number = len(list(self.folder.glob(f"{key}.crashed-*.json"))) + 1
+        (self.folder / f"{key}.json").replace(self.folder / f"{key}.crashed-{number}.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 from builders import digits, original, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
-from sophon._audit import Audit, audit, evaluation_steps
+from sophon._audit import Assignment, Audit, audit, evaluation_steps
+from sophon._data import Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
 from sophon._records import AuditRecord, Trial
@@ -106,6 +108,85 @@ def test_a_crashed_attack_is_recorded_and_the_rest_goes_on() -> None:
     assert {t.subject for t in crashed} == {"protected"}
     assert "cannot be trained" in crashed[0].outcome.traceback
     assert len(record.trials) == 36
+
+
+def test_a_crashed_trial_is_run_again_and_its_trace_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
+    attack = Audit._attack
+
+    def failing(self: Audit, assignment: Assignment, trial: object) -> object:
+        if assignment.subject == "scratch":
+            raise MemoryError("for once")
+        return attack(self, assignment, trial)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Audit, "_attack", failing)
+    first = _record(tmp_path, spec)
+    assert sum(t.outcome.kind == "crashed" for t in first.trials) == 12
+    monkeypatch.setattr(Audit, "_attack", attack)
+    assert {t.outcome.kind for t in _record(tmp_path, spec).trials} == {"completed"}
+    assert len(list((tmp_path / "trials").glob("*.crashed-1.json"))) == 12
+
+
+def test_other_weights_and_other_images_are_other_trials(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
+    _record(tmp_path, spec)
+    changed = trained_model()
+    with torch.no_grad():
+        changed.get_parameter(_head(changed)).mul_(1.01)
+    denied = restricted()
+    fewer = dataclasses.replace(
+        denied, train=Images(denied.train.pixels[:-1].clone(), denied.train.labels[:-1].clone())
+    )
+    for model, domain, missing in ((changed, denied, 12), (trained_model(), fewer, 36)):
+        run = Audit(
+            model,
+            unprotected=trained_model(),
+            original=original(),
+            restricted=domain,
+            spec=spec,
+            store=tmp_path,
+            scratch=scratch_model,
+        )
+        assert run.missing() == missing
+
+
+def test_the_test_split_is_scored_and_chooses_nothing() -> None:
+    """With other labels on the test images, only the final scores change."""
+    spec = SPEC.model_copy(update={"steps": 20, "evaluations": 4})
+    denied = restricted()
+    wrong = Images(denied.test.pixels, (denied.test.labels + 1) % 5)
+    records = [
+        audit(
+            trained_model(),
+            original=original(),
+            restricted=domain,
+            spec=spec,
+            scratch=scratch_model,
+        )
+        for domain in (denied, dataclasses.replace(denied, test=wrong))
+    ]
+    right, other = ([t for t in r.trials if t.subject == "protected"] for r in records)
+    assert [t.curve for t in right] == [t.curve for t in other]
+    assert [t.best_step for t in right] == [t.best_step for t in other]
+    best = max(right, key=lambda t: max(p.validation.value for p in t.curve))
+    assert best.test is not None
+    assert best.test.total == len(denied.test)
+    assert best.test.value > 0.5
+    assert all(t.test is not None and t.test.value < 0.5 for t in other)
+
+
+def test_each_seed_has_its_own_fresh_network() -> None:
+    run = Audit(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC.model_copy(update={"seeds": (0, 1)}),
+        scratch=scratch_model,
+    )
+    assert run._start("scratch", 0)[1] != run._start("scratch", 1)[1]
+    assert run._start("protected", 0)[1] == run._start("protected", 1)[1]
 
 
 def test_a_diverged_attack_is_not_a_score() -> None:

@@ -339,14 +339,20 @@ def test_inspect_describes_what_it_is_given(finished: Path) -> None:
     assert "not written by sophon" in sophon("inspect", finished / "letters.safetensors")[1]
 
 
-def test_inspect_notices_a_changed_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_a_changed_checkpoint_is_noticed_before_anything_is_done_with_it(
+    finished: Path, tmp_path: Path
+) -> None:
     tensors = load_file(finished / "p" / "model.safetensors")
     tensors["head.bias"] += 1
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "model.json").write_text((finished / "p" / "model.json").read_text())
-    code, _, err = sophon("inspect", tmp_path)
-    assert code == 2
-    assert "checksum" in err
+    run = finished / "run.toml"
+    for words in (
+        ("inspect", tmp_path),
+        ("evaluate", run, "--model", tmp_path),
+        ("audit", run, "--model", tmp_path, "--out", tmp_path / "a"),
+    ):
+        assert "checksum" in refused(tmp_path, *words)
 
 
 # --- Bad input --------------------------------------------------------------------------------
@@ -376,6 +382,8 @@ def refused(folder: Path, *words: object) -> str:
         ("restricted.3.limit=5", ["restricted.3.limit", "0 to 0"]),
         ("protect.rounds.fast=1", ["rounds", "value"]),
         ("protect.rounds", ["key=value"]),
+        ("audit.suite=standard-9", ["standard-9", "quick-1"]),
+        ('protect.rehearsal.fixed={optimizer="nesterov", momentum=0}', ["nesterov", "momentum"]),
         ("model.name=resnet21", ["resnet21", "resnet20"]),
         ("model.name=resnet20", ["keys"]),
         ("model.head=nothing", ["nothing"]),

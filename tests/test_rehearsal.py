@@ -122,6 +122,17 @@ def test_a_persistent_attacker_moves_by_factor_times_the_real_move(
     assert (0.0 in factors) == (FreshHead() in preparations)
 
 
+@pytest.mark.parametrize(("horizon", "life"), [(None, 3), (12, 12)])
+def test_a_schedule_runs_over_the_attackers_life(horizon: int | None, life: int) -> None:
+    fixed = Strategy(schedule="cosine", batch_size=16, steps=999)
+    rehearsal = Rehearsal(steps=3, horizon=horizon, pool=1, fixed=fixed, query_batch_size=8)
+    sampled = rehearsal.model_copy(update={"fixed": None})
+    model = trained_model()
+    for one in (rehearsal, sampled):
+        pool = Rehearsals(quick_spec(rehearsal=one), _setting(model), [1.0])
+        assert pool.strategy(0).steps == life
+
+
 def test_rescaling_passes_its_factor_on_to_the_gradient() -> None:
     """Scaled weights give the gradient of L(c * theta): c times the one at the scaled weights."""
     model = trained_model()

@@ -39,11 +39,12 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         return
     tensors = read_tensors(file)
     size = sum(value.numel() for value in tensors.values())
-    yield (f"{file}: {len(tensors)} tensors, {size:,} values")
+    provenance = ["no model.json beside it: not written by sophon"]
     if (file.parent / "model.json").is_file():
-        yield from _provenance(file, read_json(file.parent / "model.json"))
-    else:
-        yield ("no model.json beside it: not written by sophon")
+        # To the end before the first line: a checkpoint that was changed is not described.
+        provenance = list(_provenance(file, read_json(file.parent / "model.json")))
+    yield (f"{file}: {len(tensors)} tensors, {size:,} values")
+    yield from provenance
 
 
 def _provenance(file: Path, held: dict[str, Any]) -> Iterator[str]:

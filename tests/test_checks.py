@@ -55,6 +55,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "unequal_search": (record(record().trials[1:]), record()),
     "crashed_attacks": (record([crashed("protected")]), record()),
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
+    "original_task_suffers": (record(original=0.85), record(original=0.89)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),
     "few_seeds": (record(seeds=(0, 1)), record()),
     "short_horizon": (_rehearsing(21), _rehearsing(20)),

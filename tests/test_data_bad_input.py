@@ -406,6 +406,17 @@ def test_the_same_data_twice_is_refused_with_its_share() -> None:
         check_distinct(original, restricted)
 
 
+def test_the_original_hidden_among_other_images_is_refused() -> None:
+    images = noise(100, 6, 6)
+    original = Domain.from_arrays("keep", images, np.arange(100) % 2)
+    mixed = np.concatenate([images, noise(300, 6, 6, seed=9)])
+    restricted = Domain.from_arrays("deny", mixed, np.arange(400) % 5)
+    with pytest.raises(
+        DataError, match=r"'deny' is the same data.*of the training images of 'keep'"
+    ):
+        check_distinct(original, restricted)
+
+
 def test_a_minority_of_shared_images_passes() -> None:
     images = noise(100, 6, 6)
     original = Domain.from_arrays("keep", images, np.arange(100) % 2)

@@ -174,12 +174,10 @@ def test_both_documents_carry_what_a_reader_needs(tmp_path: Path) -> None:
             "hreat model",
             "quick-1",
             "90.0 % (",
-            "fewer",
             "2.13",
+            "a processor",
         ):
-            if name == "r.md" and needed in ("2.13", "fewer"):
-                continue
-            assert needed in text or needed == "fewer", (name, needed)
+            assert needed in text, (name, needed)
         assert "non-fine-tunable" not in text.lower()
     assert made.table()[0][0] == "restricted domain"
     assert len(made.table()) == 4
@@ -188,7 +186,7 @@ def test_both_documents_carry_what_a_reader_needs(tmp_path: Path) -> None:
 def test_a_stored_record_still_loads() -> None:
     held = AuditRecord.model_validate_json(STORED.read_text())
     made = report(held)
-    assert made.verdict in ("withstood", "slowed", "not protected", "void")
+    assert made.verdict == "void"
     assert len(held.trials) == 72
 
 

@@ -186,6 +186,32 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     return None
 
 
+def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the original task lost more than the guard's tolerance on the test split.
+
+    The loss must exceed it by more than the protected model's interval; a loss of more than ten
+    points forbids a verdict.
+    """
+    del domain
+    scores = {s.name: s.original for s in record.subjects}
+    before, after = scores.get("unprotected"), scores.get("protected")
+    if before is None or after is None:
+        return None
+    guard = ((record.protection or {}).get("spec") or {}).get("guard") or {}  # type: ignore[attr-defined]
+    tolerance = float(guard.get("tolerance_points", 2.0)) / 100
+    certain = before.value - wilson(after).high
+    if certain <= tolerance:
+        return None
+    return Flag(
+        "original task suffers",
+        "test accuracy on the original task fell by more than the tolerance, beyond its interval",
+        "A model that no longer does its own task is easily hard to fine-tune.",
+        "Raise protect.reinforcement_steps, or give the guard more images to watch.",
+        f"{100 * before.value:.1f} % before, {100 * after.value:.1f} % after",
+        voids=certain > max(0.1, tolerance),
+    )
+
+
 def _at_most(score: Score, least: float, chance: float) -> bool:
     return score.value <= least or wilson(score).low <= chance
 
@@ -274,6 +300,7 @@ CHECKS: dict[str, Check] = {
     "crashed_attacks": crashed_attacks,
     "unequal_search": unequal_search,
     "near_chance_on_original": near_chance_on_original,
+    "original_task_suffers": original_task_suffers,
     "unhealthy_weights": unhealthy_weights,
     "most_diverged": most_diverged,
     "winner_on_the_edge": winner_on_the_edge,

@@ -24,22 +24,22 @@ def check_batch_fits(domain: Domain, needed: int, what: str) -> None:
 
 
 def check_distinct(original: Domain, restricted: Domain) -> None:
-    """Raise DataError if more than half of the restricted training images, compared pixel by
-    pixel, are images of the original domain (any split).
+    """Raise DataError if more than half of the training images of one domain, compared pixel by
+    pixel, are images of the other (any split).
 
     Copies that were resized or recompressed are not found.
     """
-    known: set[bytes] = set()
-    for split in (original.train, original.validation, original.test):
-        known.update(_hashes(split))
-    found = sum(one in known for one in _hashes(restricted.train))
-    share = found / len(restricted.train)
-    if share > 0.5:
-        raise DataError(
-            f"restricted domain {restricted.name!r} is the same data as the original "
-            f"{original.name!r}: {share:.0%} of its training images are in both; "
-            "give each its own images"
-        )
+    for one, other in ((restricted, original), (original, restricted)):
+        known: set[bytes] = set()
+        for split in (other.train, other.validation, other.test):
+            known.update(_hashes(split))
+        share = sum(image in known for image in _hashes(one.train)) / len(one.train)
+        if share > 0.5:
+            raise DataError(
+                f"restricted domain {restricted.name!r} is the same data as the original "
+                f"{original.name!r}: {share:.0%} of the training images of {one.name!r} are in"
+                " both; give each its own images"
+            )
 
 
 def _hashes(images: Images) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from sophon._data import Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
 from sophon._records import AuditRecord, Trial
-from sophon._specs import AuditSpec, Strategy
+from sophon._specs import AuditSpec, ResetLastBlocks, Strategy
 
 SPEC = AuditSpec(steps=8, evaluations=3, batch_size=32, precision="fp32")
 
@@ -187,6 +187,13 @@ def test_each_seed_has_its_own_fresh_network() -> None:
     )
     assert run._start("scratch", 0)[1] != run._start("scratch", 1)[1]
     assert run._start("protected", 0)[1] == run._start("protected", 1)[1]
+
+
+def test_an_attack_the_model_does_not_allow_is_refused_before_any_runs(tmp_path: Path) -> None:
+    extra = Strategy(preparations=(ResetLastBlocks(blocks=99),))
+    with pytest.raises(SpecError, match="blocks = 99"):
+        _record(tmp_path, SPEC.model_copy(update={"extra": (extra,)}))
+    assert not (tmp_path / "trials").exists()
 
 
 def test_a_diverged_attack_is_not_a_score() -> None:

@@ -382,6 +382,11 @@ def refused(folder: Path, *words: object) -> str:
         ("restricted.3.limit=5", ["restricted.3.limit", "0 to 0"]),
         ("protect.rounds.fast=1", ["rounds", "value"]),
         ("protect.rounds", ["key=value"]),
+        (
+            "protect.rehearsal.distribution.preparations="
+            '[[], [{kind="reset_last_blocks", blocks=99}]]',
+            ["reset_last_blocks", "99"],
+        ),
         ("audit.suite=standard-9", ["standard-9", "quick-1"]),
         ('protect.rehearsal.fixed={optimizer="nesterov", momentum=0}', ["nesterov", "momentum"]),
         ("model.name=resnet21", ["resnet21", "resnet20"]),

@@ -24,7 +24,7 @@ from sophon._checkpoints import require_writable
 from sophon._circumstances import domain_record, environment, health
 from sophon._data import Domain, check_batch_fits
 from sophon._errors import AuditError
-from sophon._finetune import FineTuning, attacker_copy
+from sophon._finetune import FineTuning, attacker_copy, check_preparations
 from sophon._metrics import evaluate
 from sophon._models import fresh_copy, weights_sha256
 from sophon._records import (
@@ -98,6 +98,7 @@ class Audit:
         first = next(iter(subjects.values()))
         for name, subject in subjects.items():
             _require_same_architecture(first, subject, name)
+        self._starts: dict[tuple[Subject, int], tuple[nn.Module, str]] = {}
         self.setting = make_setting(
             first,
             task=task or Classification(),
@@ -107,6 +108,12 @@ class Audit:
             precision=spec.precision,
             device=device,
             trained=False,
+        )
+        # Of a model that can be made; one that cannot be attacked is recorded as crashed.
+        check_preparations(
+            self._start("scratch", spec.seeds[0])[0],
+            (strategy.preparations for strategy in self.strategies),
+            self.setting,
         )
         for domain in restricted:
             largest = max(strategy.batch_size for strategy in self.strategies)
@@ -126,9 +133,6 @@ class Audit:
         self._networks = {
             name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in subjects.items()
         }
-        self._starts: dict[tuple[Subject, int], tuple[nn.Module, str]] = {}
-        # A network that cannot be made afresh is found out before any attack.
-        self._start("scratch", spec.seeds[0])
 
     def __len__(self) -> int:
         """Return the number of trials of the whole audit."""

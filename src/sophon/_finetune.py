@@ -6,8 +6,9 @@ Protection rehearses with it, the audit attacks with it.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
 from sophon._preparations import Surroundings, prepare
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
-from sophon._specs import OptimizerName, ScheduleName, Strategy
+from sophon._specs import OptimizerName, Preparation, ScheduleName, Strategy
 
 OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimizer]] = {
     "sgd": lambda p, s: SGD(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
@@ -156,6 +157,25 @@ def attacker_copy(
     # A preparation may have put new layers in.
     setting.place(model)
     return factors
+
+
+def check_preparations(
+    model: nn.Module, wanted: Iterable[tuple[Preparation, ...]], setting: Setting
+) -> None:
+    """Raise SpecError, before any work, unless `model` allows every one of the preparations."""
+    for preparations in dict.fromkeys(wanted):
+        if not preparations:
+            continue
+        for domain in setting.restricted:
+            feed = setting.feed(domain, domain.train, batch_size=min(8, len(domain.train)))
+            attacker_copy(
+                copy.deepcopy(model),
+                Strategy(preparations=preparations, batch_size=8),
+                setting,
+                classes=domain.class_count,
+                feed=feed,
+                stream=(0, ("check",)),
+            )
 
 
 def _scope(model: nn.Module, strategy: Strategy, head: str) -> list[nn.Parameter]:

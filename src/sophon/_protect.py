@@ -29,7 +29,7 @@ from sophon._checkpoints import (
 )
 from sophon._data import Domain, check_batch_fits
 from sophon._errors import CheckpointError, NonFiniteError
-from sophon._finetune import optimizer_tensors, restore_optimizer
+from sophon._finetune import check_preparations, optimizer_tensors, restore_optimizer
 from sophon._guard import IntactnessGuard
 from sophon._models import weights_sha256
 from sophon._records import Round, Score
@@ -98,6 +98,11 @@ class Protection:
             device=device,
         )
         _check_batches(spec, original, restricted)
+        fixed = spec.rehearsal.fixed
+        wanted = (
+            spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
+        )
+        check_preparations(model, wanted, self.setting)
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
         self.identity = {

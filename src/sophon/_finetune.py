@@ -87,7 +87,7 @@ class FineTuning:
     ) -> None:
         self.model = model
         self.strategy = strategy
-        self.setting = setting
+        self.setting = setting.at(strategy.precision, model)
         self.feed = feed
         self.seed, self.names = stream
         self.taken = 0

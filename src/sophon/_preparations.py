@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sophon._errors import DataError, SpecError
 from sophon._models import (
+    BatchNorms,
     Names,
     Shape,
     blocks,
@@ -24,8 +25,10 @@ from sophon._models import (
     normalised_pairs,
     probe_images,
     probing,
+    reestimate_batch_norm,
     reinitialise,
     replace_head,
+    tracked_batch_norms,
 )
 from sophon._seeding import generator
 from sophon._specs import (
@@ -39,7 +42,6 @@ from sophon._specs import (
 
 # Outputs may move by this much, relative to their size: a normalisation's eps does not scale.
 _PRESERVED = 0.02
-_BatchNorms = nn.modules.batchnorm._BatchNorm
 Factors = dict[str, float]
 
 
@@ -114,44 +116,21 @@ def _reset_last_blocks(
 def _batch_norm(
     model: nn.Module, preparation: BatchNorm, surroundings: Surroundings, factors: Factors
 ) -> None:
-    norms = {name: part for name, part in model.named_modules() if isinstance(part, _BatchNorms)}
+    norms = {name: part for name, part in model.named_modules() if isinstance(part, BatchNorms)}
     if preparation.mode == "reestimate":
-        _reestimate(model, list(norms.values()), preparation.batches, surroundings)
+        _reestimate(model, preparation.batches, surroundings)
         return
     for name, norm in norms.items():
         norm.reset_parameters()
         _forget(factors, name)
 
 
-def _reestimate(model: nn.Module, norms: list[Any], count: int, surroundings: Surroundings) -> None:
-    """Set the running statistics to the plain average over `count` batches.
-
-    Only BatchNorm runs in train mode: dropout would distort what evaluation then meets.
-    """
-    tracked = [norm for norm in norms if norm.running_mean is not None]
-    if not tracked:
+def _reestimate(model: nn.Module, count: int, surroundings: Surroundings) -> None:
+    if not tracked_batch_norms(model):
         return
     if surroundings.batches is None:
         raise SpecError("batch_norm: mode = 'reestimate' needs images of the restricted domain")
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [norm.momentum for norm in tracked]
-    seen = 0
-    model.eval()
-    for norm in tracked:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        with torch.no_grad():
-            for images in surroundings.batches(count):
-                model(images)
-                seen += 1
-    finally:
-        for norm, momentum in zip(tracked, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
-    if not seen:
+    if not reestimate_batch_norm(model, surroundings.batches(count)):
         raise DataError("batch_norm: the restricted domain gave no batch to re-estimate from")
 
 

@@ -103,6 +103,8 @@ class Protection:
             spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
         )
         check_preparations(model, wanted, self.setting)
+        if fixed is not None:
+            self.setting.at(fixed.precision, model)
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
         self.identity = {

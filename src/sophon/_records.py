@@ -24,7 +24,10 @@ class Completed(Record):
 
 
 class Diverged(Record):
-    """The loss became NaN or infinite: evidence about the attack, not a success of the defence."""
+    """The loss became NaN or infinite: evidence about the attack, not a success of the defence.
+
+    `step` is the evaluation step at which it was seen.
+    """
 
     kind: Literal["diverged"] = "diverged"
     step: int
@@ -54,11 +57,16 @@ class Score(Record):
 
 
 class Point(Record):
-    """Performance on the validation split after `step` optimizer steps (0: before the first)."""
+    """Performance on the validation split after `step` optimizer steps (0: before the first).
+
+    `reestimated` says that the better of two scores is the one with BatchNorm statistics measured
+    anew on training images.
+    """
 
     step: int
     samples: int
     validation: Score
+    reestimated: bool = False
     train_loss: float | None = None
 
 

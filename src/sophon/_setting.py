@@ -136,6 +136,17 @@ class Setting:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
+    def at(self, precision: Precision, model: nn.Module) -> Setting:
+        """Return this setting in a strategy's precision; `auto` is the run's.
+
+        Raises UnsupportedModelError where `model` cannot be trained in it.
+        """
+        if precision == "auto":
+            return self
+        shapes = [self.shape(domain) for domain in self.restricted]
+        chosen = choose_precision(precision, self.device, model, shapes)
+        return replace(self, precision=chosen)
+
     def exact(self) -> Setting:
         """Return this setting in fp32."""
         return replace(self, precision="fp32")

@@ -117,16 +117,28 @@ class Strategy(Spec):
         return self
 
     def label(self) -> str:
-        """Return a short name that tells this strategy from its neighbours, such as
-        `init-FC+all sgd_momentum 1e-02`.
+        """Return a name that tells this strategy from others of one budget, such as
+        `init-FC-all sgd_momentum 0.01 (clip norm 1.0)`.
         """
         kinds = [preparation.kind for preparation in self.preparations]
         start = "init-FC" if "fresh_head" in kinds else "direct"
-        others = [kind for kind in kinds if kind != "fresh_head"]
         scope = "FC-only" if self.scope == "head" else "all"
-        extra = "".join(f" +{kind}" for kind in others)
-        tail = "" if self.schedule == "constant" else f" {self.schedule}"
-        return f"{start}-{scope}{extra} {self.optimizer} {self.learning_rate:.1e}{tail}"
+        extra = "".join(
+            f" +{p.kind}{_changed(p, 'kind')}" for p in self.preparations if p.kind != "fresh_head"
+        )
+        usual = ("preparations", "scope", "optimizer", "learning_rate", "steps")
+        rest = _changed(self, *usual)
+        return f"{start}-{scope}{extra} {self.optimizer} {self.learning_rate:.3g}{rest}"
+
+
+def _changed(spec: Spec, *but: str) -> str:
+    """Return the fields that differ from their defaults, such as ` (blocks 2)`."""
+    parts = []
+    for name, field in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        if name not in but and value != field.default:
+            parts.append(f"{name.replace('_', ' ')} {value}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _default_rates() -> dict[OptimizerName, tuple[float, float]]:

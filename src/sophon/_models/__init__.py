@@ -4,6 +4,12 @@ Image shapes are (channels, height, width). Nothing here changes a model unless 
 so: probing leaves weights, buffers, modes and the random generators as they were.
 """
 
+from sophon._models._batch_norm import (
+    BatchNorms,
+    batch_norm_reestimated,
+    reestimate_batch_norm,
+    tracked_batch_norms,
+)
 from sophon._models._building import Blueprint, architecture, blueprint, resolve_model
 from sophon._models._fresh import fresh_copy, reinitialise
 from sophon._models._heads import find_head, head_classes, replace_head
@@ -25,6 +31,8 @@ from sophon._models._weights import load_weights, read_tensors, require_finite, 
 
 __all__ = [
     "architecture",
+    "batch_norm_reestimated",
+    "BatchNorms",
     "blocks",
     "Blueprint",
     "blueprint",
@@ -41,10 +49,12 @@ __all__ = [
     "probe_images",
     "probing",
     "read_tensors",
+    "reestimate_batch_norm",
     "reinitialise",
     "replace_head",
     "require_finite",
     "resolve_model",
     "Shape",
+    "tracked_batch_norms",
     "weights_sha256",
 ]

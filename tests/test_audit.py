@@ -15,7 +15,7 @@ from sophon._audit import Assignment, Audit, audit, evaluation_steps
 from sophon._data import Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
-from sophon._records import AuditRecord, Trial
+from sophon._records import AuditRecord, Score, Trial
 from sophon._specs import AuditSpec, ResetLastBlocks, Strategy
 
 SPEC = AuditSpec(steps=8, evaluations=3, batch_size=32, precision="fp32")
@@ -263,3 +263,79 @@ def test_evaluations_end_at_the_horizon() -> None:
     assert max(due) == 200
     assert min(due) == 5
     assert len(due) == 12
+
+
+def test_stale_batch_norm_statistics_cost_the_attacker_nothing() -> None:
+    stale = trained_model()
+    for name, buffer in stale.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(1000.0)
+    record = audit(
+        stale,
+        unprotected=trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC,
+        scratch=scratch_model,
+    )
+    by = {s: [t for t in record.trials if t.subject == s] for s in ("protected", "unprotected")}
+    # What is trained does not depend on running statistics, so neither does the better score.
+    for spoilt, sound in zip(by["protected"], by["unprotected"], strict=True):
+        assert spoilt.curve[0].reestimated
+        for one, other in zip(spoilt.curve, sound.curve, strict=True):
+            if one.reestimated and other.reestimated:
+                assert one.validation == other.validation
+    best = {s: max(t.test.value for t in by[s] if t.test) for s in by}
+    assert best["protected"] > best["unprotected"] - 0.1
+
+
+def test_the_test_split_meets_the_best_weights_not_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scores = iter(range(100, 0, -1))
+    met: list[torch.Tensor] = []
+    domain = restricted()
+
+    def worse_and_worse(model: nn.Module, _: object, __: object, images: Images) -> Score:
+        if images is domain.test:
+            met.append(next(model.parameters()).detach().clone())
+        return Score(correct=next(scores), total=100)
+
+    run = _one_attack(Strategy(optimizer="sgd", learning_rate=0.1))
+    monkeypatch.setattr("sophon._audit.evaluate", worse_and_worse)
+    trial = next(iter(run))
+    assert trial.best_step == 0
+    assert len(met) == 1
+    assert torch.equal(met[0], next(trained_model().parameters()))
+
+
+def _one_attack(strategy: Strategy) -> Audit:
+    """Return an audit whose first trial is `strategy` on the protected subject."""
+    run = Audit(
+        trained_model(),
+        unprotected=trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC.model_copy(update={"extra": (strategy,)}),
+        scratch=scratch_model,
+    )
+    run.assignments.sort(key=lambda a: (a.subject != "protected", a.strategy != run.strategies[-1]))
+    return run
+
+
+def test_attacks_augment_as_their_strategy_says() -> None:
+    plain, flipped = (
+        next(iter(_one_attack(Strategy(learning_rate=0.02, augmentation=how))))
+        for how in ("none", "flip")
+    )
+    assert plain.curve[-1].train_loss != flipped.curve[-1].train_loss
+
+
+def test_an_extra_attack_keeps_its_batch_size_and_shares_the_budget() -> None:
+    spec = SPEC.model_copy(update={"extra": (Strategy(batch_size=7), Strategy(learning_rate=0.3))})
+    own, shared = strategies_of(spec)[-2:]
+    assert (own.batch_size, shared.batch_size) == (7, 32)
+    assert {s.steps for s in strategies_of(spec)} == {8}
+    longer = SPEC.model_copy(update={"extra": (Strategy(steps=900),)})
+    with pytest.raises(SpecError, match=r"audit\.extra\.0\.steps = 900"):
+        strategies_of(longer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -152,3 +153,78 @@ def test_the_global_generator_is_left_alone() -> None:
     tuning = FineTuning(model, strategy, setting, _feed(setting), stream=(0, ()))
     assert len(list(tuning.run(2))) == 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": "cosine"},
+        {"schedule": "warmup_cosine", "warmup_steps": 3},
+        {"clip_norm": 0.05},
+        {"weight_decay": 0.5},
+        {"momentum": 0.5},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_setting_acts_as_in_a_plain_loop(changes: dict[str, object]) -> None:
+    setting = _setting()
+    feed = _feed(setting)
+    strategy = Strategy.model_validate(
+        {"learning_rate": 0.02, "batch_size": 16, "steps": 6, **changes}
+    )
+    model = setting.place(trained_model())
+    plain, untouched = copy.deepcopy(model).train(), copy.deepcopy(model)
+    for _ in FineTuning(model, strategy, setting, feed, stream=(3, ())).run(6):
+        pass
+    base = Strategy(learning_rate=0.02, batch_size=16, steps=6)
+    for _ in FineTuning(untouched, base, setting, feed, stream=(3, ())).run(6):
+        pass
+    optimizer = torch.optim.SGD(
+        plain.parameters(),
+        0.02,
+        momentum=strategy.momentum,
+        weight_decay=strategy.weight_decay,
+        fused=False,
+    )
+    for step in range(6):
+        images, labels = feed.batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(images), labels).backward()
+        if strategy.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), strategy.clip_norm)
+        optimizer.param_groups[0]["lr"] = 0.02 * SCHEDULES[strategy.schedule](step, strategy)
+        optimizer.step()
+    plainly, usual = plain.state_dict(), dict(untouched.named_parameters())
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), plainly[key], rtol=2e-4, atol=2e-6)
+        assert not torch.allclose(value, usual[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_a_strategy_may_have_its_own_precision() -> None:
+    setting = _setting()
+    dtypes = []
+    for precision in ("auto", "bf16"):
+        strategy = Strategy(batch_size=16, steps=1, precision=precision)
+        model = setting.place(trained_model())
+        tuning = FineTuning(model, strategy, setting, _feed(setting), stream=(0, ()))
+        model.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+        assert len(list(tuning.run(1))) == 1
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
+def test_domains_with_normalisations_of_their_own_keep_them() -> None:
+    kept = dataclasses.replace(original(), mean=(0.1,), std=(0.2,))
+    refused = dataclasses.replace(restricted(), mean=(0.7,), std=(0.4,))
+    setting = make_setting(
+        trained_model(),
+        task=Classification(),
+        original=kept,
+        restricted=(refused,),
+        head=None,
+        precision="fp32",
+        device="cpu",
+    )
+    for domain, mean, std in ((kept, 0.1, 0.2), (refused, 0.7, 0.4)):
+        images, _ = next(setting.feed(domain, domain.train, batch_size=9).in_order())
+        expected = (domain.train.pixels[:9].float() / 255 - mean) / std
+        torch.testing.assert_close(images, expected)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from builders import original, quick_spec, restricted, trained_model
+from builders import digits, original, quick_spec, restricted, trained_model
 from sophon._checkpoints import load_state
 from sophon._data import Images
 from sophon._errors import CheckpointError, DataError, IntactnessError, NonFiniteError
@@ -24,7 +25,7 @@ from sophon._forecast import forecast
 from sophon._guard import IntactnessGuard
 from sophon._protect import Protection, protect
 from sophon._setting import Setting, make_setting
-from sophon._specs import Guard, ProtectSpec, Strategy
+from sophon._specs import Guard, ProtectSpec, Rehearsal, Strategy
 from sophon._tasks import Classification
 
 
@@ -234,6 +235,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 from builders import original, quick_spec, restricted, trained_model
+from sophon._specs import ProtectSpec
 from sophon import _protect
 from sophon._rehearsal import Rehearsals
 
@@ -253,34 +255,61 @@ Path.replace = counted(Path.replace)
 Path.rename = counted(Path.rename)
 Rehearsals.suppress = counted(Rehearsals.suppress)
 _protect.Protection._reinforce = counted(_protect.Protection._reinforce)
-_protect.protect(model, original=original(), restricted=restricted(), spec=quick_spec(),
-                 out=Path(sys.argv[1]))
+_protect.protect(model, original=original(), restricted=restricted(),
+                 spec=ProtectSpec.model_validate_json(sys.argv[3]), out=Path(sys.argv[1]))
 print("finished", left)
 """
 
 
+SPECS: dict[str, ProtectSpec] = {
+    "every round": quick_spec(),
+    # Fewer states than rounds, a guard that is violated, and the other rule of what is shipped.
+    "violated": quick_spec(
+        checkpoint_every=3,
+        suppression_rate=0.02,
+        reinforcement_rate=2e-3,
+        guard=Guard(every=1, tolerance_points=2.0, ship="lowest_query_score"),
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted() -> nn.Module:
-    return _protect(quick_spec())
+    return _protect(SPECS["every round"])
 
 
-@pytest.mark.parametrize("event", [1, 3, 4, 6, 9, 13, 18, 24, 31, 39, 47, 51])
+@pytest.fixture(scope="module")
+def violated() -> nn.Module:
+    run = protect(
+        trained_model(), original=original(), restricted=restricted(), spec=SPECS["violated"]
+    )
+    assert {r.guard for r in run.rounds} == {"met", "violated"}
+    return run.model
+
+
+EVENTS = [("every round", n) for n in (1, 3, 4, 6, 9, 13, 18, 24, 31, 39, 47, 51)]
+EVENTS += [("violated", n) for n in (5, 11, 16, 21, 26, 29)]
+
+
+@pytest.mark.parametrize(("name", "event"), EVENTS)
 def test_killed_anywhere_the_repeated_command_gives_identical_weights(
-    event: int, uninterrupted: nn.Module, tmp_path: Path
+    name: str, event: int, uninterrupted: nn.Module, violated: nn.Module, tmp_path: Path
 ) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent))
+    script, spec = KILLED.format(tests=str(Path(__file__).parent)), SPECS[name]
+    words = [str(tmp_path / "run"), str(event), spec.model_dump_json()]
     killed = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run"), str(event)],
+        [sys.executable, "-c", script, *words],
         capture_output=True,
         text=True,
         check=False,
         env=dict(os.environ),
     )
     assert killed.returncode == -9, killed.stdout + killed.stderr
-    resumed = _protect(quick_spec(), tmp_path / "run")
-    assert _equal(resumed, uninterrupted)
+    expected = {"every round": uninterrupted, "violated": violated}[name]
+    resumed = _protect(spec, tmp_path / "run")
+    assert _equal(resumed, expected)
     held = load_file(tmp_path / "run" / "model.safetensors")
-    assert all(torch.equal(held[k], v) for k, v in uninterrupted.state_dict().items())
+    assert all(torch.equal(held[k], v) for k, v in expected.state_dict().items())
     lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == list(range(6))
 
@@ -312,10 +341,44 @@ def test_a_run_is_not_started_over_when_every_state_is_damaged(tmp_path: Path) -
     assert (tmp_path / "rounds.jsonl").read_text() == held
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda held: b"damaged", lambda held: held[:-1] + bytes([held[-1] ^ 1])],
+    ids=["unreadable", "one bit"],
+)
 def test_a_damaged_state_is_passed_over_for_the_one_before(
-    uninterrupted: nn.Module, tmp_path: Path
+    damage: Callable[[bytes], bytes], uninterrupted: nn.Module, tmp_path: Path
 ) -> None:
-    _protect(quick_spec(), tmp_path)
+    run = Protection(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=quick_spec(),
+        out=tmp_path,
+    )
+    for _ in range(4):
+        next(iter(run))
     newest = sorted((tmp_path / "states").iterdir())[-1]
-    (newest / "tensors.safetensors").write_bytes(b"damaged")
+    file = newest / "tensors.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
     assert _equal(_protect(quick_spec(), tmp_path), uninterrupted)
+
+
+def test_a_heavier_domain_is_rehearsed_more_often() -> None:
+    heavy = dataclasses.replace(digits(5, 8), weight=3.0)
+    light = dataclasses.replace(digits(8, 10), weight=1.0)
+    spec = quick_spec(rounds=4, rehearsal=Rehearsal(strategies=2, steps=1, query_batch_size=8))
+    run = protect(trained_model(), original=original(), restricted=[light, heavy], spec=spec)
+    met = [name for record in run.rounds for name in record.domains]
+    assert (met.count(heavy.name), met.count(light.name)) == (6, 2)
+
+
+def test_reinforcement_trains_batch_norm_too() -> None:
+    model = trained_model()
+    spec = quick_spec(rounds=1, suppression_rate=1e-12, reinforcement_rate=1e-12)
+    spec = spec.model_copy(update={"guard": Guard(every=1, tolerance_points=100.0)})
+    result = protect(model, original=original(), restricted=restricted(), spec=spec).model
+    moved = dict(result.named_buffers())
+    means = [n for n, _ in model.named_buffers() if n.endswith("running_mean")]
+    assert means
+    assert all(not torch.equal(moved[n], dict(model.named_buffers())[n]) for n in means)

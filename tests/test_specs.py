@@ -65,14 +65,28 @@ def test_specs_are_frozen_and_fingerprints_differ() -> None:
     assert spec.fingerprint() != ProtectSpec(rounds=101).fingerprint()
 
 
-def test_labels_tell_the_papers_methods_apart() -> None:
-    labels = {
-        Strategy().label(),
-        Strategy(scope="head").label(),
-        Strategy(learning_rate=0.02).label(),
-        Strategy(optimizer="adam").label(),
-    }
-    assert len(labels) == 4
+def test_labels_tell_strategies_apart() -> None:
+    changes: list[dict[str, object]] = [
+        {},
+        {"scope": "head"},
+        {"learning_rate": 0.02},
+        {"optimizer": "adam"},
+        {"momentum": 0.5},
+        {"weight_decay": 0.1},
+        {"schedule": "warmup"},
+        {"schedule": "warmup", "warmup_steps": 3},
+        {"clip_norm": 1.0},
+        {"batch_size": 8},
+        {"augmentation": "flip"},
+        {"precision": "bf16"},
+        {"preparations": [{"kind": "fresh_head"}]},
+        {"preparations": [{"kind": "reset_last_blocks"}]},
+        {"preparations": [{"kind": "reset_last_blocks", "blocks": 2}]},
+        {"preparations": [{"kind": "batch_norm"}]},
+        {"preparations": [{"kind": "batch_norm", "mode": "reset"}]},
+    ]
+    labels = {parse_spec(Strategy, change, where="here").label() for change in changes}
+    assert len(labels) == len(changes)
 
 
 def test_streams_depend_on_every_name() -> None:

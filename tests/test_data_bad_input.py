@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import zipfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
+from builders import original, restricted, trained_model
 from sophon._data import (
     Domain,
     Images,
@@ -23,7 +25,9 @@ from sophon._data import (
     load_domain,
 )
 from sophon._errors import DataError
+from sophon._setting import make_setting
 from sophon._specs import DomainSpec
+from sophon._tasks import Classification
 
 
 def noise(count: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -424,3 +428,26 @@ def test_a_minority_of_shared_images_passes() -> None:
     restricted = Domain.from_arrays("deny", mixed, np.arange(100) % 2)
     check_distinct(original, restricted)
     assert original.fingerprint() != restricted.fingerprint()
+
+
+def test_labels_with_gaps_are_refused_unless_chosen_or_named() -> None:
+    images = np.zeros((40, 4, 4), dtype=np.uint8)
+    labels = np.array([0, 7] * 20)
+    with pytest.raises(DataError, match=r"up to 7 .* label 1; number the 2 classes"):
+        Domain.from_arrays("gaps", images, labels)
+    named = Domain.from_arrays("named", images, labels, classes=list("abcdefgh"))
+    assert named.class_count == 8
+
+
+def test_two_restricted_domains_of_the_same_images_are_refused() -> None:
+    twin = dataclasses.replace(restricted(), name="twin")
+    with pytest.raises(DataError, match="'twin' is the same data as the restricted 'digits-5-9'"):
+        make_setting(
+            trained_model(),
+            task=Classification(),
+            original=original(),
+            restricted=(restricted(), twin),
+            head=None,
+            precision="fp32",
+            device="cpu",
+        )

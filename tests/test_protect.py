@@ -382,3 +382,20 @@ def test_reinforcement_trains_batch_norm_too() -> None:
     means = [n for n, _ in model.named_buffers() if n.endswith("running_mean")]
     assert means
     assert all(not torch.equal(moved[n], dict(model.named_buffers())[n]) for n in means)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    holder = (
+        "import sys; from pathlib import Path; from sophon._checkpoints import lock_folder\n"
+        "lock_folder(Path(sys.argv[1]), Path); print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match="another process is writing"):
+            _protect(quick_spec(rounds=1), tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+        other.kill()
+    _protect(quick_spec(rounds=2), tmp_path)

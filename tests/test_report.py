@@ -102,6 +102,22 @@ def test_a_record_without_domains_is_refused() -> None:
         summarise(record().model_copy(update={"restricted": ()}))
 
 
+def test_what_ends_above_a_fresh_network_has_not_withstood() -> None:
+    # Its area is as low as a fresh network's, but its best attack is not.
+    assert _verdict(curves={"protected": (0.1, 0.2, 0.4, 0.62)}) == "slowed x2.5 or more"
+
+
+def test_an_interval_that_reaches_below_a_half_has_not_withstood() -> None:
+    others = [t for t in record().trials if t.subject != "protected"]
+    curves = [(0.0, 0.0, 0.1, 0.2), (0.1, 0.2, 0.4, 0.5), (0.35, 0.5, 0.5, 0.5)]
+    spread = [trial("protected", values, seed=seed) for seed, values in enumerate(curves)]
+    (held,) = summarise(record([*spread, *others]))
+    assert held.advantage.interval is not None
+    assert held.advantage.interval.low < 0.5
+    assert held.advantage.interval.high >= 1
+    assert held.verdict == "slowed"
+
+
 def test_two_seeds_are_too_few_to_withstand() -> None:
     assert _verdict(curves={"protected": CURVES["scratch"]}) == "withstood"
     assert _verdict(curves={"protected": CURVES["scratch"]}, seeds=(0, 1)) == "slowed x2.5 or more"

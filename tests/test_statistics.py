@@ -90,3 +90,29 @@ def test_the_winner_is_chosen_on_validation() -> None:
     )
     assert winner([weak, strong]) is strong
     assert winner([]) is None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_cover_as_often_as_they_claim(seeds: int) -> None:
+    stream = np.random.default_rng(seeds)
+
+    def measured(mean: float, images: int = 250) -> np.ndarray:
+        shared = stream.normal(0, math.sqrt(mean * (1 - mean) / images))
+        return mean + shared + stream.normal(0, 0.02, seeds)
+
+    held = 0
+    for _ in range(200):
+        estimate = advantage_removed(measured(0.6), measured(0.7), measured(0.4), images=250)
+        assert estimate.interval is not None
+        held += estimate.interval.low <= 1 / 3 <= estimate.interval.high
+    assert 180 <= held <= 199
+
+
+def test_resampling_two_seeds_does_not_understate_their_spread() -> None:
+    wide = np.array([0.5, 0.7])
+    many = 10**9
+    found = advantage_removed(wide, np.array([0.9, 0.9]), np.array([0.1, 0.1]), images=many)
+    # The bare bootstrap of two values reaches from one to the other: 0.25 to 0.5.
+    assert found.interval is not None
+    assert found.interval.low < 0.24
+    assert found.interval.high > 0.51

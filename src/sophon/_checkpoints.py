@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,29 @@ def require_writable(folder: Path, *, needed_bytes: int = 0) -> None:
         raise CheckpointError(
             f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
         ) from None
+
+
+def lock_folder(folder: Path, owner: object) -> None:
+    """Lock `folder` for this process until `owner` is gone or the process ends, however it ends.
+
+    Raises CheckpointError if another process holds the lock. Where the system or the file
+    system has none, nothing is locked.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    weakref.finalize(owner, os.close, descriptor)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise CheckpointError(
+            f"another process is writing to {folder}: wait for it, or choose another folder"
+            " with --out"
+        ) from None
+    except OSError:
+        return
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

@@ -20,6 +20,7 @@ from torch.optim import Adam
 
 from sophon._checkpoints import (
     load_state,
+    lock_folder,
     read_json,
     require_writable,
     save_model,
@@ -269,6 +270,7 @@ class Protection:
                 _require_same_run(read_json(held), self.identity, self.out)
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
             require_writable(self.out, needed_bytes=_KEPT * size * self._copies())
+            lock_folder(self.out, self)
             if not held.is_file():
                 write_json(held, {**self.identity, "resolved": self.spec.model_dump(mode="json")})
             state = load_state(self.out / _STATES)

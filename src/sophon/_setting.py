@@ -182,8 +182,10 @@ def make_setting(
         check_channels(domain.name, domain.image_shape[0], channels)
         shapes.append((channels, *domain.image_shape[1:]))
         check_images(model, shapes[-1], what=f"domain {domain.name!r}", training=trained)
-    for domain in restricted:
+    for index, domain in enumerate(restricted):
         check_distinct(original, domain)
+        for other in restricted[:index]:
+            check_distinct(other, domain, ("restricted", "restricted"))
     found = find_head(model, (channels, *original.image_shape[1:]), head)
     if head_classes(model, found) != original.class_count:
         raise UnsupportedModelError(

@@ -23,21 +23,23 @@ def check_batch_fits(domain: Domain, needed: int, what: str) -> None:
         )
 
 
-def check_distinct(original: Domain, restricted: Domain) -> None:
+def check_distinct(
+    first: Domain, second: Domain, roles: tuple[str, str] = ("original", "restricted")
+) -> None:
     """Raise DataError if more than half of the training images of one domain, compared pixel by
     pixel, are images of the other (any split).
 
     Copies that were resized or recompressed are not found.
     """
-    for one, other in ((restricted, original), (original, restricted)):
+    for one, other in ((second, first), (first, second)):
         known: set[bytes] = set()
         for split in (other.train, other.validation, other.test):
             known.update(_hashes(split))
         share = sum(image in known for image in _hashes(one.train)) / len(one.train)
         if share > 0.5:
             raise DataError(
-                f"restricted domain {restricted.name!r} is the same data as the original "
-                f"{original.name!r}: {share:.0%} of the training images of {one.name!r} are in"
+                f"{roles[1]} domain {second.name!r} is the same data as the {roles[0]} "
+                f"{first.name!r}: {share:.0%} of the training images of {one.name!r} are in"
                 " both; give each its own images"
             )
 

@@ -174,6 +174,13 @@ def _check_present(labels: Integers, names: tuple[str, ...], *, chosen: bool) ->
     if chosen and len(present) < len(names):
         missing = names[int(np.setdiff1d(np.arange(len(names)), present)[0])]
         raise DataError(f"class {missing!r} has no training images; leave it out of classes")
+    # Names may speak for classes without images; numbers were only counted up to the highest.
+    if len(present) < len(names) and names == tuple(map(str, range(len(names)))):
+        absent = int(np.setdiff1d(np.arange(len(names)), present)[0])
+        raise DataError(
+            f"labels go up to {len(names) - 1} and no training image has label {absent}; number"
+            f" the {len(present)} classes from 0 without gaps, or choose labels with classes"
+        )
     if len(present) < 2:
         only = f"only class {names[int(present[0])]!r}" if len(present) else "no class"
         raise DataError(f"the training images hold {only}; a domain needs at least 2 classes")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from builders import digits, original, restricted, scratch_model, trained_model
+from builders import digits, original, quick_spec, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
 from sophon._audit import Assignment, Audit, audit, evaluation_steps
-from sophon._data import Images
+from sophon._data import Domain, Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
+from sophon._protect import protect
 from sophon._records import AuditRecord, Score, Trial
-from sophon._specs import AuditSpec, ResetLastBlocks, Strategy
+from sophon._specs import AuditSpec, Guard, ResetLastBlocks, Strategy
 
 SPEC = AuditSpec(steps=8, evaluations=3, batch_size=32, precision="fp32")
 
@@ -339,3 +341,27 @@ def test_an_extra_attack_keeps_its_batch_size_and_shares_the_budget() -> None:
     longer = SPEC.model_copy(update={"extra": (Strategy(steps=900),)})
     with pytest.raises(SpecError, match=r"audit\.extra\.0\.steps = 900"):
         strategies_of(longer)
+
+
+def test_two_unlike_restricted_domains_end_to_end() -> None:
+    stream = np.random.default_rng(0)
+    colour = Domain.from_arrays(
+        "colour", stream.integers(0, 256, (90, 12, 12, 3), np.uint8), np.arange(90) % 3
+    )
+    torch.manual_seed(0)
+    model = SmallConvNet(classes=5, in_channels=3)
+    spec = quick_spec(rounds=2, guard=Guard(every=1, tolerance_points=100.0))
+    both = [restricted(), colour]
+    protected = protect(model, original=original(), restricted=both, spec=spec)
+    assert {name for r in protected.rounds for name in r.domains} == {"digits-5-9", "colour"}
+    record = audit(
+        protected.model,
+        unprotected=model,
+        original=original(),
+        restricted=both,
+        spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}),
+    )
+    assert [d.classes for d in record.restricted] == [5, 3]
+    assert [d.image for d in record.restricted] == [(1, 8, 8), (3, 12, 12)]
+    assert len(record.trials) == 2 * 3 * 12
+    assert {t.outcome.kind for t in record.trials} == {"completed"}

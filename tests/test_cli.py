@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from sophon._cli import app
 from sophon._demo import prepare
+from sophon._networks import SmallConvNet
 from sophon._specs import Strategy
 
 RUN = """
@@ -546,3 +547,13 @@ def test_usage_errors_are_exit_2() -> None:
     code, out, err = sophon("protekt")
     assert (code, out) == (2, "")
     assert "protekt" in err
+
+
+def test_a_head_that_cannot_be_found_lists_the_candidates(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = SmallConvNet.forward
+    monkeypatch.setattr(SmallConvNet, "forward", lambda self, x: forward(self, x).softmax(1))
+    err = refused(tmp_path, "protect", run_file, "--out", tmp_path / "p")
+    assert "head was not found: set model.head to one of head" in err
+    assert not (tmp_path / "p").exists()

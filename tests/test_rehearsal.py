@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -221,3 +222,33 @@ def test_gammas_sum_to_one_over_the_strategies(kind: str, steps: int, strategies
     gammas = gammas_of(kind, steps, strategies)
     assert len(gammas) == steps
     assert sum(gammas) == pytest.approx(1 / strategies)
+
+
+class _Saved:
+    """What a graph keeps for its backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _most_kept(steps: int) -> int:
+    model = trained_model()
+    spec = quick_spec(rehearsal=Rehearsal(steps=steps, query_batch_size=8))
+    pool = Rehearsals(spec, _setting(model), [1.0])
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
+    most = 0
+
+    def keep(tensor: Tensor) -> _Saved:
+        nonlocal most
+        saved = _Saved(tensor)
+        kept.add(saved)
+        most = max(most, len(kept))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        pool.suppress(model)
+    return most
+
+
+def test_what_is_kept_does_not_grow_with_k() -> None:
+    assert 0 < _most_kept(2) == _most_kept(12)

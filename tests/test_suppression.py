@@ -78,3 +78,14 @@ def test_inverse_cross_entropy_at_the_extremes(sign: float) -> None:
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     expected = [1.0, -1.0] if sign > 0 else [0.0, 0.0]
     assert gradient.flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", SUPPRESSIONS)
+@pytest.mark.parametrize("classes", [2, 1000])
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_finite_on_logits_of_any_size_met_in_float32(name: str, classes: int, size: float) -> None:
+    logits = (_logits(classes, 1.0).sign() * size).float().requires_grad_()
+    loss = SUPPRESSIONS[name](logits, _labels(classes))
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()

@@ -2,7 +2,7 @@
 
 Each is a pure function `(outputs, targets) -> Tensor` of shape (batch,), to be minimised. For
 classification `outputs` are logits (batch, classes) and `targets` labels (batch,). All are
-finite with finite gradients on logits of any size that the type can hold.
+finite with finite gradients on logits up to 1e30 in size (float32) and up to 1000 classes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
 from sophon._protect import protect
 from sophon._records import AuditRecord, Score, Trial
-from sophon._specs import AuditSpec, Guard, ResetLastBlocks, Strategy
+from sophon._specs import AuditSpec, Guard, ResetLastBlocks, Strategy, parse_spec
 
 SPEC = AuditSpec(steps=8, evaluations=3, batch_size=32, precision="fp32")
 
@@ -282,11 +282,14 @@ def test_stale_batch_norm_statistics_cost_the_attacker_nothing() -> None:
     )
     by = {s: [t for t in record.trials if t.subject == s] for s in ("protected", "unprotected")}
     # What is trained does not depend on running statistics, so neither does the better score.
+    compared = 0
     for spoilt, sound in zip(by["protected"], by["unprotected"], strict=True):
         assert spoilt.curve[0].reestimated
         for one, other in zip(spoilt.curve, sound.curve, strict=True):
             if one.reestimated and other.reestimated:
+                compared += 1
                 assert one.validation == other.validation
+    assert compared >= 12
     best = {s: max(t.test.value for t in by[s] if t.test) for s in by}
     assert best["protected"] > best["unprotected"] - 0.1
 
@@ -333,14 +336,20 @@ def test_attacks_augment_as_their_strategy_says() -> None:
     assert plain.curve[-1].train_loss != flipped.curve[-1].train_loss
 
 
-def test_an_extra_attack_keeps_its_batch_size_and_shares_the_budget() -> None:
+def test_an_extra_attack_has_its_own_batch_size_and_the_common_budget() -> None:
     spec = SPEC.model_copy(update={"extra": (Strategy(batch_size=7), Strategy(learning_rate=0.3))})
-    own, shared = strategies_of(spec)[-2:]
-    assert (own.batch_size, shared.batch_size) == (7, 32)
+    assert [s.batch_size for s in strategies_of(spec)[-3:]] == [32, 7, 64]
     assert {s.steps for s in strategies_of(spec)} == {8}
     longer = SPEC.model_copy(update={"extra": (Strategy(steps=900),)})
     with pytest.raises(SpecError, match=r"audit\.extra\.0\.steps = 900"):
         strategies_of(longer)
+
+
+def test_a_specification_written_out_in_full_runs_the_same_attacks() -> None:
+    given = {"steps": 8, "batch_size": 16, "extra": [{"learning_rate": 0.3}]}
+    spec = parse_spec(AuditSpec, given, where="here")
+    whole = parse_spec(AuditSpec, spec.model_dump(mode="json"), where="here")
+    assert strategies_of(whole) == strategies_of(spec)
 
 
 def test_two_unlike_restricted_domains_end_to_end() -> None:

@@ -35,6 +35,13 @@ def _protect(spec: ProtectSpec, out: Path | None = None) -> nn.Module:
     ).model
 
 
+def _started(out: Path) -> Protection:
+    """Return a run of `quick_spec` in a folder, no round of it done."""
+    return Protection(
+        trained_model(), original=original(), restricted=restricted(), spec=quick_spec(), out=out
+    )
+
+
 def _setting() -> Setting:
     return make_setting(
         trained_model(),
@@ -324,13 +331,7 @@ def test_another_weight_of_a_domain_is_another_run(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_started_over_when_every_state_is_damaged(tmp_path: Path) -> None:
-    run = Protection(
-        trained_model(),
-        original=original(),
-        restricted=restricted(),
-        spec=quick_spec(),
-        out=tmp_path,
-    )
+    run = _started(tmp_path)
     for _ in range(3):
         next(iter(run))
     for state in (tmp_path / "states").iterdir():
@@ -349,13 +350,7 @@ def test_a_run_is_not_started_over_when_every_state_is_damaged(tmp_path: Path) -
 def test_a_damaged_state_is_passed_over_for_the_one_before(
     damage: Callable[[bytes], bytes], uninterrupted: nn.Module, tmp_path: Path
 ) -> None:
-    run = Protection(
-        trained_model(),
-        original=original(),
-        restricted=restricted(),
-        spec=quick_spec(),
-        out=tmp_path,
-    )
+    run = _started(tmp_path)
     for _ in range(4):
         next(iter(run))
     newest = sorted((tmp_path / "states").iterdir())[-1]

@@ -252,3 +252,15 @@ def _most_kept(steps: int) -> int:
 
 def test_what_is_kept_does_not_grow_with_k() -> None:
     assert 0 < _most_kept(2) == _most_kept(12)
+
+
+def test_queries_run_in_the_precision_of_their_attacker() -> None:
+    model = trained_model()
+    fixed = Strategy(batch_size=16, precision="bf16")
+    spec = quick_spec(rehearsal=Rehearsal(steps=1, query_batch_size=8, fixed=fixed))
+    pool = Rehearsals(spec, _setting(model), [1.0])
+    (attacker,) = pool.suppress(model)[1]
+    met = []
+    attacker.model.register_forward_hook(lambda *args: met.append(args[2].dtype))
+    pool._query(attacker)
+    assert met == [torch.bfloat16]

@@ -35,32 +35,26 @@ SUITES: dict[str, tuple[Strategy, ...]] = {"quick-1": _QUICK_1}
 def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
     """Return the attacks of the specification's suite and its extra ones, budget filled in.
 
-    An extra attack that gives its own batch size keeps it. Raises SpecError, listing the suites
-    there are, if the name is not one of them, and for an extra attack with steps of its own: one
-    budget is for all.
+    `spec.batch_size` is the suite's; an extra attack has its own. Only values count, not whether
+    they were written out. Raises SpecError, listing the suites there are, if the name is not one
+    of them, and for an extra attack with steps of its own: one budget is for all.
     """
     if spec.suite not in SUITES:
         raise SpecError(f"audit.suite = {spec.suite!r} is no suite; there is {', '.join(SUITES)}")
+    usual = Strategy.model_fields["steps"].default
     for index, strategy in enumerate(spec.extra):
-        if "steps" in strategy.model_fields_set and strategy.steps != spec.steps:
+        if strategy.steps not in (usual, spec.steps):
             raise SpecError(
                 f"audit.extra.{index}.steps = {strategy.steps}: every attack has the same budget;"
                 f" leave it out, or set audit.steps (now {spec.steps})"
             )
-    budget: dict[str, object] = {"steps": spec.steps}
-    batch = budget if spec.batch_size is None else {**budget, "batch_size": spec.batch_size}
-    extra = (s.model_copy(update=_budget_of(s, budget, batch)) for s in spec.extra)
-    suite = (s.model_copy(update=batch) for s in SUITES[spec.suite])
-    chosen = (*suite, *extra)
+    suite = SUITES[spec.suite]
+    if spec.batch_size is not None:
+        suite = tuple(s.model_copy(update={"batch_size": spec.batch_size}) for s in suite)
+    chosen = tuple(s.model_copy(update={"steps": spec.steps}) for s in (*suite, *spec.extra))
     if len({s.fingerprint() for s in chosen}) != len(chosen):
         raise SpecError("audit.extra repeats an attack of the suite or of itself: remove it")
     return chosen
-
-
-def _budget_of(
-    strategy: Strategy, budget: dict[str, object], batch: dict[str, object]
-) -> dict[str, object]:
-    return budget if "batch_size" in strategy.model_fields_set else batch
 
 
 def suite_fingerprint(name: str) -> str:

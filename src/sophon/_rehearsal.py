@@ -255,7 +255,7 @@ class Rehearsals:
             raise RuntimeError("a query needs a step before it")
         stream = generator(self.spec.seed, "attacker", attacker.identity, "query", tuning.taken)
         with seeded(self.spec.seed, "attacker", attacker.identity, "query", tuning.taken):
-            with self.setting.autocast():
+            with tuning.setting.autocast():
                 outputs, targets = task.outputs(tuning.model, *tuning.query, stream)
             loss = SUPPRESSIONS[self.spec.suppression](outputs, targets).mean()
         return loss, task.score(outputs.detach(), targets).mean()

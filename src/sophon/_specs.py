@@ -228,7 +228,11 @@ class ProtectSpec(Spec):
 
 
 class AuditSpec(Spec):
-    """What `audit` runs: a suite, its budget and its seeds. `extra` adds attacks to the suite."""
+    """What `audit` runs: a suite, its budget and its seeds.
+
+    `extra` adds attacks; all take `steps` steps. `batch_size` replaces the suite's, an extra
+    attack has its own.
+    """
 
     suite: str = "quick-1"
     steps: Positive = 200

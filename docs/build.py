@@ -23,7 +23,7 @@ PAGE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; }
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 58rem; margin: 2rem auto; padding: 0 1rem; }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid #8886; border-radius: 6px; }
 code { font: .9em ui-monospace, monospace; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }

@@ -210,3 +210,15 @@ def test_reporting_needs_no_torch() -> None:
     code = "import sys, sophon._report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_report_says_how_attackers_were_scored() -> None:
+    held = record()
+    first = held.trials[0]
+    point = first.curve[1].model_copy(update={"reestimated": True})
+    changed = first.model_copy(update={"curve": (first.curve[0], point, *first.curve[2:])})
+    anew = held.model_copy(update={"trials": (changed, *held.trials[1:])})
+    for text in (report(anew).html(), report(anew).markdown()):
+        assert "measured anew" in text
+        assert "1 of 45" in text
+    assert "measured anew" not in report(held).html() + report(held).markdown()

@@ -264,6 +264,27 @@ def test_interrupting_leaves_a_run_that_resumes(run_file: Path, tmp_path: Path) 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_killed_command_repeated_gives_identical_weights(run_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sophon", "protect", str(run_file), "--threads", "1"]
+    command += ["--set", "protect.rounds=30", "--set", "protect.checkpoint_every=2", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for lines in (1, 6, 9):
+        words = [*command, "--out", str(tmp_path / "p")]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as killed:
+            assert killed.stdout is not None
+            for _ in range(lines):
+                killed.stdout.readline()
+            killed.kill()
+        assert killed.returncode == -9
+        assert not (tmp_path / "p" / "model.safetensors").exists()
+    for name in "pq":
+        words = [*command, "--out", str(tmp_path / name)]
+        subprocess.run(words, check=True, timeout=100, capture_output=True, env=environment)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "pq")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len((tmp_path / "p" / "rounds.jsonl").read_text().splitlines()) == 30
+
+
 # --- Audit and report -------------------------------------------------------------------------
 
 

@@ -8,20 +8,28 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from builders import digits, original, quick_spec, restricted, trained_model
 from sophon._checkpoints import load_state
 from sophon._data import Images
-from sophon._errors import CheckpointError, DataError, IntactnessError, NonFiniteError
-from sophon._forecast import forecast
+from sophon._errors import (
+    CheckpointError,
+    DataError,
+    IntactnessError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
+from sophon._finetune import FineTuning
+from sophon._forecast import Forecast, forecast
 from sophon._guard import IntactnessGuard
 from sophon._protect import Protection, protect
 from sophon._setting import Setting, make_setting
@@ -225,13 +233,53 @@ def test_too_few_images_for_a_batch_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-def test_the_forecast_measures(tmp_path: Path) -> None:
-    expected = forecast(
-        trained_model(), original=original(), restricted=(restricted(),), spec=quick_spec()
+def test_the_forecast_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forecast_of(steps: int, rounds: int) -> Forecast:
+        spec = quick_spec(rounds=rounds)
+        rehearsal = spec.rehearsal.model_copy(update={"steps": steps, "horizon": None})
+        spec = spec.model_copy(update={"rehearsal": rehearsal})
+        domains = {"original": original(), "restricted": (restricted(),)}
+        return forecast(trained_model(), **domains, spec=spec)
+
+    def slow(*args: Any) -> Tensor:
+        time.sleep(0.05)
+        return step(*args)
+
+    step = FineTuning._step
+    monkeypatch.setattr(FineTuning, "_step", slow)
+    short, long = forecast_of(4, 6), forecast_of(40, 60)
+    # Two attackers a round: 0.4 s and 4 s of sleep, to which little is added.
+    assert short.round_s >= 0.4
+    assert 4.0 <= long.round_s < 40
+    assert long.total_s == pytest.approx(60 * long.round_s)
+    assert long.peak_bytes is not None
+    assert long.peak_bytes > 1e7
+
+
+def test_one_image_at_a_time_is_refused_where_batch_norm_cannot(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5)
     )
-    assert 0 < expected.round_s < 60
-    assert expected.total_s == pytest.approx(6 * expected.round_s)
-    assert expected.peak_bytes > 1e7
+    for changes in ({"original_batch_size": 1}, {"rehearsal": Rehearsal(query_batch_size=1)}):
+        with pytest.raises(UnsupportedModelError, match=r"batch_size = 1.*at least 2"):
+            protect(
+                model,
+                original=original(),
+                restricted=restricted(),
+                spec=quick_spec(**changes),
+                out=tmp_path / "new",
+            )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_a_newer_format_is_not_touched(tmp_path: Path) -> None:
+    spec = quick_spec(rounds=1, guard=Guard(every=1, tolerance_points=100.0))
+    _protect(spec, tmp_path)
+    held = json.loads((tmp_path / "run.json").read_text())
+    assert held["format"] == 1
+    (tmp_path / "run.json").write_text(json.dumps({**held, "format": 2}))
+    with pytest.raises(CheckpointError, match="format 2 and this version reads 1"):
+        _protect(spec, tmp_path)
 
 
 # Runs the protection and kills its own process at the N-th event: a file flushed, renamed or
@@ -382,7 +430,7 @@ def test_reinforcement_trains_batch_norm_too() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     holder = (
-        "import sys; from pathlib import Path; from sophon._checkpoints import lock_folder\n"
+        "import sys; from pathlib import Path; from sophon._files import lock_folder\n"
         "lock_folder(Path(sys.argv[1]), Path); print('held', flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", holder, str(tmp_path)]

@@ -26,6 +26,7 @@ TORCHLESS = {
     "_attacks",
     "_checks",
     "_errors",
+    "_files",
     "_records",
     "_report",
     "_specs",

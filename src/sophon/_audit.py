@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from sophon._attacks import strategies_of
-from sophon._checkpoints import require_writable
 from sophon._circumstances import domain_record, environment, health
 from sophon._data import Domain, check_batch_fits
 from sophon._errors import AuditError
+from sophon._files import require_writable
 from sophon._finetune import FineTuning, attacker_copy, check_preparations
 from sophon._metrics import evaluate
 from sophon._models import batch_norm_reestimated, fresh_copy, weights_sha256

@@ -1,14 +1,10 @@
-"""Files that are either whole or absent: states to resume from, models, text. No pickle."""
+"""Tensors in files that are either whole or absent: states to resume from, models. No pickle."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import sys
-import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,88 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sophon._errors import CheckpointError
+from sophon._files import read_json, temporary_beside, write_json
 
 STATE_PREFIX = "round-"
 _KEPT_STATES = 2
-_SPARE_BYTES = 64 * 2**20
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either what it held before or all of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Return the JSON in `path`; CheckpointError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): restore it or start in another folder"
-        ) from None
-
-
-def require_writable(folder: Path, *, needed_bytes: int = 0) -> None:
-    """Make `folder` if it is missing; CheckpointError if it cannot be written or is full.
-
-    Nothing is left behind where it is refused.
-    """
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    try:
-        free = shutil.disk_usage(nearest).free
-        if free < needed_bytes + _SPARE_BYTES:
-            raise CheckpointError(
-                f"{folder} has {free / 2**20:.0f} MiB free,"
-                f" {(needed_bytes + _SPARE_BYTES) / 2**20:.0f} MiB are needed: make room or choose"
-                " another folder with --out"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"1")
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
-        ) from None
-
-
-def lock_folder(folder: Path, owner: object) -> None:
-    """Lock `folder` for this process until `owner` is gone or the process ends, however it ends.
-
-    Raises CheckpointError if another process holds the lock. Where the system or the file
-    system has none, nothing is locked.
-    """
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    weakref.finalize(owner, os.close, descriptor)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise CheckpointError(
-            f"another process is writing to {folder}: wait for it, or choose another folder"
-            " with --out"
-        ) from None
-    except OSError:
-        return
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write `tensors` as safetensors, whole or not at all; return the file's SHA-256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     # A tensor may share memory with another; the format wants each on its own.
     plain = {
         name: torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
@@ -145,10 +68,10 @@ def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     states = _states(root)
     for folder in states:
         try:
-            held = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            held = read_json(folder / "meta.json")
             if _sha256(folder / "tensors.safetensors") == held["sha256"]:
                 return load_file(folder / "tensors.safetensors"), held["meta"]
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, CheckpointError, KeyError, SafetensorError):
             continue
     if states:
         raise CheckpointError(

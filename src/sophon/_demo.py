@@ -9,8 +9,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophon._checkpoints import require_writable, save_tensors, write_text
+from sophon._checkpoints import save_tensors
 from sophon._data import load_domain
+from sophon._files import require_writable, write_text
 from sophon._finetune import FineTuning
 from sophon._metrics import evaluate
 from sophon._models import load_weights, read_tensors

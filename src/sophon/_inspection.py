@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sophon._checkpoints import read_json, require_recorded
+from sophon._checkpoints import require_recorded
+from sophon._files import read_json
 from sophon._models import blocks, read_tensors
 from sophon._progress import domain_text, lines, percent, toml
 from sophon._runs import load

@@ -18,21 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from sophon._checkpoints import (
-    load_state,
-    lock_folder,
-    read_json,
-    require_writable,
-    save_model,
-    save_state,
-    write_json,
-    write_text,
-)
+from sophon._checkpoints import load_state, save_model, save_state
 from sophon._data import Domain, check_batch_fits
 from sophon._errors import CheckpointError, NonFiniteError
+from sophon._files import lock_folder, read_json, require_writable, write_json, write_text
 from sophon._finetune import check_preparations, optimizer_tensors, restore_optimizer
 from sophon._guard import IntactnessGuard
-from sophon._models import weights_sha256
+from sophon._models import check_single_image, weights_sha256
 from sophon._records import Round, Score
 from sophon._rehearsal import Rehearsals
 from sophon._seeding import generator, seeded
@@ -99,6 +91,7 @@ class Protection:
             device=device,
         )
         _check_batches(spec, original, restricted)
+        self._check_single_images(model)
         fixed = spec.rehearsal.fixed
         wanted = (
             spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
@@ -260,6 +253,20 @@ class Protection:
         self.reinforced += 1
         return torch.stack([loss.detach(), norm])
 
+    def _check_single_images(self, model: nn.Module) -> None:
+        setting, rehearsal = self.setting, self.spec.rehearsal
+        sizes = rehearsal.distribution.batch_sizes
+        sizes = sizes if rehearsal.fixed is None else (rehearsal.fixed.batch_size,)
+        if self.spec.original_batch_size == 1:
+            shape = setting.shape(setting.original)
+            check_single_image(model, shape, "protect.original_batch_size")
+        for domain in setting.restricted:
+            if 1 in sizes:
+                check_single_image(model, setting.shape(domain), "protect.rehearsal: batch_size")
+            if rehearsal.query_batch_size == 1:
+                name = "protect.rehearsal.query_batch_size"
+                check_single_image(model, setting.shape(domain), name)
+
     # --- resuming ----------------------------------------------------------------------------
 
     def _open(self) -> None:
@@ -394,11 +401,7 @@ def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain
         )
 
 
-def _require_same_run(held: Any, identity: dict[str, str], folder: Path) -> None:
-    if not isinstance(held, dict):
-        raise CheckpointError(
-            f"{folder / _RUN} does not describe a run: restore it, or give another --out"
-        )
+def _require_same_run(held: dict[str, Any], identity: dict[str, str], folder: Path) -> None:
     different = [name for name, value in identity.items() if held.get(name) != value]
     if different:
         raise CheckpointError(

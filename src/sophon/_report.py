@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from sophon._files import write_text
 from sophon._records import AuditRecord, Score
 from sophon._statistics import Interval, best_of, wilson
 from sophon._verdict import DomainSummary, SubjectSummary, overall, scope, summarise
@@ -102,9 +102,7 @@ def report(record: AuditRecord) -> Report:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def _render(name: str, report: Report, *, escape_html: bool) -> str:

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from sophon._attacks import strategies_of
-from sophon._checkpoints import read_json, require_recorded
+from sophon._checkpoints import require_recorded
 from sophon._data import Domain, load_domain
 from sophon._data.sources import expanded
 from sophon._errors import CheckpointError, SpecError
+from sophon._files import read_json
 from sophon._models import architecture, resolve_model
 from sophon._setting import Setting, make_setting
 from sophon._specs import ModelSpec, RunSpec, parse_spec

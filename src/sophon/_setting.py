@@ -171,10 +171,6 @@ def make_setting(
     """
     if not restricted:
         raise DataError("no restricted domain: give at least one")
-    names = [domain.name for domain in (original, *restricted)]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"two domains are named {name!r}: give each its own name")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     channels = expected_channels(model) or original.image_shape[0]
     shapes: list[tuple[int, int, int]] = []
@@ -186,6 +182,10 @@ def make_setting(
         check_distinct(original, domain)
         for other in restricted[:index]:
             check_distinct(other, domain, ("restricted", "restricted"))
+    names = [domain.name for domain in (original, *restricted)]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two domains are named {name!r}: give each its own name")
     found = find_head(model, (channels, *original.image_shape[1:]), head)
     if head_classes(model, found) != original.class_count:
         raise UnsupportedModelError(

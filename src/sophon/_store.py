@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from sophon._errors import CheckpointError
+from sophon._files import write_new_text
 from sophon._records import Trial
 
 
@@ -45,17 +45,7 @@ class TrialStore:
             return
         self._set_crashed_aside(trial.key)
         path = self.folder / f"{trial.key}.json"
-        temporary = self.folder / f".{trial.key}.{os.getpid()}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(trial.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        write_new_text(path, trial.model_dump_json())
 
     def _set_crashed_aside(self, key: str) -> None:
         held = self.get(key)

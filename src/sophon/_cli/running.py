@@ -111,7 +111,7 @@ def run_audit(case: Case, path: Path, store: Path, mode: Mode) -> AuditRecord:
 
 def write_audit(record: AuditRecord, out: Path) -> Report:
     """Write the record and both reports to `out`."""
-    from sophon._checkpoints import require_writable, write_text
+    from sophon._files import require_writable, write_text
     from sophon._report import report
 
     require_writable(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from sophon._compatibility import prepare_torchvision
 from sophon._errors import CheckpointError, UnsupportedModelError
+from sophon._files import read_json
 from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._probing import (
     made_for,
@@ -224,16 +224,13 @@ def _weights_file(spec: ModelSpec, base: Path) -> Path | None:
 
 
 def _read_description(path: Path) -> ModelSpec:
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise CheckpointError(
             f"{path} is missing: for weights not written by sophon set model.name to the network "
             "and model.weights to the file"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
-    if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
+        )
+    description = read_json(path)
+    if not isinstance(description.get("model"), dict):
         raise CheckpointError(f"{path} has no 'model' table: it was not written by sophon")
     return parse_spec(ModelSpec, description["model"], where=str(path))
 

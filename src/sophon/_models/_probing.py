@@ -13,6 +13,8 @@ from sophon._seeding import generator, seeded
 
 Shape = tuple[int, int, int]
 Names = tuple[str | int, ...]
+# Images have one to four channels.
+_MOST_CHANNELS = 4
 
 PROBE_ERRORS = (
     RuntimeError,
@@ -80,12 +82,29 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
             )
 
 
+def check_single_image(model: nn.Module, image_shape: Shape, what: str) -> None:
+    """Raise UnsupportedModelError unless `model` can be trained on a batch of one image.
+
+    BatchNorm cannot where a single value is left of a channel. `what` names the batch size.
+    """
+    try:
+        with probing(model, training=True):
+            model(probe_images(model, image_shape, 1))
+    except PROBE_ERRORS as error:
+        line = str(error).strip().splitlines()[0][:160]
+        raise UnsupportedModelError(
+            f"{what} = 1: the model cannot be trained on one image at a time ({line}): use at"
+            " least 2"
+        ) from None
+
+
 def expected_channels(model: nn.Module) -> int | None:
-    """Return the channels that the model's first convolution takes, or None without one."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return None
+    """Return the channels that the model's first convolution takes, or None without one.
+
+    Of several in the order they were declared, it is the first that takes as many as images have.
+    """
+    taken = [part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)]
+    return next((count for count in taken if count <= _MOST_CHANNELS), taken[0] if taken else None)
 
 
 def cannot_take(

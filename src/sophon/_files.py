@@ -1,0 +1,135 @@
+"""Files that are either whole or absent, and folders that can be written. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+from sophon._errors import CheckpointError
+
+# Raise this when files of an older version can no longer be read as they are.
+FORMAT = 1
+_SPARE_BYTES = 64 * 2**20
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return where this process writes what becomes `path` once it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either what it held before or all of it."""
+    _written(path, text).replace(path)
+
+
+def write_new_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all, unless there is such a file already."""
+    temporary = _written(path, text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        # No hard links here: the last of several writers wins, each with a whole file.
+        if not path.exists():
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _written(path: Path, text: str) -> Path:
+    temporary = temporary_beside(path)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` and the format's number as indented JSON, whole or not at all."""
+    text = json.dumps({"format": FORMAT, **value}, indent=2, sort_keys=True, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what `write_json` wrote to `path`.
+
+    Raises CheckpointError if it is missing, damaged or of a newer format.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): restore it or start in another folder"
+        ) from None
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{path} is no table: restore it or start in another folder")
+    # Files from before formats were numbered are of the first.
+    found = held.pop("format", 1)
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found!r} and this version reads {FORMAT}: use the version of"
+            " sophon that wrote it, or a newer one"
+        )
+    return held
+
+
+def require_writable(folder: Path, *, needed_bytes: int = 0) -> None:
+    """Make `folder` if it is missing; CheckpointError if it cannot be written or is full.
+
+    Nothing is left behind where it is refused.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        free = shutil.disk_usage(nearest).free
+        if free < needed_bytes + _SPARE_BYTES:
+            raise CheckpointError(
+                f"{folder} has {free / 2**20:.0f} MiB free,"
+                f" {(needed_bytes + _SPARE_BYTES) / 2**20:.0f} MiB are needed: make room or choose"
+                " another folder with --out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"1")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
+        ) from None
+
+
+def lock_folder(folder: Path, owner: object) -> None:
+    """Lock `folder` for this process until `owner` is gone or the process ends, however it ends.
+
+    Raises CheckpointError if another process holds the lock. Where the system or the file
+    system has none, nothing is locked.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot open {folder / '.lock'} ({error.strerror}): it belongs to another user's run;"
+            " choose another folder with --out"
+        ) from None
+    weakref.finalize(owner, os.close, descriptor)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise CheckpointError(
+            f"another process is writing to {folder}: wait for it, or choose another folder"
+            " with --out"
+        ) from None
+    except OSError:
+        return

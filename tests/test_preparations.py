@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from sophon import _models as models
 from sophon._errors import DataError, SpecError
 from sophon._networks import ResNet20, SmallConvNet
-from sophon._preparations import _PREPARATIONS, Surroundings, prepare
+from sophon._preparations import _PREPARATIONS, Course, Surroundings, prepare
 from sophon._specs import (
     BatchNorm,
+    Distil,
     FreshHead,
+    Heal,
     ModelSpec,
     NoiseKick,
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
+    Strategy,
 )
 
 IMAGE = (3, 32, 32)
@@ -33,6 +36,8 @@ EVERY: dict[str, tuple[Preparation, ...]] = {
     "batch_norm": (BatchNorm(mode="reset"),),
     "noise_kick": (NoiseKick(),),
     "batch_norm reestimate": (BatchNorm(batches=2),),
+    "heal": (Heal(share=0.5),),
+    "distil": (Distil(share=0.5),),
     "all": (
         RescaleWeights(norm=0.5),
         RescaleWeights(norm=2.0),
@@ -51,8 +56,18 @@ def around(classes: int = 10, head: str = "linear", **fields: object) -> Surroun
         "seed": 0,
         "names": ("attacker", 1),
         "batches": batches,
+        "train": nudge,
+        "steps": 4,
     }
     return Surroundings(**(values | fields))  # type: ignore[arg-type]
+
+
+def nudge(model: nn.Module, course: Course) -> None:
+    """Move every weight by what only the course decides, as training does to first order."""
+    assert course.steps == 2
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(course.learning_rate)
 
 
 def batches(count: int) -> Iterator[Tensor]:
@@ -113,7 +128,7 @@ def test_a_move_of_the_real_weights_carries_over_by_the_factor(name: str) -> Non
                 parameter.normal_()
     moved = copy.deepcopy(real)
     prepared = copy.deepcopy(real)
-    factors = prepare(prepared, EVERY[name], around(batches=doubles))
+    factors = prepare(prepared, EVERY[name], around(batches=doubles)).factors
     assert factors.keys() == dict(prepared.named_parameters()).keys()
     # A move that keeps the quantities a preparation measures: tiny, and checked to first order
     # only where the factor does not depend on the weights themselves.
@@ -146,7 +161,7 @@ def doubles(count: int) -> Iterator[Tensor]:
 def test_factors_say_what_was_kept_reset_and_rescaled() -> None:
     model = ResNet20()
     steps = (ResetLastBlocks(blocks=1), RescaleWeights(norm=0.5), FreshHead())
-    factors = prepare(model, steps, around())
+    factors = prepare(model, steps, around()).factors
     zero = {key for key, factor in factors.items() if factor == 0}
     assert zero == {key for key in factors if key.startswith(("layer3.2.", "linear."))}
     scaled = {key for key, factor in factors.items() if factor not in (0, 1)}
@@ -159,14 +174,14 @@ def test_factors_say_what_was_kept_reset_and_rescaled() -> None:
 def test_without_preparations_nothing_changes() -> None:
     model = ResNet20()
     before = models.weights_sha256(model)
-    factors = prepare(model, (), around())
+    factors = prepare(model, (), around()).factors
     assert set(factors.values()) == {1.0}
     assert models.weights_sha256(model) == before
 
 
 def test_a_head_of_another_class_count_is_replaced_unasked() -> None:
     model = ResNet20()
-    factors = prepare(model, (), around(classes=7))
+    factors = prepare(model, (), around(classes=7)).factors
     assert models.head_classes(model, "linear") == 7
     assert {key for key, factor in factors.items() if factor == 0} == {
         "linear.weight",
@@ -185,7 +200,7 @@ def test_rescaling_keeps_the_function_of_the_real_network(
     inflated = inflate(real, by)
     expected = logits(real, images)
     assert torch.allclose(logits(inflated, images), expected, atol=0.05)
-    factors = prepare(inflated, (RescaleWeights(norm=norm),), around())
+    factors = prepare(inflated, (RescaleWeights(norm=norm),), around()).factors
     assert torch.allclose(logits(inflated, images), expected, atol=0.05)
     for key, factor in factors.items():
         weight = real.get_parameter(key).detach()
@@ -214,7 +229,7 @@ def test_rescaling_keeps_the_function_of_other_networks(name: str) -> None:
     head = models.find_head(model, IMAGE)
     probe = next(batches(1))[:4]
     expected = logits(model, probe)
-    factors = prepare(model, (RescaleWeights(norm=1.5),), around(head=head))
+    factors = prepare(model, (RescaleWeights(norm=1.5),), around(head=head)).factors
     assert any(factor != 1 for factor in factors.values())
     assert (logits(model, probe) - expected).norm() < 0.02 * expected.norm()
 
@@ -244,7 +259,7 @@ def test_a_pair_that_would_change_the_function_is_left_alone() -> None:
             model(images)
     probe = next(batches(1))
     expected, weight = logits(model, probe), model.conv.weight.detach().clone()
-    factors = prepare(model, (RescaleWeights(norm=3.0),), around(head="head"))
+    factors = prepare(model, (RescaleWeights(norm=3.0),), around(head="head")).factors
     assert factors["conv.weight"] == 1
     assert torch.equal(model.conv.weight, weight)
     assert factors["deep.weight"] != 1
@@ -260,7 +275,7 @@ def test_reestimated_statistics_are_those_of_the_images() -> None:
     model = nn.Sequential(*model, nn.Linear(3, 10))
     norm.running_mean.fill_(100)  # type: ignore[union-attr]
     model.train()
-    factors = prepare(model, (BatchNorm(batches=3),), around(head="4"))
+    factors = prepare(model, (BatchNorm(batches=3),), around(head="4")).factors
     seen = torch.stack([batch.transpose(0, 1).flatten(1) for batch in batches(3)])
     assert torch.allclose(norm.running_mean, seen.mean(dim=2).mean(dim=0), atol=1e-5)  # type: ignore[arg-type]
     assert torch.allclose(norm.running_var, seen.var(dim=2).mean(dim=0), atol=1e-4)  # type: ignore[arg-type]
@@ -270,7 +285,7 @@ def test_reestimated_statistics_are_those_of_the_images() -> None:
 
 def test_reset_batch_norm_forgets_its_scale_and_statistics(real: nn.Module) -> None:
     model = copy.deepcopy(real)
-    factors = prepare(model, (BatchNorm(mode="reset"),), around())
+    factors = prepare(model, (BatchNorm(mode="reset"),), around()).factors
     assert torch.equal(model.bn1.weight, torch.ones(16))  # type: ignore[arg-type]
     assert torch.equal(model.bn1.running_mean, torch.zeros(16))  # type: ignore[union-attr, arg-type]
     assert {key for key, factor in factors.items() if factor == 0} == {
@@ -311,7 +326,7 @@ def test_what_is_drawn_depends_on_the_stream_alone(name: str) -> None:
 
 def test_the_noise_is_as_large_as_asked(real: nn.Module) -> None:
     model = copy.deepcopy(real)
-    factors = prepare(model, (NoiseKick(relative_std=0.1),), around())
+    factors = prepare(model, (NoiseKick(relative_std=0.1),), around()).factors
     assert set(factors.values()) == {1.0}
     for key, weight in real.named_parameters():
         if weight.numel() > 1000:
@@ -326,7 +341,82 @@ def test_more_blocks_than_there_are_is_an_error_that_names_their_number() -> Non
 
 def test_resetting_every_block_leaves_only_the_head(real: nn.Module) -> None:
     model = copy.deepcopy(real)
-    factors = prepare(model, (ResetLastBlocks(blocks=10),), around())
+    factors = prepare(model, (ResetLastBlocks(blocks=10),), around()).factors
     kept = {key for key, factor in factors.items() if factor == 1}
     assert kept == {"linear.weight", "linear.bias"}
     assert torch.equal(model.get_parameter("linear.weight"), real.get_parameter("linear.weight"))
+
+
+# --- Chains without a normalisation -----------------------------------------------------------
+
+
+def plain_chain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 12),
+        nn.GELU(),
+        nn.Linear(12, 10),
+    )
+
+
+def test_layers_without_normalisation_are_rescaled_where_the_next_one_undoes_it() -> None:
+    model = plain_chain()
+    probe = next(batches(1))
+    expected = logits(model, probe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    factors = prepare(model, (RescaleWeights(norm=3.0),), around(head="9")).factors
+    torch.testing.assert_close(logits(model, probe), expected, rtol=1e-4, atol=1e-5)
+    for name in ("0", "3"):
+        size = (
+            model.get_submodule(name).weight.norm()
+            / model.get_submodule(name).weight.shape[0] ** 0.5
+        )
+        assert float(size.detach()) == pytest.approx(3.0, rel=1e-4)
+    # GELU does not scale: the layer before it only takes what its predecessor left.
+    assert factors["7.bias"] == factors["9.weight"] == 1
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach(), factors[name] * before[name], rtol=1e-5, atol=1e-6
+        )
+
+
+# --- Training beforehand ----------------------------------------------------------------------
+
+
+def test_training_comes_first_and_leaves_steps() -> None:
+    with pytest.raises(ValueError, match="list them first"):
+        Strategy(preparations=(FreshHead(), Heal()))
+    with pytest.raises(ValueError, match="below 1 in all"):
+        Strategy(preparations=(Heal(share=0.6), Distil(share=0.5)))
+    with pytest.raises(SpecError, match="leave no step of 1"):
+        prepare(ResNet20(), (Heal(),), around(steps=1, train=lambda *_: None))
+    with pytest.raises(SpecError, match="needs images of the original domain"):
+        prepare(ResNet20(), (Heal(),), around(train=None))
+
+
+def test_a_student_starts_fresh_and_learns_from_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = ResNet20()
+    given = copy.deepcopy(model)
+    seen: list[Course] = []
+
+    def train(student: nn.Module, course: Course) -> None:
+        assert not torch.equal(student.conv1.weight, given.conv1.weight)  # type: ignore[arg-type]
+        assert student.get_submodule("linear").out_features == 10
+        seen.append(course)
+
+    prepared = prepare(model, (Distil(share=0.5),), around(classes=7, train=train, steps=100))
+    assert prepared.spent == seen[0].steps == 50
+    assert set(prepared.factors.values()) == {0.0}
+    assert models.head_classes(model, "linear") == 7
+    teacher = seen[0].teacher
+    assert teacher is not None
+    held = teacher.state_dict()
+    assert all(torch.equal(value, held[key]) for key, value in given.state_dict().items())

@@ -117,9 +117,9 @@ def test_a_persistent_attacker_moves_by_factor_times_the_real_move(
             p.add_(0.125)
     attacker.follow(dict(model.named_parameters()))
     for name, p in attacker.model.named_parameters():
-        expected = before[name] + attacker.factors[name] * 0.125
+        expected = before[name] + attacker.origins[name].factor * 0.125
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-5)
-    factors = {round(value, 6) for value in attacker.factors.values()}
+    factors = {round(value, 6) for _, value in attacker.origins.values()}
     assert (0.0 in factors) == (FreshHead() in preparations)
 
 
@@ -149,7 +149,7 @@ def test_rescaling_passes_its_factor_on_to_the_gradient() -> None:
     rehearsal = Rehearsal(steps=1, fixed=strategy, query_batch_size=64)
     pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(model), [1.0])
     total, attackers = pool.suppress(model)
-    factors = attackers[0].factors
+    factors = {n: o.factor for n, o in attackers[0].origins.items()}
     assert max(factors.values()) > 1.2
     plain = rehearsal.model_copy(update={"fixed": strategy.model_copy(update={"preparations": ()})})
     reference, _ = Rehearsals(quick_spec(rehearsal=plain), _setting(model), [1.0]).suppress(model)

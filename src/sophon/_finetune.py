@@ -9,17 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
 
-from sophon._preparations import Surroundings, prepare
+from sophon._data import Domain, Images
+from sophon._models import add_lora, lora_parameters, real_name
+from sophon._preparations import Course, Surroundings, prepare
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
 from sophon._specs import OptimizerName, Preparation, ScheduleName, Strategy
+from sophon._tasks import Distillation
 
 OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimizer]] = {
     "sgd": lambda p, s: SGD(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
@@ -74,6 +77,7 @@ class FineTuning:
     `stream` is the seed and the names that every random draw of this attacker derives from.
     Each batch of `feed` may carry more images than the strategy's batch size: the loop trains
     on the first ones, the rest are for the caller (query images, never trained on in that step).
+    `taken` steps of the budget are spent already.
     """
 
     def __init__(
@@ -84,13 +88,14 @@ class FineTuning:
         feed: Feed,
         *,
         stream: tuple[int, tuple[str | int, ...]],
+        taken: int = 0,
     ) -> None:
         self.model = model
         self.strategy = strategy
         self.setting = setting.at(strategy.precision, model)
         self.feed = feed
         self.seed, self.names = stream
-        self.taken = 0
+        self.taken = taken
         model.requires_grad_(True)
         model.train()
         self.parameters = _scope(model, strategy, setting.head)
@@ -126,6 +131,23 @@ class FineTuning:
         return loss.detach()
 
 
+class Origin(NamedTuple):
+    """Where an attacker's parameter comes from: `factor` times the `real` one, plus a constant.
+
+    `real` is None for a parameter that the real model lacks (an adapter's).
+    """
+
+    real: str | None
+    factor: float
+
+
+class AttackerCopy(NamedTuple):
+    """A prepared copy: the origin of each parameter, and the steps its preparation spent."""
+
+    origins: dict[str, Origin]
+    spent: int
+
+
 def attacker_copy(
     model: nn.Module,
     strategy: Strategy,
@@ -134,11 +156,8 @@ def attacker_copy(
     classes: int,
     feed: Feed,
     stream: tuple[int, tuple[str | int, ...]],
-) -> dict[str, float]:
-    """Prepare `model`, already a copy, as the strategy says; return each parameter's factor.
-
-    The factor is the derivative of the prepared parameter in the real one: see `_preparations`.
-    """
+) -> AttackerCopy:
+    """Prepare `model`, already a copy, as the strategy says: see `_preparations`, `_lora`."""
 
     def batches(count: int) -> Iterator[Tensor]:
         for step in range(count):
@@ -151,12 +170,62 @@ def attacker_copy(
         seed=stream[0],
         names=stream[1],
         batches=batches,
+        train=lambda model, course: _follow(model, course, strategy, setting),
+        steps=strategy.steps,
     )
     setting.place(model)
-    factors = prepare(model, strategy.preparations, surroundings)
+    prepared = prepare(model, strategy.preparations, surroundings)
+    if strategy.lora_rank is not None:
+        lora = (*stream[1], "lora")
+        add_lora(model, strategy.lora_rank, head=setting.head, seed=stream[0], names=lora)
     # A preparation may have put new layers in.
     setting.place(model)
-    return factors
+    origins = {}
+    for name, _ in model.named_parameters():
+        real = real_name(name)
+        origins[name] = Origin(real, 0.0 if real is None else prepared.factors[real])
+    return AttackerCopy(origins, prepared.spent)
+
+
+def _follow(model: nn.Module, course: Course, strategy: Strategy, setting: Setting) -> None:
+    """Train `model` on the original domain as a preparation's course says."""
+    domain = setting.original
+    if course.teacher is not None:
+        setting = replace(setting, task=Distillation(setting.task, course.teacher))
+    training = Strategy(
+        optimizer="adam",
+        learning_rate=course.learning_rate,
+        batch_size=min(strategy.batch_size, len(domain.train)),
+        steps=course.steps,
+        precision=strategy.precision,
+    )
+    names = (*course.names, "course")
+    feed = setting.feed(
+        domain,
+        domain.train,
+        batch_size=training.batch_size,
+        stream=(course.seed, (*names, "batches")),
+    )
+    tuning = FineTuning(model, training, setting, feed, stream=(course.seed, names))
+    for _ in tuning.run(course.steps):
+        pass
+
+
+def attacker_images(
+    domain: Domain, fraction: float, stream: tuple[int, tuple[str | int, ...]]
+) -> Images:
+    """Return the share of the training images that an attacker has, every class among them."""
+    images = domain.train
+    if fraction >= 1:
+        return images
+    seed, names = stream
+    order = torch.randperm(len(images), generator=generator(seed, *names, "few images"))
+    chosen: list[Tensor] = []
+    for label in images.labels.unique():
+        of_class = order[images.labels[order] == label]
+        chosen.append(of_class[: max(1, round(fraction * len(of_class)))])
+    index = torch.cat(chosen).sort().values
+    return Images(images.pixels[index], images.labels[index])
 
 
 def check_preparations(
@@ -170,7 +239,7 @@ def check_preparations(
             feed = setting.feed(domain, domain.train, batch_size=min(8, len(domain.train)))
             attacker_copy(
                 copy.deepcopy(model),
-                Strategy(preparations=preparations, batch_size=8),
+                Strategy(preparations=preparations, batch_size=8, steps=4),
                 setting,
                 classes=domain.class_count,
                 feed=feed,
@@ -181,6 +250,9 @@ def check_preparations(
 def _scope(model: nn.Module, strategy: Strategy, head: str) -> list[nn.Parameter]:
     if strategy.scope == "head":
         return list(model.get_submodule(head).parameters())
+    if strategy.lora_rank is not None:
+        trained = lora_parameters(model, head)
+        return [parameter for name, parameter in model.named_parameters() if name in trained]
     return list(model.parameters())
 
 

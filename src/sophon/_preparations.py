@@ -2,11 +2,14 @@
 
 A preparation maps each real parameter w to c * w + constant. The factor c is what carries a
 change of the real weights over to the prepared ones: 1 where they are kept, 0 where they are
-re-initialised, c where they are rescaled. Factors multiply along the list.
+re-initialised, c where they are rescaled. Factors multiply along the list. Training beforehand
+(heal) is a constant too, to first order.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +25,7 @@ from sophon._models import (
     Shape,
     blocks,
     head_classes,
+    layers_in_order,
     normalised_pairs,
     probe_images,
     probing,
@@ -33,7 +37,9 @@ from sophon._models import (
 from sophon._seeding import generator
 from sophon._specs import (
     BatchNorm,
+    Distil,
     FreshHead,
+    Heal,
     NoiseKick,
     Preparation,
     RescaleWeights,
@@ -42,6 +48,8 @@ from sophon._specs import (
 
 # Outputs may move by this much, relative to their size: a normalisation's eps does not scale.
 _PRESERVED = 0.02
+# Between layers that undo each other exactly only rounding is left.
+_CHAIN_PRESERVED = 1e-3
 Factors = dict[str, float]
 
 
@@ -50,7 +58,8 @@ class Surroundings:
     """What a preparation may use.
 
     `classes` is the restricted domain's; `batches(n)` yields up to n normalised image batches
-    of it (batch, channels, height, width); `(seed, *names)` is the attacker's random stream.
+    of it (batch, channels, height, width); `train` follows a course on the original domain;
+    `steps` is the attacker's budget; `(seed, *names)` is its random stream.
     """
 
     head: str
@@ -59,24 +68,102 @@ class Surroundings:
     seed: int
     names: Names
     batches: Callable[[int], Iterator[Tensor]] | None
+    train: Callable[[nn.Module, Course], None] | None = None
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Course:
+    """Training on the original domain: on its labels, or on the outputs of a `teacher`."""
+
+    steps: int
+    learning_rate: float
+    teacher: nn.Module | None
+    seed: int
+    names: Names
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of a model: each parameter's factor, and the steps that were spent on it."""
+
+    factors: Factors
+    spent: int
 
 
 def prepare(
     model: nn.Module, preparations: tuple[Preparation, ...], surroundings: Surroundings
-) -> Factors:
-    """Prepare `model`, already a copy, in order; return each named parameter's factor.
+) -> Prepared:
+    """Prepare `model`, already a copy, in order; return what became of its parameters.
 
-    A head whose class count differs from the domain's is replaced in any case. Raises
-    SpecError for a preparation that this model does not allow, naming what it allows, and
-    UnsupportedModelError for layers that cannot be re-initialised.
+    A head whose class count differs from the domain's is replaced in any case, once what needs
+    the original one (heal, distil) is done. Raises SpecError for a preparation that this model
+    does not allow, naming what it allows, and UnsupportedModelError for layers that cannot be
+    re-initialised.
     """
     factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
-    if head_classes(model, surroundings.head) != surroundings.classes:
-        _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"), factors)
+    spent, fitted = 0, False
     for index, preparation in enumerate(preparations):
+        if not fitted and not isinstance(preparation, Heal | Distil):
+            _fit_head(model, surroundings, factors)
+            fitted = True
         step = _streamed(surroundings, "preparation", index, preparation.kind)
         _PREPARATIONS[preparation.kind](model, preparation, step, factors)
-    return factors
+        if isinstance(preparation, Heal | Distil):
+            spent += _share(preparation, surroundings)
+    if not fitted:
+        _fit_head(model, surroundings, factors)
+    if spent >= surroundings.steps:
+        raise SpecError(
+            f"heal and distil leave no step of {surroundings.steps}: raise the steps, or lower"
+            " their share"
+        )
+    return Prepared(factors, spent)
+
+
+def _fit_head(model: nn.Module, surroundings: Surroundings, factors: Factors) -> None:
+    if head_classes(model, surroundings.head) != surroundings.classes:
+        _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"), factors)
+
+
+def _share(preparation: Heal | Distil, surroundings: Surroundings) -> int:
+    """Return the steps a course takes of the budget: at least one, and one is left at least."""
+    return max(1, min(round(preparation.share * surroundings.steps), surroundings.steps - 1))
+
+
+def _heal(
+    model: nn.Module, preparation: Heal, surroundings: Surroundings, factors: Factors
+) -> None:
+    del factors
+    _train(model, preparation, surroundings, None)
+
+
+def _distil(
+    model: nn.Module, preparation: Distil, surroundings: Surroundings, factors: Factors
+) -> None:
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    reinitialise(model, seed=surroundings.seed, names=(*surroundings.names, "student"))
+    _train(model, preparation, surroundings, teacher)
+    for name in factors:
+        factors[name] = 0.0
+
+
+def _train(
+    model: nn.Module,
+    preparation: Heal | Distil,
+    surroundings: Surroundings,
+    teacher: nn.Module | None,
+) -> None:
+    if surroundings.train is None:
+        raise SpecError(f"{preparation.kind} needs images of the original domain")
+    course = Course(
+        steps=_share(preparation, surroundings),
+        learning_rate=preparation.learning_rate,
+        teacher=teacher,
+        seed=surroundings.seed,
+        names=surroundings.names,
+    )
+    surroundings.train(model, course)
 
 
 def _streamed(surroundings: Surroundings, *names: str | int) -> Surroundings:
@@ -149,7 +236,8 @@ def _noise_kick(
 def _rescale_weights(
     model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings, factors: Factors
 ) -> None:
-    """Scale what each normalisation undoes: weight, bias and running mean by c, variance by c^2.
+    """Scale what each normalisation undoes: weight, bias and running mean by c, variance by c^2;
+    then what the next layer can undo: weight and bias by c, the next weight by 1 / c.
 
     All pairs at once when that preserves the function; otherwise one at a time, leaving out
     those that do not (an output read elsewhere, an eps that matters).
@@ -167,9 +255,46 @@ def _rescale_weights(
     if not kept:
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
     for layer, _, scale in kept:
-        for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name in factors:
-                factors[name] *= scale
+        _multiply(factors, layer, scale)
+    _rescale_chain(model, preparation.norm, surroundings, factors, {s[0] for s in scales})
+
+
+def _multiply(factors: Factors, layer: str, scale: float) -> None:
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        if name in factors:
+            factors[name] *= scale
+
+
+def _rescale_chain(
+    model: nn.Module, norm: float, surroundings: Surroundings, factors: Factors, but: set[str]
+) -> None:
+    """Scale each layer that no normalisation follows, where its successor can take the inverse."""
+    images = probe_images(model, surroundings.image_shape)
+    with probing(model):
+        expected = model(images)
+    order = layers_in_order(model, surroundings.image_shape)
+    for name, after in itertools.pairwise(order):
+        layer: Any = model.get_submodule(name)
+        following: Any = model.get_submodule(after)
+        size = float(layer.weight.norm()) / math.sqrt(layer.weight.shape[0])
+        if name in but or size == 0 or not math.isfinite(size):
+            continue
+        scale = norm / size
+        touched = [layer.weight, following.weight]
+        touched += [] if layer.bias is None else [layer.bias]
+        before = [tensor.clone() for tensor in touched]
+        layer.weight.mul_(scale)
+        following.weight.div_(scale)
+        if layer.bias is not None:
+            layer.bias.mul_(scale)
+        with probing(model):
+            moved = (model(images) - expected).norm()
+        if bool(moved <= _CHAIN_PRESERVED * expected.norm()):
+            _multiply(factors, name, scale)
+            factors[f"{after}.weight"] /= scale
+            continue
+        for tensor, value in zip(touched, before, strict=True):
+            tensor.copy_(value)
 
 
 Scale = tuple[str, str, float]
@@ -212,4 +337,6 @@ _PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings, Factors], None]
     "rescale_weights": _rescale_weights,
     "batch_norm": _batch_norm,
     "noise_kick": _noise_kick,
+    "heal": _heal,
+    "distil": _distil,
 }

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from sophon._data import Domain
 from sophon._finetune import (
     FineTuning,
+    Origin,
     attacker_copy,
+    attacker_images,
     optimizer_tensors,
     restore_optimizer,
 )
@@ -102,7 +104,7 @@ class Attacker:
         stream = (pool.spec.seed, ("attacker", identity))
         feed = pool.feed(identity, self.strategy)
         model = copy.deepcopy(real)
-        self.factors = attacker_copy(
+        prepared = attacker_copy(
             model,
             self.strategy,
             pool.setting,
@@ -110,7 +112,10 @@ class Attacker:
             feed=feed,
             stream=stream,
         )
-        self.tuning = FineTuning(model, self.strategy, pool.setting, feed, stream=stream)
+        self.origins = prepared.origins
+        self.tuning = FineTuning(
+            model, self.strategy, pool.setting, feed, stream=stream, taken=prepared.spent
+        )
         self.displacement: dict[str, Tensor] = {}
         self.shapes = {name: value.shape for name, value in real.named_parameters()}
         self.detach_from(dict(real.named_parameters()))
@@ -124,17 +129,20 @@ class Attacker:
     def detach_from(self, real: Mapping[str, Tensor]) -> None:
         """Remember where the attacker stands relative to the real weights."""
         for name, value in self.model.named_parameters():
-            factor = self.factors[name]
+            origin, factor = self.origins[name]
             moved = value.detach().clone()
-            self.displacement[name] = moved if factor == 0 else moved.sub_(real[name], alpha=factor)
+            if origin is not None and factor != 0:
+                moved.sub_(real[origin], alpha=factor)
+            self.displacement[name] = moved
 
     @torch.no_grad()
     def follow(self, real: Mapping[str, Tensor]) -> None:
         """Move with the real weights: `factor * real + displacement`."""
         for name, value in self.model.named_parameters():
             value.copy_(self.displacement[name])
-            if self.factors[name] != 0:
-                value.add_(real[name], alpha=self.factors[name])
+            origin, factor = self.origins[name]
+            if origin is not None and factor != 0:
+                value.add_(real[origin], alpha=factor)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], member: dict[str, Any]) -> None:
@@ -144,7 +152,7 @@ class Attacker:
             self.displacement[name] = torch.empty_like(value).copy_(moved[name])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(tensors[f"buffer/{name}"])
-        self.factors = dict(member["factors"])
+        self.origins = {name: Origin(*held) for name, held in member["origins"].items()}
         self.tuning.taken = member["taken"]
         restore_optimizer(self.tuning.optimizer, _below(tensors, "optimizer/"), member["optimizer"])
 
@@ -183,9 +191,10 @@ class Rehearsals:
     def feed(self, identity: int, strategy: Strategy) -> Feed:
         """Return the attacker's batches: its own images first, then the query images."""
         domain = self.domain(identity)
+        stream = (self.spec.seed, ("attacker", identity))
         return self.setting.feed(
             domain,
-            domain.train,
+            attacker_images(domain, strategy.data_fraction, stream),
             batch_size=strategy.batch_size + self.rehearsal.query_batch_size,
             stream=(self.spec.seed, ("attacker", identity, "batches")),
             augmentation=strategy.augmentation,
@@ -261,17 +270,21 @@ class Rehearsals:
         return loss, task.score(outputs.detach(), targets).mean()
 
     def _passing(self, attacker: Attacker) -> list[tuple[str, nn.Parameter, float]]:
-        """Return the parameters whose query gradient reaches the real weights, with factors."""
+        """Return the real names of the parameters that query gradients reach, the attacker's own
+        parameters and their factors.
+        """
         fresh_passes = self.spec.head_gradient == "apply_fresh"
         prefix = self.setting.head + "."
         passing = []
         for name, leaf in attacker.model.named_parameters():
-            factor = attacker.factors[name]
-            same = leaf.shape == attacker.shapes[name]
-            if factor == 0 and fresh_passes and same and name.startswith(prefix):
+            real, factor = attacker.origins[name]
+            if real is None:
+                continue
+            same = leaf.shape == attacker.shapes[real]
+            if factor == 0 and fresh_passes and same and real.startswith(prefix):
                 factor = 1.0
             if factor != 0:
-                passing.append((name, leaf, factor))
+                passing.append((real, leaf, factor))
         return passing
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -293,7 +306,7 @@ class Rehearsals:
                     "identity": attacker.identity,
                     "horizon": attacker.horizon,
                     "taken": attacker.tuning.taken,
-                    "factors": attacker.factors,
+                    "origins": {n: list(origin) for n, origin in attacker.origins.items()},
                     "optimizer": plain,
                 }
             )

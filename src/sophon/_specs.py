@@ -58,9 +58,11 @@ class ResetLastBlocks(Spec):
 
 
 class RescaleWeights(Spec):
-    """Scale each weight that a normalisation follows to `norm`, a root mean square over filters.
+    """Scale weights to `norm`, a root mean square over filters, where the function allows it.
 
-    The function is preserved; the size of a step relative to the weights is not.
+    It does where a normalisation follows the layer, and where the next layer can take the inverse
+    (ReLU and pooling between them). The function is preserved; the size of a step relative to
+    the weights is not.
     """
 
     kind: Literal["rescale_weights"] = "rescale_weights"
@@ -82,8 +84,30 @@ class NoiseKick(Spec):
     relative_std: Rate = 0.02
 
 
+class Heal(Spec):
+    """Train on the original domain first, with Adam, for `share` of the steps.
+
+    What protection spoilt may be mended before the restricted task is taken up.
+    """
+
+    kind: Literal["heal"] = "heal"
+    share: Fraction = 0.25
+    learning_rate: Rate = 1e-3
+
+
+class Distil(Spec):
+    """Teach a fresh network the model's outputs on original images, for `share` of the steps.
+
+    What only makes the weights hard to train stays behind (arXiv 1503.02531; temperature 4, Adam).
+    """
+
+    kind: Literal["distil"] = "distil"
+    share: Fraction = 0.5
+    learning_rate: Rate = 3e-3
+
+
 Preparation = Annotated[
-    FreshHead | ResetLastBlocks | RescaleWeights | BatchNorm | NoiseKick,
+    FreshHead | ResetLastBlocks | RescaleWeights | BatchNorm | NoiseKick | Heal | Distil,
     Field(discriminator="kind"),
 ]
 Preparations = Annotated[tuple[Preparation, ...], Field(strict=False)]
@@ -91,6 +115,9 @@ Preparations = Annotated[tuple[Preparation, ...], Field(strict=False)]
 
 class Strategy(Spec):
     """How an attacker fine-tunes: preparations, scope, optimizer, schedule, batches, steps.
+
+    `lora_rank` trains low-rank adapters and the head instead of all weights; `data_fraction` is
+    the share of the training images that the attacker has, every class among them.
 
     The paper's three methods are `preparations = ()` (direct-all), `(FreshHead(),)` with
     `scope = "all"` (init-FC + all) and with `scope = "head"` (init-FC + FC only).
@@ -109,11 +136,20 @@ class Strategy(Spec):
     steps: Positive = 200
     augmentation: Augmentation = "none"
     precision: Precision = "auto"
+    lora_rank: Positive | None = None
+    data_fraction: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.optimizer == "nesterov" and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
+        training = [p for p in self.preparations if isinstance(p, Heal | Distil)]
+        if tuple(training) != self.preparations[: len(training)]:
+            raise ValueError("heal and distil train the original task: list them first")
+        if sum(p.share for p in training) >= 1:
+            raise ValueError("the shares of heal and distil must leave steps: below 1 in all")
+        if self.lora_rank is not None and self.scope == "head":
+            raise ValueError("lora_rank adapts the layers before the head: use scope = 'all'")
         return self
 
     def label(self) -> str:

@@ -13,6 +13,7 @@ from sophon._models._batch_norm import (
 from sophon._models._building import Blueprint, architecture, blueprint, resolve_model
 from sophon._models._fresh import fresh_copy, reinitialise
 from sophon._models._heads import find_head, head_classes, replace_head
+from sophon._models._lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
 from sophon._models._probing import (
     Names,
     Shape,
@@ -26,11 +27,13 @@ from sophon._models._structure import (
     blocks,
     choose_channels_last,
     choose_precision,
+    layers_in_order,
     normalised_pairs,
 )
 from sophon._models._weights import load_weights, read_tensors, require_finite, weights_sha256
 
 __all__ = [
+    "add_lora",
     "architecture",
     "batch_norm_reestimated",
     "BatchNorms",
@@ -45,16 +48,21 @@ __all__ = [
     "find_head",
     "fresh_copy",
     "head_classes",
+    "layers_in_order",
     "load_weights",
+    "lora_parameters",
+    "merged_lora",
     "Names",
     "normalised_pairs",
     "probe_images",
     "probing",
     "read_tensors",
+    "real_name",
     "reestimate_batch_norm",
     "reinitialise",
     "replace_head",
     "require_finite",
+    "require_peft",
     "resolve_model",
     "Shape",
     "tracked_batch_norms",

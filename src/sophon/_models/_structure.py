@@ -81,6 +81,27 @@ def normalised_pairs(model: nn.Module, image_shape: Shape) -> list[tuple[str, st
     return _single_pairs(model, recorder.made, recorder.read)
 
 
+def layers_in_order(model: nn.Module, image_shape: Shape) -> list[str]:
+    """Return the convolutions and Linear layers that run once each, in the order they run."""
+    runs: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda *_: runs.append(name)
+
+    handles = [
+        part.register_forward_hook(note(name))
+        for name, part in model.named_modules()
+        if isinstance(part, (*_CONVS, nn.Linear))
+    ]
+    try:
+        with probing(model):
+            model(probe_images(model, image_shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in runs if runs.count(name) == 1]
+
+
 class _Recorder:
     """Which layers made each storage, and which modules read it, by name."""
 

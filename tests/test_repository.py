@@ -29,6 +29,7 @@ TORCHLESS = {
     "_files",
     "_records",
     "_report",
+    "_search",
     "_specs",
     "_statistics",
     "_verdict",

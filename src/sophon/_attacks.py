@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from sophon._errors import SpecError
-from sophon._specs import AuditSpec, FreshHead, OptimizerName, Preparation, Strategy, fingerprint_of
+from sophon._specs import (
+    AuditSpec,
+    BatchNorm,
+    Distil,
+    FreshHead,
+    Heal,
+    NoiseKick,
+    OptimizerName,
+    Preparation,
+    RescaleWeights,
+    ResetLastBlocks,
+    Strategy,
+    fingerprint_of,
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks, and how they are run.
+
+    With a `prefilter` every attack is first stopped at that share of the budget, and only the
+    `survivors` best of each subject, and those that were best at any budget, are run to its end,
+    on every subject; those that only pay off late are never stopped. With `headline`, only
+    attacks that lead somewhere are run with every seed; otherwise all are.
+    """
+
+    strategies: tuple[Strategy, ...]
+    prefilter: float | None = None
+    survivors: int = 0
+    headline: bool = False
+    seeds: tuple[int, ...] = (0,)
+    search_trials: int = 0
+    depth: bool = False
+    rehearsed: bool = False
+
 
 _FRESH: tuple[Preparation, ...] = (FreshHead(),)
 
@@ -12,9 +49,10 @@ def _rates(
     optimizer: OptimizerName,
     rates: tuple[float, ...],
     preparations: tuple[Preparation, ...] = (),
+    **fields: Any,
 ) -> tuple[Strategy, ...]:
     return tuple(
-        Strategy(optimizer=optimizer, learning_rate=rate, preparations=preparations)
+        Strategy(optimizer=optimizer, learning_rate=rate, preparations=preparations, **fields)
         for rate in rates
     )
 
@@ -29,7 +67,83 @@ _QUICK_1: tuple[Strategy, ...] = (
     Strategy(optimizer="adam", learning_rate=1e-2, preparations=_FRESH, scope="head"),
 )
 
-SUITES: dict[str, tuple[Strategy, ...]] = {"quick-1": _QUICK_1}
+# The protocol's table, axis by axis.
+_STANDARD_1: tuple[Strategy, ...] = (
+    # Every optimizer over three decades, from the weights as they are (direct-all).
+    *_rates("sgd", (1e-3, 1e-2, 1e-1, 1.0)),
+    *_rates("sgd_momentum", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("nesterov", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("adagrad", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("adadelta", (1e-2, 1e-1, 1.0, 10.0)),
+    *_rates("adam", (1e-5, 1e-4, 1e-3, 1e-2)),
+    *_rates("adamw", (1e-5, 1e-4, 1e-3, 1e-2), weight_decay=1e-2),
+    # A fresh head, then all weights (init-FC + all) or the head alone (init-FC + FC only).
+    *_rates("sgd_momentum", (1e-3, 1e-2, 1e-1), _FRESH),
+    *_rates("adam", (1e-4, 1e-3, 1e-2), _FRESH),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, scope="head"),
+    *_rates("adam", (1e-3, 1e-2, 1e-1), _FRESH, scope="head"),
+    # The last blocks anew.
+    *_rates("adam", (1e-3,), (ResetLastBlocks(blocks=1), FreshHead())),
+    *_rates("sgd_momentum", (1e-1,), (ResetLastBlocks(blocks=1), FreshHead())),
+    # Schedules.
+    *_rates("sgd_momentum", (1e-1, 3e-1), schedule="warmup_cosine"),
+    *_rates("adam", (3e-3, 1e-2), schedule="warmup_cosine"),
+    # Batch sizes, as far as there are images.
+    *_rates("adam", (1e-3, 1e-2), batch_size=32),
+    *_rates("adam", (1e-3, 1e-2), batch_size=128),
+    *_rates("sgd_momentum", (1e-2, 1e-1), batch_size=128),
+    *_rates("adam", (3e-3,), batch_size=512),
+    # Few images: one in a hundred, one in ten.
+    *_rates("adam", (1e-3,), data_fraction=0.01),
+    *_rates("sgd_momentum", (1e-2,), data_fraction=0.01),
+    *_rates("adam", (1e-3,), data_fraction=0.1),
+    *_rates("sgd_momentum", (1e-2,), data_fraction=0.1),
+    # Adapters.
+    *_rates("adam", (1e-3, 1e-2), lora_rank=4),
+    *_rates("adam", (1e-3, 1e-2), lora_rank=16),
+    # Undoing what a defence may have done to the weights.
+    *_rates("adam", (1e-3, 1e-2), (BatchNorm(mode="reestimate"),)),
+    *_rates("adam", (1e-3, 1e-2), (BatchNorm(mode="reset"),)),
+    *_rates("adam", (1e-3, 1e-2), (RescaleWeights(),)),
+    *_rates("sgd_momentum", (1e-2, 1e-1), (RescaleWeights(),)),
+    *_rates("adam", (1e-3,), (NoiseKick(relative_std=0.1),)),
+    *_rates("sgd_momentum", (1e-1, 1.0), clip_norm=1.0),
+    # Through the original task: heal first, hardly anything else (retain only), a student.
+    *_rates("adam", (1e-3,), (Heal(share=0.25),)),
+    *_rates("sgd_momentum", (1e-2,), (Heal(share=0.25), FreshHead())),
+    *_rates("adam", (1e-2,), (Heal(share=0.75), FreshHead()), scope="head"),
+    *_rates("adam", (1e-3,), (Distil(share=0.5), FreshHead())),
+)
+
+SUITES: dict[str, Suite] = {
+    "quick-1": Suite(_QUICK_1),
+    "standard-1": Suite(
+        _STANDARD_1,
+        prefilter=0.25,
+        survivors=6,
+        headline=True,
+        seeds=(0, 1, 2, 3, 4),
+        search_trials=12,
+        depth=True,
+        rehearsed=True,
+    ),
+}
+# What a held-out or a benign domain is attacked with.
+SECONDARY = "quick-1"
+
+
+def suite_of(spec: AuditSpec) -> Suite:
+    """Return the specification's suite. Raises SpecError, listing those there are."""
+    if spec.suite not in SUITES:
+        raise SpecError(f"audit.suite = {spec.suite!r} is no suite; there is {', '.join(SUITES)}")
+    return SUITES[spec.suite]
+
+
+def resolved(spec: AuditSpec) -> AuditSpec:
+    """Return the specification with the suite's own seeds and search where it names none."""
+    suite = suite_of(spec)
+    trials = suite.search_trials if spec.search_trials is None else spec.search_trials
+    return spec.model_copy(update={"seeds": spec.seeds or suite.seeds, "search_trials": trials})
 
 
 def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
@@ -39,8 +153,7 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
     they were written out. Raises SpecError, listing the suites there are, if the name is not one
     of them, and for an extra attack with steps of its own: one budget is for all.
     """
-    if spec.suite not in SUITES:
-        raise SpecError(f"audit.suite = {spec.suite!r} is no suite; there is {', '.join(SUITES)}")
+    suite = suite_of(spec).strategies
     usual = Strategy.model_fields["steps"].default
     for index, strategy in enumerate(spec.extra):
         if strategy.steps not in (usual, spec.steps):
@@ -48,15 +161,69 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
                 f"audit.extra.{index}.steps = {strategy.steps}: every attack has the same budget;"
                 f" leave it out, or set audit.steps (now {spec.steps})"
             )
-    suite = SUITES[spec.suite]
     if spec.batch_size is not None:
         suite = tuple(s.model_copy(update={"batch_size": spec.batch_size}) for s in suite)
+        suite = tuple(dict.fromkeys(suite))
     chosen = tuple(s.model_copy(update={"steps": spec.steps}) for s in (*suite, *spec.extra))
     if len({s.fingerprint() for s in chosen}) != len(chosen):
         raise SpecError("audit.extra repeats an attack of the suite or of itself: remove it")
     return chosen
 
 
+def beyond_rehearsal(protection: dict[str, Any] | None, spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return attacks at 10 and 100 times the rates that protection says it rehearsed.
+
+    Of a range it is the upper end that counts; nothing for a checkpoint that says nothing.
+    """
+    rehearsal = ((protection or {}).get("spec") or {}).get("rehearsal") or {}
+    fixed = rehearsal.get("fixed")
+    if fixed:
+        rates = {fixed["optimizer"]: fixed["learning_rate"]}
+    else:
+        ranges = (rehearsal.get("distribution") or {}).get("learning_rates") or {}
+        rates = {optimizer: high for optimizer, (_, high) in ranges.items()}
+    batch_size = spec.batch_size or Strategy.model_fields["batch_size"].default
+    return tuple(
+        Strategy(
+            optimizer=optimizer,
+            learning_rate=min(1000.0, float(f"{rate * times:.6g}")),
+            batch_size=batch_size,
+            steps=spec.steps,
+        )
+        for optimizer, rate in rates.items()
+        for times in (10, 100)
+    )
+
+
+def depth_attacks(blocks: int, spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return attacks that keep the first n of `blocks` blocks and start the rest anew.
+
+    At most four values of n, evenly spread, all blocks among them; two optimizers each.
+    """
+    cuts = sorted({round(blocks * share) for share in (0.0, 0.25, 0.5, 0.75)})
+    batch_size = spec.batch_size or Strategy.model_fields["batch_size"].default
+    return tuple(
+        strategy.model_copy(update={"steps": spec.steps, "batch_size": batch_size})
+        for reset in cuts
+        for strategy in (
+            *_rates("sgd_momentum", (3e-2,), _reset(reset)),
+            *_rates("adam", (3e-3,), _reset(reset)),
+        )
+    )
+
+
+def _reset(blocks: int) -> tuple[Preparation, ...]:
+    return (ResetLastBlocks(blocks=blocks), FreshHead()) if blocks else _FRESH
+
+
+def patient(strategy: Strategy) -> bool:
+    """Return whether an attack pays off late by design, so that no prefilter may stop it."""
+    courses = any(isinstance(p, Heal | Distil) for p in strategy.preparations)
+    return courses or strategy.schedule != "constant"
+
+
 def suite_fingerprint(name: str) -> str:
     """Return the SHA-256 of a suite's attacks as released."""
-    return fingerprint_of([s.model_dump(mode="json") for s in SUITES[name]])
+    strategies = SUITES[name].strategies
+    # What is left at its default does not count: new options leave a released suite as it is.
+    return fingerprint_of([s.model_dump(mode="json", exclude_defaults=True) for s in strategies])

@@ -8,57 +8,35 @@ from __future__ import annotations
 
 import copy
 import datetime
-import math
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sophon._attacks import strategies_of
+from sophon._attacks import beyond_rehearsal, depth_attacks, resolved, strategies_of, suite_of
 from sophon._circumstances import domain_record, environment, health
-from sophon._data import Domain, check_batch_fits
+from sophon._data import Domain, check_batch_fits, overlaps_of
 from sophon._errors import AuditError
+from sophon._executors import Job, Processes, Serial, Workload
 from sophon._files import require_writable
-from sophon._finetune import FineTuning, attacker_copy, check_preparations
+from sophon._finetune import check_preparations
 from sophon._metrics import evaluate
-from sophon._models import batch_norm_reestimated, fresh_copy, weights_sha256
-from sophon._records import (
-    SCHEMA_VERSION,
-    AuditRecord,
-    Completed,
-    Crashed,
-    Diverged,
-    Outcome,
-    Point,
-    Score,
-    SubjectRecord,
-    Trial,
-)
+from sophon._models import fresh_copy, require_peft, weights_sha256
+from sophon._plan import Plan
+from sophon._records import AuditRecord, SubjectRecord, Trial
+from sophon._search import require_optuna
 from sophon._setting import make_setting
-from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of
+from sophon._specs import AuditSpec, Strategy, Subject
 from sophon._store import TrialStore
 from sophon._tasks import Classification, Task
+from sophon._trials import Assignment, Bench, Start
+from sophon._vitals import block_count, measure_vitals
 
-# Raise this when a change of the loop changes what a trial with an old key would give.
-ENGINE_VERSION = 2
-# Images that BatchNorm statistics are measured anew on, at each evaluation.
-_REESTIMATE_ON = 256
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One trial to run: which attack, on which subject and domain, with which seed."""
-
-    subject: Subject
-    domain: Domain
-    strategy: Strategy
-    seed: int
+# Batches up to this size are not shrunk to the images at hand: too few images are an error.
+_USUAL_BATCH = Strategy.model_fields["batch_size"].default
 
 
 class Audit:
@@ -66,9 +44,11 @@ class Audit:
 
     `model` is the protected subject, `unprotected` the model before protection; without it
     nothing can be said of what protection bought. `scratch` makes a freshly initialised network
-    of the same architecture; without it every layer of `model` is re-initialised. With `store`,
-    a folder, only trials missing there are run. `about` adds `model`, `command` and
-    `protection` to the record. No model passed in is changed.
+    of the same architecture; without it every layer of `model` is re-initialised. `held_out` are
+    restricted domains that protection did not use, `benign` allowed ones. With `store`, a folder,
+    only trials missing there are run; with more than one of `workers`, in processes of one
+    thread each. `about` adds `model`, `command` and `protection` to the record. No model passed in
+    is changed.
 
     Raises AuditError, DataError, SpecError or UnsupportedModelError before any work.
     """
@@ -78,96 +58,98 @@ class Audit:
         model: nn.Module,
         *,
         original: Domain,
-        restricted: Domain | list[Domain] | tuple[Domain, ...],
+        restricted: Domain | Sequence[Domain],
         unprotected: nn.Module | None = None,
+        held_out: Sequence[Domain] = (),
+        benign: Sequence[Domain] = (),
         task: Task | None = None,
         spec: AuditSpec | None = None,
         store: str | Path | None = None,
         scratch: Callable[[], nn.Module] | None = None,
         head: str | None = None,
         device: str | torch.device | None = None,
+        workers: int = 1,
         about: dict[str, Any] | None = None,
     ) -> None:
-        spec = AuditSpec() if spec is None else spec
-        restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
-        subjects: dict[Subject, nn.Module] = {"protected": model}
+        self.spec = resolved(AuditSpec() if spec is None else spec)
+        self.restricted = _several(restricted)
+        self.held_out, self.benign = tuple(held_out), tuple(benign)
+        self.subjects: dict[Subject, nn.Module] = {"protected": model}
         if unprotected is not None:
-            subjects["unprotected"] = unprotected
-        self.spec = spec
-        self.strategies = strategies_of(spec)
-        self.subjects = subjects
+            self.subjects["unprotected"] = unprotected
         self.scratch = scratch
+        self.workers = workers
         self.about = about or {}
-        first = next(iter(subjects.values()))
-        for name, subject in subjects.items():
-            _require_same_architecture(first, subject, name)
-        self._starts: dict[tuple[Subject, int], tuple[nn.Module, str]] = {}
+        for name, subject in self.subjects.items():
+            _require_same_architecture(model, subject, name)
+        self._starts: dict[tuple[Subject, int], Start] = {}
+        self._domains = {d.name: d for d in (*self.restricted, *self.held_out, *self.benign)}
         self.setting = make_setting(
-            first,
+            model,
             task=task or Classification(),
             original=original,
-            restricted=restricted,
+            restricted=(*self.restricted, *self.held_out, *self.benign),
             head=head,
-            precision=spec.precision,
+            precision=self.spec.precision,
             device=device,
             trained=False,
         )
-        # Of a model that can be made; one that cannot be attacked is recorded as crashed.
-        check_preparations(
-            self._start("scratch", spec.seeds[0])[0],
-            (strategy.preparations for strategy in self.strategies),
-            self.setting,
-        )
-        for strategy in self.strategies:
-            self.setting.at(strategy.precision, first)
-        for domain in restricted:
-            largest = max(strategy.batch_size for strategy in self.strategies)
-            check_batch_fits(domain, largest, "the largest batch of the attacks")
+        self.bench = Bench(self.setting, self.spec.evaluations)
+        self.plan = self._planned()
+        self._check()
         trials = None if store is None else Path(store) / "trials"
         if trials is not None:
             require_writable(trials)
         self.store = TrialStore(trials)
-        self.assignments = [
-            Assignment(subject, domain, strategy, seed)
-            for domain in restricted
-            for seed in spec.seeds
-            for strategy in self.strategies
-            for subject in (*subjects, "scratch")
-        ]
-        self.trials: list[Trial] = []
-        self._networks = {
-            name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in subjects.items()
-        }
+        self.trials = self.plan.trials
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The attacks of the suite, and the extra ones."""
+        return self.plan.strategies
 
     def __len__(self) -> int:
-        """Return the number of trials of the whole audit."""
-        return len(self.assignments)
+        """Return the number of trials of the whole audit; about so many if it goes by stages."""
+        return max(self.plan.expected(), len(self.trials))
 
     def missing(self) -> int:
-        """Return how many trials the store lacks."""
-        return sum(self._stored(self._key(a)) is None for a in self.assignments)
-
-    def _stored(self, key: str) -> Trial | None:
-        """Return the stored trial unless it crashed: those are run again when repeated."""
-        trial = self.store.get(key)
-        return None if trial is None or trial.outcome.kind == "crashed" else trial
+        """Return how many trials the store lacks, as far as that is known before they are run."""
+        plan = self._planned()
+        met: set[str] = set()
+        for stage in plan.stages():
+            held = {a: self._stored(self._key(a)) for a in stage}
+            met |= {trial.key for trial in held.values() if trial is not None}
+            if plan.staged and None in held.values():
+                break
+            plan.trials += [self._named(a, t) for a, t in held.items() if t is not None]
+        return max(0, plan.expected() - len(met))
 
     def __iter__(self) -> Iterator[Trial]:
         """Yield every trial in order, running and storing those the store lacks."""
-        self.trials = []
-        for assignment in self.assignments:
-            key = self._key(assignment)
-            trial = self._stored(key)
-            if trial is None:
-                trial = self._run(assignment, key)
-                self.store.put(trial)
-            named = {"subject": assignment.subject, "domain": assignment.domain.name}
-            self.trials.append(trial.model_copy(update=named))
-            yield self.trials[-1]
+        self.trials.clear()
+        met: set[str] = set()
+        with self._executor() as executor:
+            for stage in self.plan.stages():
+                keys = {a: self._key(a) for a in stage}
+                new = {key: a for a, key in keys.items() if key not in met}
+                met |= new.keys()
+                found = {key: self._stored(key) for key in new}
+                lacking = [_job(a) for key, a in new.items() if found[key] is None]
+                ran = executor.run(lacking)
+                for key, assignment in new.items():
+                    trial = found[key]
+                    if trial is None:
+                        trial = next(ran)
+                        self.store.put(trial)
+                    self.trials.append(self._named(assignment, trial))
+                    yield self.trials[-1]
+        self._finished = True
+
+    _finished = False
 
     def record(self) -> AuditRecord:
         """Return the record of the audit, once every trial was met."""
-        if len(self.trials) < len(self):
+        if not self._finished:
             raise AuditError(
                 f"{len(self.trials)} of {len(self)} trials were met: iterate to the end"
             )
@@ -179,7 +161,10 @@ class Audit:
             model=self.about.get("model", type(next(iter(self.subjects.values()))).__name__),
             task="classification",
             original=domain_record(setting.original, "original"),
-            restricted=tuple(domain_record(d, "restricted") for d in setting.restricted),
+            restricted=tuple(domain_record(d, "restricted") for d in self.restricted),
+            held_out=tuple(domain_record(d, "held_out") for d in self.held_out),
+            benign=tuple(domain_record(d, "benign") for d in self.benign),
+            overlaps=overlaps_of((setting.original, *setting.restricted)),
             subjects=self._subject_records(),
             trials=tuple(self.trials),
             environment=environment(setting.device, setting.precision),
@@ -188,173 +173,124 @@ class Audit:
             protection=self.about.get("protection"),
         )
 
-    # --- one trial ---------------------------------------------------------------------------
+    # --- What is run -------------------------------------------------------------------------
 
-    def _start(self, subject: Subject, seed: int) -> tuple[nn.Module, str]:
-        """Return what an attack starts from, never to be changed, and its hash."""
+    def _planned(self) -> Plan:
+        suite, spec = suite_of(self.spec), self.spec
+        strategies = strategies_of(spec)
+        whole: tuple[Strategy, ...] = ()
+        if suite.rehearsed:
+            beyond = beyond_rehearsal(self.about.get("protection"), spec)
+            strategies = tuple(dict.fromkeys((*strategies, *beyond)))
+        if suite.depth:
+            model = self.subjects["protected"]
+            whole = depth_attacks(block_count(model, self.setting.head), spec)
+        return Plan(
+            spec=spec,
+            subjects=(*self.subjects, "scratch"),
+            restricted=self.restricted,
+            secondary=(*self.held_out, *self.benign),
+            strategies=strategies,
+            whole=whole,
+        )
+
+    def _check(self) -> None:
+        """Raise, before any work, what would make attacks impossible."""
+        strategies = (*self.plan.strategies, *self.plan.whole)
+        if any(strategy.lora_rank is not None for strategy in strategies):
+            require_peft()
+        if self.spec.search_trials:
+            require_optuna()
+        first = self.subjects["protected"]
+        # Of a model that can be made; one that cannot be attacked is recorded as crashed.
+        check_preparations(
+            self._start("scratch", self._seeds[0]).model,
+            (strategy.preparations for strategy in strategies),
+            self.setting,
+        )
+        for strategy in strategies:
+            self.setting.at(strategy.precision, first)
+        chosen = {strategy.batch_size for strategy in self.spec.extra}
+        chosen |= set() if self.spec.batch_size is None else {self.spec.batch_size}
+        usual = {s.batch_size for s in strategies if s.batch_size <= _USUAL_BATCH}
+        for domain in self._domains.values():
+            check_batch_fits(domain, max(chosen | usual), "the largest batch of the attacks")
+
+    @property
+    def _seeds(self) -> tuple[int, ...]:
+        return self.spec.seeds or (0,)
+
+    def _executor(self) -> Serial | Processes:
+        workload = Workload(self.bench, self._domains, self._starts)
+        for seed in self._seeds:
+            for subject in self.plan.subjects:
+                self._start(subject, seed)
+        return Serial(workload) if self.workers == 1 else Processes(workload, self.workers)
+
+    def _start(self, subject: Subject, seed: int) -> Start:
+        """Return what an attack starts from."""
         at = (subject, seed if subject == "scratch" else 0)
         if at not in self._starts:
             model = self.subjects.get(subject)
+            first = self.subjects["protected"]
             if model is None:
-                first = next(iter(self.subjects.values()))
                 model = fresh_copy(first, self.scratch, seed=seed, names=("scratch",))
-            self._starts[at] = (model, weights_sha256(model))
+            kind = type(first if subject == "scratch" else model)
+            network = f"{kind.__module__}.{kind.__qualname__}"
+            self._starts[at] = Start(model, network, weights_sha256(model))
         return self._starts[at]
 
     def _key(self, assignment: Assignment) -> str:
-        return fingerprint_of(
-            {
-                "schema": SCHEMA_VERSION,
-                "engine": ENGINE_VERSION,
-                # Two subjects may hold equal weights and yet compute differently.
-                "subject": assignment.subject,
-                "network": self._networks.get(assignment.subject, self._networks["protected"]),
-                "weights": self._start(assignment.subject, assignment.seed)[1],
-                "strategy": assignment.strategy.model_dump(mode="json"),
-                "seed": assignment.seed,
-                "domain": assignment.domain.fingerprint(),
-                "normalisation": self.setting.normalisation(assignment.domain),
-                "evaluations": self.spec.evaluations,
-                "precision": self.setting.precision,
-                "task": self.setting.task.name,
-                "head": self.setting.head,
-            }
-        )
+        return self.bench.key(assignment, self._start(assignment.subject, assignment.seed))
 
-    def _run(self, assignment: Assignment, key: str) -> Trial:
-        start = time.perf_counter()
-        trial = _Progress()
-        try:
-            outcome = self._attack(assignment, trial)
-        except Exception as error:  # noqa: BLE001 - a crashed attack is a result, kept with its trace
-            trial.test = None
-            outcome = Crashed(
-                error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()
-            )
-        return Trial(
-            key=key,
-            subject=assignment.subject,
-            domain=assignment.domain.name,
-            strategy=assignment.strategy,
-            seed=assignment.seed,
-            curve=tuple(trial.curve),
-            best_step=trial.best_step,
-            test=trial.test,
-            outcome=outcome,
-            wall_s=time.perf_counter() - start,
-        )
+    def _stored(self, key: str) -> Trial | None:
+        """Return the stored trial unless it crashed: those are run again when repeated."""
+        trial = self.store.get(key)
+        return None if trial is None or trial.outcome.kind == "crashed" else trial
 
-    def _attack(self, assignment: Assignment, trial: _Progress) -> Outcome:
-        domain, strategy, seed = assignment.domain, assignment.strategy, assignment.seed
-        model = copy.deepcopy(self._start(assignment.subject, seed)[0])
-        feed = self.setting.feed(
-            domain,
-            domain.train,
-            batch_size=strategy.batch_size,
-            stream=(seed, ("attack", "batches")),
-            augmentation=strategy.augmentation,
-        )
-        stream = (seed, ("attack",))
-        attacker_copy(
-            model,
-            strategy,
-            self.setting,
-            classes=domain.class_count,
-            feed=feed,
-            stream=stream,
-        )
-        tuning = FineTuning(model, strategy, self.setting, feed, stream=stream)
-        outcome = self._advance(tuning, domain, trial)
-        if trial.best is not None:
-            model.load_state_dict(trial.best)
-            trial.test = evaluate(model, tuning.setting, domain, domain.test)
-        return outcome
+    def _named(self, assignment: Assignment, trial: Trial) -> Trial:
+        # Equal images under another name are the same trial.
+        named = {"subject": assignment.subject, "domain": assignment.domain.name}
+        return trial.model_copy(update=named)
 
-    def _advance(self, tuning: FineTuning, domain: Domain, trial: _Progress) -> Outcome:
-        due = evaluation_steps(tuning.strategy.steps, self.spec.evaluations)
-        self._measure(tuning, domain, trial, None)
-        for step in tuning.run(tuning.strategy.steps):
-            if step.taken not in due:
-                continue
-            loss = float(step.loss)
-            if not np.isfinite(loss):
-                return Diverged(step=step.taken)
-            self._measure(tuning, domain, trial, loss)
-        return Completed()
-
-    def _measure(
-        self, tuning: FineTuning, domain: Domain, trial: _Progress, loss: float | None
-    ) -> None:
-        """Score the model as it is and with BatchNorm measured anew; the better one counts.
-
-        Running statistics lag behind the weights, and at first they are the publisher's. A real
-        attacker would not let that cost anything.
-        """
-        model, setting = tuning.model, tuning.setting
-        score = trial.met(tuning.taken, evaluate(model, setting, domain, domain.validation), model)
-        count = math.ceil(_REESTIMATE_ON / tuning.strategy.batch_size)
-        batches = (tuning.feed.batch(step)[0] for step in range(count))
-        reestimated = False
-        with setting.autocast(), batch_norm_reestimated(model, batches) as anew:
-            if anew:
-                other = evaluate(model, setting, domain, domain.validation)
-                reestimated = other.correct > score.correct
-                score = trial.met(tuning.taken, other, model) if reestimated else score
-        samples = tuning.taken * tuning.strategy.batch_size
-        trial.curve.append(
-            Point(
-                step=tuning.taken,
-                samples=samples,
-                validation=score,
-                reestimated=reestimated,
-                train_loss=loss,
-            )
-        )
+    # --- The subjects ------------------------------------------------------------------------
 
     def _subject_records(self) -> tuple[SubjectRecord, ...]:
         exact, original = self.setting.exact(), self.setting.original
+        vital = replace(self.setting, restricted=self.restricted)
         records = []
-        for name in (*self.subjects, "scratch"):
-            model, digest = self._start(name, self.spec.seeds[0])
+        for name in self.plan.subjects:
+            start = self._start(name, self._seeds[0])
             score = None
             if name != "scratch":
-                held = self.setting.place(copy.deepcopy(model))
+                held = self.setting.place(copy.deepcopy(start.model))
                 score = evaluate(held, exact, original, original.test)
             records.append(
                 SubjectRecord(
                     name=name,
-                    weights_sha256=digest,
+                    weights_sha256=start.sha256,
                     original=score,
-                    parameters=sum(p.numel() for p in model.parameters()),
-                    flags=health(model),
+                    parameters=sum(p.numel() for p in start.model.parameters()),
+                    flags=health(start.model),
+                    blocks=block_count(start.model, self.setting.head),
+                    vitals=measure_vitals(start.model, vital),
                 )
             )
         return tuple(records)
 
 
-@dataclass
-class _Progress:
-    """What a running trial has measured so far."""
-
-    def __post_init__(self) -> None:
-        self.curve: list[Point] = []
-        self.best: dict[str, Tensor] | None = None
-        self.best_score: Score | None = None
-        self.best_step: int | None = None
-        self.test: Score | None = None
-
-    def met(self, step: int, score: Score, model: nn.Module) -> Score:
-        """Remember the weights if they are the best so far; return the score."""
-        if self.best_score is None or score.correct > self.best_score.correct:
-            self.best_score, self.best_step = score, step
-            self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        return score
+def _several(domains: Domain | Sequence[Domain]) -> tuple[Domain, ...]:
+    return (domains,) if isinstance(domains, Domain) else tuple(domains)
 
 
-def evaluation_steps(steps: int, evaluations: int) -> frozenset[int]:
-    """Return the steps after which an attack is measured: geometric from 1/40 of the horizon."""
-    first = max(1, steps // 40)
-    return frozenset(round(value) for value in np.geomspace(first, steps, evaluations).tolist())
+def _job(assignment: Assignment) -> Job:
+    return Job(
+        assignment.subject,
+        assignment.domain.name,
+        assignment.strategy,
+        assignment.seed,
+        assignment.stop,
+    )
 
 
 def _require_same_architecture(first: nn.Module, other: nn.Module, name: str) -> None:
@@ -372,14 +308,17 @@ def audit(  # noqa: PLR0913 - one keyword per part of an audit
     model: nn.Module,
     *,
     original: Domain,
-    restricted: Domain | list[Domain] | tuple[Domain, ...],
+    restricted: Domain | Sequence[Domain],
     unprotected: nn.Module | None = None,
+    held_out: Sequence[Domain] = (),
+    benign: Sequence[Domain] = (),
     task: Task | None = None,
     spec: AuditSpec | None = None,
     store: str | Path | None = None,
     scratch: Callable[[], nn.Module] | None = None,
     head: str | None = None,
     device: str | torch.device | None = None,
+    workers: int = 1,
 ) -> AuditRecord:
     """Return the record of a whole audit; see `Audit` for the arguments and errors."""
     run = Audit(
@@ -387,12 +326,15 @@ def audit(  # noqa: PLR0913 - one keyword per part of an audit
         original=original,
         restricted=restricted,
         unprotected=unprotected,
+        held_out=held_out,
+        benign=benign,
         task=task,
         spec=spec,
         store=store,
         scratch=scratch,
         head=head,
         device=device,
+        workers=workers,
     )
     for _ in run:
         pass

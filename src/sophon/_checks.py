@@ -36,16 +36,10 @@ def trials_of(record: AuditRecord, domain: str, subject: str | None = None) -> l
 
 
 def _family(trials: Sequence[Trial], best: Trial) -> list[float]:
-    """Return the rates tried with the winner's optimizer, scope and preparations, sorted."""
-    key = best.strategy.model_dump(include={"optimizer", "scope", "preparations"})
+    """Return the rates tried with the winner's optimizer and scope, sorted."""
+    key = (best.strategy.optimizer, best.strategy.scope)
     same = (t.strategy for t in trials)
-    return sorted(
-        {
-            s.learning_rate
-            for s in same
-            if s.model_dump(include={"optimizer", "scope", "preparations"}) == key
-        }
-    )
+    return sorted({s.learning_rate for s in same if (s.optimizer, s.scope) == key})
 
 
 def winner_on_the_edge(record: AuditRecord, domain: str) -> Flag | None:
@@ -148,7 +142,9 @@ def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
 def unequal_search(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the subjects were not attacked equally often."""
     names = [subject.name for subject in record.subjects]
-    counts = {name: len(trials_of(record, domain, name)) for name in names}
+    counts = {
+        name: len({(t.strategy, t.seed) for t in trials_of(record, domain, name)}) for name in names
+    }
     if len(set(counts.values())) <= 1:
         return None
     return Flag(
@@ -253,7 +249,7 @@ def _rehearsed_optimizers(protection: dict[str, Any] | None) -> set[str]:
 def few_seeds(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if fewer than three attack seeds were run."""
     del domain
-    if len(record.spec.seeds) >= 3:
+    if len(record.seeds) >= 3:
         return None
     return Flag(
         "fewer than three seeds",
@@ -261,7 +257,7 @@ def few_seeds(record: AuditRecord, domain: str) -> Flag | None:
         "Chance in data order and initialisation is not averaged out; intervals are missing or"
         " too narrow.",
         "Set audit.seeds = [0, 1, 2] or more.",
-        f"{len(record.spec.seeds)}",
+        f"{len(record.seeds)}",
     )
 
 

@@ -113,13 +113,28 @@ class FineTuning:
             self.taken += 1
             yield Step(self.taken, loss)
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of the gradient that the next step would meet; no step is taken."""
+        images, labels = self.feed.batch(self.taken)
+        size = self.strategy.batch_size
+        with seeded(self.seed, *self.names, "step", self.taken):
+            self._backward(images[:size], labels[:size])
+        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         stream = generator(self.seed, *self.names, "task", self.taken)
         with self.setting.autocast():
             outputs, targets = self.setting.task.outputs(self.model, images, labels, stream)
         loss = self.setting.task.loss(outputs, targets).mean()
         # Unlike autograd.grad, backward gives each gradient its parameter's memory layout.
         torch.autograd.backward(loss, inputs=self.parameters)
+        return loss.detach()
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        loss = self._backward(images, labels)
         if self.strategy.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.strategy.clip_norm)
         if self.strategy.schedule != "constant":
@@ -128,7 +143,7 @@ class FineTuning:
                 group["lr"] = self.strategy.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
 
 
 class Origin(NamedTuple):

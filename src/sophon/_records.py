@@ -41,7 +41,14 @@ class Crashed(Record):
     traceback: str
 
 
-Outcome = Annotated[Completed | Diverged | Crashed, Field(discriminator="kind")]
+class Stopped(Record):
+    """The trial was ended at `step` of its budget: others of its suite did better by then."""
+
+    kind: Literal["stopped"] = "stopped"
+    step: int
+
+
+Outcome = Annotated[Completed | Diverged | Crashed | Stopped, Field(discriminator="kind")]
 
 
 class Score(Record):
@@ -70,6 +77,17 @@ class Point(Record):
     train_loss: float | None = None
 
 
+class Environment(Record):
+    """Where it ran: versions of the libraries, processor, threads, precision in use."""
+
+    versions: dict[str, str]
+    platform: str
+    processor: str
+    threads: int
+    device: str
+    precision: str
+
+
 class Trial(Record):
     """One attack on one subject with one seed.
 
@@ -88,11 +106,28 @@ class Trial(Record):
     outcome: Outcome
     wall_s: float
     notes: tuple[str, ...] = ()
+    environment: Environment | None = None
+
+
+class Vitals(Record):
+    """Sizes that tell a sound network from one that only looks protected; None: not finite.
+
+    `largest_logit` is the largest absolute output on original validation images,
+    `gradient_norms` the norm of the loss's gradient at step 0 on a batch of each restricted
+    domain, `weight_sizes` the root mean square of every weight tensor, `largest_buffer` the
+    largest absolute value in BatchNorm's statistics, `smallest_variance` the smallest variance.
+    """
+
+    largest_logit: float | None
+    gradient_norms: dict[str, float | None]
+    weight_sizes: dict[str, float | None]
+    largest_buffer: float | None = None
+    smallest_variance: float | None = None
 
 
 class SubjectRecord(Record):
     """What an attack starts from. `original` is its score on the original domain's test split
-    (absent for scratch).
+    (absent for scratch); `blocks` counts the blocks before the head.
     """
 
     name: Subject
@@ -100,13 +135,15 @@ class SubjectRecord(Record):
     original: Score | None
     parameters: int
     flags: tuple[str, ...] = ()
+    blocks: int | None = None
+    vitals: Vitals | None = None
 
 
 class DomainRecord(Record):
     """A domain as it was used: sizes of its splits, number of classes, content fingerprint."""
 
     name: str
-    role: Literal["original", "restricted"]
+    role: Literal["original", "restricted", "held_out", "benign"]
     source: str
     sha256: str
     train: int
@@ -116,19 +153,24 @@ class DomainRecord(Record):
     image: tuple[int, int, int]
 
 
-class Environment(Record):
-    """Where it ran: versions of the libraries, processor, threads, precision in use."""
+class Overlap(Record):
+    """How many of `count` images of one split are, exactly or nearly, among those of another.
 
-    versions: dict[str, str]
-    platform: str
-    processor: str
-    threads: int
-    device: str
-    precision: str
+    Splits are named `domain/split`.
+    """
+
+    first: str
+    second: str
+    count: int
+    exact: int
+    near: int
 
 
 class AuditRecord(Record):
-    """An audit: its specification, its subjects and every trial, failures included."""
+    """An audit: its specification, its subjects and every trial, failures included.
+
+    `held_out` are restricted domains that protection did not use, `benign` allowed ones.
+    """
 
     schema_version: Literal[1] = 1
     spec: AuditSpec
@@ -138,12 +180,20 @@ class AuditRecord(Record):
     task: Literal["classification"]
     original: DomainRecord
     restricted: tuple[DomainRecord, ...]
+    held_out: tuple[DomainRecord, ...] = ()
+    benign: tuple[DomainRecord, ...] = ()
+    overlaps: tuple[Overlap, ...] = ()
     subjects: tuple[SubjectRecord, ...]
     trials: tuple[Trial, ...]
     environment: Environment
     created: str
     command: str
     protection: dict[str, object] | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The attack seeds."""
+        return self.spec.seeds or (0,)
 
 
 class Round(Record):

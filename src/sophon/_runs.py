@@ -34,6 +34,8 @@ class Case:
     scratch: Callable[[], nn.Module]
     original: Domain
     restricted: tuple[Domain, ...]
+    held_out: tuple[Domain, ...] = ()
+    benign: tuple[Domain, ...] = ()
 
     def setting(self) -> Setting:
         """Return the checked setting, in fp32."""
@@ -125,11 +127,18 @@ def load(path: Path, settings: list[str] | None, threads: int | None = None) -> 
         torch.set_num_threads(threads)
     base = path.parent
     original = load_domain(spec.original, base=base, role="original")
-    restricted = tuple(load_domain(s, base=base, role="restricted") for s in spec.restricted)
+    several = {
+        role: tuple(load_domain(s, base=base, role=role) for s in chosen)
+        for role, chosen in (
+            ("restricted", spec.restricted),
+            ("held_out", spec.held_out),
+            ("benign", spec.benign),
+        )
+    }
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
     model, scratch = resolve_model(located, base=base, default_classes=original.class_count)
-    return Case(spec, network, model, scratch, original, restricted)
+    return Case(spec, network, model, scratch, original, **several)
 
 
 def require_place(folder: Path) -> None:

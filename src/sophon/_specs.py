@@ -267,20 +267,22 @@ class AuditSpec(Spec):
     """What `audit` runs: a suite, its budget and its seeds.
 
     `extra` adds attacks; all take `steps` steps. `batch_size` replaces the suite's, an extra
-    attack has its own.
+    attack has its own. `search_trials` is how many strategies a search tries on each subject, on
+    top of the suite. Without `seeds` or `search_trials` the suite's own count.
     """
 
     suite: str = "quick-1"
     steps: Positive = 200
     evaluations: Annotated[int, Field(ge=2)] = 12
-    seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = (0,)
+    seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] | None = None
+    search_trials: Count | None = None
     batch_size: Positive | None = None
     extra: Annotated[tuple[Strategy, ...], Field(strict=False)] = ()
     precision: Precision = "auto"
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         return self
 
@@ -327,11 +329,17 @@ class DomainSpec(Spec):
 
 
 class RunSpec(Spec):
-    """One run file: the model, the domains, and what `protect` and `audit` do with them."""
+    """One run file: the model, the domains, and what `protect` and `audit` do with them.
+
+    Only the audit uses `held_out`, restricted domains kept from protection, and `benign`, allowed
+    ones that must stay possible.
+    """
 
     model: ModelSpec
     original: DomainSpec
     restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False, min_length=1)]
+    held_out: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
+    benign: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
     protect: ProtectSpec = ProtectSpec()
     audit: AuditSpec = AuditSpec()
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sophon._records import Score, Trial
+from sophon._specs import Strategy
 
 DRAWS = 4000
 _Z = 1.959963984540054
@@ -103,8 +104,18 @@ def area(steps: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
-    """Return each seed's envelope, shape (seeds, budgets)."""
+    """Return each seed's envelope, shape (seeds, budgets).
+
+    Of several seeds only attacks count that were run with all of them: otherwise the seed with
+    the most attacks would look the strongest.
+    """
     seeds = sorted({trial.seed for trial in trials})
+    if len(seeds) > 1:
+        ran: dict[Strategy, set[int]] = {}
+        for trial in trials:
+            ran.setdefault(trial.strategy, set()).add(trial.seed)
+        common = [trial for trial in trials if len(ran[trial.strategy]) == len(seeds)]
+        trials = common or trials
     rows = [[p.value for p in envelope([t for t in trials if t.seed == s], at)] for s in seeds]
     return np.array([row for row in rows if len(row) == len(at)]).reshape(-1, len(at))
 

@@ -95,10 +95,11 @@ def overall(summaries: tuple[DomainSummary, ...]) -> DomainSummary:
 def scope(record: AuditRecord) -> str:
     """Return what the verdict covers, as a sentence."""
     domains = ", ".join(domain.name for domain in record.restricted)
-    samples = max((s.steps * s.batch_size for s in record.strategies), default=0)
-    seeds = len(record.spec.seeds)
+    samples = max((t.strategy.steps * t.strategy.batch_size for t in record.trials), default=0)
+    seeds = len(record.seeds)
+    attacks = len({trial.strategy for trial in record.trials}) or len(record.strategies)
     return (
-        f"Holds for suite {record.spec.suite} ({len(record.strategies)} attacks), a budget of"
+        f"Holds for suite {record.spec.suite} ({attacks} attacks), a budget of"
         f" {record.spec.steps} steps (at most {samples:,} images), {seeds}"
         f" attack seed{'s' if seeds > 1 else ''}, one protected model, and the restricted"
         f" domain{'s' if len(record.restricted) > 1 else ''} {domains}; nothing beyond."

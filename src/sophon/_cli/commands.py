@@ -88,7 +88,7 @@ def protect(
     "  sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1\n"
 )
 @guarded
-def audit(
+def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     run_file: RunFile,
     model: Annotated[
         Path,
@@ -109,6 +109,12 @@ def audit(
     quiet: Quiet = False,
     as_json: Json = False,
     threads: Threads = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers", min=1, metavar="N", help="Processes that run trials, one thread each."
+        ),
+    ] = 1,
 ) -> None:
     """Attack a protected checkpoint, the model of RUN.TOML and a network from scratch alike.
 
@@ -120,7 +126,7 @@ def audit(
     require_place(out)
     require_place(store or out)
     case = load(run_file, settings, threads)
-    made = write_audit(run_audit(case, model, store or out, mode), out)
+    made = write_audit(run_audit(case, model, store or out, mode, workers=workers), out)
     show_verdict(made, mode, {"report": out / "report.html"})
 
 

@@ -78,7 +78,7 @@ def show_protected(result: Protected, out: Path, mode: Mode) -> None:
     )
 
 
-def run_audit(case: Case, path: Path, store: Path, mode: Mode) -> AuditRecord:
+def run_audit(case: Case, path: Path, store: Path, mode: Mode, *, workers: int = 1) -> AuditRecord:
     """Audit the checkpoint in `path`, running the trials that `store` lacks."""
     from sophon._audit import Audit
     from sophon._progress import Display, trial_text
@@ -90,10 +90,13 @@ def run_audit(case: Case, path: Path, store: Path, mode: Mode) -> AuditRecord:
         unprotected=case.model,
         original=case.original,
         restricted=case.restricted,
+        held_out=case.held_out,
+        benign=case.benign,
         spec=case.spec.audit,
         store=store,
         scratch=case.scratch,
         head=case.network.head,
+        workers=workers,
         about={
             "model": case.network.name,
             "command": command_line(),

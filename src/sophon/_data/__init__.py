@@ -6,6 +6,7 @@ from sophon._data.batches import batch, check_channels
 from sophon._data.checks import check_batch_fits, check_distinct
 from sophon._data.domain import IMAGENET_MEAN, IMAGENET_STD, Domain, resolve_normalisation
 from sophon._data.images import Images
+from sophon._data.overlaps import overlaps_of
 from sophon._data.sources import SOURCES, load_domain
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "check_channels",
     "check_distinct",
     "load_domain",
+    "overlaps_of",
     "resolve_normalisation",
 ]

@@ -1,0 +1,84 @@
+"""Images that domains share, exactly or nearly: pixel by pixel, and by perceptual hash."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from sophon._data.domain import Domain
+from sophon._data.images import Images
+from sophon._records import Overlap
+
+# Difference hashes of 64 bits that differ in at most so many bits are looked at again.
+_BITS = 4
+# Near duplicates: thumbnails whose correlation is at least this.
+_ALIKE = 0.98
+_THUMBNAIL = 16
+_CHUNK = 512
+
+
+def overlaps_of(domains: tuple[Domain, ...]) -> tuple[Overlap, ...]:
+    """Return the overlap of every test split with its own training split, and of every two
+    domains' training splits and of each one's test split with the other's training split.
+    """
+    pairs: list[tuple[Domain, str, Domain, str]] = [(d, "test", d, "train") for d in domains]
+    for first, second in itertools.combinations(domains, 2):
+        pairs.append((second, "train", first, "train"))
+        pairs.append((second, "test", first, "train"))
+    prints: dict[tuple[str, str], _Prints] = {}
+
+    def of(domain: Domain, split: str) -> _Prints:
+        if (domain.name, split) not in prints:
+            prints[domain.name, split] = _Prints(getattr(domain, split))
+        return prints[domain.name, split]
+
+    return tuple(
+        _overlap(f"{a.name}/{one}", of(a, one), f"{b.name}/{other}", of(b, other))
+        for a, one, b, other in pairs
+    )
+
+
+class _Prints:
+    """A split's fingerprints: difference hashes (n, 64) and normalised thumbnails (n, 256)."""
+
+    def __init__(self, images: Images) -> None:
+        grey = _grey(images)
+        small = _resized(grey, 8, 9)
+        # As plus and minus one: then a product tells in how many bits two hashes differ.
+        self.hashes = 2.0 * (small[:, :, 1:] > small[:, :, :-1]).flatten(1).float() - 1.0
+        thumbnails = _resized(grey, _THUMBNAIL, _THUMBNAIL).flatten(1)
+        thumbnails = thumbnails - thumbnails.mean(1, keepdim=True)
+        self.flat = thumbnails.norm(dim=1) < 1e-3
+        self.thumbnails = torch.nn.functional.normalize(thumbnails, dim=1)
+
+
+def _grey(images: Images) -> torch.Tensor:
+    return images.pixels.float().mean(1, keepdim=True) / 255
+
+
+def _resized(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return torch.cat(
+        [
+            torch.nn.functional.interpolate(
+                part, (height, width), mode="bilinear", antialias=True, align_corners=False
+            )[:, 0]
+            for part in grey.split(4096)
+        ]
+    )
+
+
+def _overlap(first: str, one: _Prints, second: str, other: _Prints) -> Overlap:
+    """Compare every image of the first split with every one of the second."""
+    exact = near = 0
+    for start in range(0, len(one.hashes), _CHUNK):
+        stop = start + _CHUNK
+        distance = (64 - one.hashes[start:stop] @ other.hashes.T) / 2
+        close = distance <= _BITS + 0.5
+        likeness = one.thumbnails[start:stop] @ other.thumbnails.T
+        best = torch.where(close, likeness, -1.0).amax(1)
+        # A blank image is like no other.
+        best[one.flat[start:stop]] = -1.0
+        exact += int((best >= 0.99999).sum())
+        near += int(((best >= _ALIKE) & (best < 0.99999)).sum())
+    return Overlap(first=first, second=second, count=len(one.hashes), exact=exact, near=near)

@@ -1,0 +1,236 @@
+"""Which trials an audit runs, in which order: everything, or in stages that build on each other.
+
+Every decision is taken from trials on the validation split, for all subjects by the same rule, and
+from whole stages only, so neither workers nor interruptions change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sophon._attacks import SECONDARY, SUITES, Suite, patient, strategies_of, suite_of
+from sophon._data import Domain
+from sophon._records import Trial
+from sophon._search import AT_ONCE, AttackerSearch
+from sophon._specs import AuditSpec, Strategy, Subject
+from sophon._statistics import area, best_of, envelope
+from sophon._trials import Assignment, evaluation_steps, stop_at
+
+# Attacks that lead somewhere: enough of each subject's for its envelope, to this much, and no more.
+_LEADERS = 4
+_CLOSE_ENOUGH = 0.005
+# Secondary domains are attacked with so many seeds at most.
+_SECONDARY_SEEDS = 3
+
+
+@dataclass
+class Plan:
+    """The trials of an audit. `trials` are those met so far: the caller adds to them.
+
+    `strategies` are the suite's and the extra ones, `whole` more that no prefilter stops.
+    """
+
+    spec: AuditSpec
+    subjects: tuple[Subject, ...]
+    restricted: tuple[Domain, ...]
+    secondary: tuple[Domain, ...]
+    strategies: tuple[Strategy, ...]
+    whole: tuple[Strategy, ...] = ()
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def suite(self) -> Suite:
+        """The suite."""
+        return suite_of(self.spec)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The attack seeds."""
+        return self.spec.seeds or self.suite.seeds
+
+    @property
+    def staged(self) -> bool:
+        """Whether later trials depend on what earlier ones reached."""
+        return self.suite.prefilter is not None or bool(self.spec.search_trials)
+
+    def expected(self) -> int:
+        """Return how many trials there will be: exactly, or about as many if `staged`."""
+        count, subjects = 0, len(self.subjects)
+        for domain in self.restricted:
+            known = len(self._suite_for(domain))
+            if self.suite.prefilter is not None:
+                known += min(known, self.suite.survivors * 2)
+            count += known * subjects * (1 if self.suite.headline else len(self.seeds))
+            search = self.spec.search_trials or 0
+            count += search * subjects * 3 // 2
+            if self.suite.headline or search:
+                count += _LEADERS * 2 * subjects * len(self.seeds)
+        for domain in self.secondary:
+            chosen = self._secondary_for(domain)
+            count += len(chosen) * subjects * min(_SECONDARY_SEEDS, len(self.seeds))
+        return count
+
+    def stages(self) -> Iterator[list[Assignment]]:
+        """Yield lists of trials to run; each must be met in full before the next is asked for."""
+        for domain in self.restricted:
+            yield from self._suite_stages(domain)
+            yield from self._search_stages(domain)
+            if self.suite.headline or self.spec.search_trials:
+                yield self._each(domain, self._leaders(domain), self.seeds)
+        for domain in self.secondary:
+            seeds = self.seeds[:_SECONDARY_SEEDS]
+            yield self._each(domain, self._secondary_for(domain), seeds)
+
+    # --- The suite ---------------------------------------------------------------------------
+
+    def _suite_for(self, domain: Domain) -> list[Strategy]:
+        return fitted((*self.strategies, *self.whole), domain)
+
+    def _secondary_for(self, domain: Domain) -> list[Strategy]:
+        if self.spec.suite == SECONDARY or SECONDARY not in SUITES:
+            return fitted(self.strategies, domain)
+        spec = self.spec.model_copy(update={"suite": SECONDARY, "extra": ()})
+        return fitted(strategies_of(spec), domain)
+
+    def _suite_stages(self, domain: Domain) -> Iterator[list[Assignment]]:
+        chosen = self._suite_for(domain)
+        first = self.seeds[:1]
+        if self.suite.prefilter is None:
+            yield self._each(domain, chosen, first if self.suite.headline else self.seeds)
+            return
+        whole = set(fitted(self.whole, domain))
+        late = [s for s in chosen if patient(s) or s in whole]
+        early = [s for s in chosen if not (patient(s) or s in whole)]
+        yield [
+            *self._each(domain, early, first, self._stop()),
+            *self._each(domain, late, first),
+        ]
+        yield self._each(domain, self._survivors(domain, early), first)
+
+    def _stop(self) -> int | None:
+        share = self.suite.prefilter
+        return None if share is None else stop_at(self.spec.steps, self.spec.evaluations, share)
+
+    def _survivors(self, domain: Domain, early: Sequence[Strategy]) -> list[Strategy]:
+        kept: set[Strategy] = set()
+        for subject in self.subjects:
+            trials = [t for t in self._met(domain, subject) if t.strategy in set(early)]
+            ranked = sorted(trials, key=best_of, reverse=True)
+            kept.update(t.strategy for t in ranked[: self.suite.survivors])
+            kept.update(_holders(trials))
+        return [strategy for strategy in early if strategy in kept]
+
+    # --- The search --------------------------------------------------------------------------
+
+    def _search_stages(self, domain: Domain) -> Iterator[list[Assignment]]:
+        left = self.spec.search_trials or 0
+        if not left:
+            return
+        seed, stop = self.seeds[0], self._stop()
+        searches = {
+            name: AttackerSearch(seed, self.spec.steps, len(domain.train)) for name in self.subjects
+        }
+        while left:
+            count = min(AT_ONCE, left)
+            left -= count
+            asked = {name: search.ask(count) for name, search in searches.items()}
+            yield [
+                Assignment(name, domain, strategy, seed, stop)
+                for name, strategies in asked.items()
+                for strategy in strategies
+            ]
+            if stop is not None:
+                # The better half goes on: as many for each subject.
+                yield [
+                    Assignment(name, domain, strategy, seed)
+                    for name, strategies in asked.items()
+                    for strategy in self._better_half(domain, name, strategies)
+                ]
+            for name, strategies in asked.items():
+                searches[name].tell([self._reached(domain, name, s) for s in strategies])
+
+    def _better_half(
+        self, domain: Domain, subject: Subject, strategies: list[Strategy]
+    ) -> list[Strategy]:
+        ranked = sorted(strategies, key=lambda s: self._reached(domain, subject, s), reverse=True)
+        return ranked[: (len(ranked) + 1) // 2]
+
+    def _reached(self, domain: Domain, subject: Subject, strategy: Strategy) -> float:
+        """Return the area under a strategy's best-so-far, as far as it was run."""
+        trials = [t for t in self._met(domain, subject) if t.strategy == strategy]
+        return self._area(trials)
+
+    def _area(self, trials: Sequence[Trial]) -> float:
+        at = sorted(evaluation_steps(self.spec.steps, self.spec.evaluations))
+        points = envelope(trials, at)
+        return float(area(at, np.array([p.value for p in points]))) if points else 0.0
+
+    # --- What is run with every seed ---------------------------------------------------------
+
+    def _leaders(self, domain: Domain) -> list[Strategy]:
+        """Return the attacks that make up each subject's envelope: greedily, the best first."""
+        chosen: dict[Strategy, None] = {}
+        for subject in self.subjects:
+            by_strategy: dict[Strategy, list[Trial]] = {}
+            for trial in self._met(domain, subject):
+                by_strategy.setdefault(trial.strategy, []).append(trial)
+            full = self._area([t for trials in by_strategy.values() for t in trials])
+            held: list[Trial] = []
+            for _ in range(_LEADERS):
+                if not by_strategy or self._area(held) >= full - _CLOSE_ENOUGH:
+                    break
+                best = max(by_strategy, key=lambda s: self._area([*held, *by_strategy[s]]))
+                chosen[best] = None
+                held += by_strategy.pop(best)
+        return list(chosen)
+
+    def _met(self, domain: Domain, subject: Subject) -> list[Trial]:
+        """Return the trials met so far on a subject with the first seed."""
+        return [
+            t
+            for t in self.trials
+            if (t.domain, t.subject, t.seed) == (domain.name, subject, self.seeds[0]) and t.curve
+        ]
+
+    def _each(
+        self,
+        domain: Domain,
+        strategies: Iterable[Strategy],
+        seeds: Iterable[int],
+        stop: int | None = None,
+    ) -> list[Assignment]:
+        strategies = list(strategies)
+        return [
+            Assignment(subject, domain, strategy, seed, stop)
+            for seed in seeds
+            for strategy in strategies
+            for subject in self.subjects
+        ]
+
+
+def _holders(trials: Sequence[Trial]) -> set[Strategy]:
+    """Return the strategies that are best at some budget."""
+    steps = sorted({point.step for trial in trials for point in trial.curve})
+    holders = set()
+    for budget in steps:
+        reached = [
+            (max((p.validation.value for p in t.curve if p.step <= budget), default=-1.0), -i)
+            for i, t in enumerate(trials)
+        ]
+        holders.add(trials[-max(reached)[1]].strategy)
+    return holders
+
+
+def fitted(strategies: Iterable[Strategy], domain: Domain) -> list[Strategy]:
+    """Return the strategies with batches that the domain's images allow, none twice."""
+    _, counts = domain.train.labels.unique(return_counts=True)
+    chosen: dict[Strategy, None] = {}
+    for strategy in strategies:
+        share = strategy.data_fraction
+        have = sum(max(1, round(share * count)) for count in counts.tolist())
+        size = min(strategy.batch_size, have)
+        chosen[strategy.model_copy(update={"batch_size": size})] = None
+    return list(chosen)

@@ -1,0 +1,217 @@
+"""One trial: an attack on one subject, measured as it goes. The same for every subject."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from sophon._circumstances import environment
+from sophon._data import Domain
+from sophon._finetune import FineTuning, attacker_copy, attacker_images
+from sophon._metrics import evaluate
+from sophon._models import batch_norm_reestimated, merged_lora
+from sophon._records import (
+    SCHEMA_VERSION,
+    Completed,
+    Crashed,
+    Diverged,
+    Outcome,
+    Point,
+    Score,
+    Stopped,
+    Trial,
+)
+from sophon._setting import Setting
+from sophon._specs import Strategy, Subject, fingerprint_of
+
+# Raise this when a change of the loop changes what a trial with an old key would give.
+ENGINE_VERSION = 3
+# Images that BatchNorm statistics are measured anew on, at each evaluation.
+_REESTIMATE_ON = 256
+
+
+class Assignment(NamedTuple):
+    """One trial to run: which attack, on which subject and domain, with which seed.
+
+    With `stop` the attack ends after so many steps of its budget: what a prefilter needs.
+    """
+
+    subject: Subject
+    domain: Domain
+    strategy: Strategy
+    seed: int
+    stop: int | None = None
+
+
+class Start(NamedTuple):
+    """What an attack starts from, never to be changed: the network, its class, its hash."""
+
+    model: nn.Module
+    network: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where trials are run: the setting, and how often an attack is measured."""
+
+    setting: Setting
+    evaluations: int
+
+    def key(self, assignment: Assignment, start: Start) -> str:
+        """Return the fingerprint of everything that determines a trial."""
+        setting, domain = self.setting, assignment.domain
+        parts = {
+            "schema": SCHEMA_VERSION,
+            "engine": ENGINE_VERSION,
+            # Two subjects may hold equal weights and yet compute differently.
+            "subject": assignment.subject,
+            "network": start.network,
+            "weights": start.sha256,
+            "strategy": assignment.strategy.model_dump(mode="json"),
+            "seed": assignment.seed,
+            "domain": domain.fingerprint(),
+            "normalisation": setting.normalisation(domain),
+            "evaluations": self.evaluations,
+            "precision": setting.precision,
+            "task": setting.task.name,
+            "head": setting.head,
+        }
+        if assignment.stop is not None:
+            parts["stop"] = assignment.stop
+        if assignment.strategy.preparations:
+            # Some train on the original domain first.
+            parts["original"] = setting.original.fingerprint()
+        return fingerprint_of(parts)
+
+    def run(self, assignment: Assignment, start: Start) -> Trial:
+        """Return the finished trial; an attack that raised is one too, with its traceback."""
+        begun = time.perf_counter()
+        progress = _Progress()
+        try:
+            outcome = self._attack(assignment, start, progress)
+        except Exception as error:  # noqa: BLE001 - a crashed attack is a result, kept with its trace
+            progress.test = None
+            outcome = Crashed(
+                error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()
+            )
+        return Trial(
+            key=self.key(assignment, start),
+            subject=assignment.subject,
+            domain=assignment.domain.name,
+            strategy=assignment.strategy,
+            seed=assignment.seed,
+            curve=tuple(progress.curve),
+            best_step=progress.best_step,
+            test=progress.test,
+            outcome=outcome,
+            wall_s=time.perf_counter() - begun,
+            environment=environment(self.setting.device, self.setting.precision),
+        )
+
+    def _attack(self, assignment: Assignment, start: Start, progress: _Progress) -> Outcome:
+        domain, strategy, seed = assignment.domain, assignment.strategy, assignment.seed
+        model = copy.deepcopy(start.model)
+        stream = (seed, ("attack",))
+        feed = self.setting.feed(
+            domain,
+            attacker_images(domain, strategy.data_fraction, stream),
+            batch_size=strategy.batch_size,
+            stream=(seed, ("attack", "batches")),
+            augmentation=strategy.augmentation,
+        )
+        prepared = attacker_copy(
+            model, strategy, self.setting, classes=domain.class_count, feed=feed, stream=stream
+        )
+        tuning = FineTuning(
+            model, strategy, self.setting, feed, stream=stream, taken=prepared.spent
+        )
+        outcome = self._advance(tuning, domain, progress, assignment.stop)
+        if progress.best is not None:
+            model.load_state_dict(progress.best)
+            progress.test = evaluate(merged_lora(model), tuning.setting, domain, domain.test)
+        return outcome
+
+    def _advance(
+        self, tuning: FineTuning, domain: Domain, progress: _Progress, stop: int | None
+    ) -> Outcome:
+        steps = tuning.strategy.steps
+        due = evaluation_steps(steps, self.evaluations)
+        # What a preparation spent is not measured on the way, only at its end.
+        self._measure(tuning, domain, progress, None)
+        last = steps if stop is None else min(stop, steps)
+        for step in tuning.run(max(0, last - tuning.taken)):
+            if step.taken not in due:
+                continue
+            loss = float(step.loss)
+            if not np.isfinite(loss):
+                return Diverged(step=step.taken)
+            self._measure(tuning, domain, progress, loss)
+        return Completed() if last == steps else Stopped(step=last)
+
+    def _measure(
+        self, tuning: FineTuning, domain: Domain, progress: _Progress, loss: float | None
+    ) -> None:
+        """Score the model as it is and with BatchNorm measured anew; the better one counts.
+
+        Running statistics lag behind the weights, and at first they are the publisher's. A real
+        attacker would not let that cost anything.
+        """
+        model, setting = tuning.model, tuning.setting
+        score = evaluate(model, setting, domain, domain.validation)
+        progress.met(tuning.taken, score, model)
+        size = tuning.strategy.batch_size
+        batches = (tuning.feed.batch(step)[0] for step in range(math.ceil(_REESTIMATE_ON / size)))
+        reestimated = False
+        with setting.autocast(), batch_norm_reestimated(model, batches) as anew:
+            if anew:
+                other = evaluate(model, setting, domain, domain.validation)
+                reestimated = other.correct > score.correct
+                if reestimated:
+                    score = other
+                    progress.met(tuning.taken, score, model)
+        progress.curve.append(
+            Point(
+                step=tuning.taken,
+                samples=tuning.taken * size,
+                validation=score,
+                reestimated=reestimated,
+                train_loss=loss,
+            )
+        )
+
+
+@dataclass
+class _Progress:
+    """What a running trial has measured so far."""
+
+    curve: list[Point] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    best_score: Score | None = None
+    best_step: int | None = None
+    test: Score | None = None
+
+    def met(self, step: int, score: Score, model: nn.Module) -> None:
+        """Remember the weights if they are the best so far."""
+        if self.best_score is None or score.correct > self.best_score.correct:
+            self.best_score, self.best_step = score, step
+            self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def evaluation_steps(steps: int, evaluations: int) -> frozenset[int]:
+    """Return the steps after which an attack is measured: geometric from 1/40 of the horizon."""
+    first = max(1, steps // 40)
+    return frozenset(round(value) for value in np.geomspace(first, steps, evaluations).tolist())
+
+
+def stop_at(steps: int, evaluations: int, share: float) -> int:
+    """Return the last step at or before `share` of the budget at which an attack is measured."""
+    due = sorted(evaluation_steps(steps, evaluations))
+    return max((step for step in due if step <= share * steps), default=due[0])

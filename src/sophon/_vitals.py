@@ -1,0 +1,86 @@
+"""Sizes of a subject that red flags judge: outputs, gradients, weights, BatchNorm statistics."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sophon._finetune import FineTuning, attacker_copy
+from sophon._models import blocks, tracked_batch_norms
+from sophon._records import Vitals
+from sophon._setting import Setting
+from sophon._specs import Strategy
+
+_IMAGES = 250
+_BATCH = 64
+
+
+def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
+    """Return the sizes of `model`, which stays as it is; what raises is measured as None."""
+    setting = setting.exact()
+    held = setting.place(copy.deepcopy(model))
+    sizes = {
+        name: finite(float(value.detach().float().square().mean().sqrt()))
+        for name, value in held.named_parameters()
+        if value.dim() > 1
+    }
+    norms = tracked_batch_norms(held)
+    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    return Vitals(
+        largest_logit=_largest_logit(held, setting),
+        gradient_norms={
+            d.name: _gradient_norm(model, setting, i) for i, d in enumerate(setting.restricted)
+        },
+        weight_sizes=sizes,
+        largest_buffer=_extreme(buffers, largest=True),
+        smallest_variance=_extreme([norm.running_var for norm in norms], largest=False),
+    )
+
+
+def block_count(model: nn.Module, head: str) -> int:
+    """Return how many blocks lie before the head."""
+    return len(blocks(model, head))
+
+
+@torch.no_grad()
+def _largest_logit(model: nn.Module, setting: Setting) -> float | None:
+    domain = setting.original
+    feed = setting.feed(domain, domain.validation, batch_size=_IMAGES)
+    images, _ = next(iter(feed.in_order()))
+    model.eval()
+    try:
+        return finite(float(model(images).abs().max()))
+    except Exception:  # noqa: BLE001 - a model that cannot be run is what is being found out
+        return None
+
+
+def _gradient_norm(model: nn.Module, setting: Setting, index: int) -> float | None:
+    """Return the norm of the first gradient an attacker meets who takes the weights as they are."""
+    domain = setting.restricted[index]
+    strategy = Strategy(batch_size=min(_BATCH, len(domain.train)), steps=1)
+    feed = setting.feed(domain, domain.train, batch_size=strategy.batch_size)
+    stream = (0, ("vitals",))
+    try:
+        attacker = copy.deepcopy(model)
+        attacker_copy(
+            attacker, strategy, setting, classes=domain.class_count, feed=feed, stream=stream
+        )
+        tuning = FineTuning(attacker, strategy, setting, feed, stream=stream)
+        return finite(float(tuning.gradient_norm()))
+    except Exception:  # noqa: BLE001 - see above
+        return None
+
+
+def _extreme(tensors: list[Tensor], *, largest: bool) -> float | None:
+    if not tensors:
+        return None
+    values = [float(t.abs().max() if largest else t.min()) for t in tensors]
+    return finite(max(values) if largest else min(values))
+
+
+def finite(value: float) -> float | None:
+    """Return a number, or None for what JSON cannot hold."""
+    return value if math.isfinite(value) else None

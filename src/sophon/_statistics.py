@@ -69,7 +69,8 @@ def budgets(trials: Sequence[Trial]) -> list[int]:
 def envelope(trials: Sequence[Trial], at: Sequence[int] | None = None) -> list[EnvelopePoint]:
     """Return the best validation score within each budget over all trials, and its attack.
 
-    The score before the first step counts for every budget. Trials that diverged count up to
+    The score before the first step counts for every budget; within budgets that a preparation
+    needs for itself alone nothing is reached. Trials that diverged or were stopped count up to
     where they were measured.
     """
     points = sorted(
@@ -82,8 +83,8 @@ def envelope(trials: Sequence[Trial], at: Sequence[int] | None = None) -> list[E
             if points[position][1] > best:
                 _, best, label = points[position]
             position += 1
-        if best >= 0:
-            result.append(EnvelopePoint(budget, best, label))
+        if points:
+            result.append(EnvelopePoint(budget, max(best, 0.0), label))
     return result
 
 

@@ -7,8 +7,8 @@ import pytest
 from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks import strategies_of
 from sophon._checks import CHECKS
-from sophon._records import AuditRecord
-from sophon._specs import AuditSpec, Strategy
+from sophon._records import AuditRecord, Overlap, Vitals
+from sophon._specs import AuditSpec, FreshHead, Strategy
 
 
 def _rates(best: float) -> AuditRecord:
@@ -36,6 +36,38 @@ def _rehearsing(steps: int) -> AuditRecord:
     return record(protection={"spec": {"rehearsal": {"steps": steps}}})
 
 
+SOUND = Vitals(
+    largest_logit=12.0,
+    gradient_norms={"refused": 2.0},
+    weight_sizes={"a": 0.1, "b": 0.2},
+    largest_buffer=5.0,
+    smallest_variance=0.1,
+)
+
+
+def _vital(**changes: object) -> AuditRecord:
+    """Return a record of a sound unprotected model and a protected one with these vitals."""
+    base = record()
+    after = SOUND.model_copy(update=changes)
+    vitals = {"protected": after, "unprotected": SOUND}
+    subjects = [s.model_copy(update={"vitals": vitals.get(s.name)}) for s in base.subjects]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
+def _heads(fresh: float) -> AuditRecord:
+    trials = [
+        trial("protected", (0, 0, 0, 0.5)),
+        trial("protected", (0, 0, 0, fresh), strategy=Strategy(preparations=(FreshHead(),))),
+    ]
+    return record(trials)
+
+
+def _overlapping(near: int) -> AuditRecord:
+    shared = Overlap(first="refused/test", second="refused/train", count=1000, exact=5, near=near)
+    other = Overlap(first="allowed/test", second="allowed/train", count=10, exact=10, near=0)
+    return record().model_copy(update={"overlaps": (shared, other)})
+
+
 LAST, FIRST = strategies_of(AuditSpec())[-1], strategies_of(AuditSpec())[0]
 CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "winner_on_the_edge": (_rates(1e-1), _rates(1e-2)),
@@ -57,6 +89,15 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
     "original_task_suffers": (record(original=0.85), record(original=0.89)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),
+    "gradients_at_step_0": (_vital(gradient_norms={"refused": 0.0}), _vital()),
+    "saturated_logits": (_vital(largest_logit=2e3), _vital(largest_logit=900.0)),
+    "inflated_weights": (
+        _vital(weight_sizes={"a": 3.0, "b": 0.2}),
+        _vital(weight_sizes={"a": 0.3, "b": 0.06}),
+    ),
+    "extreme_batch_norm": (_vital(largest_buffer=2e4), _vital(largest_buffer=400.0)),
+    "head_alone": (_heads(0.7), _heads(0.55)),
+    "data_overlap": (_overlapping(6), _overlapping(5)),
     "few_seeds": (record(seeds=(0, 1)), record()),
     "short_horizon": (_rehearsing(21), _rehearsing(20)),
     "unhealthy_weights": (record(flags=("frozen_parameters",)), record()),
@@ -78,3 +119,29 @@ def test_a_flag_is_raised_and_says_what_to_do(name: str) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_flag_is_not_raised_without_cause(name: str) -> None:
     assert CHECKS[name](CASES[name][1], "refused") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gradients_at_step_0", {"gradient_norms": {"refused": None}}),
+        ("gradients_at_step_0", {"gradient_norms": {"refused": 0.01}}),
+        ("gradients_at_step_0", {"gradient_norms": {"refused": 500.0}}),
+        ("saturated_logits", {"largest_logit": None}),
+        ("inflated_weights", {"weight_sizes": {"a": 0.02, "b": 0.2}}),
+        ("extreme_batch_norm", {"largest_buffer": None}),
+        ("extreme_batch_norm", {"smallest_variance": -0.1}),
+    ],
+)
+def test_what_is_not_finite_or_far_off_is_flagged_too(
+    name: str, changes: dict[str, object]
+) -> None:
+    assert CHECKS[name](_vital(**changes), "refused") is not None
+
+
+def test_networks_without_batch_norm_have_no_extreme_statistics() -> None:
+    plain = SOUND.model_copy(update={"largest_buffer": None, "smallest_variance": None})
+    base = record()
+    subjects = [s.model_copy(update={"vitals": plain}) for s in base.subjects]
+    held = base.model_copy(update={"subjects": tuple(subjects)})
+    assert CHECKS["extreme_batch_norm"](held, "refused") is None

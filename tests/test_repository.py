@@ -27,12 +27,14 @@ TORCHLESS = {
     "_checks",
     "_errors",
     "_files",
+    "_flags",
     "_records",
     "_report",
     "_search",
     "_specs",
     "_statistics",
     "_verdict",
+    "_weight_checks",
 }
 RAISING = {"raises", "warns", "deprecated_call", "fail"}
 

@@ -5,34 +5,20 @@ Each returns a `Flag` or None for one restricted domain. Add one as a function a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+from sophon._flags import Check, Flag, trials_of
 from sophon._records import AuditRecord, Score, Trial
 from sophon._statistics import best_of, wilson, winner
-
-
-class Flag(NamedTuple):
-    """A reason for doubt: what raised it, why it matters, what to do; `voids` forbids a verdict."""
-
-    name: str
-    raised_if: str
-    explanation: str
-    remedy: str
-    detail: str
-    voids: bool = False
-
-
-Check = Callable[[AuditRecord, str], Flag | None]
-
-
-def trials_of(record: AuditRecord, domain: str, subject: str | None = None) -> list[Trial]:
-    """Return a domain's trials, of one subject or of all."""
-    return [
-        trial
-        for trial in record.trials
-        if trial.domain == domain and subject in (None, trial.subject)
-    ]
+from sophon._weight_checks import (
+    data_overlap,
+    extreme_batch_norm,
+    gradients_at_step_0,
+    head_alone,
+    inflated_weights,
+    saturated_logits,
+)
 
 
 def _family(trials: Sequence[Trial], best: Trial) -> list[float]:
@@ -304,6 +290,12 @@ CHECKS: dict[str, Check] = {
     "last_step_is_best": last_step_is_best,
     "seeds_disagree": seeds_disagree,
     "other_optimizer_far_better": other_optimizer_far_better,
+    "gradients_at_step_0": gradients_at_step_0,
+    "saturated_logits": saturated_logits,
+    "inflated_weights": inflated_weights,
+    "extreme_batch_norm": extreme_batch_norm,
+    "head_alone": head_alone,
+    "data_overlap": data_overlap,
     "few_seeds": few_seeds,
     "short_horizon": short_horizon,
 }

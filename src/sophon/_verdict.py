@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sophon._checks import CHECKS, Flag, trials_of
+from sophon._checks import CHECKS
 from sophon._errors import AuditError
+from sophon._flags import Flag, trials_of
 from sophon._records import AuditRecord, DomainRecord, Score, Trial
 from sophon._specs import Subject
 from sophon._statistics import (

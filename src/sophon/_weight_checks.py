@@ -1,0 +1,158 @@
+"""Red flags on what attacks start from: gradients, outputs, weights, statistics, head, data.
+
+Pure functions of a record, as in `_checks`; records without vitals raise none of them.
+"""
+
+from __future__ import annotations
+
+from sophon._flags import Flag, trials_of
+from sophon._records import AuditRecord, Vitals
+from sophon._specs import FreshHead, Strategy
+from sophon._statistics import best_of
+
+# Protected over unprotected, or the inverse: what training a network does stays well within.
+_FAR = 100.0
+_INFLATED = 4.0
+_LARGEST_LOGIT = 1e3
+_LARGEST_STATISTIC = 1e4
+_OVERLAP = 0.01
+
+
+def _vitals(record: AuditRecord) -> tuple[Vitals | None, Vitals | None]:
+    """Return the vitals of the protected and of the unprotected subject."""
+    held = {subject.name: subject.vitals for subject in record.subjects}
+    return held.get("protected"), held.get("unprotected")
+
+
+def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the first gradient is missing, or far smaller or larger than it was."""
+    after, before = _vitals(record)
+    if after is None or domain not in after.gradient_norms:
+        return None
+    norm = after.gradient_norms[domain]
+    usual = None if before is None else before.gradient_norms.get(domain)
+    if norm is None:
+        detail = "not finite, or the model raised"
+    elif norm == 0:
+        detail = "zero"
+    elif usual and not 1 / _FAR <= norm / usual <= _FAR:
+        detail = f"{norm:.3g}, unprotected {usual:.3g}"
+    else:
+        return None
+    return Flag(
+        "zero or huge gradients",
+        "the first gradient of an attack is missing, zero, or a hundred times off",
+        "Masked gradients stop plain fine-tuning and nothing else.",
+        "Trust attacks that start anew or rescale; compare with the unprotected model.",
+        detail,
+    )
+
+
+def saturated_logits(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if outputs on the original domain are not finite or beyond 1000."""
+    del domain
+    after, _ = _vitals(record)
+    if after is None:
+        return None
+    largest = after.largest_logit
+    if largest is not None and largest <= _LARGEST_LOGIT:
+        return None
+    return Flag(
+        "saturated outputs",
+        "outputs on the original domain are not finite, or beyond 1000",
+        "Softmax has no gradient there: training stands still until the outputs are scaled back.",
+        "Scale the last layer down and attack again.",
+        "not finite" if largest is None else f"{largest:.3g}",
+    )
+
+
+def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if a weight tensor is four times as large, or as small, as it was."""
+    del domain
+    after, before = _vitals(record)
+    if after is None or before is None:
+        return None
+    ratios = {
+        name: size / before.weight_sizes[name]  # type: ignore[operator]
+        for name, size in after.weight_sizes.items()
+        if size is not None and before.weight_sizes.get(name)
+    }
+    far = {n: r for n, r in ratios.items() if not 1 / _INFLATED <= r <= _INFLATED}
+    if not far:
+        return None
+    name = max(far, key=lambda n: max(far[n], 1 / max(far[n], 1e-12)))
+    return Flag(
+        "weight norms inflated",
+        "a weight tensor is at least four times as large, or as small, as before protection",
+        "Before a normalisation this leaves the function as it is and only slows plain steps.",
+        "Attack with rescale_weights first (suite standard-1 does).",
+        f"{name} x{far[name]:.3g}; {len(far)} of {len(ratios)} tensors",
+    )
+
+
+def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if BatchNorm statistics are not finite, not positive, or far beyond usual."""
+    del domain
+    after, before = _vitals(record)
+    if after is None or not (after.largest_buffer is not None or _had_norms(after, before)):
+        return None
+    largest, smallest = after.largest_buffer, after.smallest_variance
+    usual = before.largest_buffer if before is not None else None
+    limit = max(_LARGEST_STATISTIC, _FAR * (usual or 0.0))
+    if largest is not None and largest <= limit and smallest is not None and smallest >= 0:
+        return None
+    return Flag(
+        "extreme BatchNorm statistics",
+        "running statistics are not finite, negative where they may not be, or extreme",
+        "Spoilt statistics spoil evaluation, not training: an attacker measures them anew.",
+        "Attack with batch_norm first; every score here takes the better of both already.",
+        f"largest {largest}, smallest variance {smallest}",
+    )
+
+
+def _had_norms(after: Vitals, before: Vitals | None) -> bool:
+    return (before is not None and before.largest_buffer is not None) or (
+        after.smallest_variance is not None
+    )
+
+
+def head_alone(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if a fresh head gets ten points further than the head as it is."""
+    trials = [t for t in trials_of(record, domain, "protected") if t.curve]
+    fresh = [best_of(t) for t in trials if _fresh_head_only(t.strategy)]
+    kept = [best_of(t) for t in trials if not t.strategy.preparations]
+    if not fresh or not kept or max(fresh) - max(kept) <= 0.1:
+        return None
+    return Flag(
+        "the head alone resists",
+        "attacks that only replace the head get more than 10 points further than those that keep it",
+        "Every attacker replaces the head; a defence that sits there is none.",
+        "Judge by the attacks with a fresh head.",
+        f"{100 * max(fresh):.1f} against {100 * max(kept):.1f} %",
+    )
+
+
+def _fresh_head_only(strategy: Strategy) -> bool:
+    return [type(p) for p in strategy.preparations] == [FreshHead]
+
+
+def data_overlap(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if more than one image in a hundred is in two splits, exactly or nearly."""
+    names = {domain, record.original.name}
+    found = [
+        o
+        for o in record.overlaps
+        if {o.first.rpartition("/")[0], o.second.rpartition("/")[0]} <= names
+        and o.exact + o.near > _OVERLAP * o.count
+    ]
+    if not found:
+        return None
+    worst = max(found, key=lambda o: (o.exact + o.near) / o.count)
+    return Flag(
+        "overlapping data",
+        "more than one image in a hundred of a split is, exactly or nearly, in another",
+        "Scores on images that were trained on, or that the publisher's task shares, say little.",
+        "Remove the duplicates, or split by what they have in common (the object, the source).",
+        f"{worst.first} in {worst.second}: {worst.exact} exact and {worst.near} near of"
+        f" {worst.count}; {len(found)} pairs of splits",
+    )

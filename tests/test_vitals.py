@@ -1,0 +1,87 @@
+"""What is measured of a subject, and which images domains share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from builders import digits, original, restricted, trained_model
+from sophon._data import Domain, overlaps_of
+from sophon._networks import SmallConvNet
+from sophon._setting import Setting, make_setting
+from sophon._tasks import Classification
+from sophon._vitals import measure_vitals
+
+
+def _setting(model: nn.Module) -> Setting:
+    return make_setting(
+        model,
+        task=Classification(),
+        original=original(),
+        restricted=(restricted(),),
+        head=None,
+        precision="fp32",
+        device="cpu",
+        trained=False,
+    )
+
+
+def test_vitals_leave_the_model_as_it_is_and_hold_its_sizes() -> None:
+    model = trained_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    vitals = measure_vitals(model, _setting(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    name, weight = next(iter(model.named_parameters()))
+    size = float(weight.detach().square().mean().sqrt())
+    assert vitals.weight_sizes[name] == pytest.approx(size, rel=1e-5)
+    assert vitals.largest_logit is not None
+    assert 0 < vitals.largest_logit < 100
+    assert (vitals.gradient_norms["digits-5-9"] or 0) > 0
+    assert vitals.smallest_variance is not None
+
+
+def test_a_model_that_raises_when_trained_has_no_gradient() -> None:
+    class Sulking(SmallConvNet):
+        def forward(self, images: Tensor) -> Tensor:
+            if self.training:
+                raise RuntimeError("no")
+            return super().forward(images)
+
+    model = Sulking(classes=5, in_channels=1)
+    model.load_state_dict(trained_model().state_dict())
+    vitals = measure_vitals(model, _setting(model))
+    assert vitals.gradient_norms == {"digits-5-9": None}
+    assert vitals.largest_logit is not None
+
+
+def test_shared_images_are_counted_exact_and_near() -> None:
+    raw = load_digits()
+    images = np.round(raw.images * (255 / 16)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    labels = raw.target.astype(np.int64) % 2
+    generator = np.random.default_rng(0)
+    noisy = images[:40].astype(int) + generator.integers(-3, 4, (40, 32, 32))
+    near = np.clip(noisy, 0, 255).astype(np.uint8)
+    first = Domain.from_arrays("first", images[:600], labels[:600])
+    held = first.train.pixels[:30, 0].numpy()
+    second = Domain.from_arrays(
+        "second",
+        np.concatenate([images[1000:1100], held]),
+        np.concatenate([labels[1000:1100], first.train.labels[:30].numpy()]),
+    )
+    third = Domain.from_arrays("third", np.concatenate([near, images[1200:1300]]), labels[:140])
+    found = {(o.first, o.second): o for o in overlaps_of((first, second, third))}
+    shared = [o for pair, o in found.items() if pair[0].startswith("second") and "first" in pair[1]]
+    assert 20 <= sum(o.exact for o in shared) <= 30
+    alike = [o for pair, o in found.items() if pair[0].startswith("third") and "first" in pair[1]]
+    assert sum(o.near + o.exact for o in alike) >= 15
+    assert sum(o.exact for o in alike) <= 2
+
+
+def test_blank_images_are_like_no_other() -> None:
+    blank = np.zeros((60, 8, 8), np.uint8)
+    labels = np.arange(60, dtype=np.int64) % 2
+    domain = Domain.from_arrays("blank", blank, labels)
+    assert all(o.exact == o.near == 0 for o in overlaps_of((domain, digits(0, 5))[:1]))

@@ -125,7 +125,7 @@ def head_alone(record: AuditRecord, domain: str) -> Flag | None:
         return None
     return Flag(
         "the head alone resists",
-        "attacks that only replace the head get more than 10 points further than those that keep it",
+        "attacks that only replace the head get over 10 points further than those that keep it",
         "Every attacker replaces the head; a defence that sits there is none.",
         "Judge by the attacks with a fresh head.",
         f"{100 * max(fresh):.1f} against {100 * max(kept):.1f} %",

@@ -13,7 +13,7 @@ from sophon._records import Overlap
 # Difference hashes of 64 bits that differ in at most so many bits are looked at again.
 _BITS = 4
 # Near duplicates: thumbnails whose correlation is at least this.
-_ALIKE = 0.98
+_ALIKE = 0.995
 _THUMBNAIL = 16
 _CHUNK = 512
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,6 +59,18 @@ def trained_model() -> SmallConvNet:
     model = SmallConvNet(classes=5, in_channels=1)
     model.load_state_dict(_trained_state())
     return model.eval()
+
+
+class Fatal(SmallConvNet):
+    """Kills the first worker process that trains it, once: `marker` is left behind."""
+
+    marker: Path
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training and multiprocessing.parent_process() and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images)
 
 
 def scratch_model() -> nn.Module:

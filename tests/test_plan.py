@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import digits, original, restricted, trained_model
+from builders import Fatal, digits, original, restricted, trained_model
 from sophon._attacks import (
     SUITES,
     Suite,
@@ -136,6 +136,26 @@ def test_workers_find_what_one_process_finds(uninterrupted: AuditRecord, tmp_pat
     found = [(t.key, t.subject, t.strategy, t.outcome.kind) for t in record.trials]
     assert found == [(t.key, t.subject, t.strategy, t.outcome.kind) for t in uninterrupted.trials]
     assert {t.environment.threads for t in record.trials if t.environment} == {1}
+
+
+def test_the_trial_of_a_killed_worker_is_run_again_and_counted_once(tmp_path: Path) -> None:
+    model = Fatal(classes=5, in_channels=1)
+    model.load_state_dict(trained_model().state_dict())
+    model.marker = tmp_path / "killed"
+    spec = AuditSpec(steps=2, evaluations=2, batch_size=16, precision="fp32")
+    run = Audit(
+        model,
+        original=original(),
+        restricted=restricted(),
+        spec=spec,
+        store=tmp_path,
+        workers=2,
+    )
+    record = _whole(run)
+    assert model.marker.exists()
+    assert {t.outcome.kind for t in record.trials} == {"completed"}
+    assert len(record.trials) == len({t.key for t in record.trials}) == 24
+    assert len(list((tmp_path / "trials").glob("*.json"))) == 24
 
 
 # --- Suites and searches ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from sophon._errors import SpecError
 from sophon._seeding import derive_seed
-from sophon._specs import ProtectSpec, RunSpec, Strategy, parse_spec
+from sophon._specs import ProtectSpec, RunSpec, Strategy, parse_spec, shared_fields
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 GOOD = {
@@ -94,3 +94,14 @@ def test_streams_depend_on_every_name() -> None:
     seeds += [derive_seed(0, "a", "1"), derive_seed(0, 1, "a")]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_label_leaves_out_what_every_attack_shares() -> None:
+    one = Strategy(batch_size=32, clip_norm=1.0)
+    other = Strategy(batch_size=32)
+    assert "batch size 32" in one.label()
+    shared = shared_fields((one, other))
+    assert "batch_size" in shared
+    assert "clip_norm" not in shared
+    assert one.label(shared) == "direct-all sgd_momentum 0.01 (clip norm 1.0)"
+    assert other.label(shared) == "direct-all sgd_momentum 0.01"

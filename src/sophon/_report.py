@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from sophon._files import write_text
 from sophon._records import AuditRecord, Score
+from sophon._specs import shared_fields
 from sophon._statistics import Interval, best_of, wilson
 from sophon._verdict import DomainSummary, SubjectSummary, overall, scope, summarise
 
@@ -64,6 +65,7 @@ class Report:
         rows: list[tuple[str, ...]] = [
             ("restricted domain", "subject", "best validation", "test", "winning attack", "verdict")
         ]
+        shared = shared_fields(trial.strategy for trial in self.record.trials)
         for summary in self.summaries:
             for name, subject in summary.subjects.items():
                 rows.append(
@@ -72,7 +74,7 @@ class Report:
                         name,
                         percent(subject.best),
                         score_text(subject.test),
-                        subject.winner.strategy.label(),
+                        subject.winner.strategy.label(shared),
                         summary.text if name == "protected" else "",
                     )
                 )
@@ -196,6 +198,7 @@ def _envelope_rows(summary: DomainSummary) -> list[list[str]]:
 
 def _trial_rows(record: AuditRecord) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
+    shared = shared_fields(trial.strategy for trial in record.trials)
     for trial in record.trials:
         outcome = trial.outcome
         ended: str = outcome.kind
@@ -207,7 +210,7 @@ def _trial_rows(record: AuditRecord) -> list[tuple[str, ...]]:
             (
                 trial.domain,
                 trial.subject,
-                trial.strategy.label(),
+                trial.strategy.label(shared),
                 str(trial.seed),
                 percent(best_of(trial)) if trial.curve else NONE,
                 NONE if trial.best_step is None else str(trial.best_step),

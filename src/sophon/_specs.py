@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -152,9 +153,9 @@ class Strategy(Spec):
             raise ValueError("lora_rank adapts the layers before the head: use scope = 'all'")
         return self
 
-    def label(self) -> str:
+    def label(self, shared: frozenset[str] = frozenset()) -> str:
         """Return a name that tells this strategy from others of one budget, such as
-        `init-FC-all sgd_momentum 0.01 (clip norm 1.0)`.
+        `init-FC-all sgd_momentum 0.01 (clip norm 1.0)`. Fields in `shared` are left out.
         """
         kinds = [preparation.kind for preparation in self.preparations]
         start = "init-FC" if "fresh_head" in kinds else "direct"
@@ -163,8 +164,15 @@ class Strategy(Spec):
             f" +{p.kind}{_changed(p, 'kind')}" for p in self.preparations if p.kind != "fresh_head"
         )
         usual = ("preparations", "scope", "optimizer", "learning_rate", "steps")
-        rest = _changed(self, *usual)
+        rest = _changed(self, *usual, *shared)
         return f"{start}-{scope}{extra} {self.optimizer} {self.learning_rate:.3g}{rest}"
+
+
+def shared_fields(strategies: Iterable[Strategy]) -> frozenset[str]:
+    """Return the fields in which the strategies are all alike: a table need not repeat them."""
+    held = set(strategies)
+    names = Strategy.model_fields
+    return frozenset(n for n in names if len({getattr(s, n) for s in held}) == 1)
 
 
 def _changed(spec: Spec, *but: str) -> str:

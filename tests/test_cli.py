@@ -309,6 +309,26 @@ def test_repeating_an_audit_runs_nothing(finished: Path) -> None:
     assert {f: f.stat().st_mtime_ns for f in (finished / "a" / "trials").iterdir()} == stamps
 
 
+def test_any_two_checkpoints_are_audited(finished: Path, tmp_path: Path) -> None:
+    protected = finished / "p" / "model.safetensors"
+    plain = tmp_path / "theirs.safetensors"
+    plain.write_bytes(protected.read_bytes())
+    words = ["audit", finished / "run.toml", "--model", finished / "letters.safetensors", "--quiet"]
+    assert sophon(*words, "--unprotected", plain, "--out", tmp_path / "a")[0] == 0
+    swapped = json.loads((tmp_path / "a" / "record.json").read_text())
+    record = json.loads((finished / "a" / "record.json").read_text())
+    held, other = (
+        {s["name"]: s["weights_sha256"] for s in r["subjects"]} for r in (record, swapped)
+    )
+    assert (held["protected"], held["unprotected"]) == (other["unprotected"], other["protected"])
+    assert other["scratch"] == held["scratch"]
+    assert swapped["protection"] is None
+    code, _, err = sophon(*words, "--unprotected", tmp_path / "none.pth", "--out", tmp_path / "b")
+    assert code == 2
+    assert "none.pth" in err
+    assert not (tmp_path / "b").exists()
+
+
 def test_audit_in_json_ends_with_the_verdict(finished: Path) -> None:
     words = ("audit", finished / "run.toml", "--model", finished / "p", "--out", finished / "a")
     out = sophon(*words, "--json")[1]

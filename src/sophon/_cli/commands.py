@@ -86,6 +86,7 @@ def protect(
     epilog="\b\nExamples:\n"
     "  sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1\n"
     "  sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1\n"
+    "  sophon audit run.toml --model theirs.pth --unprotected before.pth --out runs/a3\n"
 )
 @guarded
 def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
@@ -99,6 +100,14 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Where record and reports go.")
     ],
+    unprotected: Annotated[
+        Path | None,
+        typer.Option(
+            "--unprotected",
+            metavar="FILE",
+            help="The checkpoint before protection; default: the model of RUN.TOML.",
+        ),
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -126,7 +135,8 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     require_place(out)
     require_place(store or out)
     case = load(run_file, settings, threads)
-    made = write_audit(run_audit(case, model, store or out, mode, workers=workers), out)
+    record = run_audit(case, model, store or out, mode, unprotected=unprotected, workers=workers)
+    made = write_audit(record, out)
     show_verdict(made, mode, {"report": out / "report.html"})
 
 

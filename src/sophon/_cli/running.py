@@ -78,8 +78,19 @@ def show_protected(result: Protected, out: Path, mode: Mode) -> None:
     )
 
 
-def run_audit(case: Case, path: Path, store: Path, mode: Mode, *, workers: int = 1) -> AuditRecord:
-    """Audit the checkpoint in `path`, running the trials that `store` lacks."""
+def run_audit(
+    case: Case,
+    path: Path,
+    store: Path,
+    mode: Mode,
+    *,
+    unprotected: Path | None = None,
+    workers: int = 1,
+) -> AuditRecord:
+    """Audit the checkpoint in `path`, running the trials that `store` lacks.
+
+    It is held against the checkpoint in `unprotected`, or the model of the run.
+    """
     from sophon._audit import Audit
     from sophon._progress import Display, trial_text
     from sophon._runs import load_subject
@@ -87,7 +98,7 @@ def run_audit(case: Case, path: Path, store: Path, mode: Mode, *, workers: int =
     protected, protection = load_subject(case, path)
     audit = Audit(
         protected,
-        unprotected=case.model,
+        unprotected=case.model if unprotected is None else load_subject(case, unprotected)[0],
         original=case.original,
         restricted=case.restricted,
         held_out=case.held_out,

@@ -232,11 +232,12 @@ class Audit:
         at = (subject, seed if subject == "scratch" else 0)
         if at not in self._starts:
             model = self.subjects.get(subject)
-            first = self.subjects["protected"]
+            # Not of the protected one where that can be helped: a copy keeps its hooks.
+            first = self.subjects.get("unprotected", self.subjects["protected"])
             if model is None:
                 model = fresh_copy(first, self.scratch, seed=seed, names=("scratch",))
             kind = type(first if subject == "scratch" else model)
-            network = f"{kind.__module__}.{kind.__qualname__}"
+            network = "+".join([f"{kind.__module__}.{kind.__qualname__}", *_hooks(model)])
             self._starts[at] = Start(model, network, weights_sha256(model))
         return self._starts[at]
 
@@ -277,6 +278,17 @@ class Audit:
                 )
             )
         return tuple(records)
+
+
+def _hooks(model: nn.Module) -> list[str]:
+    """Return the names of a network's hooks: with equal weights they compute something else."""
+    hooks = [
+        hook
+        for part in model.modules()
+        for held in (part._forward_pre_hooks, part._forward_hooks, part._backward_hooks)
+        for hook in held.values()
+    ]
+    return [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in hooks]
 
 
 def _several(domains: Domain | Sequence[Domain]) -> tuple[Domain, ...]:

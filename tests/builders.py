@@ -7,6 +7,7 @@ import os
 import signal
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torch import nn
 
 from sophon._data import Domain
 from sophon._networks import SmallConvNet
+from sophon._setting import Setting, make_setting
 from sophon._specs import FreshHead, Guard, ProtectSpec, Rehearsal, StrategyDistribution
+from sophon._tasks import Classification
 
 
 @cache
@@ -75,6 +78,19 @@ class Fatal(SmallConvNet):
 
 def scratch_model() -> nn.Module:
     return SmallConvNet(classes=5, in_channels=1)
+
+
+def setting_of(model: nn.Module, **changes: Any) -> Setting:
+    """Return the setting of the two halves of the digits, in fp32 on the processor."""
+    arguments: dict[str, Any] = {
+        "task": Classification(),
+        "original": original(),
+        "restricted": (restricted(),),
+        "head": None,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    return make_setting(model, **(arguments | changes))
 
 
 def quick_spec(**changes: object) -> ProtectSpec:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from builders import original, quick_spec, restricted, trained_model
+from builders import original, quick_spec, restricted, setting_of, trained_model
 from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy, attacker_images
 from sophon._metrics import evaluate
 from sophon._models import merged_lora
 from sophon._rehearsal import Rehearsals
-from sophon._setting import Setting, make_setting
+from sophon._setting import Setting
 from sophon._specs import Distil, FreshHead, Heal, Rehearsal, Strategy
 from sophon._tasks import Classification, Distillation
 
@@ -22,15 +22,7 @@ STREAM = (0, ("attack",))
 
 
 def _setting(model: nn.Module | None = None, domain: Domain | None = None) -> Setting:
-    return make_setting(
-        model or trained_model(),
-        task=Classification(),
-        original=original(),
-        restricted=(domain or restricted(),),
-        head=None,
-        precision="fp32",
-        device="cpu",
-    )
+    return setting_of(model or trained_model(), restricted=(domain or restricted(),))
 
 
 def _attack(model: nn.Module, strategy: Strategy, steps: int | None = None) -> FineTuning:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from builders import original, restricted, trained_model
+from builders import original, restricted, setting_of, trained_model
 from sophon._finetune import (
     OPTIMIZERS,
     SCHEDULES,
@@ -24,15 +24,7 @@ from sophon._tasks import Classification
 
 
 def _setting() -> Setting:
-    return make_setting(
-        trained_model(),
-        task=Classification(),
-        original=original(),
-        restricted=(restricted(),),
-        head=None,
-        precision="fp32",
-        device="cpu",
-    )
+    return setting_of(trained_model())
 
 
 def _feed(setting: Setting, batch_size: int = 16) -> Feed:

@@ -127,8 +127,7 @@ def test_interrupted_anywhere_the_record_is_the_same(
     again = _audit(tmp_path)
     assert _facts(_whole(again)) == _facts(uninterrupted)
     assert before < {file.name for file in (tmp_path / "trials").iterdir()}
-    third = _audit(tmp_path)
-    assert third.missing() == max(0, third.plan.expected() - len(uninterrupted.trials))
+    assert _audit(tmp_path).missing() == 0
 
 
 def test_workers_find_what_one_process_finds(uninterrupted: AuditRecord, tmp_path: Path) -> None:

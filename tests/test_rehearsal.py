@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from builders import original, quick_spec, restricted, scratch_model, trained_model
+from builders import quick_spec, scratch_model, setting_of, trained_model
 from sophon._rehearsal import Rehearsals, domain_of, gammas_of, sample_strategy
 from sophon._seeding import generator
-from sophon._setting import Setting, make_setting
+from sophon._setting import Setting
 from sophon._specs import (
     FreshHead,
     NoiseKick,
@@ -26,7 +26,6 @@ from sophon._specs import (
     StrategyDistribution,
 )
 from sophon._suppression import SUPPRESSIONS
-from sophon._tasks import Classification
 
 
 class _Double(nn.Module):
@@ -42,15 +41,7 @@ class _Double(nn.Module):
 
 
 def _setting(model: nn.Module) -> Setting:
-    return make_setting(
-        model,
-        task=Classification(),
-        original=original(),
-        restricted=(restricted(),),
-        head=None,
-        precision="fp32",
-        device="cpu",
-    )
+    return setting_of(model)
 
 
 def _retained_graphs(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str, Tensor]:

@@ -8,25 +8,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from builders import digits, original, restricted, trained_model
+from builders import digits, setting_of, trained_model
 from sophon._data import Domain, overlaps_of
 from sophon._networks import SmallConvNet
-from sophon._setting import Setting, make_setting
-from sophon._tasks import Classification
+from sophon._setting import Setting
 from sophon._vitals import measure_vitals
 
 
 def _setting(model: nn.Module) -> Setting:
-    return make_setting(
-        model,
-        task=Classification(),
-        original=original(),
-        restricted=(restricted(),),
-        head=None,
-        precision="fp32",
-        device="cpu",
-        trained=False,
-    )
+    return setting_of(model, trained=False)
 
 
 def test_vitals_leave_the_model_as_it_is_and_hold_its_sizes() -> None:
@@ -54,6 +44,7 @@ def test_a_model_that_raises_when_trained_has_no_gradient() -> None:
     model.load_state_dict(trained_model().state_dict())
     vitals = measure_vitals(model, _setting(model))
     assert vitals.gradient_norms == {"digits-5-9": None}
+    assert vitals.raised == ("RuntimeError: no",)
     assert vitals.largest_logit is not None
 
 

@@ -84,6 +84,7 @@ class Audit:
             _require_same_architecture(model, subject, name)
         self._starts: dict[tuple[Subject, int], Start] = {}
         self._domains = {d.name: d for d in (*self.restricted, *self.held_out, *self.benign)}
+        self._finished = False
         self.setting = make_setting(
             model,
             task=task or Classification(),
@@ -113,20 +114,26 @@ class Audit:
         return max(self.plan.expected(), len(self.trials))
 
     def missing(self) -> int:
-        """Return how many trials the store lacks, as far as that is known before they are run."""
+        """Return how many trials the store lacks: as far as that is known yet."""
         plan = self._planned()
-        met: set[str] = set()
+        held, lacking = set(), set()
         for stage in plan.stages():
-            held = {a: self._stored(self._key(a)) for a in stage}
-            met |= {trial.key for trial in held.values() if trial is not None}
-            if plan.staged and None in held.values():
-                break
-            plan.trials += [self._named(a, t) for a, t in held.items() if t is not None]
-        return max(0, plan.expected() - len(met))
+            for assignment in stage:
+                key = self._key(assignment)
+                trial = self._stored(key)
+                if trial is None:
+                    lacking.add(key)
+                else:
+                    held.add(key)
+                    plan.trials.append(self._named(assignment, trial))
+            if plan.staged and lacking:
+                return max(len(lacking), plan.expected() - len(held))
+        return len(lacking)
 
     def __iter__(self) -> Iterator[Trial]:
         """Yield every trial in order, running and storing those the store lacks."""
         self.trials.clear()
+        self._finished = False
         met: set[str] = set()
         with self._executor() as executor:
             for stage in self.plan.stages():
@@ -144,8 +151,6 @@ class Audit:
                     self.trials.append(self._named(assignment, trial))
                     yield self.trials[-1]
         self._finished = True
-
-    _finished = False
 
     def record(self) -> AuditRecord:
         """Return the record of the audit, once every trial was met."""

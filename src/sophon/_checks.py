@@ -22,10 +22,14 @@ from sophon._weight_checks import (
 
 
 def _family(trials: Sequence[Trial], best: Trial) -> list[float]:
-    """Return the rates tried with the winner's optimizer and scope, sorted."""
-    key = (best.strategy.optimizer, best.strategy.scope)
-    same = (t.strategy for t in trials)
-    return sorted({s.learning_rate for s in same if (s.optimizer, s.scope) == key})
+    """Return the rates tried with the winner's optimizer, scope and preparations, sorted; where
+    those are fewer than three, and so say little of an edge, with its optimizer and scope.
+    """
+    won = best.strategy
+    same = [t.strategy for t in trials]
+    same = [s for s in same if (s.optimizer, s.scope) == (won.optimizer, won.scope)]
+    own = {s.learning_rate for s in same if s.preparations == won.preparations}
+    return sorted(own if len(own) >= 3 else {s.learning_rate for s in same})
 
 
 def winner_on_the_edge(record: AuditRecord, domain: str) -> Flag | None:

@@ -115,7 +115,8 @@ class Vitals(Record):
     `largest_logit` is the largest absolute output on original validation images,
     `gradient_norms` the norm of the loss's gradient at step 0 on a batch of each restricted
     domain, `weight_sizes` the root mean square of every weight tensor, `largest_buffer` the
-    largest absolute value in BatchNorm's statistics, `smallest_variance` the smallest variance.
+    largest absolute value in BatchNorm's statistics, `smallest_variance` the smallest variance,
+    `raised` what the model raised while it was measured.
     """
 
     largest_logit: float | None
@@ -123,6 +124,7 @@ class Vitals(Record):
     weight_sizes: dict[str, float | None]
     largest_buffer: float | None = None
     smallest_variance: float | None = None
+    raised: tuple[str, ...] = ()
 
 
 class SubjectRecord(Record):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy
 from sophon._models import blocks, tracked_batch_norms
 from sophon._records import Vitals
@@ -29,14 +32,19 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
     }
     norms = tracked_batch_norms(held)
     buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    raised: list[str] = []
+
+    gradients = {
+        domain.name: _or_raised(raised, partial(_gradient_norm, model, setting, domain))
+        for domain in setting.restricted
+    }
     return Vitals(
-        largest_logit=_largest_logit(held, setting),
-        gradient_norms={
-            d.name: _gradient_norm(model, setting, i) for i, d in enumerate(setting.restricted)
-        },
+        largest_logit=_or_raised(raised, partial(_largest_logit, held, setting)),
+        gradient_norms=gradients,
         weight_sizes=sizes,
         largest_buffer=_extreme(buffers, largest=True),
         smallest_variance=_extreme([norm.running_var for norm in norms], largest=False),
+        raised=tuple(raised),
     )
 
 
@@ -51,26 +59,26 @@ def _largest_logit(model: nn.Module, setting: Setting) -> float | None:
     feed = setting.feed(domain, domain.validation, batch_size=_IMAGES)
     images, _ = next(iter(feed.in_order()))
     model.eval()
-    try:
-        return finite(float(model(images).abs().max()))
-    except Exception:  # noqa: BLE001 - a model that cannot be run is what is being found out
-        return None
+    return finite(float(model(images).abs().max()))
 
 
-def _gradient_norm(model: nn.Module, setting: Setting, index: int) -> float | None:
+def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float | None:
     """Return the norm of the first gradient an attacker meets who takes the weights as they are."""
-    domain = setting.restricted[index]
     strategy = Strategy(batch_size=min(_BATCH, len(domain.train)), steps=1)
     feed = setting.feed(domain, domain.train, batch_size=strategy.batch_size)
     stream = (0, ("vitals",))
+    attacker = copy.deepcopy(model)
+    attacker_copy(attacker, strategy, setting, classes=domain.class_count, feed=feed, stream=stream)
+    tuning = FineTuning(attacker, strategy, setting, feed, stream=stream)
+    return finite(float(tuning.gradient_norm()))
+
+
+def _or_raised(raised: list[str], measure: Callable[[], float | None]) -> float | None:
+    """Return what is measured, or None and a line in `raised`: such models are to be found out."""
     try:
-        attacker = copy.deepcopy(model)
-        attacker_copy(
-            attacker, strategy, setting, classes=domain.class_count, feed=feed, stream=stream
-        )
-        tuning = FineTuning(attacker, strategy, setting, feed, stream=stream)
-        return finite(float(tuning.gradient_norm()))
-    except Exception:  # noqa: BLE001 - see above
+        return measure()
+    except Exception as error:  # noqa: BLE001 - a model may raise anything; the trials are done
+        raised.append(f"{type(error).__name__}: {error}")
         return None
 
 

@@ -32,7 +32,7 @@ def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
     norm = after.gradient_norms[domain]
     usual = None if before is None else before.gradient_norms.get(domain)
     if norm is None:
-        detail = "not finite, or the model raised"
+        detail = "; ".join(after.raised) or "not finite"
     elif norm == 0:
         detail = "zero"
     elif usual and not 1 / _FAR <= norm / usual <= _FAR:

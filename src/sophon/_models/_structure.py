@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sophon._errors import UnsupportedModelError
 from sophon._models._probing import (
@@ -72,12 +73,7 @@ def normalised_pairs(model: nn.Module, image_shape: Shape) -> list[tuple[str, st
     parts = [module for module in model.modules() if not isinstance(module, nn.Sequential)]
     handles = [module.register_forward_pre_hook(recorder.before) for module in parts]
     handles += [module.register_forward_hook(recorder.after) for module in parts]
-    try:
-        with probing(model):
-            model(probe_images(model, image_shape))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watch(model, image_shape, handles)
     return _single_pairs(model, recorder.made, recorder.read)
 
 
@@ -93,13 +89,18 @@ def layers_in_order(model: nn.Module, image_shape: Shape) -> list[str]:
         for name, part in model.named_modules()
         if isinstance(part, (*_CONVS, nn.Linear))
     ]
+    _watch(model, image_shape, handles)
+    return [name for name in runs if runs.count(name) == 1]
+
+
+def _watch(model: nn.Module, image_shape: Shape, handles: list[RemovableHandle]) -> None:
+    """Run `model` on a probe once, then take its hooks off again."""
     try:
         with probing(model):
             model(probe_images(model, image_shape))
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name in runs if runs.count(name) == 1]
 
 
 class _Recorder:
@@ -201,10 +202,5 @@ def _outrun(model: nn.Module, shape: Shape) -> list[str]:
                     found.append(name)
 
             handles.append(part.register_forward_pre_hook(look))
-    try:
-        with probing(model):
-            model(probe_images(model, shape))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watch(model, shape, handles)
     return found

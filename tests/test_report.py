@@ -222,3 +222,16 @@ def test_a_report_says_how_attackers_were_scored() -> None:
         assert "measured anew" in text
         assert "1 of 45" in text
     assert "measured anew" not in report(held).html() + report(held).markdown()
+
+
+def test_a_search_is_said_in_the_report() -> None:
+    plain = record()
+    searched = plain.model_copy(
+        update={"spec": plain.spec.model_copy(update={"search_trials": 12})}
+    )
+    for text, other in (
+        (report(searched).html(), report(plain).html()),
+        (report(searched).markdown(), report(plain).markdown()),
+    ):
+        assert "searched with 12 strategies of its own" in text
+        assert "searched with" not in other

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from builders import Fatal, digits, original, restricted, trained_model
+from records import trial as made
 from sophon._attacks import (
     SUITES,
     Suite,
@@ -69,8 +72,17 @@ def _facts(record: AuditRecord) -> list[object]:
     return [trial.model_dump(exclude=varying) for trial in record.trials]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute as workers do: another number of threads rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted() -> AuditRecord:
+def uninterrupted(one_thread: None) -> AuditRecord:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SUITES, "small", SMALL)
         return _whole(_audit())
@@ -113,6 +125,18 @@ def test_attacks_that_lead_are_run_with_every_seed(uninterrupted: AuditRecord) -
             and t.strategy == subject.winner.strategy
         }
         assert seeds == {0, 1}
+
+
+def test_each_subjects_winner_is_run_with_every_seed_though_it_adds_nothing_to_the_area() -> None:
+    early, late = Strategy(learning_rate=1e-2), Strategy(learning_rate=1e-3)
+    plan = _audit().plan
+    domain = plan.restricted[0]
+    for subject in plan.subjects:
+        # The winner's lead at the very end is too small for the envelope's area.
+        for strategy, scores in ((early, (0.9, 0.9, 0.9, 0.9)), (late, (0.1, 0.1, 0.1, 0.905))):
+            met = made(subject, scores, strategy=strategy, domain=domain.name)
+            plan.trials.append(met)
+    assert plan._leaders(domain) == [late, early]
 
 
 @pytest.mark.parametrize("kept", [1, 7, 20, 33, 60])

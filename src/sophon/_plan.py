@@ -16,7 +16,7 @@ from sophon._data import Domain
 from sophon._records import Trial
 from sophon._search import AT_ONCE, AttackerSearch
 from sophon._specs import AuditSpec, Strategy, Subject
-from sophon._statistics import area, best_of, envelope
+from sophon._statistics import area, best_of, envelope, winner
 from sophon._trials import Assignment, evaluation_steps, stop_at
 
 # Attacks that lead somewhere: enough of each subject's for its envelope, to this much, and no more.
@@ -67,7 +67,7 @@ class Plan:
             search = self.spec.search_trials or 0
             count += search * subjects * 3 // 2
             if self.suite.headline or search:
-                count += _LEADERS * 2 * subjects * len(self.seeds)
+                count += (_LEADERS + 1) * 2 * subjects * len(self.seeds)
         for domain in self.secondary:
             chosen = self._secondary_for(domain)
             count += len(chosen) * subjects * min(_SECONDARY_SEEDS, len(self.seeds))
@@ -171,11 +171,15 @@ class Plan:
     # --- What is run with every seed ---------------------------------------------------------
 
     def _leaders(self, domain: Domain) -> list[Strategy]:
-        """Return the attacks that make up each subject's envelope: greedily, the best first."""
+        """Return each subject's winner and the attacks that make up its envelope, best first."""
         chosen: dict[Strategy, None] = {}
         for subject in self.subjects:
+            met = self._met(domain, subject)
+            best_trial = winner(met)
+            if best_trial is not None:
+                chosen[best_trial.strategy] = None
             by_strategy: dict[Strategy, list[Trial]] = {}
-            for trial in self._met(domain, subject):
+            for trial in met:
                 by_strategy.setdefault(trial.strategy, []).append(trial)
             full = self._area([t for trials in by_strategy.values() for t in trials])
             held: list[Trial] = []

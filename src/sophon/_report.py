@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import escape
 
 from sophon._files import write_text
+from sophon._plots import SUBJECTS, envelope_plot
 from sophon._records import AuditRecord, Score
 from sophon._specs import shared_fields
 from sophon._statistics import Interval, best_of, wilson
-from sophon._verdict import DomainSummary, SubjectSummary, overall, scope, summarise
+from sophon._verdict import DomainSummary, overall, scope, summarise
 
 # What stands where nothing was measured.
 NONE = "\u2013"
-SUBJECTS = ("protected", "unprotected", "scratch")
 MEANINGS = {
     "withstood": "In this audit, starting from the protected weights saved an attacker nothing.",
     "slowed": "Attackers still get there, but need more steps than from the unprotected weights.",
@@ -220,115 +218,3 @@ def _trial_rows(record: AuditRecord) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-# --- The envelope plot --------------------------------------------------------------------------
-
-_WIDTH, _HEIGHT = 640, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 136, 18, 46
-_DASHES = {"protected": "", "unprotected": "7 4", "scratch": "2 4"}
-
-
-class _Axes:
-    """Maps budgets (logarithmic) and scores (linear) to picture coordinates."""
-
-    def __init__(self, summary: DomainSummary) -> None:
-        steps = summary.budgets
-        self.first, self.last = steps[0], max(steps[-1], steps[0] + 1)
-        spreads = [i for s in summary.subjects.values() for i in s.spread]
-        top = max(i.high for i in spreads)
-        bottom = min(i.low for i in spreads)
-        self.low = max(0.0, math.floor(bottom * 10) / 10)
-        self.high = max(self.low + 0.1, min(1.0, math.ceil(top * 10) / 10))
-
-    def x(self, step: float) -> float:
-        share = math.log(step / self.first) / math.log(self.last / self.first)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def envelope_plot(summary: DomainSummary) -> Markup:
-    """Return the envelope of each subject over the budget as inline SVG.
-
-    Lines are means over seeds of each seed's envelope, bands the range over seeds. Curves differ
-    in dash and marker as well as in colour, and carry their names.
-    """
-    if not summary.subjects or not summary.budgets:
-        return Markup("<p>No attack was measured.</p>")
-    axes = _Axes(summary)
-    parts = [*_grid(axes, summary.budgets)]
-    for subject in summary.subjects.values():
-        parts += _curve(axes, summary.budgets, subject)
-    parts += _labels(axes, summary)
-    title = escape(f"Best score on {summary.domain.name} within a budget of steps")
-    return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">'
-        + "".join(parts)
-        + "</svg>"
-    )
-
-
-def _grid(axes: _Axes, budgets: Sequence[int]) -> list[str]:
-    parts = []
-    count = round((axes.high - axes.low) * 10)
-    for tick in range(0, count + 1, 1 if count <= 6 else 2):
-        value = axes.low + tick / 10
-        y = axes.y(value)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * value:.0f} %</text>'
-        )
-    last = -math.inf
-    for budget in budgets:
-        x = axes.x(budget)
-        if x - last < 34:
-            continue
-        last = x
-        base = _HEIGHT - _BOTTOM
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 5}"/>'
-            f'<text x="{x:.1f}" y="{base + 19}" text-anchor="middle">{budget}</text>'
-        )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">'
-        "attack budget, optimizer steps (logarithmic)</text>"
-    )
-    return parts
-
-
-def _curve(axes: _Axes, budgets: Sequence[int], subject: SubjectSummary) -> list[str]:
-    along = [(axes.x(b), axes.y(v)) for b, v in zip(budgets, subject.mean, strict=True)]
-    upper = [(axes.x(b), axes.y(i.high)) for b, i in zip(budgets, subject.spread, strict=True)]
-    lower = [(axes.x(b), axes.y(i.low)) for b, i in zip(budgets, subject.spread, strict=True)]
-    band = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*upper, *reversed(lower)])
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in along)
-    marks = "".join(_mark(subject.name, x, y) for x, y in along)
-    return [
-        f'<g class="{subject.name}"><polygon class="band" points="{band}"/>'
-        f'<polyline points="{line}" stroke-dasharray="{_DASHES[subject.name]}"/>{marks}</g>'
-    ]
-
-
-def _mark(name: str, x: float, y: float) -> str:
-    if name == "protected":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
-    if name == "unprotected":
-        return f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
-    return f'<path d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
-
-
-def _labels(axes: _Axes, summary: DomainSummary) -> list[str]:
-    """Return the curves' names at their right ends, moved apart where they would overlap."""
-    ends = sorted((axes.y(s.mean[-1]), s.name) for s in summary.subjects.values())
-    placed: list[tuple[float, str]] = []
-    for y, name in ends:
-        lowest = placed[-1][0] + 16 if placed else -math.inf
-        placed.append((max(y, lowest), name))
-    x = _WIDTH - _RIGHT + 10
-    return [
-        f'<text class="name {name}" x="{x}" y="{y + 4:.1f}">{name}</text>' for y, name in placed
-    ]

@@ -1,0 +1,105 @@
+"""Cost to recover as survival data: an attack seed that never got there is censored, not dropped.
+
+Kaplan-Meier and log-rank are SciPy's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sophon._records import Trial
+from sophon._statistics import (
+    DRAWS,
+    Cost,
+    EnvelopePoint,
+    Interval,
+    by_seed,
+    cost_to_recover,
+    percentile_interval,
+)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What it cost to reach a target, seed by seed.
+
+    `median` is the Kaplan-Meier median in steps, None where fewer than half of the seeds got
+    there by the horizon.
+    """
+
+    target: float
+    costs: tuple[Cost, ...]
+    median: int | None
+    horizon: int
+
+    @property
+    def censored(self) -> int:
+        """How many seeds did not reach the target."""
+        return sum(cost.steps is None for cost in self.costs)
+
+
+def recovery(trials: Sequence[Trial], at: Sequence[int], target: float) -> Recovery:
+    """Return what each seed's envelope needed to reach `target`, a validation score."""
+    costs = tuple(
+        cost_to_recover([EnvelopePoint(s, v, "") for s, v in zip(at, row, strict=True)], target)
+        for row in by_seed(trials, at).tolist()
+    )
+    return Recovery(target, costs, _median(costs), at[-1] if at else 0)
+
+
+def logrank(first: Recovery, second: Recovery) -> float | None:
+    """Return the two-sided log-rank p-value of two subjects' costs (Mantel, 1966).
+
+    None with fewer than two seeds each, and where nothing distinguishes them.
+    """
+    from scipy.stats import logrank as test
+
+    if min(len(first.costs), len(second.costs)) < 2:
+        return None
+    if all(cost.steps is None for cost in (*first.costs, *second.costs)):
+        return None
+    with np.errstate(all="ignore"):
+        value = float(test(_censored(first.costs), _censored(second.costs)).pvalue)
+    return value if math.isfinite(value) else None
+
+
+def ratio_interval(protected: Recovery, other: Recovery, *, seed: int = 0) -> Interval | None:
+    """Return the 95 % bootstrap interval, over seeds, of the ratio of median costs.
+
+    A seed that did not get there counts with the horizon, so the bounds are lower bounds then.
+    None with fewer than two seeds each.
+    """
+    if min(len(protected.costs), len(other.costs)) < 2:
+        return None
+    stream = np.random.default_rng(seed)
+    above, below = (_resampled(r, stream) for r in (protected, other))
+    return percentile_interval(above / np.maximum(below, 1.0))
+
+
+def _resampled(held: Recovery, stream: np.random.Generator) -> NDArray[np.float64]:
+    costs = np.array([held.horizon if c.steps is None else c.steps for c in held.costs])
+    index = stream.integers(0, len(costs), (DRAWS, len(costs)))
+    medians: NDArray[np.float64] = np.median(costs[index].astype(np.float64), axis=1)
+    return medians
+
+
+def _median(costs: Sequence[Cost]) -> int | None:
+    from scipy.stats import ecdf
+
+    if not costs or all(cost.steps is None for cost in costs):
+        return None
+    survival = ecdf(_censored(costs)).sf
+    reached = survival.quantiles[survival.probabilities <= 0.5 + 1e-12]
+    return int(reached[0]) if len(reached) else None
+
+
+def _censored(costs: Sequence[Cost]) -> object:
+    from scipy.stats import CensoredData
+
+    steps = [float(cost.horizon if cost.steps is None else cost.steps) for cost in costs]
+    return CensoredData.right_censored(steps, [cost.steps is None for cost in costs])

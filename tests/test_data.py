@@ -34,6 +34,7 @@ from sophon._data import (
 )
 from sophon._data.embedded import letters
 from sophon._data.splits import first_per_class, stratified
+from sophon._errors import DataError
 from sophon._specs import DomainSpec
 
 JPEG_SHA256 = {
@@ -623,3 +624,44 @@ def test_jpeg_packing_equals_decoding_each_file(tmp_path: Path) -> None:
         np.asarray(Image.open(io.BytesIO(one))).transpose(2, 0, 1).tobytes() for one in files
     }
     assert set(rows(domain.train, domain.validation, domain.test)) == decoded
+
+
+def test_npz_coarse_labels_are_groups_of_the_fine_ones(tmp_path: Path) -> None:
+    fine = np.arange(40) % 4
+    np.savez(
+        tmp_path / "x.npz",
+        x_train=noise(40, 6, 6),
+        y_train=fine,
+        coarse_of_fine=np.array([1, 0, 1, 0]),
+        coarse_names=np.array(["odd", "even"]),
+    )
+    made = load_domain(spec(source="npz", path="x.npz", labels="coarse"), base=tmp_path)
+    assert made.classes == ("odd", "even")
+    images = np.load(tmp_path / "x.npz")["x_train"]
+    groups = {image.tobytes(): (label + 1) % 2 for image, label in zip(images, fine, strict=True)}
+    for split in (made.train, made.validation, made.test):
+        for pixels, label in zip(split.pixels, split.labels, strict=True):
+            assert groups[pixels.numpy().tobytes()] == int(label)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "needs an array coarse_of_fine"),
+        ({"coarse_of_fine": np.array([0, 1])}, "needs an array coarse_names"),
+        ({"coarse_of_fine": np.array([0]), "coarse_names": np.array(["a"])}, "labels 0 to 1"),
+        ({"coarse_of_fine": np.array([0.5]), "coarse_names": np.array(["a"])}, "give integers"),
+    ],
+)
+def test_npz_coarse_labels_that_do_not_fit_are_refused(
+    fields: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
+    arrays = {"x_train": noise(20, 6, 6), "y_train": np.arange(20) % 2, **fields}
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        load_domain(spec(source="npz", path="x.npz", labels="coarse"), base=tmp_path)
+
+
+def test_coarse_labels_are_of_archives_only(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is for npz archives"):
+        load_domain(spec(source="folder", path="x", labels="coarse"), base=tmp_path)

@@ -316,8 +316,9 @@ class DomainSpec(Spec):
 
     `source` is `npz`, `folder`, `torchvision` or `embedded`. Images become `image_size`
     squares (shorter side resized, centre cropped) when it is given. `mean` and `std` are per
-    channel on images scaled to [0, 1]. `classes` keeps only those labels, renumbered in order;
-    `limit` keeps the first so many training images of each class.
+    channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's coarser labels
+    instead of its own (arrays `coarse_of_fine` and `coarse_names`); `classes` keeps only those
+    labels, renumbered in order; `limit` keeps the first so many training images of each class.
     """
 
     source: str
@@ -331,6 +332,7 @@ class DomainSpec(Spec):
     validation: Fraction = 0.1
     test: Fraction = 0.2
     split_seed: Count = 0
+    labels: Literal["own", "coarse"] = "own"
     classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
     limit: Positive | None = None
     weight: Rate = 1.0

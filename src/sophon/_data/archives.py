@@ -20,8 +20,11 @@ from sophon._errors import DataError
 FORMAT = "x_train, y_train, x_test, y_test (uint8 images, integer labels) and class_names"
 
 
-def read_archive(path: Path, size: int | None) -> Contents:
+def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Contents:
     """Return the contents of an npz file; images are squared to `size` when they are read.
+
+    With `coarse` every label is replaced by its group: `coarse_of_fine` (labels,) has the groups,
+    `coarse_names` their names.
 
     Arrays are `x_train`, `y_train` and, as wished, `x_test`, `y_test` and `class_names`. Images
     are uint8 (n, h, w) or (n, h, w, 3), or JPEG files end to end in `x_train_jpeg` with
@@ -31,6 +34,8 @@ def read_archive(path: Path, size: int | None) -> Contents:
         DataError: the file is missing, damaged, or does not hold these arrays.
     """
     arrays = _arrays(path)
+    if coarse:
+        _coarsen(arrays)
     train = _part(arrays, "train", size)
     test = None
     if any(name.startswith(("x_test", "y_test")) for name in arrays):
@@ -38,6 +43,28 @@ def read_archive(path: Path, size: int | None) -> Contents:
     names = _names(arrays)
     labels = [part.labels for part in (train, test) if part is not None]
     return Contents(train, test, class_names(names, labels))
+
+
+def _coarsen(arrays: dict[str, NDArray[Any]]) -> None:
+    for name in ("coarse_of_fine", "coarse_names"):
+        if name not in arrays:
+            raise DataError(f"labels = 'coarse' needs an array {name} in the archive: remove it")
+    groups = arrays["coarse_of_fine"]
+    if groups.dtype.kind not in "iu" or groups.ndim != 1:
+        raise DataError(f"coarse_of_fine is {groups.dtype} {groups.shape}; give integers (labels,)")
+    for name in ("y_train", "y_test"):
+        if name not in arrays:
+            continue
+        labels = arrays[name]
+        if labels.dtype.kind not in "iu" or labels.size == 0:
+            continue  # refused, with the reason, where the split is read
+        if labels.min() < 0 or labels.max() >= len(groups):
+            raise DataError(
+                f"{name} has labels {labels.min()} to {labels.max()} and coarse_of_fine has"
+                f" {len(groups)} entries; give one group per label"
+            )
+        arrays[name] = groups[labels]
+    arrays["class_names"] = arrays["coarse_names"]
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:

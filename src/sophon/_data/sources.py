@@ -32,6 +32,8 @@ def load_domain(spec: DomainSpec, *, base: Path, role: str = "domain") -> Domain
             close = difflib.get_close_matches(spec.source, SOURCES, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise DataError(f"unknown source {spec.source!r}; {hint}known: {', '.join(SOURCES)}")
+        if spec.labels == "coarse" and spec.source != "npz":
+            raise DataError(f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it")
         return SOURCES[spec.source](spec, base)
     except DataError as error:
         raise DataError(f"{role}: {error}") from None
@@ -41,7 +43,8 @@ def npz(spec: DomainSpec, base: Path) -> Domain:
     """Return the domain of the archive `spec.path`; see `read_archive`."""
     path = _located(spec.path, base, "path", spec.source)
     try:
-        return _domain(read_archive(path, spec.image_size), spec, path.stem)
+        contents = read_archive(path, spec.image_size, coarse=spec.labels == "coarse")
+        return _domain(contents, spec, path.stem)
     except DataError as error:
         # Most faults are found in arrays, which do not know their file.
         known = str(path) in str(error)

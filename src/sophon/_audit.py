@@ -11,30 +11,33 @@ import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from sophon._attacks import beyond_rehearsal, depth_attacks, resolved, strategies_of, suite_of
+from sophon._budget import AuditForecast, Pace, fit, measure_pace, usual_attack
 from sophon._circumstances import domain_record, environment, health
 from sophon._data import Domain, check_batch_fits, overlaps_of
-from sophon._errors import AuditError
-from sophon._executors import Job, Processes, Serial, Workload
-from sophon._files import require_writable
+from sophon._errors import AuditError, SpecError
+from sophon._executors import Executor, Job, Processes, Serial, Workload
+from sophon._files import read_json, require_writable, write_json
 from sophon._finetune import check_preparations
 from sophon._metrics import evaluate
 from sophon._models import fresh_copy, require_peft, weights_sha256
 from sophon._plan import Plan
+from sophon._ray import RayCluster, require_ray
 from sophon._records import AuditRecord, SubjectRecord, Trial
 from sophon._search import require_optuna
 from sophon._setting import make_setting
-from sophon._specs import AuditSpec, Strategy, Subject
+from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_spec
 from sophon._store import TrialStore
 from sophon._tasks import Classification, Task
 from sophon._trials import Assignment, Bench, Start
 from sophon._vitals import block_count, measure_vitals
 
+ExecutorName = Literal["processes", "ray"]
 # Batches up to this size are not shrunk to the images at hand: too few images are an error.
 _USUAL_BATCH = Strategy.model_fields["batch_size"].default
 
@@ -47,8 +50,10 @@ class Audit:
     of the same architecture; without it every layer of `model` is re-initialised. `held_out` are
     restricted domains that protection did not use, `benign` allowed ones. With `store`, a folder,
     only trials missing there are run; with more than one of `workers`, in processes of one
-    thread each. `about` adds `model`, `command` and `protection` to the record. No model passed in
-    is changed.
+    thread each, or with `executor = "ray"` so many at once on the Ray cluster at `address` (default: a
+    cluster on this machine). `budget_s` fits the audit to so many seconds, as measured before it starts; what
+    that gives up is in `given_up` and in the record, and a repeated audit gives up the same.
+    `about` adds `model`, `command` and `protection` to the record. No model passed in is changed.
 
     Raises AuditError, DataError, SpecError or UnsupportedModelError before any work.
     """
@@ -69,6 +74,9 @@ class Audit:
         head: str | None = None,
         device: str | torch.device | None = None,
         workers: int = 1,
+        executor: ExecutorName = "processes",
+        address: str | None = None,
+        budget_s: float | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
         self.spec = resolved(AuditSpec() if spec is None else spec)
@@ -79,6 +87,7 @@ class Audit:
             self.subjects["unprotected"] = unprotected
         self.scratch = scratch
         self.workers = workers
+        self.executor, self.address = _chosen(executor, address)
         self.about = about or {}
         for name, subject in self.subjects.items():
             _require_same_architecture(model, subject, name)
@@ -96,13 +105,21 @@ class Audit:
             trained=False,
         )
         self.bench = Bench(self.setting, self.spec.evaluations)
-        self.plan = self._planned()
+        self.given_up: tuple[str, ...] = ()
+        self._pace: Pace | None = None
+        self.plan = self._planned(self.spec)
         self._check()
         trials = None if store is None else Path(store) / "trials"
         if trials is not None:
             require_writable(trials)
         self.store = TrialStore(trials)
-        self.trials = self.plan.trials
+        if budget_s is not None:
+            self._fit(budget_s, None if store is None else Path(store) / "budgets")
+
+    @property
+    def trials(self) -> list[Trial]:
+        """The trials met so far."""
+        return self.plan.trials
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
@@ -111,11 +128,11 @@ class Audit:
 
     def __len__(self) -> int:
         """Return the number of trials of the whole audit; about so many if it goes by stages."""
-        return max(self.plan.expected(), len(self.trials))
+        return max(self.plan.expected().trials, len(self.trials))
 
     def missing(self) -> int:
         """Return how many trials the store lacks: as far as that is known yet."""
-        plan = self._planned()
+        plan = self._planned(self.spec)
         held, lacking = set(), set()
         for stage in plan.stages():
             for assignment in stage:
@@ -127,7 +144,7 @@ class Audit:
                     held.add(key)
                     plan.trials.append(self._named(assignment, trial))
             if plan.staged and lacking:
-                return max(len(lacking), plan.expected() - len(held))
+                return max(len(lacking), plan.expected().trials - len(held))
         return len(lacking)
 
     def __iter__(self) -> Iterator[Trial]:
@@ -175,13 +192,70 @@ class Audit:
             environment=environment(setting.device, setting.precision),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=self.about.get("command", ""),
+            given_up=self.given_up,
             protection=self.about.get("protection"),
         )
 
     # --- What is run -------------------------------------------------------------------------
 
-    def _planned(self) -> Plan:
-        suite, spec = suite_of(self.spec), self.spec
+    def forecast(self) -> AuditForecast:
+        """Return what the whole audit is expected to take, from a few measured steps."""
+        work = self.plan.expected()
+        return AuditForecast(work.trials, work.steps, self._seconds(self.plan))
+
+    def _seconds(self, plan: Plan) -> float | None:
+        if self._pace is None:
+            domain, seed = self.restricted[0], self._seeds[0]
+            size = min(_USUAL_BATCH, len(domain.train))
+            there = Assignment("scratch", domain, usual_attack(size), seed)
+            threads = torch.get_num_threads()
+            alone = self.workers == 1 and self.executor != "ray"
+            torch.set_num_threads(threads if alone else 1)
+            self._pace = measure_pace(self.bench, there, self._start("scratch", seed))
+            torch.set_num_threads(threads)
+        if self._pace is None:
+            return None
+        return self._pace.seconds(plan.expected(), self.spec.evaluations) / self.workers
+
+    def _fit(self, budget_s: float, folder: Path | None) -> None:
+        """Make the audit as small as the budget asks; as an earlier run in `folder` decided."""
+        asked = {
+            "spec": self.spec.model_dump(mode="json"),
+            "budget_s": budget_s,
+            "workers": self.workers,
+            "subjects": [weights_sha256(model) for model in self.subjects.values()],
+            "domains": [domain.fingerprint() for domain in self._domains.values()],
+        }
+        file = None if folder is None else folder / f"{fingerprint_of(asked)}.json"
+        if file is not None and file.is_file():
+            held = read_json(file)
+            chosen = parse_spec(AuditSpec, held["chosen"], where=str(file))
+            given_up = tuple(held["given_up"])
+        else:
+            chosen, given_up = self._fitted(budget_s)
+        if file is not None and not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            decided = {"chosen": chosen.model_dump(mode="json"), "given_up": list(given_up)}
+            write_json(file, {**asked, **decided})
+        self.spec, self.given_up = chosen, given_up
+        self.plan = self._planned(chosen)
+
+    def _fitted(self, budget_s: float) -> tuple[AuditSpec, tuple[str, ...]]:
+        def cost(spec: AuditSpec) -> float:
+            seconds = self._seconds(self._planned(spec))
+            if seconds is None:
+                raise AuditError(
+                    "the pace of this audit cannot be measured, its attacks on a fresh network"
+                    " crash: leave the budget out to see why in the record"
+                )
+            return seconds
+
+        protection: Any = (self.about.get("protection") or {}).get("spec") or {}
+        rehearsed = int((protection.get("rehearsal") or {}).get("steps") or 0)
+        return fit(self.spec, budget_s, cost, rehearsed=rehearsed)
+
+    def _planned(self, spec: AuditSpec) -> Plan:
+        suite = suite_of(spec)
         strategies = strategies_of(spec)
         whole: tuple[Strategy, ...] = ()
         if suite.rehearsed:
@@ -225,11 +299,13 @@ class Audit:
     def _seeds(self) -> tuple[int, ...]:
         return self.spec.seeds or (0,)
 
-    def _executor(self) -> Serial | Processes:
+    def _executor(self) -> Executor:
         workload = Workload(self.bench, self._domains, self._starts)
         for seed in self._seeds:
             for subject in self.plan.subjects:
                 self._start(subject, seed)
+        if self.executor == "ray":
+            return RayCluster(workload, self.workers, self.address)
         return Serial(workload) if self.workers == 1 else Processes(workload, self.workers)
 
     def _start(self, subject: Subject, seed: int) -> Start:
@@ -285,6 +361,17 @@ class Audit:
         return tuple(records)
 
 
+def _chosen(executor: str, address: str | None) -> tuple[str, str | None]:
+    """Return executor and address. Raises SpecError before any work if they cannot be used."""
+    if executor not in get_args(ExecutorName):
+        raise SpecError(f"executor = {executor!r}: use {' or '.join(get_args(ExecutorName))}")
+    if executor == "ray":
+        require_ray()
+    elif address is not None:
+        raise SpecError(f"address = {address!r} is for executor = 'ray': add it, or leave it out")
+    return executor, address
+
+
 def _hooks(model: nn.Module) -> list[str]:
     """Return the names of a network's hooks: with equal weights they compute something else."""
     hooks = [
@@ -336,6 +423,9 @@ def audit(  # noqa: PLR0913 - one keyword per part of an audit
     head: str | None = None,
     device: str | torch.device | None = None,
     workers: int = 1,
+    executor: ExecutorName = "processes",
+    address: str | None = None,
+    budget_s: float | None = None,
 ) -> AuditRecord:
     """Return the record of a whole audit; see `Audit` for the arguments and errors."""
     run = Audit(
@@ -352,6 +442,9 @@ def audit(  # noqa: PLR0913 - one keyword per part of an audit
         head=head,
         device=device,
         workers=workers,
+        executor=executor,
+        address=address,
+        budget_s=budget_s,
     )
     for _ in run:
         pass

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 
@@ -19,7 +19,7 @@ from sophon._specs import Strategy, Subject
 from sophon._trials import Assignment, Bench, Start
 
 # How often work is given to new workers after some died (killed, out of memory).
-_ATTEMPTS = 3
+ATTEMPTS = 3
 
 
 class Job(NamedTuple):
@@ -50,6 +50,23 @@ class Workload:
             job.subject, self.domains[job.domain], job.strategy, job.seed, job.stop
         )
         return self.bench.run(assignment, self.start(job.subject, job.seed))
+
+
+class Executor(Protocol):
+    """Where jobs are run: a context that yields their trials in their order."""
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
+        """Yield the trials in the order of the jobs."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 class Serial:
@@ -95,7 +112,7 @@ class Processes:
             except BrokenProcessPool:
                 attempts += 1
                 self._close()
-                if attempts == _ATTEMPTS:
+                if attempts == ATTEMPTS:
                     raise AuditError(
                         f"workers died {attempts} times in a row without finishing a trial: lower"
                         " --workers, there may be too little memory; finished trials are kept"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,23 @@ from sophon._trials import Assignment, evaluation_steps, stop_at
 # Attacks that lead somewhere: enough of each subject's for its envelope, to this much, and no more.
 _LEADERS = 4
 _CLOSE_ENOUGH = 0.005
+# How many of them a subject has in most audits, its winner included: for forecasts.
+_USUAL_LEADERS = 3
 # Secondary domains are attacked with so many seeds at most.
 _SECONDARY_SEEDS = 3
+
+
+class Work(NamedTuple):
+    """How much there is to do: trials, optimizer steps in all, and images in those steps."""
+
+    trials: int
+    steps: int
+    images: int
+
+    def plus(self, count: float, steps: int, batch_size: float) -> Work:
+        """Return this and `count` more trials of so many steps."""
+        more = (count, count * steps, count * steps * batch_size)
+        return Work(*(held + round(extra) for held, extra in zip(self, more, strict=True)))
 
 
 @dataclass
@@ -56,22 +72,35 @@ class Plan:
         """Whether later trials depend on what earlier ones reached."""
         return self.suite.prefilter is not None or bool(self.spec.search_trials)
 
-    def expected(self) -> int:
-        """Return how many trials there will be: exactly, or about as many if `staged`."""
-        count, subjects = 0, len(self.subjects)
+    def expected(self) -> Work:
+        """Return how much work the audit is: exactly, or about as much if `staged`."""
+        work, whole = Work(0, 0, 0), self.spec.steps
+        usual = Strategy.model_fields["batch_size"].default
+        several = len(self.subjects)
+        every = 1 if self.suite.headline else len(self.seeds)
+        stop = self._stop() or whole
         for domain in self.restricted:
-            known = len(self._suite_for(domain))
-            if self.suite.prefilter is not None:
-                known += min(known, self.suite.survivors * 2)
-            count += known * subjects * (1 if self.suite.headline else len(self.seeds))
-            search = self.spec.search_trials or 0
-            count += search * subjects * 3 // 2
+            early, late = self._early_and_late(domain)
+            for strategy in early:
+                work = work.plus(several * every, stop, strategy.batch_size)
+            for strategy in late:
+                work = work.plus(several * every, whole, strategy.batch_size)
+            if stop < whole:
+                survivors = min(len(early), self.suite.survivors * 2)
+                work = work.plus(several * survivors, whole, usual)
+            search = (self.spec.search_trials or 0) * several
+            work = work.plus(search, stop, usual)
+            work = work.plus(search / 2 if stop < whole else 0, whole, usual)
             if self.suite.headline or search:
-                count += (_LEADERS + 1) * 2 * subjects * len(self.seeds)
+                again = len(self.seeds) - every
+                # Leaders of one subject are new to the others' searches, and to later seeds.
+                leaders = _USUAL_LEADERS * several
+                work = work.plus(several * (leaders * again + search / several / 4), whole, usual)
         for domain in self.secondary:
-            chosen = self._secondary_for(domain)
-            count += len(chosen) * subjects * min(_SECONDARY_SEEDS, len(self.seeds))
-        return count
+            seeds = min(_SECONDARY_SEEDS, len(self.seeds))
+            for strategy in self._secondary_for(domain):
+                work = work.plus(several * seeds, whole, strategy.batch_size)
+        return work
 
     def stages(self) -> Iterator[list[Assignment]]:
         """Yield lists of trials to run; each must be met in full before the next is asked for."""
@@ -101,14 +130,19 @@ class Plan:
         if self.suite.prefilter is None:
             yield self._each(domain, chosen, first if self.suite.headline else self.seeds)
             return
-        whole = set(fitted(self.whole, domain))
-        late = [s for s in chosen if patient(s) or s in whole]
-        early = [s for s in chosen if not (patient(s) or s in whole)]
+        early, late = self._early_and_late(domain)
         yield [
             *self._each(domain, early, first, self._stop()),
             *self._each(domain, late, first),
         ]
         yield self._each(domain, self._survivors(domain, early), first)
+
+    def _early_and_late(self, domain: Domain) -> tuple[list[Strategy], list[Strategy]]:
+        """Return the attacks that a prefilter may stop, and those that it may not."""
+        chosen = self._suite_for(domain)
+        whole = set(fitted(self.whole, domain))
+        late = [s for s in chosen if patient(s) or s in whole]
+        return [s for s in chosen if s not in set(late)], late
 
     def _stop(self) -> int | None:
         share = self.suite.prefilter

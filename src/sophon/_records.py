@@ -171,7 +171,8 @@ class Overlap(Record):
 class AuditRecord(Record):
     """An audit: its specification, its subjects and every trial, failures included.
 
-    `held_out` are restricted domains that protection did not use, `benign` allowed ones.
+    `held_out` are restricted domains that protection did not use, `benign` allowed ones;
+    `given_up` says what a time budget left out.
     """
 
     schema_version: Literal[1] = 1
@@ -190,6 +191,7 @@ class AuditRecord(Record):
     environment: Environment
     created: str
     command: str
+    given_up: tuple[str, ...] = ()
     protection: dict[str, object] | None = None
 
     @property

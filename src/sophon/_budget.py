@@ -1,0 +1,116 @@
+"""How long an audit will take, and what to give up where it must take less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from sophon._errors import AuditError
+from sophon._plan import Work
+from sophon._specs import AuditSpec, Strategy
+from sophon._trials import Assignment, Bench, Start
+
+# Steps of the two trials that are measured.
+_FEW, _MORE = 2, 12
+# No verdict is good news on fewer seeds, and no horizon is believed below ten times K.
+_LEAST_SEEDS = 3
+_TIMES_REHEARSED = 10
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What trials take here, in seconds: each image of a step, each measurement, each start."""
+
+    image_s: float
+    measurement_s: float
+    trial_s: float
+
+    def seconds(self, work: Work, evaluations: int) -> float:
+        """Return what `work` takes, one trial after another."""
+        measured = work.trials * (evaluations + 1) * self.measurement_s
+        return work.images * self.image_s + measured + work.trials * self.trial_s
+
+
+@dataclass(frozen=True)
+class AuditForecast:
+    """What an audit is expected to take in all: trials, optimizer steps and seconds.
+
+    `seconds` is None where the measured trials crashed.
+    """
+
+    trials: int
+    steps: int
+    seconds: float | None
+
+
+def measure_pace(bench: Bench, assignment: Assignment, start: Start) -> Pace | None:
+    """Return what trials take, from three short ones; None if one of them crashed.
+
+    `assignment` says where; its strategy's batch size is kept.
+    """
+
+    def seconds(steps: int, evaluations: int) -> tuple[float, int] | None:
+        strategy = assignment.strategy.model_copy(update={"steps": steps})
+        trial = replace(bench, evaluations=evaluations).run(
+            assignment._replace(strategy=strategy), start
+        )
+        return None if trial.outcome.kind == "crashed" else (trial.wall_s, len(trial.curve))
+
+    # The first trial of a process pays for what is only set up once.
+    if seconds(_FEW, 2) is None:
+        return None
+    short, long, dense = (seconds(_FEW, 2), seconds(_MORE, 2), seconds(_MORE, _MORE))
+    if short is None or long is None or dense is None:
+        return None
+    step_s = max(1e-6, (long[0] - short[0]) / (_MORE - _FEW))
+    measurement_s = max(0.0, (dense[0] - long[0]) / max(1, dense[1] - long[1]))
+    trial_s = max(0.0, short[0] - _FEW * step_s - short[1] * measurement_s)
+    return Pace(step_s / assignment.strategy.batch_size, measurement_s, trial_s)
+
+
+def fit(
+    spec: AuditSpec, seconds: float, cost: Callable[[AuditSpec], float], *, rehearsed: int = 0
+) -> tuple[AuditSpec, tuple[str, ...]]:
+    """Return the largest audit that costs at most `seconds`, and what it gives up against `spec`.
+
+    The search gives way first, then seeds down to three, then steps down to half or ten times
+    the `rehearsed` ones; never the suite's attacks. Raises AuditError, naming the least time,
+    where that is not enough.
+    """
+    for chosen, given_up in _smaller(spec, rehearsed):
+        if cost(chosen) <= seconds:
+            return chosen, given_up
+    least = cost(chosen)
+    raise AuditError(
+        f"a budget of {seconds / 60:.3g} min is too short: even without the search, on"
+        f" {len(chosen.seeds or ())} seeds of {chosen.steps} steps, this audit takes about"
+        f" {least / 60:.3g} min: raise --budget, use more --workers, or take suite = 'quick-1'"
+    )
+
+
+def _smaller(spec: AuditSpec, rehearsed: int) -> Iterator[tuple[AuditSpec, tuple[str, ...]]]:
+    """Yield ever smaller audits with what each gives up, the whole one first."""
+    yield spec, ()
+    search = spec.search_trials or 0
+    given_up: tuple[str, ...] = ()
+    for trials in range(search - 1, -1, -1):
+        given_up = (f"{search - trials} of {search} searched strategies on each subject",)
+        yield spec.model_copy(update={"search_trials": trials}), given_up
+    small = spec.model_copy(update={"search_trials": 0})
+    seeds = spec.seeds or (0,)
+    kept = given_up
+    for count in range(len(seeds) - 1, _LEAST_SEEDS - 1, -1):
+        kept = (*given_up, f"{len(seeds) - count} of {len(seeds)} attack seeds")
+        small = small.model_copy(update={"seeds": seeds[:count]})
+        yield small, kept
+    least = max(spec.steps // 2, _TIMES_REHEARSED * rehearsed)
+    for steps in sorted({round(spec.steps * s) for s in (0.9, 0.8, 0.7, 0.6, 0.5)}, reverse=True):
+        if steps >= least:
+            lost = f"{spec.steps - steps} of {spec.steps} steps of every attack"
+            extra = tuple(s.model_copy(update={"steps": steps}) for s in spec.extra)
+            yield small.model_copy(update={"steps": steps, "extra": extra}), (*kept, lost)
+
+
+def usual_attack(batch_size: int) -> Strategy:
+    """Return the attack that the pace is measured with."""
+    return Strategy(batch_size=batch_size, steps=_MORE)

@@ -1,0 +1,105 @@
+"""Trials on a Ray cluster: an extra, `pip install 'sophon-protect[cluster]'`.
+
+Ray gives the trial of a worker that died to another one; it counts once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from sophon._errors import AuditError, SpecError
+from sophon._executors import ATTEMPTS, Job, Workload
+from sophon._records import Trial
+
+
+class RayCluster:
+    """Run up to `workers` jobs at once, of one thread each, on the cluster at `address`.
+
+    Without an address a cluster of so many processors is started on this machine. Every machine
+    of the cluster needs this version of sophon and the module of the model. Raises SpecError if
+    Ray cannot be imported, AuditError if the cluster cannot be reached or workers keep dying.
+    """
+
+    def __init__(self, workload: Workload, workers: int, address: str | None = None) -> None:
+        self.workload = workload
+        self.workers = workers
+        self._ray = require_ray()
+        self._connect(address)
+
+    def _connect(self, address: str | None) -> None:
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        local = {"num_cpus": self.workers, "include_dashboard": False}
+        try:
+            self._ray.init(address=address or "local", **quiet, **({} if address else local))
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise AuditError(
+                f"no Ray cluster answers at {address!r} ({error}): start one with `ray start"
+                " --head`, or correct --address"
+            ) from None
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
+        """Yield the trials in the order of the jobs."""
+        ray: Any = self._ray
+        task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_run)
+        held = ray.put(self.workload)
+        waiting: deque[Any] = deque()
+        left = iter(jobs)
+        for job in left:
+            waiting.append(task.remote(held, job))
+            if len(waiting) == self.workers:
+                break
+        while waiting:
+            trial = self._result(waiting.popleft())
+            following = next(left, None)
+            if following is not None:
+                waiting.append(task.remote(held, following))
+            yield trial
+
+    def _result(self, reference: Any) -> Trial:
+        try:
+            trial: Trial = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            # A trial never raises: something of the workload could not be loaded over there.
+            raise AuditError(
+                f"a worker cannot run trials ({error.cause!r}): install this version of sophon and"
+                " the module of the model on every machine; finished trials are kept"
+            ) from None
+        except self._ray.exceptions.RayError as error:
+            raise AuditError(
+                f"workers died {ATTEMPTS} times on one trial ({type(error).__name__}): there may"
+                " be too little memory; finished trials are kept"
+            ) from None
+        return trial
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ray.shutdown()
+
+
+def require_ray() -> Any:
+    """Return the module `ray`, which reports no usage; SpecError if it cannot be imported."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray: Any = importlib.import_module("ray")
+        importlib.import_module("ray.exceptions")
+    except ImportError as error:
+        raise SpecError(
+            f"ray cannot be imported ({error}): pip install 'sophon-protect[cluster]', or use"
+            " --workers alone"
+        ) from None
+    return ray
+
+
+def _run(workload: Workload, job: Job) -> Trial:
+    import torch
+
+    torch.set_num_threads(1)
+    return workload.run(job)

@@ -50,10 +50,11 @@ class Audit:
     of the same architecture; without it every layer of `model` is re-initialised. `held_out` are
     restricted domains that protection did not use, `benign` allowed ones. With `store`, a folder,
     only trials missing there are run; with more than one of `workers`, in processes of one
-    thread each, or with `executor = "ray"` so many at once on the Ray cluster at `address` (default: a
-    cluster on this machine). `budget_s` fits the audit to so many seconds, as measured before it starts; what
-    that gives up is in `given_up` and in the record, and a repeated audit gives up the same.
-    `about` adds `model`, `command` and `protection` to the record. No model passed in is changed.
+    thread each, or with `executor = "ray"` so many at once on the Ray cluster at `address`
+    (default: one on this machine). `budget_s` fits the audit to so many seconds, as measured
+    before it starts; what that gives up is in `given_up` and in the record, and a repeated audit
+    gives up the same. `about` adds `model`, `command` and `protection` to the record. No model
+    passed in is changed.
 
     Raises AuditError, DataError, SpecError or UnsupportedModelError before any work.
     """

@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sophon._attacks import resolved
 from sophon._audit import Audit
 from sophon._data import Domain
 from sophon._models import find_head, fresh_copy, normalised_pairs, tracked_batch_norms
 from sophon._specs import AuditSpec
 from sophon._verdict import DomainSummary, summarise
 
+# What an interval needs.
+_SEEDS = 3
 # A void audit convicts nothing by itself: the pair of domains may tell nothing. Flags do.
 _CONVICTED = frozenset({"not protected", "untrainable"})
 Made = Callable[[nn.Module, "Place"], None]
@@ -103,11 +105,25 @@ class ControlResult:
         """The flags that were raised."""
         return tuple(flag.name for flag in self.summary.flags)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON data."""
+        advantage = self.summary.advantage
+        return {
+            "control": self.name,
+            "passed": self.passed,
+            "verdict": self.summary.text,
+            "advantage_removed": advantage.value,
+            "interval": None if advantage.interval is None else list(advantage.interval),
+            "flags": list(self.flags),
+        }
+
 
 class Controls:
     """The audits of all controls made from `unprotected`; iterate it for the results.
 
-    Trials of the unprotected model and of fresh networks are shared through `store`.
+    A decoy is attacked with the first seed of `spec` alone; the two whose answer is a number
+    with all of them, at least three. Trials of the unprotected model and of fresh networks are
+    shared through `store`. `arguments` are those of `Audit`.
     """
 
     def __init__(
@@ -117,25 +133,26 @@ class Controls:
         original: Domain,
         restricted: Domain,
         spec: AuditSpec | None = None,
-        store: str | Path | None = None,
         scratch: Callable[[], nn.Module] | None = None,
-        head: str | None = None,
-        workers: int = 1,
+        **arguments: Any,
     ) -> None:
         self.unprotected = unprotected
         self.scratch = scratch
+        held = resolved(spec or AuditSpec())
+        seeds = held.seeds or (0,)
+        more = tuple(seed for seed in range(_SEEDS + len(seeds)) if seed not in seeds)
+        enough = (*seeds, *more[: max(0, _SEEDS - len(seeds))])
+        self.once = held.model_copy(update={"seeds": seeds[:1]})
+        self.often = held.model_copy(update={"seeds": enough})
         self.arguments: dict[str, Any] = {
             "unprotected": unprotected,
             "original": original,
             "restricted": restricted,
-            "spec": spec or AuditSpec(),
-            "store": store,
             "scratch": scratch,
-            "head": head,
-            "workers": workers,
+            **arguments,
         }
         # Bad arguments are found out before anything runs.
-        setting = Audit(copy.deepcopy(unprotected), **self.arguments).setting
+        setting = self._audit(copy.deepcopy(unprotected), self.often).setting
         shape = setting.shape(original)
         self.place = Place(find_head(unprotected, shape, setting.head), shape)
 
@@ -149,22 +166,25 @@ class Controls:
             model = copy.deepcopy(self.unprotected)
             with torch.no_grad():
                 make(model, self.place)
-            summary = self._audited(model)
+            summary = self._audited(model, self.once)
             # "Fewer than three seeds" and the like say nothing of the model.
             telling = [f for f in summary.flags if f.name in _TELLING]
             yield ControlResult(name, summary, summary.verdict in _CONVICTED or bool(telling))
-        summary = self._audited(copy.deepcopy(self.unprotected))
+        summary = self._audited(copy.deepcopy(self.unprotected), self.often)
         value = summary.advantage.value
         recovered = summary.verdict == "not protected" and value is not None and abs(value) < 0.05
         yield ControlResult("the unprotected model", summary, recovered)
         fresh = fresh_copy(self.unprotected, self.scratch, seed=1, names=("control",))
-        summary = self._audited(fresh)
-        interval, value = summary.advantage.interval, summary.advantage.value
-        low, high = interval or (value or 0.0, value or 0.0)
-        yield ControlResult("a fresh network", summary, low - 0.1 <= 1 <= high + 0.1)
+        summary = self._audited(fresh, self.often)
+        interval = summary.advantage.interval
+        known = interval is not None and interval.low <= 1 <= interval.high
+        yield ControlResult("a fresh network", summary, known)
 
-    def _audited(self, model: nn.Module) -> DomainSummary:
-        run = Audit(model, **self.arguments)
+    def _audit(self, model: nn.Module, spec: AuditSpec) -> Audit:
+        return Audit(model, spec=spec, **self.arguments)
+
+    def _audited(self, model: nn.Module, spec: AuditSpec) -> DomainSummary:
+        run = self._audit(model, spec)
         for _ in run:
             pass
         return summarise(run.record())[0]

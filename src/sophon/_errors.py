@@ -39,3 +39,9 @@ class NonFiniteError(SophonError):
     """A loss or gradient became NaN or infinite while protecting; what was written is kept."""
 
     exit_code = 4
+
+
+class ControlError(SophonError):
+    """A model whose answer is known was not found out: audits made like this prove nothing."""
+
+    exit_code = 5

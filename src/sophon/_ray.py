@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -32,15 +33,14 @@ class RayCluster:
         self._connect(address)
 
     def _connect(self, address: str | None) -> None:
+        # Ray itself would try for minutes.
+        _require_answer(address)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         local = {"num_cpus": self.workers, "include_dashboard": False}
         try:
             self._ray.init(address=address or "local", **quiet, **({} if address else local))
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise AuditError(
-                f"no Ray cluster answers at {address!r} ({error}): start one with `ray start"
-                " --head`, or correct --address"
-            ) from None
+            raise AuditError(_no_answer(address, error)) from None
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
         """Yield the trials in the order of the jobs."""
@@ -81,6 +81,23 @@ class RayCluster:
 
     def __exit__(self, *exception: object) -> None:
         self._ray.shutdown()
+
+
+def _require_answer(address: str | None) -> None:
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise AuditError(_no_answer(address, error)) from None
+
+
+def _no_answer(address: str | None, error: Exception) -> str:
+    return (
+        f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, or"
+        " correct --address"
+    )
 
 
 def require_ray() -> Any:

@@ -27,6 +27,7 @@ Exit codes:
   2    the command, run file, data, model or folder cannot be used; the message says what to change
   3    no weights met the tolerance on the original task; all files are kept
   4    a loss became infinite or not a number; what was written is kept
+  5    audit --controls: a model whose answer is known was not found out
   130  interrupted; repeat the command to resume
 
 \b

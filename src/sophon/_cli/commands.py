@@ -12,26 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sophon._cli.application import Json, Quiet, RunFile, Settings, Threads, app, guarded
+from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
-    run_audit,
+    mode_of,
     run_protection,
     say,
     show_forecast,
     show_protected,
     show_verdict,
-    write_audit,
 )
 from sophon._errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
-    from sophon._progress import Mode
     from sophon._records import AuditRecord
-
-
-def _mode(quiet: bool, as_json: bool) -> Mode:
-    from sophon._progress import choose_mode
-
-    return choose_mode(quiet=quiet, as_json=as_json)
 
 
 @app.callback(invoke_without_command=True)
@@ -76,68 +69,10 @@ def protect(
         return
     if out is None:
         raise SpecError("--out is missing: name a folder to write to, such as --out runs/p1")
-    mode = _mode(quiet, as_json)
+    mode = mode_of(quiet, as_json)
     require_place(out)
     result = run_protection(load(run_file, settings, threads), out, mode)
     show_protected(result, out, mode)
-
-
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1\n"
-    "  sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1\n"
-    "  sophon audit run.toml --model theirs.pth --unprotected before.pth --out runs/a3\n"
-)
-@guarded
-def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
-    run_file: RunFile,
-    model: Annotated[
-        Path,
-        typer.Option(
-            "--model", metavar="FILE", help="The protected checkpoint: its file or folder."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where record and reports go.")
-    ],
-    unprotected: Annotated[
-        Path | None,
-        typer.Option(
-            "--unprotected",
-            metavar="FILE",
-            help="The checkpoint before protection; default: the model of RUN.TOML.",
-        ),
-    ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            "--store", metavar="FOLDER", help="Where trials are kept and looked up; default: --out."
-        ),
-    ] = None,
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    threads: Threads = None,
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers", min=1, metavar="N", help="Processes that run trials, one thread each."
-        ),
-    ] = 1,
-) -> None:
-    """Attack a protected checkpoint, the model of RUN.TOML and a network from scratch alike.
-
-    Only trials that the store lacks are run; repeat the command to resume.
-    """
-    from sophon._runs import load, require_place
-
-    mode = _mode(quiet, as_json)
-    require_place(out)
-    require_place(store or out)
-    case = load(run_file, settings, threads)
-    record = run_audit(case, model, store or out, mode, unprotected=unprotected, workers=workers)
-    made = write_audit(record, out)
-    show_verdict(made, mode, {"report": out / "report.html"})
 
 
 def _read_record(path: Path) -> AuditRecord:
@@ -188,7 +123,7 @@ def report(
     if markdown is not None:
         made.write_markdown(markdown)
         files["markdown"] = markdown
-    show_verdict(made, _mode(quiet, as_json), files)
+    show_verdict(made, mode_of(quiet, as_json), files)
 
 
 @app.command(
@@ -273,7 +208,7 @@ def demo(
     """Protect, audit and report a small model on embedded images, in about a minute."""
     from sophon._progress import percent
 
-    mode = _mode(quiet, as_json)
+    mode = mode_of(quiet, as_json)
     if mode in ("bar", "lines"):
         typer.echo("Preparing letters, digits and a small network for letters.", err=True)
     from sophon._demo import WHAT_IT_SHOWS, prepare
@@ -289,7 +224,7 @@ def demo(
     if mode != "quiet":
         show_protected(result, out / "protected", mode)
     checkpoint = out / "protected" / "model.safetensors"
-    record = run_audit(case, checkpoint, out / "audit", mode)
+    record = run_audit(case, checkpoint, mode, store=out / "audit")
     made = write_audit(record, out / "audit")
     if mode in ("bar", "lines"):
         typer.echo(WHAT_IT_SHOWS)

@@ -1,7 +1,4 @@
-"""Running a protection or an audit under progress bars, and showing what came out.
-
-The only module that prints results.
-"""
+"""Running a protection under a progress bar, and showing what came out of it or of an audit."""
 
 from __future__ import annotations
 
@@ -13,14 +10,20 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from sophon._cli.application import command_line, stopping
+from sophon._cli.application import stopping
 
 if TYPE_CHECKING:
     from sophon._progress import Mode
     from sophon._protect import Protected
-    from sophon._records import AuditRecord
     from sophon._report import Report
     from sophon._runs import Case
+
+
+def mode_of(quiet: bool, as_json: bool) -> Mode:
+    """Return how to show progress."""
+    from sophon._progress import choose_mode
+
+    return choose_mode(quiet=quiet, as_json=as_json)
 
 
 def run_protection(case: Case, out: Path, mode: Mode) -> Protected:
@@ -78,64 +81,6 @@ def show_protected(result: Protected, out: Path, mode: Mode) -> None:
     )
 
 
-def run_audit(
-    case: Case,
-    path: Path,
-    store: Path,
-    mode: Mode,
-    *,
-    unprotected: Path | None = None,
-    workers: int = 1,
-) -> AuditRecord:
-    """Audit the checkpoint in `path`, running the trials that `store` lacks.
-
-    It is held against the checkpoint in `unprotected`, or the model of the run.
-    """
-    from sophon._audit import Audit
-    from sophon._progress import Display, trial_text
-    from sophon._runs import load_subject
-
-    protected, protection = load_subject(case, path)
-    audit = Audit(
-        protected,
-        unprotected=case.model if unprotected is None else load_subject(case, unprotected)[0],
-        original=case.original,
-        restricted=case.restricted,
-        held_out=case.held_out,
-        benign=case.benign,
-        spec=case.spec.audit,
-        store=store,
-        scratch=case.scratch,
-        head=case.network.head,
-        workers=workers,
-        about={
-            "model": case.network.name,
-            "command": command_line(),
-            "protection": protection,
-        },
-    )
-    held = {file.stem for file in (store / "trials").glob("*.json")}
-    display = Display(mode, noun="trial", total=len(audit), todo=audit.missing())
-    with display:
-        for trial in audit:
-            fresh = trial.key not in held
-            display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
-    return audit.record()
-
-
-def write_audit(record: AuditRecord, out: Path) -> Report:
-    """Write the record and both reports to `out`."""
-    from sophon._files import require_writable, write_text
-    from sophon._report import report
-
-    require_writable(out)
-    write_text(out / "record.json", record.model_dump_json(indent=1) + "\n")
-    made = report(record)
-    made.write_html(out / "report.html")
-    made.write_markdown(out / "report.md")
-    return made
-
-
 def show_verdict(made: Report, mode: Mode, files: dict[str, Path]) -> None:
     """Print the verdict table, the verdict and where the reports are."""
     verdict = str(made.verdict)
@@ -146,12 +91,13 @@ def show_verdict(made: Report, mode: Mode, files: dict[str, Path]) -> None:
         typer.echo(json.dumps(summary))
         return
     if mode != "quiet":
-        _print_rows([tuple(map(str, row)) for row in made.table()])
+        print_rows([tuple(map(str, row)) for row in made.table()])
     written = "".join(f"; {path}" for path in files.values())
     typer.echo(f"verdict: {verdict}{written}")
 
 
-def _print_rows(rows: list[tuple[str, ...]]) -> None:
+def print_rows(rows: list[tuple[str, ...]]) -> None:
+    """Print a table, its header first."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

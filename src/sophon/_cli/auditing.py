@@ -1,0 +1,282 @@
+"""`sophon audit`: its options, the forecast it prints, the audit itself and the controls."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sophon._cli.application import (
+    Json,
+    Quiet,
+    RunFile,
+    Settings,
+    Threads,
+    app,
+    command_line,
+    guarded,
+)
+from sophon._cli.running import mode_of, print_rows, show_verdict
+from sophon._errors import ControlError, SpecError
+
+if TYPE_CHECKING:
+    from sophon._audit import Audit
+    from sophon._progress import Mode
+    from sophon._records import AuditRecord
+    from sophon._report import Report
+    from sophon._runs import Case
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1\n"
+    "  sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1\n"
+    "  sophon audit run.toml --model runs/p1 --out runs/a3 --budget 1h30m --workers 4\n"
+    "  sophon audit run.toml --model theirs.pth --unprotected before.pth --out runs/a4\n"
+    "  sophon audit run.toml --model theirs.pth --unprotected none --out runs/a5\n"
+    "  sophon audit run.toml --controls --out runs/c1 --set 'audit.suite=\"quick-1\"'\n"
+)
+@guarded
+def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
+    run_file: RunFile,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where record and reports go.")
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", metavar="FILE", help="The protected checkpoint: its file or folder."
+        ),
+    ] = None,
+    unprotected: Annotated[
+        Path | None,
+        typer.Option(
+            "--unprotected",
+            metavar="FILE",
+            help="The checkpoint before protection; default: the model of RUN.TOML. `none`: there"
+            " is none, and the report says what cannot be claimed without.",
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", metavar="FOLDER", help="Where trials are kept and looked up; default: --out."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="TIME",
+            help="Fit the audit to a time such as 45m or 1h30m, and say what that gives up.",
+        ),
+    ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Audit the audit: models that only look protected, made from the model of"
+            " RUN.TOML, must be found out.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers", min=1, metavar="N", help="Trials run at once, of one thread each."
+        ),
+    ] = 1,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="processes|ray", help="What runs the workers.")
+    ] = "processes",
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster; default: here."),
+    ] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    threads: Threads = None,
+) -> None:
+    """Attack a protected checkpoint, the model of RUN.TOML and a network from scratch alike.
+
+    Only trials that the store lacks are run; repeat the command to resume.
+    """
+    from sophon._runs import load, require_place
+
+    mode = mode_of(quiet, as_json)
+    placed: dict[str, Any] = {
+        "store": store or out,
+        "workers": workers,
+        "executor": executor,
+        "address": address,
+    }
+    if controls:
+        for name, value in (("--model", model), ("--unprotected", unprotected)):
+            if value is not None:
+                raise SpecError(
+                    f"{name} = {value} and --controls: controls are made from the model"
+                    " of the run file; leave one out"
+                )
+        if budget is not None:
+            raise SpecError("--budget is not for --controls: use --set audit.steps=N instead")
+    elif model is None:
+        raise SpecError("--model is missing: name the checkpoint to audit, such as --model runs/p1")
+    seconds = None if budget is None else parse_duration(budget)
+    require_place(out)
+    require_place(store or out)
+    case = load(run_file, settings, threads)
+    if controls:
+        run_controls(case, out, mode, **placed)
+    elif model is not None:
+        record = run_audit(case, model, mode, unprotected=unprotected, budget_s=seconds, **placed)
+        made = write_audit(record, out)
+        show_verdict(made, mode, {"report": out / "report.html"})
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds from a text such as `90s`, `45m` or `1h30m`. Raises SpecError."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+        raise SpecError(f"--budget = {text!r}: write a time such as 90s, 45m or 1h30m")
+    return seconds
+
+
+def run_audit(
+    case: Case,
+    path: Path,
+    mode: Mode,
+    *,
+    store: Path,
+    unprotected: Path | None = None,
+    **arguments: Any,
+) -> AuditRecord:
+    """Audit the checkpoint in `path`, running the trials that `store` lacks.
+
+    It is held against the checkpoint in `unprotected`, or the model of the run. `arguments` are
+    further ones of `Audit`.
+    """
+    from sophon._audit import Audit
+    from sophon._progress import Display, trial_text
+    from sophon._runs import load_subject
+
+    protected, protection = load_subject(case, path)
+    before = case.model
+    if unprotected is not None and str(unprotected) != "none":
+        before = load_subject(case, unprotected)[0]
+    audit = Audit(
+        protected,
+        unprotected=None if str(unprotected) == "none" else before,
+        original=case.original,
+        restricted=case.restricted,
+        held_out=case.held_out,
+        benign=case.benign,
+        spec=case.spec.audit,
+        store=store,
+        scratch=case.scratch,
+        head=case.network.head,
+        about={
+            "model": case.network.name,
+            "command": command_line(),
+            "protection": protection,
+        },
+        **arguments,
+    )
+    held = {file.stem for file in (store / "trials").glob("*.json")}
+    todo = audit.missing()
+    _show_forecast(audit, todo, mode)
+    display = Display(mode, noun="trial", total=len(audit), todo=todo)
+    with display:
+        for trial in audit:
+            fresh = trial.key not in held
+            display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
+    return audit.record()
+
+
+def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
+    """Print, before any trial, what the audit is expected to take and what it gives up."""
+    if not todo or mode == "quiet":
+        return
+    from sophon._progress import duration
+
+    expected = audit.forecast()
+    if mode == "json":
+        numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
+        given_up = list(audit.given_up)
+        typer.echo(json.dumps({"event": "forecast", **numbers, "given_up": given_up}))
+        return
+    seconds = expected.seconds
+    time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
+    about = "about " if audit.plan.staged else ""
+    typer.echo(
+        f"forecast: {about}{expected.trials} trials, {expected.steps} steps, {time} in all;"
+        f" {todo} trials are still to be run",
+        err=True,
+    )
+    for lost in audit.given_up:
+        typer.echo(f"given up to fit the budget: {lost}", err=True)
+
+
+def write_audit(record: AuditRecord, out: Path) -> Report:
+    """Write the record and both reports to `out`."""
+    from sophon._files import require_writable, write_text
+    from sophon._report import report
+
+    require_writable(out)
+    write_text(out / "record.json", record.model_dump_json(indent=1) + "\n")
+    made = report(record)
+    made.write_html(out / "report.html")
+    made.write_markdown(out / "report.md")
+    return made
+
+
+def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
+    """Audit every control, write `controls.json` to `out` and print what became of each.
+
+    Raises ControlError if one was not found out.
+    """
+    from sophon._controls import Controls
+    from sophon._files import write_json
+    from sophon._progress import Display
+
+    controls = Controls(
+        case.model,
+        original=case.original,
+        restricted=case.restricted[0],
+        spec=case.spec.audit,
+        scratch=case.scratch,
+        head=case.network.head,
+        **arguments,
+    )
+    held = []
+    with Display(mode, noun="control", total=len(controls), todo=len(controls)) as display:
+        for result in controls:
+            held.append(result.as_dict())
+            verdict = result.summary.text
+            display.step(held[-1], f"{result.name}: {verdict}")
+    write_json(out / "controls.json", {"controls": held, "command": command_line()})
+    missed = [row["control"] for row in held if not row["passed"]]
+    if mode in ("bar", "lines"):
+        header = ("control", "verdict", "advantage removed", "flags", "found out")
+        print_rows([header, *(_control_row(row) for row in held)])
+    if missed:
+        raise ControlError(
+            f"{', '.join(missed)}: not found out; audits made like this prove nothing. Use more"
+            f" steps, seeds or images; the numbers are in {out / 'controls.json'}"
+        )
+    if mode != "json":
+        typer.echo(f"controls: all {len(held)} found out or recovered; {out / 'controls.json'}")
+
+
+def _control_row(row: dict[str, Any]) -> tuple[str, ...]:
+    value, interval = row["advantage_removed"], row["interval"]
+    shown = "-" if value is None else f"{100 * value:.0f} %"
+    if interval is not None:
+        shown += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+    found = "yes" if row["passed"] else "NO"
+    return (row["control"], row["verdict"], shown, ", ".join(row["flags"]), found)

@@ -1,0 +1,137 @@
+"""How long an audit takes, and what it gives up to take less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from builders import original, restricted, scratch_model, trained_model
+from sophon._audit import Audit
+from sophon._budget import Pace, fit
+from sophon._cli.auditing import parse_duration
+from sophon._errors import AuditError, SpecError
+from sophon._plan import Work
+from sophon._specs import AuditSpec, Strategy
+
+WHOLE = AuditSpec(steps=100, seeds=(0, 1, 2, 3, 4), search_trials=4)
+
+
+def _cost(spec: AuditSpec) -> float:
+    """Return a price that falls with everything that may be given up."""
+    return spec.steps * (20 + (spec.search_trials or 0)) * len(spec.seeds or ()) / 10
+
+
+def test_a_budget_that_is_enough_gives_up_nothing() -> None:
+    assert fit(WHOLE, _cost(WHOLE), _cost) == (WHOLE, ())
+
+
+def test_the_search_gives_way_first_then_seeds_then_steps() -> None:
+    chosen, lost = fit(WHOLE, 1150, _cost)
+    assert (chosen.search_trials, chosen.seeds, chosen.steps) == (3, WHOLE.seeds, 100)
+    assert lost == ("1 of 4 searched strategies on each subject",)
+    chosen, lost = fit(WHOLE, 700, _cost)
+    assert (chosen.search_trials, chosen.seeds, chosen.steps) == (0, (0, 1, 2), 100)
+    assert "2 of 5 attack seeds" in lost
+    chosen, lost = fit(WHOLE, 361, _cost)
+    assert (chosen.seeds, chosen.steps) == ((0, 1, 2), 60)
+    assert "40 of 100 steps of every attack" in lost
+    assert chosen.suite == WHOLE.suite
+
+
+def test_a_budget_too_short_names_the_least_time() -> None:
+    with pytest.raises(AuditError, match=r"too short.*about 5 min"):
+        fit(WHOLE, 60, _cost)
+
+
+def test_steps_stay_ten_times_what_was_rehearsed() -> None:
+    chosen, _ = fit(WHOLE, 550, _cost, rehearsed=9)
+    assert chosen.steps == 90
+    with pytest.raises(AuditError, match="too short"):
+        fit(WHOLE, 500, _cost, rehearsed=9)
+
+
+def test_extra_attacks_keep_the_common_number_of_steps() -> None:
+    spec = WHOLE.model_copy(update={"extra": (Strategy(learning_rate=0.5, steps=100),)})
+    chosen, _ = fit(spec, 400, _cost)
+    assert {strategy.steps for strategy in chosen.extra} == {chosen.steps} != {100}
+
+
+def test_seconds_are_images_measurements_and_starts() -> None:
+    pace = Pace(image_s=0.01, measurement_s=0.5, trial_s=2.0)
+    assert pace.seconds(Work(3, 30, 960), evaluations=4) == pytest.approx(9.6 + 7.5 + 6.0)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), ("1h30m", 5400)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "1 h", "-5m", "0m", "1h30", "soon"])
+def test_durations_that_are_none(text: str) -> None:
+    with pytest.raises(SpecError, match="write a time such as"):
+        parse_duration(text)
+
+
+def _audit(model: nn.Module, store: Path, budget_s: float | None, **changes: object) -> Audit:
+    spec = AuditSpec(steps=4, evaluations=2, batch_size=16, precision="fp32", search_trials=8)
+    return Audit(
+        model,
+        unprotected=model,
+        original=original(),
+        restricted=restricted(),
+        spec=spec.model_copy(update=changes),
+        scratch=scratch_model,
+        store=store,
+        budget_s=budget_s,
+    )
+
+
+def test_a_repeated_audit_gives_up_the_same_and_the_record_says_it(tmp_path: Path) -> None:
+    model = trained_model()
+    whole = _audit(model, tmp_path, None).forecast()
+    assert whole.seconds is not None
+    assert whole.seconds > 0
+    assert whole.steps > whole.trials > 36
+    # The machine may be slow or fast: the decision is what matters, and that it stays.
+    first = _audit(model, tmp_path, whole.seconds * 0.75)
+    assert first.given_up
+    assert first.spec.search_trials in range(8)
+    assert first.forecast().steps < whole.steps
+    again = _audit(model, tmp_path, whole.seconds * 0.75)
+    assert (again.spec, again.given_up) == (first.spec, first.given_up)
+    assert again.plan.expected() == first.plan.expected()
+    for _ in again:
+        pass
+    record = again.record()
+    assert record.given_up == first.given_up
+    assert record.spec == first.spec
+
+
+def test_a_fresh_network_that_cannot_be_attacked_has_no_pace(tmp_path: Path) -> None:
+    class Refuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = scratch_model()
+
+        def forward(self, images: object) -> object:
+            if self.training:
+                raise RuntimeError("not to be trained")
+            return self.inner(images)
+
+    def make(budget_s: float | None) -> Audit:
+        spec = AuditSpec(steps=4, evaluations=2, batch_size=16, precision="fp32")
+        return Audit(
+            Refuses(),
+            original=original(),
+            restricted=restricted(),
+            spec=spec,
+            scratch=Refuses,
+            store=tmp_path,
+            budget_s=budget_s,
+        )
+
+    assert make(None).forecast().seconds is None
+    with pytest.raises(AuditError, match="pace of this audit cannot be measured"):
+        make(60.0)

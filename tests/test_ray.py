@@ -1,0 +1,100 @@
+"""Trials on a Ray cluster: the same record as here, and none lost with a worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from builders import original, restricted, scratch_model, trained_model
+from ray_models import FatalOnce
+from sophon._audit import Audit
+from sophon._errors import AuditError, SpecError
+from sophon._specs import AuditSpec
+
+ray = pytest.importorskip("ray", reason="ray is not installed")
+SPEC = AuditSpec(steps=2, evaluations=2, batch_size=16, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def modules_for_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let workers import the builders of the tests."""
+    here = str(Path(__file__).parent)
+    held = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(held))
+    # Ray warns of a default that it will change.
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    yield
+    ray.shutdown()
+
+
+def _facts(run: Audit) -> list[object]:
+    trials = list(run)
+    return [trial.model_dump(exclude={"wall_s", "environment"}) for trial in trials]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_cluster_of_two_workers_gives_the_same_trials_though_one_is_killed(
+    tmp_path: Path,
+) -> None:
+    model = FatalOnce(classes=5, in_channels=1)
+    model.load_state_dict(trained_model().state_dict())
+    model.marker = tmp_path / "killed"
+    run = Audit(
+        model,
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC,
+        scratch=scratch_model,
+        store=tmp_path,
+        workers=2,
+        executor="ray",
+    )
+    found = _facts(run)
+    assert model.marker.exists()
+    keys = [trial["key"] for trial in found]  # type: ignore[index]
+    assert len(set(keys)) == len(keys) == 24
+    assert len(list((tmp_path / "trials").glob("*.json"))) == 24
+    here = Audit(
+        model, original=original(), restricted=restricted(), spec=SPEC, scratch=scratch_model
+    )
+    assert _facts(here) == found
+
+
+def test_what_cannot_be_used_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(**arguments: object) -> Audit:
+        return Audit(
+            trained_model(),
+            original=original(),
+            restricted=restricted(),
+            spec=SPEC,
+            **arguments,  # type: ignore[arg-type]
+        )
+
+    with pytest.raises(SpecError, match="'slurm': use processes or ray"):
+        make(executor="slurm")
+    with pytest.raises(SpecError, match="is for executor = 'ray'"):
+        make(address="10.0.0.1:6379")
+
+    def missing(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr("sophon._ray.importlib.import_module", missing)
+    with pytest.raises(SpecError, match=r"sophon-protect\[cluster\]"):
+        make(executor="ray")
+
+
+def test_a_cluster_that_does_not_answer_is_an_error() -> None:
+    run = Audit(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC,
+        executor="ray",
+        address="127.0.0.1:1",
+    )
+    with pytest.raises(AuditError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
+        list(run)

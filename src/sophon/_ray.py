@@ -104,6 +104,8 @@ def require_ray() -> Any:
     """Return the module `ray`, which reports no usage; SpecError if it cannot be imported."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray makes workers the last to get processor time; a forecast could not be kept then.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray: Any = importlib.import_module("ray")
         importlib.import_module("ray.exceptions")

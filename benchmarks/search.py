@@ -1,0 +1,175 @@
+"""Does `standard-1` find what a full grid finds, at a third of its steps?
+
+    python benchmarks/search.py runs/small_convnet_cifar10_16.safetensors --store runs/search
+
+The small network at 16x16, unprotected, on ten of CIFAR-100's superclasses: for each of three seeds
+the envelope of `standard-1` is held against that of 200 plain strategies, at every budget. The
+images are in the folder `$SOPHON_DATA`; the weights are those of `small_network.py`. About
+twenty minutes a seed on one core; with `--store` it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sophon._attacks import depth_attacks, resolved, strategies_of
+from sophon._circumstances import environment
+from sophon._data import Domain, load_domain
+from sophon._executors import Job, Processes, Workload
+from sophon._models import resolve_model, weights_sha256
+from sophon._plan import Plan
+from sophon._records import Trial
+from sophon._setting import make_setting
+from sophon._specs import AuditSpec, DomainSpec, FreshHead, ModelSpec, OptimizerName, Strategy
+from sophon._statistics import area, envelope
+from sophon._store import TrialStore
+from sophon._tasks import Classification
+from sophon._trials import Assignment, Bench, Start
+from sophon._vitals import block_count
+
+STEPS = 200
+# Ten rates for each optimizer, half a decade apart and less.
+RATES: dict[OptimizerName, tuple[float, float]] = {
+    "sgd": (1e-3, 3.0),
+    "sgd_momentum": (1e-4, 1.0),
+    "adagrad": (1e-4, 1.0),
+    "adam": (1e-5, 3e-2),
+    "adamw": (1e-5, 3e-2),
+}
+
+
+def grid() -> list[Strategy]:
+    """Return 200 plain strategies: optimizers, rates, the head kept or fresh, batch sizes."""
+    return [
+        Strategy(
+            optimizer=optimizer,
+            learning_rate=float(f"{rate:.4g}"),
+            preparations=preparations,
+            batch_size=batch_size,
+            steps=STEPS,
+        )
+        for optimizer, (low, high) in RATES.items()
+        for rate in np.geomspace(low, high, 10).tolist()
+        for preparations in ((), (FreshHead(),))
+        for batch_size in (32, 128)
+    ]
+
+
+class Runner:
+    """Runs assignments on one subject in worker processes, and keeps their trials."""
+
+    def __init__(self, weights: Path, store: Path | None, workers: int) -> None:
+        base = Path(os.environ["SOPHON_DATA"])
+        kept = DomainSpec(source="npz", path="cifar10_jpeg.npz", image_size=16)
+        refused = DomainSpec(
+            source="npz",
+            path="cifar100.npz",
+            image_size=16,
+            labels="coarse",
+            classes=tuple(range(10)),
+            validation=0.2,
+        )
+        self.domain: Domain = load_domain(refused, base=base)
+        model, _ = resolve_model(
+            ModelSpec(name="small_convnet", weights=str(weights.absolute())), base=base
+        )
+        setting = make_setting(
+            model,
+            task=Classification(),
+            original=load_domain(kept, base=base),
+            restricted=(self.domain,),
+            head=None,
+            precision="auto",
+            device=None,
+        )
+        self.blocks = block_count(model, setting.head)
+        self.setting = setting
+        self.bench = Bench(setting, AuditSpec().evaluations)
+        self.start = Start(model, "small_convnet", weights_sha256(model))
+        workload = Workload(
+            self.bench, {self.domain.name: self.domain}, {("protected", 0): self.start}
+        )
+        self.executor = Processes(workload, workers)
+        self.store = TrialStore(store)
+
+    def run(self, assignments: Sequence[Assignment]) -> Iterator[Trial]:
+        """Yield the trials of the assignments, in order."""
+        found = [self.store.get(self.bench.key(a, self.start)) for a in assignments]
+        jobs = [
+            Job(a.subject, a.domain.name, a.strategy, a.seed, a.stop)
+            for a, held in zip(assignments, found, strict=True)
+            if held is None
+        ]
+        fresh = self.executor.run(jobs)
+        for held in found:
+            trial = held or next(fresh)
+            self.store.put(trial)
+            yield trial
+
+
+def standard(runner: Runner, seed: int) -> list[Trial]:
+    """Return the trials of `standard-1` with one seed."""
+    spec = resolved(AuditSpec(suite="standard-1", steps=STEPS, seeds=(seed,)))
+    plan = Plan(
+        spec=spec,
+        subjects=("protected",),
+        restricted=(runner.domain,),
+        secondary=(),
+        strategies=strategies_of(spec),
+        whole=depth_attacks(runner.blocks, spec),
+    )
+    met: set[str] = set()
+    for stage in plan.stages():
+        for trial in runner.run(stage):
+            if trial.key not in met:
+                met.add(trial.key)
+                plan.trials.append(trial)
+    return plan.trials
+
+
+def steps_of(trials: Sequence[Trial]) -> int:
+    """Return the optimizer steps that trials took; what a preparation spent counts."""
+    stopped = [
+        t.outcome.step if t.outcome.kind in ("stopped", "diverged") else None for t in trials
+    ]
+    return sum(STEPS if step is None else step for step in stopped)
+
+
+def main() -> None:
+    """Print one line a seed, and where it was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    chosen = parser.parse_args()
+    if chosen.store is not None:
+        chosen.store.mkdir(parents=True, exist_ok=True)
+    runner = Runner(chosen.weights, chosen.store, chosen.workers)
+    where = environment(runner.setting.device, runner.setting.precision)
+    print(f"{where.processor}, {where.precision}, {datetime.date.today()}, {where.versions}")
+    print("seed  steps of standard-1 / grid  envelope: worst shortfall, at the horizon, area")
+    for seed in chosen.seeds:
+        ours = standard(runner, seed)
+        plain = list(runner.run([Assignment("protected", runner.domain, s, seed) for s in grid()]))
+        at = sorted({p.step for t in plain for p in t.curve if p.step > 0})
+        one, other = (np.array([p.value for p in envelope(t, at)]) for t in (ours, plain))
+        short = 100 * (other - one)
+        areas = 100 * (area(at, other) - area(at, one))
+        taken, whole = steps_of(ours), steps_of(plain)
+        print(
+            f"{seed:4}  {taken} / {whole} = {taken / whole:.2f}"
+            f"  {short.max():+.1f} points (at {at[int(short.argmax())]} steps), {short[-1]:+.1f},"
+            f" {areas:+.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

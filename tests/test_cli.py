@@ -598,3 +598,66 @@ def test_a_head_that_cannot_be_found_lists_the_candidates(
     err = refused(tmp_path, "protect", run_file, "--out", tmp_path / "p")
     assert "head was not found: set model.head to one of head" in err
     assert not (tmp_path / "p").exists()
+
+
+def test_a_folder_inside_the_images_is_refused(run_file: Path, tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+    folder = ["--set", "original.source=folder", "--set", f"original.path={tmp_path / 'photos'}"]
+    where = str(tmp_path / "photos" / "run")
+    message = refused(tmp_path, "protect", run_file, "--out", where, *folder)
+    assert "lies in the images of a domain" in message
+    assert not (tmp_path / "photos" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        ((), "--model is missing"),
+        (("--controls", "--model", "x"), "leave one out"),
+        (("--controls", "--budget", "5m"), "--budget is not for --controls"),
+        (("--model", "x", "--budget", "soon"), "write a time such as"),
+        (("--model", "x", "--budget", "0m"), "write a time such as"),
+    ],
+)
+def test_audit_options_that_do_not_go_together(
+    words: tuple[str, ...], fragment: str, run_file: Path, tmp_path: Path
+) -> None:
+    assert fragment in refused(tmp_path, "audit", run_file, "--out", tmp_path / "a", *words)
+
+
+@pytest.mark.slow
+def test_controls_are_found_out_by_the_command(run_file: Path, tmp_path: Path) -> None:
+    settings = ("--set", "audit.steps=20", "--set", "audit.batch_size=16")
+    code, out, err = sophon(
+        "audit", run_file, "--controls", "--out", tmp_path / "c", "--json", *settings
+    )
+    held = json.loads((tmp_path / "c" / "controls.json").read_text())["controls"]
+    assert len(held) == 11
+    missed = [row["control"] for row in held if not row["passed"]]
+    # On so few steps and images not all need be found out; what is said must agree.
+    assert code == (5 if missed else 0), err
+    assert all(name in err for name in missed)
+    assert out.count('"event": "control"') == 11
+    assert held[0]["control"] == "raises when trained"
+    assert "crashed attacks" in held[0]["flags"]
+
+
+def test_an_audit_with_a_budget_says_what_it_gives_up(run_file: Path, tmp_path: Path) -> None:
+    words = ("audit", run_file, "--model", tmp_path / "letters.safetensors", "--out")
+    code, _, err = sophon(*words, tmp_path / "a", "--budget", "1h")
+    assert code == 0
+    assert "forecast: 36 trials, 72 steps" in err
+    code, _, err = sophon(*words, tmp_path / "b", "--budget", "0.001s")
+    assert (code, (tmp_path / "b" / "record.json").exists()) == (2, False)
+    assert "a budget of 1.67e-05 min is too short" in err
+
+
+def test_an_audit_without_the_model_before_says_what_it_cannot_claim(
+    run_file: Path, tmp_path: Path
+) -> None:
+    words = ("--model", tmp_path / "letters.safetensors", "--unprotected", "none")
+    code, out, err = sophon("audit", run_file, *words, "--out", tmp_path / "a")
+    assert code == 0, err
+    assert "verdict: void" in out
+    assert "unprotected" in (tmp_path / "a" / "report.md").read_text()

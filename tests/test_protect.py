@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from builders import digits, original, quick_spec, restricted, trained_model
+from sophon import _checkpoints
 from sophon._checkpoints import load_state
 from sophon._data import Images
 from sophon._errors import (
@@ -442,3 +444,46 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == [".lock"]
         other.kill()
     _protect(quick_spec(rounds=2), tmp_path)
+
+
+def test_a_folder_with_anything_else_in_it_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    save_file(trained_model().state_dict(), tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"not empty \(model.safetensors\)"):
+        _protect(quick_spec(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_another_specification_is_refused_naming_what_changed(tmp_path: Path) -> None:
+    _protect(quick_spec(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"protect\.suppression_rate was .*, is 0\.02"):
+        _protect(quick_spec(suppression_rate=0.02), tmp_path)
+
+
+def test_others_can_read_the_protected_file_as_they_can_the_record_beside_it(
+    tmp_path: Path,
+) -> None:
+    _protect(quick_spec(), tmp_path)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir() if p.is_file()}
+    assert modes["model.safetensors"] == modes["run.json"]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_keeps_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = _checkpoints.save_file
+    calls = []
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+        saved(tensors, path)
+
+    monkeypatch.setattr(_checkpoints, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
+        _protect(quick_spec(), tmp_path)
+    assert not list((tmp_path / "states").glob(".state.*"))
+    monkeypatch.setattr(_checkpoints, "save_file", saved)
+    assert _equal(_protect(quick_spec(), tmp_path), _protect(quick_spec()))

@@ -28,9 +28,20 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         name: torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
         for name, value in tensors.items()
     }
-    save_file(plain, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    # The library makes files that only their owner can read; others get what the user gives files.
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        save_file(plain, temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): make room, then repeat the command; what was"
+            " written before is kept"
+        ) from None
     digest = _sha256(temporary)
     temporary.replace(path)
     return digest
@@ -49,8 +60,12 @@ def save_state(root: Path, index: int, tensors: dict[str, Tensor], meta: dict[st
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = root / f".state.{os.getpid()}"
     temporary.mkdir()
-    digest = save_tensors(temporary / "tensors.safetensors", tensors)
-    write_json(temporary / "meta.json", {"meta": meta, "sha256": digest})
+    try:
+        digest = save_tensors(temporary / "tensors.safetensors", tensors)
+        write_json(temporary / "meta.json", {"meta": meta, "sha256": digest})
+    except (OSError, CheckpointError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     final = root / f"{STATE_PREFIX}{index:08d}"
     if final.exists():
         shutil.rmtree(final)

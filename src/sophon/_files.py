@@ -45,10 +45,16 @@ def write_new_text(path: Path, text: str) -> None:
 
 def _written(path: Path, text: str) -> Path:
     temporary = temporary_beside(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # The user knows the file, not what it is called until it is whole.
+        error.filename = str(path)
+        raise
     return temporary
 
 
@@ -104,6 +110,22 @@ def require_writable(folder: Path, *, needed_bytes: int = 0) -> None:
         raise CheckpointError(
             f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
         ) from None
+
+
+def require_unused(folder: Path, *, ours: Path) -> None:
+    """Raise CheckpointError if `folder` holds files and is no run's, which `ours` would tell.
+
+    So nothing that a user has there is overwritten.
+    """
+    if ours.is_file() or not folder.is_dir():
+        return
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if held:
+        raise CheckpointError(
+            f"{folder} is not empty ({', '.join(held[:3])}{', ...' if len(held) > 3 else ''}) and"
+            " holds no run of sophon: give a new or empty folder, so that nothing there is"
+            " overwritten"
+        )
 
 
 def lock_folder(folder: Path, owner: object) -> None:

@@ -152,6 +152,20 @@ def require_place(folder: Path) -> None:
         raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
 
 
+def require_outside(folder: Path, run_file: Path, settings: list[str] | None) -> None:
+    """Raise CheckpointError if `folder` lies in images that the run reads: it would be a class."""
+    spec = read_run(run_file, settings)
+    for domain in (spec.original, *spec.restricted, *spec.held_out, *spec.benign):
+        if domain.source != "folder" or domain.path is None:
+            continue
+        images = expanded(domain.path, run_file.parent).resolve()
+        if images == folder.resolve() or images in folder.resolve().parents:
+            raise CheckpointError(
+                f"{folder} lies in the images of a domain, {domain.path}: write elsewhere, where"
+                " it is not taken for a class"
+            )
+
+
 def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | None]:
     """Return the model in `path` and, if sophon wrote it, how it was protected.
 

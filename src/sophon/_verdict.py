@@ -251,9 +251,7 @@ def _judge(
     return "not protected", (*reasons, "the strongest attacks still profit from the weights")
 
 
-def _blocked(
-    verdict: Verdict, multiplier: float | None, allowed: tuple[DomainSummary, ...]
-) -> str:
+def _blocked(verdict: Verdict, multiplier: float | None, allowed: tuple[DomainSummary, ...]) -> str:
     """Return why a restricted domain's good verdict is worth nothing; empty if it is.
 
     It is not where every allowed domain that could be judged is blocked as much.

@@ -106,7 +106,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
 
     Only trials that the store lacks are run; repeat the command to resume.
     """
-    from sophon._runs import load, require_place
+    from sophon._runs import load, require_outside, require_place
 
     mode = mode_of(quiet, as_json)
     placed: dict[str, Any] = {
@@ -115,20 +115,12 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
         "executor": executor,
         "address": address,
     }
-    if controls:
-        for name, value in (("--model", model), ("--unprotected", unprotected)):
-            if value is not None:
-                raise SpecError(
-                    f"{name} = {value} and --controls: controls are made from the model"
-                    " of the run file; leave one out"
-                )
-        if budget is not None:
-            raise SpecError("--budget is not for --controls: use --set audit.steps=N instead")
-    elif model is None:
-        raise SpecError("--model is missing: name the checkpoint to audit, such as --model runs/p1")
+    _require_consistent(controls, {"--model": model, "--unprotected": unprotected}, budget)
     seconds = None if budget is None else parse_duration(budget)
     require_place(out)
     require_place(store or out)
+    for folder in {out, store or out}:
+        require_outside(folder, run_file, settings)
     case = load(run_file, settings, threads)
     if controls:
         run_controls(case, out, mode, **placed)
@@ -136,6 +128,22 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
         record = run_audit(case, model, mode, unprotected=unprotected, budget_s=seconds, **placed)
         made = write_audit(record, out)
         show_verdict(made, mode, {"report": out / "report.html"})
+
+
+def _require_consistent(
+    controls: bool, checkpoints: dict[str, Path | None], budget: str | None
+) -> None:
+    """Raise SpecError for options that exclude each other, or for one that is missing."""
+    if not controls and checkpoints["--model"] is None:
+        raise SpecError("--model is missing: name the checkpoint to audit, such as --model runs/p1")
+    for name, value in checkpoints.items():
+        if controls and value is not None:
+            raise SpecError(
+                f"{name} = {value} and --controls: controls are made from the model of the run"
+                " file; leave one out"
+            )
+    if controls and budget is not None:
+        raise SpecError("--budget is not for --controls: use --set audit.steps=N instead")
 
 
 def parse_duration(text: str) -> float:

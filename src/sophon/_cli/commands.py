@@ -62,7 +62,7 @@ def protect(
     threads: Threads = None,
 ) -> None:
     """Protect the model of RUN.TOML; repeat the command to resume."""
-    from sophon._runs import load, require_place
+    from sophon._runs import load, require_outside, require_place
 
     if dry_run:
         show_forecast(load(run_file, settings, threads), as_json=as_json)
@@ -71,6 +71,7 @@ def protect(
         raise SpecError("--out is missing: name a folder to write to, such as --out runs/p1")
     mode = mode_of(quiet, as_json)
     require_place(out)
+    require_outside(out, run_file, settings)
     result = run_protection(load(run_file, settings, threads), out, mode)
     show_protected(result, out, mode)
 

@@ -17,7 +17,7 @@ from sophon._data.images import Bytes, Integers, from_picture, squared, stack
 from sophon._data.splits import Contents, Part, part_of_array
 from sophon._errors import DataError
 
-FORMAT = "x_train, y_train, x_test, y_test (uint8 images, integer labels) and class_names"
+FORMAT = "x_train, y_train (uint8 images, integer labels); x_test, y_test, class_names if there are"
 
 
 def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Contents:

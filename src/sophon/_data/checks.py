@@ -19,7 +19,7 @@ def check_batch_fits(domain: Domain, needed: int, what: str) -> None:
     if have < needed:
         raise DataError(
             f"domain {domain.name!r} has {have} training images, fewer than {what} = {needed}; "
-            f"lower it to at most {have} or give more images"
+            f"lower that to at most {have} or give more images"
         )
 
 

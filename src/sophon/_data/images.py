@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ class Images:
     `pixels` is uint8 (n, channels, height, width), contiguous; `labels` is int64 (n,).
     """
 
-    pixels: torch.Tensor
-    labels: torch.Tensor
+    pixels: torch.Tensor = field(repr=False)
+    labels: torch.Tensor = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"Images{tuple(self.pixels.shape)}"
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels, self.labels

@@ -18,22 +18,25 @@ from sophon._errors import DataError
 from sophon._specs import DomainSpec
 
 
-def load_domain(spec: DomainSpec, *, base: Path, role: str = "domain") -> Domain:
+def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain") -> Domain:
     """Return the domain that `spec` describes.
 
-    Relative paths start at `base`, the folder of the run file; `${VARIABLES}` and a leading `~`
+    Relative paths start at `base`, for a run file its folder; `${VARIABLES}` and a leading `~`
     are expanded. `role`, such as `original`, opens every error message.
 
     Raises:
         DataError: the images cannot be found, read or used; one or two lines with the remedy.
     """
+    base = Path(base)
     try:
         if spec.source not in SOURCES:
             close = difflib.get_close_matches(spec.source, SOURCES, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise DataError(f"unknown source {spec.source!r}; {hint}known: {', '.join(SOURCES)}")
         if spec.labels == "coarse" and spec.source != "npz":
-            raise DataError(f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it")
+            raise DataError(
+                f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it"
+            )
         return SOURCES[spec.source](spec, base)
     except DataError as error:
         raise DataError(f"{role}: {error}") from None

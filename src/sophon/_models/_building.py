@@ -34,7 +34,7 @@ class Blueprint:
 
 
 def resolve_model(
-    spec: ModelSpec, *, base: Path, default_classes: int | None = None
+    spec: ModelSpec, *, base: str | Path = ".", default_classes: int | None = None
 ) -> tuple[nn.Module, Callable[[], nn.Module]]:
     """Return the network with its weights loaded, and a factory for a freshly initialised one.
 
@@ -44,6 +44,7 @@ def resolve_model(
     Raises UnsupportedModelError for a network that cannot be built or has non-finite weights
     and CheckpointError for weights that cannot be read or do not fit.
     """
+    base = Path(base)
     network = architecture(spec, base=base)
     plan = blueprint(network)
     file = _weights_file(spec, base)

@@ -35,7 +35,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else "ends early"
-        raise CheckpointError(f"{path} is damaged or not a file of tensors ({reason})") from None
+        raise CheckpointError(
+            f"{path} is damaged or not a file of tensors ({reason}): copy it again, or save"
+            " model.state_dict() with safetensors.torch.save_file"
+        ) from None
     return _named_tensors(content, path)
 
 
@@ -81,6 +84,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -
         raise CheckpointError(
             f"{source} is of another architecture than {type(model).__name__}: keys "
             + "; ".join(lines)
+            + ": give weights of that architecture, or correct model.name"
         )
     model.load_state_dict(expected | found)
 

@@ -1,134 +1,154 @@
-"""Pictures of an audit as inline SVG and HTML tables. No torch, no scripts.
+"""Pictures of an audit as inline SVG. No torch, no scripts.
 
-Curves differ in dash and marker as well as in colour, and carry their names.
+Subjects differ in dash and marker as well as in colour, and carry their names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from markupsafe import Markup, escape
 
+from sophon._depth import DepthRow
 from sophon._records import Trial
-from sophon._specs import Strategy, Subject, shared_fields
+from sophon._specs import Strategy
 from sophon._statistics import best_of
-from sophon._verdict import DomainSummary, SubjectSummary
+from sophon._verdict import SUBJECTS, DomainSummary, SubjectSummary
 
-SUBJECTS: tuple[Subject, ...] = ("protected", "unprotected", "scratch")
-
-_WIDTH, _HEIGHT = 640, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 136, 18, 46
+# Text must fit at 15 units, too: on a phone the style sheet makes it as large.
+_WIDTH, _HEIGHT = 480, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 34, 50
+_EDGE = _WIDTH - _RIGHT
 _DASHES = {"protected": "", "unprotected": "7 4", "scratch": "2 4"}
+_TICK_ROOM = 42
 
 
-class _Axes:
-    """Maps budgets (logarithmic) and scores (linear) to picture coordinates."""
+class _Axis:
+    """Maps values onto a stretch of the picture, on a linear or a logarithmic scale."""
 
-    def __init__(self, summary: DomainSummary) -> None:
-        steps = summary.budgets
-        self.first, self.last = steps[0], max(steps[-1], steps[0] + 1)
-        spreads = [i for s in summary.subjects.values() for i in s.spread]
-        top = max(i.high for i in spreads)
-        bottom = min(i.low for i in spreads)
-        self.low = max(0.0, math.floor(bottom * 10) / 10)
-        self.high = max(self.low + 0.1, min(1.0, math.ceil(top * 10) / 10))
+    def __init__(
+        self, low: float, high: float, start: float, end: float, *, logarithmic: bool = False
+    ) -> None:
+        self.scale: Callable[[float], float] = math.log if logarithmic else float
+        self.low, self.high = low, high
+        self.start, self.end = start, end
 
-    def x(self, step: float) -> float:
-        share = math.log(step / self.first) / math.log(self.last / self.first)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+    def __call__(self, value: float) -> float:
+        first, last = self.scale(self.low), self.scale(self.high)
+        share = (self.scale(value) - first) / (last - first) if last > first else 0.5
+        return self.start + share * (self.end - self.start)
 
 
-def envelope_plot(summary: DomainSummary) -> Markup:
-    """Return the envelope of each subject over the budget as inline SVG.
+def _scores(values: Iterable[float], start: float, end: float) -> _Axis:
+    """Return an axis of scores in [0, 1] from whole tenth to whole tenth."""
+    held = list(values)
+    low = max(0.0, math.floor(min(held) * 10 + 1e-9) / 10)
+    return _Axis(low, max(low + 0.1, min(1.0, math.ceil(max(held) * 10 - 1e-9) / 10)), start, end)
 
-    Lines are means over seeds of each seed's envelope, bands the range over seeds.
-    """
-    if not summary.subjects or not summary.budgets:
-        return Markup("<p>No attack was measured.</p>")
-    axes = _Axes(summary)
-    parts = [*_grid(axes, summary.budgets)]
-    for subject in summary.subjects.values():
-        parts += _curve(axes, summary.budgets, subject)
-    parts += _labels(axes, summary)
-    title = escape(f"Best score on {summary.domain.name} within a budget of steps")
+
+def _steps(budgets: Sequence[int]) -> _Axis:
+    return _Axis(budgets[0], max(budgets[-1], budgets[0] + 1), _LEFT, _EDGE, logarithmic=True)
+
+
+def _svg(title: str, parts: Sequence[str], height: float = _HEIGHT) -> Markup:
     return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">'
+        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
         + "".join(parts)
         + "</svg>"
     )
 
 
-def _grid(axes: _Axes, budgets: Sequence[int]) -> list[str]:
+def _text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
+    named = f' class="{kind}"' if kind else ""
+    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _ticks(axis: _Axis) -> list[float]:
+    count = round((axis.high - axis.low) * 10)
+    return [axis.low + tick / 10 for tick in range(0, count + 1, 1 if count <= 5 else 2)]
+
+
+def _score_grid(axis: _Axis) -> list[str]:
+    """Return horizontal lines with their scores at the left."""
     parts = []
-    count = round((axes.high - axes.low) * 10)
-    for tick in range(0, count + 1, 1 if count <= 6 else 2):
-        value = axes.low + tick / 10
-        y = axes.y(value)
+    for value in _ticks(axis):
+        y = axis(value)
         parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * value:.0f} %</text>'
+            f'<line class="grid" x1="{_LEFT}" x2="{_EDGE}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            + _text(_LEFT - 6, y + 5, f"{100 * value:.0f} %", "end")
         )
-    last = -math.inf
-    for budget in budgets:
-        x = axes.x(budget)
-        if x - last < 34:
-            continue
-        last = x
-        base = _HEIGHT - _BOTTOM
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 5}"/>'
-            f'<text x="{x:.1f}" y="{base + 19}" text-anchor="middle">{budget}</text>'
-        )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">'
-        "attack budget, optimizer steps (logarithmic)</text>"
-    )
     return parts
 
 
-def _curve(axes: _Axes, budgets: Sequence[int], subject: SubjectSummary) -> list[str]:
-    along = [(axes.x(b), axes.y(v)) for b, v in zip(budgets, subject.mean, strict=True)]
-    upper = [(axes.x(b), axes.y(i.high)) for b, i in zip(budgets, subject.spread, strict=True)]
-    lower = [(axes.x(b), axes.y(i.low)) for b, i in zip(budgets, subject.spread, strict=True)]
-    band = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*upper, *reversed(lower)])
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in along)
-    marks = "".join(_mark(subject.name, x, y) for x, y in along)
-    return [
-        f'<g class="{subject.name}"><polygon class="band" points="{band}"/>'
-        f'<polyline points="{line}" stroke-dasharray="{_DASHES[subject.name]}"/>{marks}</g>'
-    ]
+def _below(axis: _Axis, values: Sequence[int], height: float, title: str) -> list[str]:
+    """Return the ticks below a picture, the last first, as many as have room, and a title."""
+    base, parts, last = height - _BOTTOM, [], math.inf
+    for value in reversed(values):
+        x = axis(value)
+        if last - x < _TICK_ROOM:
+            continue
+        last = x
+        parts.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{base:.0f}" y2="{base + 5:.0f}"/>'
+            + _text(x, base + 20, str(value))
+        )
+    parts.append(_text((_LEFT + _EDGE) / 2, height - 8, title))
+    return parts
+
+
+def _legend(names: Iterable[str]) -> list[str]:
+    parts, x = [], float(_LEFT)
+    for name in names:
+        line = f'<path d="M{x:.0f} 14 h26" stroke-dasharray="{_DASHES[name]}"/>'
+        words = _text(x + 33, 19, name, "start", f"name {name}")
+        parts.append(f'<g class="{name} line">{line}{_mark(name, x + 13, 14)}</g>{words}')
+        x += 48 + 9.2 * len(name)
+    return parts
 
 
 def _mark(name: str, x: float, y: float) -> str:
     if name == "protected":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4"/>'
     if name == "unprotected":
         return f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
-    return f'<path d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
+    return f'<path class="mark" d="M{x:.1f} {y - 4:.1f} l4 7 h-8 z"/>'
 
 
-def _labels(axes: _Axes, summary: DomainSummary) -> list[str]:
-    """Return the curves' names at their right ends, moved apart where they would overlap."""
-    ends = sorted((axes.y(s.mean[-1]), s.name) for s in summary.subjects.values())
-    placed: list[tuple[float, str]] = []
-    for y, name in ends:
-        lowest = placed[-1][0] + 16 if placed else -math.inf
-        placed.append((max(y, lowest), name))
-    x = _WIDTH - _RIGHT + 10
-    return [
-        f'<text class="name {name}" x="{x}" y="{y + 4:.1f}">{name}</text>' for y, name in placed
-    ]
+def _line(name: str, points: Sequence[tuple[float, float]], *, marks: bool = True) -> str:
+    along = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    held = "".join(_mark(name, x, y) for x, y in points) if marks else ""
+    return (
+        f'<g class="{name}"><polyline points="{along}" stroke-dasharray="{_DASHES[name]}"/>'
+        f"{held}</g>"
+    )
 
 
-# --- Cost to recover ----------------------------------------------------------------------------
+def envelope_plot(summary: DomainSummary) -> Markup:
+    """Return the envelope of each subject over the budget.
 
-_ROW = 46
+    Lines are means over seeds of each seed's envelope, bands their bootstrap intervals.
+    """
+    if not summary.subjects or not summary.budgets:
+        return Markup("<p>No attack was measured.</p>")
+    bounds = [bound for s in summary.subjects.values() for pair in s.band for bound in pair]
+    x, y = _steps(summary.budgets), _scores(bounds, _HEIGHT - _BOTTOM, _TOP)
+    title = "attack budget, optimizer steps (logarithmic)"
+    parts = [*_score_grid(y), *_below(x, summary.budgets, _HEIGHT, title)]
+    for name, subject in summary.subjects.items():
+        pairs = list(zip(summary.budgets, subject.band, strict=True))
+        edge = [(x(b), y(i.high)) for b, i in pairs] + [(x(b), y(i.low)) for b, i in pairs[::-1]]
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in edge)
+        parts.append(f'<g class="{name}"><polygon class="band" points="{points}"/></g>')
+        along = zip(summary.budgets, subject.mean, strict=True)
+        parts.append(_line(name, [(x(b), y(v)) for b, v in along]))
+    parts += _legend(summary.subjects)
+    return _svg(f"Best score on {summary.domain.name} within a budget of steps", parts)
+
+
+# --- Cost to recover ------------------------------------------------------------------------------
+
+_ROW = 50
 
 
 def recovery_plot(summary: DomainSummary) -> Markup:
@@ -139,121 +159,122 @@ def recovery_plot(summary: DomainSummary) -> Markup:
     held = [s for s in summary.subjects.values() if s.recovery is not None and s.recovery.costs]
     if not held or not summary.budgets:
         return Markup("")
-    height = _TOP + _ROW * len(held) + _BOTTOM
-    axes = _Axes(summary)
-    parts = _steps_axis(axes, summary.budgets, height - _BOTTOM, "steps to recover (logarithmic)")
+    height = 10 + _ROW * len(held) + _BOTTOM
+    axis = _steps(summary.budgets)
+    parts = _below(axis, summary.budgets, height, "steps to recover (logarithmic)")
     for position, subject in enumerate(held):
-        parts += _recovery_bar(axes, subject, _TOP + _ROW * position)
-    title = escape(f"Steps to reach 90 % of the unprotected model's best on {summary.domain.name}")
-    return _svg(title, parts, height)
+        parts += _recovery_bar(axis, subject, 4 + _ROW * position)
+    return _svg(f"Steps to 90 % of the unprotected best on {summary.domain.name}", parts, height)
 
 
-def _recovery_bar(axes: _Axes, subject: SubjectSummary, top: float) -> list[str]:
+def _recovery_bar(axis: _Axis, subject: SubjectSummary, top: float) -> list[str]:
     costs = subject.recovery
-    assert costs is not None  # noqa: S101 - those without were left out
-    end = axes.x(costs.horizon if costs.median is None else costs.median)
-    open_end = ' fill-opacity=".2" stroke-dasharray="4 3"' if costs.median is None else ""
-    marks = []
+    if costs is None:
+        return []
+    end = axis(costs.horizon if costs.median is None else costs.median)
+    kind = "bar open" if costs.median is None else "bar"
+    marks, apart = [], min(5.0, 18 / len(costs.costs))
     for index, cost in enumerate(costs.costs):
-        y = top + 23 + 4 * (index - (len(costs.costs) - 1) / 2)
+        y = top + 32 + apart * (index - (len(costs.costs) - 1) / 2)
         if cost.steps is None:
-            x = axes.x(cost.horizon) + 4
-            marks.append(f'<path class="seed" d="M{x:.1f} {y - 4:.1f} l7 4 l-7 4 z"/>')
+            x = axis(cost.horizon) + 4
+            marks.append(f'<path class="seed" d="M{x:.1f} {y - 3.5:.1f} l7 3.5 l-7 3.5 z"/>')
         else:
-            marks.append(f'<circle class="seed" cx="{axes.x(cost.steps):.1f}" cy="{y:.1f}" r="3"/>')
+            marks.append(f'<circle class="seed" cx="{axis(cost.steps):.1f}" cy="{y:.1f}" r="3"/>')
     median = f"more than {costs.horizon}" if costs.median is None else str(costs.median)
-    late = f", {costs.censored} of {len(costs.costs)} not reached" if costs.censored else ""
+    late = f", {costs.censored} of {len(costs.costs)} seeds not" if costs.censored else ""
     return [
-        f'<g class="{subject.name}"><rect class="bar" x="{_LEFT}" y="{top + 14}"'
-        f' width="{max(2.0, end - _LEFT):.1f}" height="18"{open_end}/>{"".join(marks)}</g>'
-        f'<text class="name {subject.name}" x="{_LEFT}" y="{top + 9}">{subject.name}: {median}'
-        f" steps{late}</text>"
+        f'<g class="{subject.name}"><rect class="{kind}" x="{_LEFT}" y="{top + 22:.0f}"'
+        f' width="{max(2.0, end - _LEFT):.1f}" height="20"/>{"".join(marks)}</g>',
+        _text(
+            _LEFT,
+            top + 16,
+            f"{subject.name}: {median} steps{late}",
+            "start",
+            f"name {subject.name}",
+        ),
     ]
 
 
-# --- Best so far --------------------------------------------------------------------------------
+# --- Best so far ----------------------------------------------------------------------------------
 
 
 def search_plot(summary: DomainSummary, trials: Sequence[Trial]) -> Markup:
-    """Return the best score after each attack tried, in the order they were run, for each subject.
+    """Return the best score after each trial, in the order they were run, for each subject.
 
     `trials` are the domain's with one seed.
     """
-    curves: dict[str, list[float]] = {}
+    curves: dict[str, list[float]] = {name: [] for name in SUBJECTS}
     for trial in trials:
-        held = curves.setdefault(trial.subject, [])
+        held = curves[trial.subject]
         held.append(max(best_of(trial), held[-1] if held else 0.0))
+    curves = {name: values for name, values in curves.items() if values}
     if not curves:
         return Markup("")
-    last = max(2, max(map(len, curves.values())))
-    axes = _Axes(summary, low=0.0)
-    right = _WIDTH - _RIGHT
-
-    def x(count: int) -> float:
-        return _LEFT + (count - 1) / (last - 1) * (right - _LEFT)
-
-    base = _HEIGHT - _BOTTOM
-    parts = _scores_axis(axes)
-    for count in sorted({1, *(round(last * share / 4) for share in range(1, 5))} - {0}):
-        parts.append(
-            f'<text x="{x(count):.1f}" y="{base + 19}" text-anchor="middle">{count}</text>'
-        )
-    parts.append(_axis_title("attacks tried on each subject"))
+    last = max(2, *map(len, curves.values()))
+    x = _Axis(1, last, _LEFT, _EDGE)
+    y = _scores((v for values in curves.values() for v in values), _HEIGHT - _BOTTOM, _TOP)
+    counts = sorted({1, *(round(last * share / 4) for share in range(1, 5))} - {0})
+    parts = [*_score_grid(y), *_below(x, counts, _HEIGHT, "trials on each subject, in order")]
     for name, values in curves.items():
-        line = " ".join(f"{x(i + 1):.1f},{axes.y(v):.1f}" for i, v in enumerate(values))
-        parts.append(
-            f'<g class="{name}"><polyline points="{line}" stroke-dasharray="{_DASHES[name]}"/></g>'
-        )
-    parts += _end_labels({name: axes.y(values[-1]) for name, values in curves.items()})
-    title = escape(f"Best score so far over the attacks tried on {summary.domain.name}")
-    return _svg(title, parts, _HEIGHT)
+        # A flat stretch is one line: only where it rises, and its end, are points.
+        corners = []
+        for index, value in enumerate(values):
+            if index and value > values[index - 1]:
+                corners.append((x(index + 1), y(values[index - 1])))
+            if not index or value > values[index - 1] or index == len(values) - 1:
+                corners.append((x(index + 1), y(value)))
+        parts.append(_line(name, corners, marks=False))
+    parts += _legend(curves)
+    return _svg(f"Best score so far over the trials on {summary.domain.name}", parts)
 
 
-# --- Heat map -----------------------------------------------------------------------------------
+# --- Distribution ---------------------------------------------------------------------------------
 
 
-def heat_map(trials: Sequence[Trial], subject: str) -> Markup:
-    """Return a table of the best score on a subject by attack (rows) and learning rate (columns).
-
-    Rates are gathered in half decades; the number stands in each cell, the shade repeats it.
-    """
-    held = [trial for trial in trials if trial.subject == subject and trial.curve]
-    if not held:
+def strip_plot(summary: DomainSummary, bests: Mapping[str, Mapping[Strategy, float]]) -> Markup:
+    """Return each attack's best score as a dot, a row for each subject; the worst case is named."""
+    rows = {name: sorted(held.values()) for name, held in bests.items() if held}
+    if not rows:
         return Markup("")
-    shared = shared_fields(_without_rate(trial.strategy) for trial in trials)
-    cells: dict[str, dict[int, float]] = {}
-    for trial in held:
-        row = cells.setdefault(_family(trial.strategy, shared), {})
-        column = _half_decade(trial.strategy.learning_rate)
-        row[column] = max(row.get(column, 0.0), best_of(trial))
-    found = [column for row in cells.values() for column in row]
-    columns = range(min(found), max(found) + 1)
-    head = "".join(f"<th>{_rate(column)}</th>" for column in columns)
-    rows = []
-    for name, row in sorted(cells.items()):
-        values = "".join(_heat_cell(row.get(column)) for column in columns)
-        rows.append(f"<tr><td>{escape(name)}</td>{values}</tr>")
-    return Markup(f'<table class="heat"><tr><th>attack</th>{head}</tr>{"".join(rows)}</table>')
+    height = 10 + _ROW * len(rows) + _BOTTOM
+    axis = _scores((v for values in rows.values() for v in values), _LEFT - 20, _EDGE)
+    base = height - _BOTTOM
+    parts = [
+        f'<line class="grid" x1="{axis(v):.1f}" x2="{axis(v):.1f}" y1="4" y2="{base + 5:.0f}"/>'
+        + _text(axis(v), base + 20, f"{100 * v:.0f} %")
+        for v in _ticks(axis)
+    ]
+    parts.append(_text((_LEFT + _EDGE) / 2, height - 8, "best validation score of each attack"))
+    for position, (name, values) in enumerate(rows.items()):
+        middle = 4 + _ROW * position + 34
+        dots = "".join(
+            f'<circle class="dot" cx="{axis(v):.1f}" cy="{middle + 2.4 * (index * 7 % 11 - 5) / 2:.1f}"'
+            ' r="2.6"/>'
+            for index, v in enumerate(values)
+        )
+        at = axis(values[len(values) // 2])
+        worst = f'<circle class="ring" cx="{axis(values[-1]):.1f}" cy="{middle:.1f}" r="7"/>'
+        median = f'<path class="seed" d="M{at:.1f} {middle - 12:.1f} v24"/>'
+        words = f"{name}: worst case {100 * values[-1]:.1f} %"
+        parts.append(f'<g class="{name}">{dots}{worst}{median}</g>')
+        parts.append(_text(_LEFT - 20, middle - 16, words, "start", f"name {name}"))
+    return _svg(f"How the attacks' best scores on {summary.domain.name} spread", parts, height)
 
 
-def _heat_cell(value: float | None) -> str:
-    if value is None:
-        return '<td class="none"></td>'
-    return f'<td style="--heat:{100 * value:.0f}%">{100 * value:.0f}</td>'
+# --- Depth ----------------------------------------------------------------------------------------
 
 
-def _without_rate(strategy: Strategy) -> Strategy:
-    return strategy.model_copy(update={"learning_rate": 1.0})
-
-
-def _family(strategy: Strategy, shared: frozenset[str]) -> str:
-    text = _without_rate(strategy).label(shared)
-    return text.replace(f" {strategy.optimizer} 1", f" {strategy.optimizer}", 1)
-
-
-def _half_decade(rate: float) -> int:
-    return round(2 * math.log10(rate))
-
-
-def _rate(column: int) -> str:
-    return f"{10 ** (column / 2):.1g}" if abs(column) < 8 else f"{10 ** (column / 2):.0e}"
+def depth_plot(summary: DomainSummary, rows: Sequence[DepthRow]) -> Markup:
+    """Return the area under each subject's envelope by how many blocks the attacker keeps."""
+    if not rows:
+        return Markup("")
+    kept = [row.kept for row in rows]
+    x = _Axis(kept[0], max(kept[-1], kept[0] + 1), _LEFT, _EDGE)
+    y = _scores((v for row in rows for v in row.areas.values()), _HEIGHT - _BOTTOM, _TOP)
+    parts = [*_score_grid(y), *_below(x, kept, _HEIGHT, "first blocks kept, the rest anew")]
+    names = [name for name in SUBJECTS if all(name in row.areas for row in rows)]
+    for name in names:
+        parts.append(_line(name, [(x(row.kept), y(row.areas[name])) for row in rows]))
+    parts += _legend(names)
+    return _svg(f"Advantage by depth on {summary.domain.name}", parts)

@@ -3,46 +3,58 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import escape
+from markupsafe import Markup
 
-from sophon._files import write_text
-from sophon._plots import SUBJECTS, envelope_plot
-from sophon._records import AuditRecord, Score
+from sophon._depth import depth_rows
+from sophon._flags import trials_of
+from sophon._heat import HeatMap, heat_maps
+from sophon._plots import depth_plot, envelope_plot, recovery_plot, search_plot, strip_plot
+from sophon._records import AuditRecord
+from sophon._rendering import Table, render, write_document
 from sophon._specs import shared_fields
-from sophon._statistics import Interval, best_of, wilson
-from sophon._verdict import DomainSummary, overall, scope, summarise
+from sophon._tables import (
+    best_by_attack,
+    claimed_domains,
+    depth,
+    distribution,
+    domains_of,
+    envelopes,
+    facts,
+    original_table,
+    overlap_table,
+    reached,
+    secondary_table,
+    trial_table,
+    verdict_table,
+)
+from sophon._verdict import DomainSummary, overall, scope, secondary, summarise
 
-# What stands where nothing was measured.
-NONE = "\u2013"
 MEANINGS = {
     "withstood": "In this audit, starting from the protected weights saved an attacker nothing.",
     "slowed": "Attackers still get there, but need more steps than from the unprotected weights.",
-    "not protected": "An attacker who tries these attacks gets most of what the weights offer.",
-    "untrainable": "The model cannot be fine-tuned to anything, allowed tasks included.",
+    "not protected": "An attacker who tries these attacks still profits from the weights.",
+    "untrainable": "Allowed tasks are blocked as much as restricted ones: the model resists"
+    " fine-tuning as such, not the restricted task.",
     "void": "This audit cannot be believed, for the reasons below; it says nothing either way.",
 }
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction as a percentage, or a dash for none."""
-    return NONE if value is None else f"{100 * value:.{digits}f} %"
+@dataclass(frozen=True)
+class Section:
+    """What the report says of one restricted domain; `bands` tells what the picture's bands are."""
 
-
-def with_interval(value: float, interval: Interval | None, digits: int = 1) -> str:
-    """Return a percentage with its 95 % interval."""
-    if interval is None:
-        return percent(value, digits)
-    low, high = (f"{100 * bound:.{digits}f}" for bound in interval)
-    return f"{percent(value, digits)} ({low} to {high})"
-
-
-def score_text(score: Score | None) -> str:
-    """Return a score with its Wilson interval, or a dash."""
-    return NONE if score is None else with_interval(score.value, wilson(score))
+    summary: DomainSummary
+    facts: list[tuple[str, str]]
+    bands: str
+    reached: Table
+    envelopes: Table
+    distribution: Table
+    depth: Table | None
+    heat: list[HeatMap]
+    plots: dict[str, Markup]
 
 
 class Report:
@@ -60,39 +72,48 @@ class Report:
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the verdict table, a header row first."""
-        rows: list[tuple[str, ...]] = [
-            ("restricted domain", "subject", "best validation", "test", "winning attack", "verdict")
-        ]
-        shared = shared_fields(trial.strategy for trial in self.record.trials)
-        for summary in self.summaries:
-            for name, subject in summary.subjects.items():
-                rows.append(
-                    (
-                        summary.domain.name,
-                        name,
-                        percent(subject.best),
-                        score_text(subject.test),
-                        subject.winner.strategy.label(shared),
-                        summary.text if name == "protected" else "",
-                    )
-                )
-        return rows
+        return verdict_table(self.summaries, self.record)
 
     def html(self) -> str:
-        """Return the report as one HTML page without scripts or references to anything outside."""
-        return _render("report.html.j2", self, escape_html=True)
+        """Return the report as one HTML page without references to anything outside.
+
+        Its only script lets a reader sort the trials; without it everything is still there.
+        """
+        return self._rendered("report.html.j2")
 
     def markdown(self) -> str:
         """Return the report as Markdown, for a model card."""
-        return _render("report.md.j2", self, escape_html=False)
+        return self._rendered("report.md.j2")
 
     def write_html(self, path: str | Path) -> None:
         """Write the HTML page to `path`, whole or not at all."""
-        _write(Path(path), self.html())
+        write_document(path, self.html())
 
     def write_markdown(self, path: str | Path) -> None:
         """Write the Markdown text to `path`, whole or not at all."""
-        _write(Path(path), self.markdown())
+        write_document(path, self.markdown())
+
+    def _rendered(self, name: str) -> str:
+        record = self.record
+        protection = record.protection
+        return render(
+            name,
+            report=self,
+            record=record,
+            meaning=MEANINGS[self.worst.verdict],
+            scope=scope(record),
+            scoring=_scoring(record),
+            sections=[_section(record, summary) for summary in self.summaries],
+            held_out=secondary_table(secondary(record, "held_out"), benign=False),
+            benign=secondary_table(secondary(record, "benign"), benign=True),
+            originals=original_table(record),
+            claimed=claimed_domains(record),
+            overlaps=overlap_table(record),
+            trials=trial_table(record),
+            domains=domains_of(record),
+            spec=json.dumps(record.spec.model_dump(mode="json"), indent=1),
+            protection=protection and json.dumps(protection, indent=1, sort_keys=True),
+        )
 
 
 def report(record: AuditRecord) -> Report:
@@ -100,41 +121,37 @@ def report(record: AuditRecord) -> Report:
     return Report(record)
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-
-
-def _render(name: str, report: Report, *, escape_html: bool) -> str:
-    environment = Environment(
-        loader=PackageLoader("sophon"),
-        autoescape=escape_html,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+def _section(record: AuditRecord, summary: DomainSummary) -> Section:
+    name = summary.domain.name
+    trials = trials_of(record, name)
+    first = [trial for trial in trials if trial.seed == record.seeds[0]]
+    bests = {s: best_by_attack(t for t in trials if t.subject == s) for s in summary.subjects}
+    return Section(
+        summary=summary,
+        facts=facts(summary),
+        bands=_bands(record),
+        reached=reached(summary, shared_fields(trial.strategy for trial in trials)),
+        envelopes=envelopes(summary),
+        distribution=distribution(record, summary),
+        depth=depth(record, name),
+        heat=heat_maps(record, name),
+        plots={
+            "envelope": envelope_plot(summary),
+            "recovery": recovery_plot(summary),
+            "search": search_plot(summary, first),
+            "strip": strip_plot(summary, bests),
+            "depth": depth_plot(summary, depth_rows(record, name)),
+        },
     )
-    record = report.record
-    scores = {subject.name: subject.original for subject in record.subjects}
-    return environment.get_template(name).render(
-        report=report,
-        record=record,
-        summaries=report.summaries,
-        meaning=MEANINGS[report.worst.verdict],
-        scope=scope(record),
-        scoring=_scoring(record),
-        facts=[(s, _facts(s)) for s in report.summaries],
-        plots={s.domain.name: envelope_plot(s) for s in report.summaries},
-        envelopes={s.domain.name: _envelope_rows(s) for s in report.summaries},
-        originals=[(n, score_text(scores.get(n))) for n in SUBJECTS[:2] if n in scores],
-        trials=[tuple(map(_plain, r)) for r in _trial_rows(record)]
-        if not escape_html
-        else _trial_rows(record),
-        spec=json.dumps(record.spec.model_dump(mode="json", exclude_defaults=False), indent=2),
-        protection=None
-        if record.protection is None
-        else json.dumps(record.protection, indent=2, sort_keys=True),
-        percent=percent,
+
+
+def _bands(record: AuditRecord) -> str:
+    seeds = len(record.seeds)
+    if seeds < 2:
+        return "one attack seed, so no interval"
+    return (
+        f"mean over {seeds} attack seeds, with the 95 % bootstrap interval of that mean over seeds,"
+        " of the attacks run with every seed"
     )
 
 
@@ -149,72 +166,3 @@ def _scoring(record: AuditRecord) -> str:
         f" training images; the better score counts, here the latter in {anew} of {len(points)}"
         " measurements."
     )
-
-
-def _plain(cell: str) -> str:
-    """Return `cell` as one Markdown table cell."""
-    return str(escape(" ".join(cell.split()))).replace("|", "\\|")
-
-
-def _facts(summary: DomainSummary) -> list[tuple[str, str]]:
-    """Return a domain's key numbers with their names."""
-    facts = [("Verdict", summary.text)]
-    advantage = summary.advantage
-    if advantage.defined and advantage.value is not None:
-        facts.append(
-            ("Advantage removed", with_interval(advantage.value, advantage.interval, digits=0))
-        )
-    else:
-        facts.append(("Advantage removed", f"undefined: {advantage.reason}"))
-    for name, subject in summary.subjects.items():
-        test = "" if subject.test is None else f", test {score_text(subject.test)}"
-        facts.append((f"Best on {name}", f"{percent(subject.best)} validation{test}"))
-    for name, subject in summary.subjects.items():
-        if subject.to_unprotected is not None:
-            facts.append((f"Steps to recover, {name}", _cost(subject.to_unprotected)))
-    if summary.multiplier is not None:
-        bound = "at least " if summary.multiplier_is_bound else ""
-        facts.append(("Cost multiplier", f"{bound}{summary.multiplier:.1f}"))
-    if summary.scratch_fraction is not None:
-        bound = "at least " if summary.scratch_fraction_is_bound else ""
-        facts.append(("Fraction of scratch cost", f"{bound}{summary.scratch_fraction:.2f}"))
-    return facts
-
-
-def _cost(cost: Any) -> str:
-    return f"more than {cost.horizon} (not reached)" if cost.steps is None else f"{cost.steps}"
-
-
-def _envelope_rows(summary: DomainSummary) -> list[list[str]]:
-    rows = []
-    for position, budget in enumerate(summary.budgets):
-        values = [summary.subjects.get(name) for name in SUBJECTS]
-        cells = [percent(v.points[position].value) if v else NONE for v in values]
-        rows.append([str(budget), *cells])
-    return rows
-
-
-def _trial_rows(record: AuditRecord) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    shared = shared_fields(trial.strategy for trial in record.trials)
-    for trial in record.trials:
-        outcome = trial.outcome
-        ended: str = outcome.kind
-        if outcome.kind == "diverged":
-            ended = f"diverged at step {outcome.step}"
-        elif outcome.kind == "crashed":
-            ended = f"crashed: {outcome.error}"
-        rows.append(
-            (
-                trial.domain,
-                trial.subject,
-                trial.strategy.label(shared),
-                str(trial.seed),
-                percent(best_of(trial)) if trial.curve else NONE,
-                NONE if trial.best_step is None else str(trial.best_step),
-                NONE if trial.test is None else percent(trial.test.value),
-                ended,
-                f"{trial.wall_s:.1f}",
-            )
-        )
-    return rows

@@ -104,19 +104,22 @@ def area(steps: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.float6
     return total
 
 
-def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
-    """Return each seed's envelope, shape (seeds, budgets).
+def run_with_all_seeds(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials whose attack was run with every seed; all of them if none was.
 
-    Of several seeds only attacks count that were run with all of them: otherwise the seed with
-    the most attacks would look the strongest.
+    Otherwise the seed with the most attacks would look the strongest.
     """
+    seeds = {trial.seed for trial in trials}
+    ran: dict[Strategy, set[int]] = {}
+    for trial in trials:
+        ran.setdefault(trial.strategy, set()).add(trial.seed)
+    return [t for t in trials if len(ran[t.strategy]) == len(seeds)] or list(trials)
+
+
+def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
+    """Return each seed's envelope, shape (seeds, budgets), of the attacks run with every seed."""
+    trials = run_with_all_seeds(trials)
     seeds = sorted({trial.seed for trial in trials})
-    if len(seeds) > 1:
-        ran: dict[Strategy, set[int]] = {}
-        for trial in trials:
-            ran.setdefault(trial.strategy, set()).add(trial.seed)
-        common = [trial for trial in trials if len(ran[trial.strategy]) == len(seeds)]
-        trials = common or trials
     rows = [[p.value for p in envelope([t for t in trials if t.seed == s], at)] for s in seeds]
     return np.array([row for row in rows if len(row) == len(at)]).reshape(-1, len(at))
 
@@ -128,6 +131,21 @@ def bootstrap(
     index = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     means: NDArray[np.float64] = values[index].mean(1)
     return means
+
+
+def bands(rows: NDArray[np.float64], *, seed: int = 0) -> tuple[Interval, ...]:
+    """Return the 95 % bootstrap interval of the mean over seeds at each budget.
+
+    `rows` are the seeds' envelopes, shape (seeds, budgets). Widened as in `advantage_removed`;
+    with one seed each interval is the value itself.
+    """
+    n, mean = len(rows), rows.mean(0)
+    if n < 2:
+        return tuple(Interval(value, value) for value in mean.tolist())
+    index = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
+    draws = mean + (rows[index].mean(1) - mean) * math.sqrt(n / (n - 1))
+    low, high = np.percentile(np.clip(draws, 0.0, 1.0), [2.5, 97.5], axis=0)
+    return tuple(Interval(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
 
 
 def percentile_interval(draws: NDArray[np.float64]) -> Interval:

@@ -71,8 +71,9 @@ def logrank(first: Recovery, second: Recovery) -> float | None:
 def ratio_interval(protected: Recovery, other: Recovery, *, seed: int = 0) -> Interval | None:
     """Return the 95 % bootstrap interval, over seeds, of the ratio of median costs.
 
-    A seed that did not get there counts with the horizon, so the bounds are lower bounds then.
-    None with fewer than two seeds each.
+    A seed that did not get there counts with the horizon, the least it can have cost: where
+    `protected` has such seeds the bounds are lower bounds. Where only `other` has, ratios are at
+    most 1, so that they never speak for protection. None with fewer than two seeds each.
     """
     if min(len(protected.costs), len(other.costs)) < 2:
         return None

@@ -1,0 +1,97 @@
+"""Numbers as text, tables, and the templates that documents are rendered with. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from sophon._files import write_text
+from sophon._records import Score
+from sophon._statistics import Interval, wilson
+
+# What stands where nothing was measured.
+NONE = "\u2013"
+
+
+class Table(NamedTuple):
+    """A table of text, the same in every document; `note` says what its numbers are."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") -> Table:
+    """Return a table of these rows."""
+    return Table(tuple(header), tuple(tuple(row) for row in rows), note)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as a percentage, or a dash for none."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def with_interval(value: float, interval: Interval | None, digits: int = 1) -> str:
+    """Return a percentage with its 95 % interval."""
+    if interval is None:
+        return percent(value, digits)
+    low, high = (f"{100 * bound:.{digits}f}" for bound in interval)
+    return f"{percent(value, digits)} ({low} to {high})"
+
+
+def score_text(score: Score | None) -> str:
+    """Return a score with its Wilson interval, or a dash."""
+    return NONE if score is None else with_interval(score.value, wilson(score))
+
+
+def plain(text: str) -> str:
+    """Return `text` as one line that Markdown shows as it is, in a table cell too."""
+    return str(escape(" ".join(text.split()))).replace("|", "\\|")
+
+
+def markdown_table(held: Table) -> str:
+    """Return a table as Markdown."""
+    lines = [held.header, ("---",) * len(held.header)]
+    lines += [tuple(map(plain, row)) for row in held.rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\n{held.note}" if held.note else text
+
+
+def html_table(held: Table, kind: str = "") -> Markup:
+    """Return a table as HTML that scrolls sideways where it must; `kind` is its class."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in held.header)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
+        for row in held.rows
+    )
+    long = " long" if "sortable" in kind else ""
+    note = f'<p class="soft">{escape(held.note)}</p>' if held.note else ""
+    return Markup(
+        f'<div class="wide{long}" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{rows}</tbody></table></div>{note}"
+    )
+
+
+def render(name: str, **values: Any) -> str:
+    """Return the template `name` filled in; only HTML is escaped by itself."""
+    environment = Environment(
+        loader=PackageLoader("sophon"),
+        autoescape=name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": plain, "markdown": markdown_table, "as_table": html_table}
+    return environment.get_template(name).render(**values)
+
+
+def write_document(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; folders are made."""
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, text)

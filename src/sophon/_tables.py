@@ -1,0 +1,367 @@
+"""The tables and facts of a report, as text. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sophon._depth import depth_rows
+from sophon._flags import trials_of
+from sophon._records import AuditRecord, DomainRecord, Score, Trial
+from sophon._rendering import NONE, Table, percent, score_text, table, with_interval
+from sophon._specs import Strategy, shared_fields
+from sophon._statistics import best_of, wilson
+from sophon._survival import Recovery
+from sophon._verdict import RECOVERED, SUBJECTS, DomainSummary, Ratio
+
+_GOAL = f"{100 * RECOVERED:.0f} %"
+
+
+# --- One domain -----------------------------------------------------------------------------------
+
+
+def facts(summary: DomainSummary) -> list[tuple[str, str]]:
+    """Return a domain's key numbers with their names."""
+    advantage = summary.advantage
+    removed = f"undefined: {advantage.reason}"
+    if advantage.defined and advantage.value is not None:
+        removed = with_interval(advantage.value, advantage.interval, digits=0)
+    found = [("Verdict", summary.text), ("Advantage removed", removed)]
+    for name, ratio in (
+        ("Cost multiplier", summary.slowing),
+        ("Fraction of scratch cost", summary.fraction),
+    ):
+        if ratio.value is not None:
+            found.append((name, ratio_text(ratio)))
+    if summary.logrank_p is not None:
+        found.append(("Log-rank p, protected against unprotected", f"{summary.logrank_p:.3f}"))
+    return found
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """Return a ratio of costs with its interval over seeds."""
+    if ratio.value is None:
+        return NONE
+    text = f"{'at least ' if ratio.bound else ''}{ratio.value:.2g}"
+    if ratio.interval is None:
+        return text
+    return f"{text} (over seeds {ratio.interval.low:.2g} to {ratio.interval.high:.2g})"
+
+
+def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
+    """Return what the strongest attack reached on each subject, and what it cost."""
+    rows = []
+    for name, subject in summary.subjects.items():
+        rows.append(
+            (
+                name,
+                percent(subject.best),
+                score_text(subject.test),
+                _cost(subject.to_unprotected),
+                _median(subject.recovery),
+                _cost(subject.to_scratch),
+                subject.winner.strategy.label(shared),
+            )
+        )
+    header = (
+        "subject",
+        "best validation",
+        "test (95 %)",
+        f"steps to {_GOAL} of unprotected",
+        "median seed",
+        f"steps to {_GOAL} of scratch",
+        "won by",
+    )
+    note = (
+        "Steps are those of the luckiest attacker over all seeds; the median over seeds is"
+        " Kaplan and Meier's, in which a seed that did not get there is censored, not dropped."
+    )
+    return table(header, rows, note)
+
+
+def _cost(cost: Any) -> str:
+    if cost is None:
+        return NONE
+    return f"more than {cost.horizon}" if cost.steps is None else f"{cost.steps}"
+
+
+def _median(recovery: Recovery | None) -> str:
+    if recovery is None or not recovery.costs:
+        return NONE
+    text = f"more than {recovery.horizon}" if recovery.median is None else f"{recovery.median}"
+    if not recovery.censored:
+        return text
+    return f"{text} ({recovery.censored} of {len(recovery.costs)} seeds did not get there)"
+
+
+def envelopes(summary: DomainSummary) -> Table:
+    """Return the best validation score within each budget, over all attacks and seeds."""
+    rows = []
+    for position, budget in enumerate(summary.budgets):
+        held = [summary.subjects.get(name) for name in SUBJECTS]
+        rows.append([str(budget), *(percent(s.points[position].value) if s else NONE for s in held)])
+    return table(("steps", *SUBJECTS), rows)
+
+
+def best_by_attack(trials: Iterable[Trial]) -> dict[Strategy, float]:
+    """Return each attack's best validation score over its trials, those it was stopped in too."""
+    found: dict[Strategy, float] = {}
+    for trial in trials:
+        if trial.curve:
+            found[trial.strategy] = max(best_of(trial), found.get(trial.strategy, 0.0))
+    return found
+
+
+def distribution(record: AuditRecord, summary: DomainSummary) -> Table:
+    """Return how the best scores of all attacks spread, the worst case first."""
+    target = None
+    if "unprotected" in summary.subjects:
+        target = RECOVERED * summary.subjects["unprotected"].best
+    rows = []
+    for name in summary.subjects:
+        held = best_by_attack(trials_of(record, summary.domain.name, name)).values()
+        values = np.array(sorted(held))
+        quantiles = np.quantile(values, [1.0, 0.9, 0.5, 0.1]).tolist()
+        there = NONE if target is None else f"{int((values >= target).sum())} of {len(values)}"
+        rows.append((name, *map(percent, quantiles), there))
+    return table(
+        (
+            "subject",
+            "worst case",
+            "upper tenth",
+            "median attack",
+            "lower tenth",
+            f"attacks that reach {_GOAL} of unprotected",
+        ),
+        rows,
+        "Each attack counts once, with its best validation score; the verdict rests on the worst"
+        " case alone.",
+    )
+
+
+def depth(record: AuditRecord, domain: str) -> Table | None:
+    """Return the advantage an attacker keeps by the number of blocks taken, if it was tried."""
+    rows = [
+        (
+            f"{row.kept} of {row.blocks}",
+            *(
+                f"{percent(row.areas[name])} ({percent(row.shares[name], 0)})"
+                if name in row.areas
+                else NONE
+                for name in SUBJECTS
+            ),
+        )
+        for row in depth_rows(record, domain)
+    ]
+    if not rows:
+        return None
+    note = (
+        "Mean score over the logarithm of the budget for an attacker who takes the first blocks"
+        " and starts the rest anew. In brackets: the share that keeps of the whole unprotected"
+        " model's lead over a fresh network. Two attacks a row, the first attack seed."
+    )
+    return table(("blocks kept", *SUBJECTS), rows, note)
+
+
+# --- Other domains --------------------------------------------------------------------------------
+
+_BENIGN_WORDS = {
+    "withstood": "blocked",
+    "slowed": "held back",
+    "not protected": "can be learnt",
+    "void": "cannot be told",
+}
+
+
+def secondary_table(summaries: Sequence[DomainSummary], *, benign: bool) -> Table:
+    """Return the table of held-out or of benign domains."""
+    rows = []
+    for summary in summaries:
+        held = [summary.subjects.get(name) for name in SUBJECTS]
+        advantage = summary.advantage
+        removed = NONE
+        if advantage.value is not None:
+            removed = with_interval(advantage.value, advantage.interval, digits=0)
+        word = summary.text
+        if benign:
+            word = _BENIGN_WORDS[summary.verdict] + summary.text.removeprefix(summary.verdict)
+        flags = ", ".join(flag.name for flag in summary.flags) or "none"
+        rows.append(
+            (
+                summary.domain.name,
+                word,
+                removed,
+                ratio_text(summary.slowing),
+                *(score_text(s.test) if s else NONE for s in held),
+                flags,
+            )
+        )
+    header = ("domain", "verdict", "advantage removed", "cost multiplier")
+    best = tuple(f"{name}, test" for name in SUBJECTS)
+    note = (
+        "What protection is not meant to block: here little should be removed."
+        if benign
+        else "Restricted tasks that protection was not given: whether it holds beyond those it was."
+    )
+    return table((*header, *best, "flags"), rows, note)
+
+
+# --- Original task and data -----------------------------------------------------------------------
+
+
+def original_table(record: AuditRecord) -> Table:
+    """Return what each subject scores on the original domain, reported and measured again."""
+    claims = reported(record)
+    rows: list[tuple[str, ...]] = []
+    for subject in sorted(record.subjects, key=lambda s: SUBJECTS.index(s.name), reverse=True):
+        if subject.original is None:
+            continue
+        claim = claims.get(subject.name)
+        row: tuple[str, ...] = (subject.name, score_text(subject.original))
+        if claims:
+            row = (subject.name, score_text(claim), row[1], _agree(claim, subject.original))
+        rows.append(row)
+    if not claims:
+        return table(("model", "test accuracy (95 %)"), rows)
+    return table(
+        ("model", "reported, validation (95 %)", "re-measured, test (95 %)", "agreement"),
+        rows,
+        "Reported is what the checkpoint says of itself, on the publisher's validation images;"
+        " re-measured is what this audit found on test images.",
+    )
+
+
+def reported(record: AuditRecord) -> dict[str, Score]:
+    """Return the scores on the original domain that the checkpoint claims, by subject."""
+    held = record.protection or {}
+    found: dict[str, Score] = {}
+    for name, key in (("unprotected", "validation_before"), ("protected", "validation_after")):
+        claim = held.get(key)
+        if isinstance(claim, dict) and {"correct", "total"} <= claim.keys():
+            found[name] = Score(correct=claim["correct"], total=claim["total"])
+    return found
+
+
+def _agree(claim: Score | None, measured: Score) -> str:
+    if claim is None:
+        return NONE
+    one, other = wilson(claim), wilson(measured)
+    if one.low > other.high:
+        return "less than reported"
+    return "more than reported" if one.high < other.low else "within both intervals"
+
+
+def claimed_domains(record: AuditRecord) -> str:
+    """Return what the checkpoint says it was protected against, if this audit tried others."""
+    named = (record.protection or {}).get("restricted")
+    if not isinstance(named, list | tuple):
+        return ""
+    tried = {domain.name for domain in record.restricted}
+    if set(named) == tried:
+        return ""
+    return (
+        f"The checkpoint says it was protected against {', '.join(map(str, named))};"
+        f" this audit judges {', '.join(sorted(tried))}."
+    )
+
+
+def overlap_table(record: AuditRecord) -> tuple[str, Table | None]:
+    """Return a sentence on images that splits share, and the table of those that share any."""
+    if not record.overlaps:
+        return "Whether domains share images was not measured.", None
+    shared = [o for o in record.overlaps if o.exact + o.near]
+    count = len(record.overlaps)
+    if not shared:
+        return f"None of {count} pairs of splits share an image, exactly or nearly.", None
+    shared.sort(key=lambda o: -(o.exact + o.near) / max(1, o.count))
+    rows = [
+        (
+            o.first,
+            o.second,
+            str(o.count),
+            str(o.exact),
+            str(o.near),
+            percent((o.exact + o.near) / max(1, o.count)),
+        )
+        for o in shared
+    ]
+    text = f"{len(shared)} of {count} pairs of splits share images:"
+    return text, table(("of", "also in", "images", "exact", "near", "share"), rows)
+
+
+def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
+    """Return every domain of an audit."""
+    return (record.original, *record.restricted, *record.held_out, *record.benign)
+
+
+# --- Trials ---------------------------------------------------------------------------------------
+
+
+def trial_table(record: AuditRecord) -> Table:
+    """Return every trial."""
+    shared = shared_fields(trial.strategy for trial in record.trials)
+    header = (
+        "domain",
+        "subject",
+        "attack",
+        "seed",
+        "best validation",
+        "at step",
+        "test",
+        "outcome",
+        "seconds",
+    )
+    rows = [
+        (
+            trial.domain,
+            trial.subject,
+            trial.strategy.label(shared),
+            str(trial.seed),
+            percent(best_of(trial)) if trial.curve else NONE,
+            NONE if trial.best_step is None else str(trial.best_step),
+            NONE if trial.test is None else percent(trial.test.value),
+            _ended(trial),
+            f"{trial.wall_s:.1f}",
+        )
+        for trial in record.trials
+    ]
+    note = (
+        "The validation split chooses the step; the test split is measured once there and chooses"
+        " nothing."
+    )
+    return table(header, rows, note)
+
+
+def _ended(trial: Trial) -> str:
+    outcome = trial.outcome
+    if outcome.kind == "crashed":
+        return f"crashed: {outcome.error}"
+    if outcome.kind == "completed":
+        return outcome.kind
+    return f"{outcome.kind} at step {outcome.step}"
+
+
+def verdict_table(
+    summaries: Sequence[DomainSummary], record: AuditRecord
+) -> list[tuple[str, ...]]:
+    """Return what a terminal shows: a row for each subject, a header row first."""
+    rows: list[tuple[str, ...]] = [
+        ("restricted domain", "subject", "best validation", "test", "winning attack", "verdict")
+    ]
+    shared = shared_fields(trial.strategy for trial in record.trials)
+    for summary in summaries:
+        for name, subject in summary.subjects.items():
+            rows.append(
+                (
+                    summary.domain.name,
+                    name,
+                    percent(subject.best),
+                    score_text(subject.test),
+                    subject.winner.strategy.label(shared),
+                    summary.text if name == "protected" else "",
+                )
+            )
+    return rows
+

@@ -73,11 +73,11 @@ def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
 
 
 def panel(axes: plt.Axes, label: str, summary: DomainSummary) -> None:
-    """Draw the three envelopes, mean over attack seeds with their range."""
+    """Draw the three envelopes, mean over attack seeds with its bootstrap interval."""
     for name, held in summary.subjects.items():
         steps = [point.step for point in held.points]
         mean = [100 * value for value in held.mean]
-        low, high = ([100 * pair[i] for pair in held.spread] for i in (0, 1))
+        low, high = ([100 * pair[i] for pair in held.band] for i in (0, 1))
         axes.plot(steps, mean, color=COLOURS[name], label=name, linewidth=1.6)
         axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
     axes.set_xscale("log")

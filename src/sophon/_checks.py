@@ -10,7 +10,7 @@ from typing import Any
 
 from sophon._flags import Check, Flag, trials_of
 from sophon._records import AuditRecord, Score, Trial
-from sophon._statistics import best_of, wilson, winner
+from sophon._statistics import best_of, run_with_all_seeds, wilson, winner
 from sophon._weight_checks import (
     data_overlap,
     extreme_batch_norm,
@@ -51,13 +51,18 @@ def winner_on_the_edge(record: AuditRecord, domain: str) -> Flag | None:
 
 
 def last_trial_is_best(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the last attack of the suite is the winner."""
-    best = winner(trials_of(record, domain, "protected"))
-    if best is None or not record.strategies or best.strategy != record.strategies[-1]:
+    """Return a flag if the last attack of the suite, or the last that was searched, wins."""
+    trials = trials_of(record, domain, "protected")
+    best = winner(trials)
+    last = set(record.strategies[-1:])
+    if record.spec.search_trials:
+        # Attacks come in the order in which they were first tried; a search comes last.
+        last |= set(list(dict.fromkeys(trial.strategy for trial in trials))[-1:])
+    if best is None or best.strategy not in last:
         return None
     return Flag(
         "best trial is the last one",
-        "the last attack of the suite wins",
+        "the last attack of the suite, or the last one that was searched, wins",
         "The search had not settled when it ended.",
         "Run a larger suite or search.",
         best.strategy.label(),
@@ -80,7 +85,7 @@ def last_step_is_best(record: AuditRecord, domain: str) -> Flag | None:
 
 def seeds_disagree(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the best score differs by more than 10 points between attack seeds."""
-    trials = trials_of(record, domain, "protected")
+    trials = run_with_all_seeds(trials_of(record, domain, "protected"))
     scores = [
         max(best_of(t) for t in trials if t.seed == seed) for seed in {t.seed for t in trials}
     ]

@@ -14,9 +14,9 @@ from sophon._verdict import SUBJECTS
 
 
 class HeatMap(NamedTuple):
-    """Best validation scores on one subject by attack (rows) and learning rate (columns); None: not tried.
+    """Best validation scores on one subject by attack (rows) and learning rate (columns).
 
-    `low` and `high` are the range over all subjects of the domain.
+    None is what was not tried, `low` to `high` the range over all subjects of the domain.
     """
 
     subject: str

@@ -225,6 +225,7 @@ def search_plot(summary: DomainSummary, trials: Sequence[Trial]) -> Markup:
             if not index or value > values[index - 1] or index == len(values) - 1:
                 corners.append((x(index + 1), y(value)))
         parts.append(_line(name, corners, marks=False))
+        parts.append(f'<g class="{name}">{_mark(name, *corners[-1])}</g>')
     parts += _legend(curves)
     return _svg(f"Best score so far over the trials on {summary.domain.name}", parts)
 
@@ -248,10 +249,11 @@ def strip_plot(summary: DomainSummary, bests: Mapping[str, Mapping[Strategy, flo
     parts.append(_text((_LEFT + _EDGE) / 2, height - 8, "best validation score of each attack"))
     for position, (name, values) in enumerate(rows.items()):
         middle = 4 + _ROW * position + 34
+        # Apart from each other by place alone: the same dots wherever the page is made.
+        heights = [middle + 1.2 * (index * 7 % 11 - 5) for index in range(len(values))]
         dots = "".join(
-            f'<circle class="dot" cx="{axis(v):.1f}" cy="{middle + 2.4 * (index * 7 % 11 - 5) / 2:.1f}"'
-            ' r="2.6"/>'
-            for index, v in enumerate(values)
+            f'<circle class="dot" cx="{axis(v):.1f}" cy="{y:.1f}" r="2.6"/>'
+            for v, y in zip(values, heights, strict=True)
         )
         at = axis(values[len(values) // 2])
         worst = f'<circle class="ring" cx="{axis(values[-1]):.1f}" cy="{middle:.1f}" r="7"/>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -198,6 +199,14 @@ class AuditRecord(Record):
     def seeds(self) -> tuple[int, ...]:
         """The attack seeds."""
         return self.spec.seeds or (0,)
+
+
+def record_schema() -> str:
+    """Return the JSON Schema (draft 2020-12) of an audit record as it is written, as text."""
+    schema = AuditRecord.model_json_schema()
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    named = {"title": f"Sophon audit record, version {SCHEMA_VERSION}"}
+    return json.dumps(dialect | schema | named, indent=1) + "\n"
 
 
 class Round(Record):

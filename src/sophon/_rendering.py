@@ -15,6 +15,7 @@ from sophon._statistics import Interval, wilson
 
 # What stands where nothing was measured.
 NONE = "\u2013"
+_SHORT = 26
 
 
 class Table(NamedTuple):
@@ -64,16 +65,19 @@ def markdown_table(held: Table) -> str:
 def html_table(held: Table, kind: str = "") -> Markup:
     """Return a table as HTML that scrolls sideways where it must; `kind` is its class."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in held.header)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in held.rows
-    )
+    rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in held.rows)
     long = " long" if "sortable" in kind else ""
     note = f'<p class="soft">{escape(held.note)}</p>' if held.note else ""
     return Markup(
         f'<div class="wide{long}" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>\n{rows}</tbody></table></div>{note}"
     )
+
+
+def _cell(text: str) -> str:
+    # Numbers stay on one line; what is long may wrap.
+    kind = ' class="text"' if len(text) > _SHORT else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def render(name: str, **values: Any) -> str:

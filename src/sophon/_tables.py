@@ -12,7 +12,7 @@ from sophon._flags import trials_of
 from sophon._records import AuditRecord, DomainRecord, Score, Trial
 from sophon._rendering import NONE, Table, percent, score_text, table, with_interval
 from sophon._specs import Strategy, shared_fields
-from sophon._statistics import best_of, wilson
+from sophon._statistics import Estimate, best_of, wilson
 from sophon._survival import Recovery
 from sophon._verdict import RECOVERED, SUBJECTS, DomainSummary, Ratio
 
@@ -25,9 +25,7 @@ _GOAL = f"{100 * RECOVERED:.0f} %"
 def facts(summary: DomainSummary) -> list[tuple[str, str]]:
     """Return a domain's key numbers with their names."""
     advantage = summary.advantage
-    removed = f"undefined: {advantage.reason}"
-    if advantage.defined and advantage.value is not None:
-        removed = with_interval(advantage.value, advantage.interval, digits=0)
+    removed = removed_text(advantage) if advantage.defined else f"undefined: {advantage.reason}"
     found = [("Verdict", summary.text), ("Advantage removed", removed)]
     for name, ratio in (
         ("Cost multiplier", summary.slowing),
@@ -38,6 +36,13 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
     if summary.logrank_p is not None:
         found.append(("Log-rank p, protected against unprotected", f"{summary.logrank_p:.3f}"))
     return found
+
+
+def removed_text(advantage: Estimate) -> str:
+    """Return how much advantage was removed with its interval, or a dash."""
+    if advantage.value is None:
+        return NONE
+    return with_interval(advantage.value, advantage.interval, digits=0)
 
 
 def ratio_text(ratio: Ratio) -> str:
@@ -101,7 +106,9 @@ def envelopes(summary: DomainSummary) -> Table:
     rows = []
     for position, budget in enumerate(summary.budgets):
         held = [summary.subjects.get(name) for name in SUBJECTS]
-        rows.append([str(budget), *(percent(s.points[position].value) if s else NONE for s in held)])
+        rows.append(
+            [str(budget), *(percent(s.points[position].value) if s else NONE for s in held)]
+        )
     return table(("steps", *SUBJECTS), rows)
 
 
@@ -180,10 +187,6 @@ def secondary_table(summaries: Sequence[DomainSummary], *, benign: bool) -> Tabl
     rows = []
     for summary in summaries:
         held = [summary.subjects.get(name) for name in SUBJECTS]
-        advantage = summary.advantage
-        removed = NONE
-        if advantage.value is not None:
-            removed = with_interval(advantage.value, advantage.interval, digits=0)
         word = summary.text
         if benign:
             word = _BENIGN_WORDS[summary.verdict] + summary.text.removeprefix(summary.verdict)
@@ -192,7 +195,7 @@ def secondary_table(summaries: Sequence[DomainSummary], *, benign: bool) -> Tabl
             (
                 summary.domain.name,
                 word,
-                removed,
+                removed_text(summary.advantage),
                 ratio_text(summary.slowing),
                 *(score_text(s.test) if s else NONE for s in held),
                 flags,
@@ -343,9 +346,7 @@ def _ended(trial: Trial) -> str:
     return f"{outcome.kind} at step {outcome.step}"
 
 
-def verdict_table(
-    summaries: Sequence[DomainSummary], record: AuditRecord
-) -> list[tuple[str, ...]]:
+def verdict_table(summaries: Sequence[DomainSummary], record: AuditRecord) -> list[tuple[str, ...]]:
     """Return what a terminal shows: a row for each subject, a header row first."""
     rows: list[tuple[str, ...]] = [
         ("restricted domain", "subject", "best validation", "test", "winning attack", "verdict")
@@ -364,4 +365,3 @@ def verdict_table(
                 )
             )
     return rows
-

@@ -258,7 +258,9 @@ def _judge(
     holds = high >= 1 and low >= 0.5 and _no_better(subjects["protected"], subjects["scratch"])
     slows = (slowing.value or 0.0) >= SLOWED_FROM and low > 0
     if (holds or slows) and seeds is not None and seeds < SEEDS_TO_ACQUIT:
-        few = f"it looks protected, but {seeds} attack seed{'s are' if seeds > 1 else ' is'} too few"
+        few = (
+            f"it looks protected, but {seeds} attack seed{'s are' if seeds > 1 else ' is'} too few"
+        )
         return "void", (removed, f"{few} to say so: {SEEDS_TO_ACQUIT} or more are needed")
     if holds:
         return "withstood", (removed, "the best attack does no better than a fresh network")

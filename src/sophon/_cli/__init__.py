@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sophon._cli import auditing, commands  # the import adds them to the application
+from sophon._cli import auditing, commands, reading  # the import adds them to the application
 from sophon._cli.application import app
 
-__all__ = ["app", "auditing", "commands", "main"]
+__all__ = ["app", "auditing", "commands", "main", "reading"]
 
 
 def main() -> None:

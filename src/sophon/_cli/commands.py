@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,16 +16,11 @@ from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
     mode_of,
     run_protection,
-    say,
     show_forecast,
     show_protected,
     show_verdict,
 )
-from sophon._errors import CheckpointError, SpecError
-
-if TYPE_CHECKING:
-    from sophon._records import AuditRecord
-
+from sophon._errors import SpecError
 
 @app.callback(invoke_without_command=True)
 def _options(
@@ -76,57 +71,6 @@ def protect(
     show_protected(result, out, mode)
 
 
-def _read_record(path: Path) -> AuditRecord:
-    from pydantic import ValidationError
-
-    from sophon._records import AuditRecord
-
-    file = path / "record.json" if path.is_dir() else path
-    try:
-        return AuditRecord.model_validate_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file} does not exist: name the folder that `sophon audit --out` wrote"
-        ) from None
-    except (UnicodeDecodeError, ValidationError):
-        raise CheckpointError(
-            f"{file} is not a whole audit record of this version: repeat the audit"
-        ) from None
-
-
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon report runs/a1\n"
-    "  sophon report runs/a1 --html report.html --markdown model_card.md\n"
-)
-@guarded
-def report(
-    audited: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="An audit's folder, or its record.json.")
-    ],
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it for a model card.")
-    ] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Judge a stored audit; print the verdict and write the report."""
-    from sophon._report import report as judge
-
-    made = judge(_read_record(audited))
-    files = {}
-    if html is not None:
-        made.write_html(html)
-        files["report"] = html
-    if markdown is not None:
-        made.write_markdown(markdown)
-        files["markdown"] = markdown
-    show_verdict(made, mode_of(quiet, as_json), files)
-
-
 @app.command(
     epilog="\b\nExamples:\n"
     "  sophon evaluate run.toml\n"
@@ -168,31 +112,6 @@ def evaluate(
         f"{case.original.name} {split}: {percent(score.value)} of {score.total} images"
         f" (95 % interval {percent(interval.low)} to {percent(interval.high)})"
     )
-
-
-@app.command(
-    epilog="\b\nExamples:\n  sophon inspect run.toml\n  sophon inspect runs/p1\n"
-    "  sophon inspect runs/a1\n"
-)
-@guarded
-def inspect(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A run file, a checkpoint or an audit.")
-    ],
-) -> None:
-    """Describe a run file, a checkpoint (its checksum is verified) or an audit."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: name a run file, a checkpoint or an audit")
-    from sophon._inspection import describe_checkpoint, describe_run
-
-    if path.suffix == ".toml":
-        say(describe_run(path))
-    elif path.suffix == ".json" or (path / "record.json").is_file():
-        from sophon._report import report as judge
-
-        show_verdict(judge(_read_record(path)), "lines", {})
-    else:
-        say(describe_checkpoint(path))
 
 
 @app.command(epilog="\b\nExamples:\n  sophon demo\n  sophon demo --out first-look --threads 2\n")

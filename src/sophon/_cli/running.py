@@ -13,6 +13,7 @@ import typer
 from sophon._cli.application import stopping
 
 if TYPE_CHECKING:
+    from sophon._comparison import Comparison
     from sophon._progress import Mode
     from sophon._protect import Protected
     from sophon._report import Report
@@ -94,6 +95,22 @@ def show_verdict(made: Report, mode: Mode, files: dict[str, Path]) -> None:
         print_rows([tuple(map(str, row)) for row in made.table()])
     written = "".join(f"; {path}" for path in files.values())
     typer.echo(f"verdict: {verdict}{written}")
+
+
+def show_comparison(made: Comparison, files: dict[str, Path], *, as_json: bool) -> None:
+    """Print a table for each group of audits that can be compared, and where the pages are."""
+    if as_json:
+        paths = {name: str(path) for name, path in files.items()}
+        held = {"differ_in": made.differing, "groups": made.data()}
+        typer.echo(json.dumps({"event": "summary", **held, **paths}))
+        return
+    if made.differing:
+        typer.echo(f"not all can be compared: they differ in {', '.join(made.differing)}")
+    for table in made.tables():
+        # What a terminal has room for; the pages have the rest.
+        print_rows([row[:5] for row in (table.header, *table.rows)])
+    for path in files.values():
+        typer.echo(str(path))
 
 
 def print_rows(rows: list[tuple[str, ...]]) -> None:

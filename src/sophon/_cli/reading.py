@@ -1,0 +1,137 @@
+"""The commands that read what was written: report, compare, inspect.
+
+Nothing heavy is imported before a command runs; none of them but `inspect` needs torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sophon._cli.application import Json, Quiet, app, guarded
+from sophon._cli.running import mode_of, say, show_comparison, show_verdict
+from sophon._errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sophon._records import AuditRecord
+
+
+def _read_record(path: Path) -> AuditRecord:
+    from pydantic import ValidationError
+
+    from sophon._records import AuditRecord
+
+    file = path / "record.json" if path.is_dir() else path
+    try:
+        return AuditRecord.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file} does not exist: name the folder that `sophon audit --out` wrote"
+        ) from None
+    except (UnicodeDecodeError, ValidationError):
+        raise CheckpointError(
+            f"{file} is not a whole audit record of this version: repeat the audit"
+        ) from None
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon report runs/a1\n"
+    "  sophon report runs/a1 --html report.html --markdown model_card.md\n"
+)
+@guarded
+def report(
+    audited: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An audit's folder, or its record.json.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it for a model card.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Judge a stored audit; print the verdict and write the report."""
+    from sophon._report import report as judge
+
+    made = judge(_read_record(audited))
+    files = {}
+    if html is not None:
+        made.write_html(html)
+        files["report"] = html
+    if markdown is not None:
+        made.write_markdown(markdown)
+        files["markdown"] = markdown
+    show_verdict(made, mode_of(quiet, as_json), files)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon compare runs/a1 runs/a2 runs/a3\n"
+    "  sophon compare runs/a1 runs/a2 --html comparison.html --markdown comparison.md\n"
+)
+@guarded
+def compare(
+    audited: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Two or more audits' folders, or record.json."),
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the ranking as one page.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it as Markdown.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank several stored audits; those that cannot be compared are kept apart."""
+    from sophon._comparison import compare as ranked
+
+    made = ranked([(str(path), _read_record(path)) for path in audited])
+    files = {}
+    if html is not None:
+        made.write_html(html)
+        files["comparison"] = html
+    if markdown is not None:
+        made.write_markdown(markdown)
+        files["markdown"] = markdown
+    show_comparison(made, files, as_json=as_json)
+
+
+@app.command(
+    epilog="\b\nExamples:\n  sophon inspect run.toml\n  sophon inspect runs/p1\n"
+    "  sophon inspect runs/a1\n  sophon inspect --schema > audit-record.schema.json\n"
+)
+@guarded
+def inspect(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="A run file, a checkpoint or an audit.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of record.json instead.")
+    ] = False,
+) -> None:
+    """Describe a run file, a checkpoint (its checksum is verified) or an audit."""
+    if schema:
+        from sophon._records import record_schema
+
+        typer.echo(record_schema(), nl=False)
+        return
+    if path is None:
+        raise CheckpointError("PATH is missing: name a run file, a checkpoint or an audit")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: name a run file, a checkpoint or an audit")
+    from sophon._inspection import describe_checkpoint, describe_run
+
+    if path.suffix == ".toml":
+        say(describe_run(path))
+    elif path.suffix == ".json" or (path / "record.json").is_file():
+        from sophon._report import report as judge
+
+        show_verdict(judge(_read_record(path)), "lines", {})
+    else:
+        say(describe_checkpoint(path))

@@ -1,0 +1,223 @@
+"""Several audits on one page, ranked where they can be compared. No torch.
+
+Audits are alike if everything but the protected weights is: suite, budget, seeds, domains, model
+before protection. Only such audits are ranked against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sophon._errors import AuditError
+from sophon._records import AuditRecord, Score
+from sophon._rendering import NONE, Table, percent, render, score_text, table, write_document
+from sophon._specs import fingerprint_of
+from sophon._tables import ratio_text, removed_text
+from sophon._verdict import DomainSummary, Verdict, overall, summarise
+
+# The best first; what follows has no rank, because it says nothing of how hard the model is.
+_RANKED: tuple[Verdict, ...] = ("withstood", "slowed", "not protected")
+_WITHOUT_RANK: tuple[Verdict, ...] = ("untrainable", "void")
+_SHORT_HASH = 12
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One audit of a comparison: what it is called, its record, its restricted domains."""
+
+    name: str
+    record: AuditRecord
+    summaries: tuple[DomainSummary, ...]
+
+    @property
+    def worst(self) -> DomainSummary:
+        """The domain that speaks for the model."""
+        return overall(self.summaries)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The names of the flags raised on any restricted domain."""
+        return tuple(dict.fromkeys(f.name for s in self.summaries for f in s.flags))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the verdict says how well the model is protected."""
+        return self.worst.verdict in _RANKED
+
+
+@dataclass(frozen=True)
+class Group:
+    """Audits that can be compared, the best protected first, and what they have in common."""
+
+    setting: dict[str, str]
+    entries: tuple[Entry, ...]
+
+    def ranks(self) -> tuple[int | None, ...]:
+        """Return each entry's rank; None for those that have none."""
+        return tuple(i + 1 if e.ranked else None for i, e in enumerate(self.entries))
+
+
+class Comparison:
+    """Groups of audits that can be compared, the largest first."""
+
+    def __init__(self, records: Sequence[tuple[str, AuditRecord]]) -> None:
+        names = [name for name, _ in records]
+        if len(records) < 2:
+            raise AuditError(f"{len(records)} audit to compare: name two or more")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise AuditError(f"{twice} is named twice: name each audit once")
+        groups: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
+        for name, record in records:
+            entry = Entry(name, record, summarise(record))
+            groups.setdefault(tuple(_setting(record).items()), []).append(entry)
+        ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+        self.groups = tuple(
+            Group(dict(setting), tuple(sorted(entries, key=_order))) for setting, entries in ordered
+        )
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """In what the groups differ; empty if all audits can be compared."""
+        names = self.groups[0].setting
+        return tuple(n for n in names if len({group.setting[n] for group in self.groups}) > 1)
+
+    def tables(self) -> list[Table]:
+        """Return a table for each group."""
+        return [_table(group) for group in self.groups]
+
+    def html(self) -> str:
+        """Return the comparison as one self-contained HTML page without scripts."""
+        return self._rendered("comparison.html.j2")
+
+    def markdown(self) -> str:
+        """Return the comparison as Markdown."""
+        return self._rendered("comparison.md.j2")
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the HTML page to `path`, whole or not at all."""
+        write_document(path, self.html())
+
+    def write_markdown(self, path: str | Path) -> None:
+        """Write the Markdown text to `path`, whole or not at all."""
+        write_document(path, self.markdown())
+
+    def data(self) -> list[dict[str, Any]]:
+        """Return the groups as plain values, for JSON; fractions in [0, 1]."""
+        return [
+            {
+                "setting": group.setting,
+                "audits": [
+                    {"rank": rank, **_values(entry)}
+                    for rank, entry in zip(group.ranks(), group.entries, strict=True)
+                ],
+            }
+            for group in self.groups
+        ]
+
+    def _rendered(self, name: str) -> str:
+        pairs = list(zip(self.groups, self.tables(), strict=True))
+        return render(name, comparison=self, groups=pairs)
+
+
+def compare(records: Sequence[tuple[str, AuditRecord]]) -> Comparison:
+    """Return the comparison of named audit records.
+
+    Raises AuditError with fewer than two, with a name that comes twice, or where a record names
+    no restricted domain.
+    """
+    return Comparison(records)
+
+
+def _setting(record: AuditRecord) -> dict[str, str]:
+    """Return what must be equal for two audits to be compared, in words."""
+    hashes = {subject.name: subject.weights_sha256 for subject in record.subjects}
+    spec = record.spec
+    suite = f"{spec.suite}, search of {spec.search_trials or 0}, {len(spec.extra)} extra"
+    if spec.extra:
+        extra = fingerprint_of([strategy.model_dump(mode="json") for strategy in spec.extra])
+        suite += f" [{extra[:_SHORT_HASH]}]"
+    batch = f", batches of {spec.batch_size}" if spec.batch_size is not None else ""
+    domains = sorted(record.restricted, key=lambda domain: domain.name)
+    return {
+        "suite": suite,
+        "budget": f"{spec.steps} steps, {spec.evaluations} evaluations{batch}",
+        "seeds": ", ".join(map(str, record.seeds)),
+        "restricted": ", ".join(f"{d.name} [{d.sha256[:_SHORT_HASH]}]" for d in domains),
+        "original": f"{record.original.name} [{record.original.sha256[:_SHORT_HASH]}]",
+        "unprotected model": f"{record.model} [{hashes.get('unprotected', 'none')[:_SHORT_HASH]}]",
+        "precision": spec.precision,
+    }
+
+
+def _order(entry: Entry) -> tuple[int, float, str]:
+    """Return where an entry stands: by verdict, then by the advantage that was removed."""
+    place = (*_RANKED, *_WITHOUT_RANK).index(entry.worst.verdict)
+    return place, -(entry.worst.advantage.value or 0.0), entry.name
+
+
+def _originals(record: AuditRecord) -> tuple[Score | None, Score | None]:
+    held = {subject.name: subject.original for subject in record.subjects}
+    return held.get("protected"), held.get("unprotected")
+
+
+def _change(after: Score | None, before: Score | None) -> str:
+    if after is None or before is None:
+        return NONE
+    return f"{100 * (after.value - before.value):+.1f}"
+
+
+def _table(group: Group) -> Table:
+    several = len(group.entries[0].record.restricted) > 1
+    rows = []
+    for rank, entry in zip(group.ranks(), group.entries, strict=True):
+        worst, (after, before) = entry.worst, _originals(entry.record)
+        attacked = worst.subjects.get("protected")
+        rows.append(
+            (
+                NONE if rank is None else str(rank),
+                entry.name,
+                f"{worst.text}, on {worst.domain.name}" if several else worst.text,
+                removed_text(worst.advantage),
+                score_text(attacked.test) if attacked else NONE,
+                percent(after.value) if after else NONE,
+                _change(after, before),
+                ratio_text(worst.slowing),
+                ", ".join(entry.flags) or "none",
+            )
+        )
+    header = (
+        "rank",
+        "audit",
+        "verdict",
+        "advantage removed (95 %)",
+        "worst case, restricted test (95 %)",
+        "original test",
+        "change, points",
+        "cost multiplier",
+        "flags",
+    )
+    return table(header, rows)
+
+
+def _values(entry: Entry) -> dict[str, Any]:
+    worst, (after, before) = entry.worst, _originals(entry.record)
+    attacked = worst.subjects.get("protected")
+    test = attacked.test if attacked else None
+    return {
+        "name": entry.name,
+        "verdict": worst.verdict,
+        "domain": worst.domain.name,
+        "advantage_removed": worst.advantage.value,
+        "advantage_interval": worst.advantage.interval,
+        "worst_case_test": test.value if test else None,
+        "original_before": before.value if before else None,
+        "original_after": after.value if after else None,
+        "cost_multiplier": worst.slowing.value,
+        "cost_multiplier_is_bound": worst.slowing.bound,
+        "cost_multiplier_interval": worst.slowing.interval,
+        "flags": entry.flags,
+    }

@@ -150,6 +150,7 @@ def _setting(record: AuditRecord) -> dict[str, str]:
         "original": f"{record.original.name} [{record.original.sha256[:_SHORT_HASH]}]",
         "unprotected model": f"{record.model} [{hashes.get('unprotected', 'none')[:_SHORT_HASH]}]",
         "precision": spec.precision,
+        "given up": "; ".join(record.given_up) or "nothing",
     }
 
 

@@ -136,11 +136,12 @@ def scope(record: AuditRecord) -> str:
     samples = max((t.strategy.steps * t.strategy.batch_size for t in record.trials), default=0)
     seeds = len(record.seeds)
     attacks = len({trial.strategy for trial in record.trials}) or len(record.strategies)
+    less = f" A time budget left out: {'; '.join(record.given_up)}." if record.given_up else ""
     return (
         f"Holds for suite {record.spec.suite} ({attacks} attacks), a budget of"
         f" {record.spec.steps} steps (at most {samples:,} images), {seeds}"
         f" attack seed{'s' if seeds > 1 else ''}, one protected model, and the restricted"
-        f" domain{'s' if len(record.restricted) > 1 else ''} {domains}; nothing beyond."
+        f" domain{'s' if len(record.restricted) > 1 else ''} {domains}; nothing beyond.{less}"
     )
 
 

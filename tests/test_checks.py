@@ -68,6 +68,19 @@ def _overlapping(near: int) -> AuditRecord:
     return record().model_copy(update={"overlaps": (shared, other)})
 
 
+def _searched(last: float) -> AuditRecord:
+    """Return a record of a search whose last proposal reached `last`."""
+    proposals = [Strategy(learning_rate=rate) for rate in (0.011, 0.012, 0.013)]
+    trials = [
+        trial("protected", (0, 0, 0, v), strategy=s)
+        for s, v in zip(proposals, (0.5, 0.6, last), strict=True)
+    ]
+    # What leads is run with another seed at the end; that is no new proposal.
+    trials.append(trial("protected", (0, 0, 0, 0.5), strategy=proposals[0], seed=1))
+    base = record(trials)
+    return base.model_copy(update={"spec": base.spec.model_copy(update={"search_trials": 3})})
+
+
 LAST, FIRST = strategies_of(AuditSpec())[-1], strategies_of(AuditSpec())[0]
 CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "winner_on_the_edge": (_rates(1e-1), _rates(1e-2)),
@@ -145,3 +158,54 @@ def test_networks_without_batch_norm_have_no_extreme_statistics() -> None:
     subjects = [s.model_copy(update={"vitals": plain}) for s in base.subjects]
     held = base.model_copy(update={"subjects": tuple(subjects)})
     assert CHECKS["extreme_batch_norm"](held, "refused") is None
+
+
+# The protocol's red flags, each with the check that is for it and a record that raises it.
+PROTOCOL: dict[str, tuple[str, AuditRecord]] = {
+    "winner on the edge of the search space": ("winner_on_the_edge", _rates(1e-3)),
+    "best trial is the last one": ("last_trial_is_best", _searched(0.7)),
+    "best step is the last step": ("last_step_is_best", record()),
+    "seeds disagree": ("seeds_disagree", CASES["seeds_disagree"][0]),
+    "most trials diverged": ("most_diverged", CASES["most_diverged"][0]),
+    "protected model near chance": ("near_chance_on_original", record(original=0.1)),
+    "zero gradients at step 0": ("gradients_at_step_0", _vital(gradient_norms={"refused": 0.0})),
+    "huge gradients at step 0": ("gradients_at_step_0", _vital(gradient_norms={"refused": 1e4})),
+    "logits beyond 1e3": ("saturated_logits", _vital(largest_logit=1001.0)),
+    "non-finite weights": ("unhealthy_weights", record(flags=("non_finite_weights",))),
+    "extreme weights": ("inflated_weights", _vital(weight_sizes={"a": 1e6, "b": 0.2})),
+    "non-finite BatchNorm buffers": ("extreme_batch_norm", _vital(largest_buffer=None)),
+    "extreme BatchNorm buffers": ("extreme_batch_norm", _vital(largest_buffer=1e7)),
+    "weight norms inflated": ("inflated_weights", _vital(weight_sizes={"a": 0.5, "b": 0.2})),
+    "frozen parameters": ("unhealthy_weights", record(flags=("frozen_parameters",))),
+    "re-initialising the head alone breaks it": ("head_alone", _heads(0.9)),
+    "another optimizer family": ("other_optimizer_far_better", _optimizers(0.8)),
+    "restricted and original overlap": (
+        "data_overlap",
+        record().model_copy(
+            update={
+                "overlaps": (
+                    Overlap(first="refused/train", second="kept/train", count=99, exact=2, near=0),
+                )
+            }
+        ),
+    ),
+    "train and test overlap": ("data_overlap", _overlapping(60)),
+    "fewer than three seeds": ("few_seeds", record(seeds=(0,))),
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_every_flag_of_the_protocol_is_raised_by_its_check(name: str) -> None:
+    check, held = PROTOCOL[name]
+    assert CHECKS[check](held, "refused") is not None
+    assert CHECKS[check](CASES[check][1], "refused") is None
+
+
+def test_a_search_that_had_settled_is_not_flagged() -> None:
+    assert CHECKS["last_trial_is_best"](_searched(0.55), "refused") is None
+
+
+def test_seeds_are_compared_on_the_attacks_that_all_of_them_ran() -> None:
+    alone = trial("protected", (0.9,), seed=0, strategy=Strategy(optimizer="adam"))
+    shared = [trial("protected", (0.5,), seed=seed) for seed in (0, 1, 2)]
+    assert CHECKS["seeds_disagree"](record([alone, *shared]), "refused") is None

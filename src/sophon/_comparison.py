@@ -56,7 +56,9 @@ class Group:
     entries: tuple[Entry, ...]
 
     def ranks(self) -> tuple[int | None, ...]:
-        """Return each entry's rank; None for those that have none."""
+        """Return each entry's rank; None for those that have none, and for one that is alone."""
+        if len(self.entries) == 1:
+            return (None,)
         return tuple(i + 1 if e.ranked else None for i, e in enumerate(self.entries))
 
 

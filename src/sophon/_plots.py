@@ -43,8 +43,9 @@ class _Axis:
 def _scores(values: Iterable[float], start: float, end: float) -> _Axis:
     """Return an axis of scores in [0, 1] from whole tenth to whole tenth."""
     held = list(values)
-    low = max(0.0, math.floor(min(held) * 10 + 1e-9) / 10)
-    return _Axis(low, max(low + 0.1, min(1.0, math.ceil(max(held) * 10 - 1e-9) / 10)), start, end)
+    low = min(0.9, max(0.0, math.floor(min(held) * 10 + 1e-9) / 10))
+    high = max(low + 0.1, min(1.0, math.ceil(max(held) * 10 - 1e-9) / 10))
+    return _Axis(low, high, start, end)
 
 
 def _steps(budgets: Sequence[int]) -> _Axis:

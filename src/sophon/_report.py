@@ -149,9 +149,10 @@ def _bands(record: AuditRecord) -> str:
     seeds = len(record.seeds)
     if seeds < 2:
         return "one attack seed, so no interval"
+    few = " (of so few seeds it covers less than it says)" if seeds < 5 else ""
     return (
-        f"mean over {seeds} attack seeds, with the 95 % bootstrap interval of that mean over seeds,"
-        " of the attacks run with every seed"
+        f"mean over {seeds} attack seeds of the attacks run with every seed, with the 95 % bootstrap"
+        f" interval of that mean{few}"
     )
 
 

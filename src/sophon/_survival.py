@@ -55,7 +55,7 @@ def recovery(trials: Sequence[Trial], at: Sequence[int], target: float) -> Recov
 def logrank(first: Recovery, second: Recovery) -> float | None:
     """Return the two-sided log-rank p-value of two subjects' costs (Mantel, 1966).
 
-    None with fewer than two seeds each, and where nothing distinguishes them.
+    None with fewer than two seeds each and where nobody got there; 1 where all cost the same.
     """
     from scipy.stats import logrank as test
 
@@ -65,7 +65,8 @@ def logrank(first: Recovery, second: Recovery) -> float | None:
         return None
     with np.errstate(all="ignore"):
         value = float(test(_censored(first.costs), _censored(second.costs)).pvalue)
-    return value if math.isfinite(value) else None
+    # Without any spread there is no variance to divide by.
+    return value if math.isfinite(value) else 1.0
 
 
 def ratio_interval(protected: Recovery, other: Recovery, *, seed: int = 0) -> Interval | None:

@@ -52,7 +52,7 @@ def ratio_text(ratio: Ratio) -> str:
     text = f"{'at least ' if ratio.bound else ''}{ratio.value:.2g}"
     if ratio.interval is None:
         return text
-    return f"{text} (over seeds {ratio.interval.low:.2g} to {ratio.interval.high:.2g})"
+    return f"{text} ({ratio.interval.low:.2g} to {ratio.interval.high:.2g})"
 
 
 def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
@@ -197,7 +197,7 @@ def secondary_table(summaries: Sequence[DomainSummary], *, benign: bool) -> Tabl
                 word,
                 removed_text(summary.advantage),
                 ratio_text(summary.slowing),
-                *(score_text(s.test) if s else NONE for s in held),
+                *(percent(s.test.value) if s and s.test else NONE for s in held),
                 flags,
             )
         )

@@ -69,6 +69,13 @@ def report(
     show_verdict(made, mode_of(quiet, as_json), files)
 
 
+def _short(paths: list[Path]) -> list[str]:
+    """Return the audits' folder names, or the paths as given where those are not all different."""
+    folders = [path.parent if path.name == "record.json" else path for path in paths]
+    names = [folder.absolute().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
 @app.command(
     epilog="\b\nExamples:\n"
     "  sophon compare runs/a1 runs/a2 runs/a3\n"
@@ -91,7 +98,8 @@ def compare(
     """Rank several stored audits; those that cannot be compared are kept apart."""
     from sophon._comparison import compare as ranked
 
-    made = ranked([(str(path), _read_record(path)) for path in audited])
+    records = [_read_record(path) for path in audited]
+    made = ranked(list(zip(_short(audited), records, strict=True)))
     files = {}
     if html is not None:
         made.write_html(html)

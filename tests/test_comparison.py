@@ -1,0 +1,175 @@
+"""Rankings of several audits, from records made by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from records import CURVES, crashed, record
+from sophon._cli import app
+from sophon._comparison import compare
+from sophon._errors import AuditError
+from sophon._records import AuditRecord
+
+SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.85), CURVES["scratch"], CURVES["unprotected"]
+
+
+def _audit(protected: tuple[float, ...]) -> AuditRecord:
+    return record(curves={"protected": protected})
+
+
+def test_audits_are_ranked_by_verdict_and_then_by_what_was_removed() -> None:
+    little = (0.25, 0.45, 0.6, 0.85)
+    held = compare(
+        [
+            ("broken", _audit(BROKEN)),
+            ("less slowed", _audit(little)),
+            ("slowed", _audit(SLOWED)),
+            ("sound", _audit(SOUND)),
+        ]
+    )
+    (group,) = held.groups
+    assert [entry.name for entry in group.entries] == ["sound", "slowed", "less slowed", "broken"]
+    assert group.ranks() == (1, 2, 3, 4)
+    assert held.differing == ()
+    removed = [entry.worst.advantage.value or 0 for entry in group.entries]
+    assert removed[1] > removed[2]
+
+
+def test_void_audits_come_last_and_have_no_rank() -> None:
+    void = record([*_audit(SOUND).trials, crashed("protected")])
+    held = compare([("void", void), ("broken", _audit(BROKEN)), ("sound", _audit(SOUND))])
+    (group,) = held.groups
+    assert [entry.name for entry in group.entries] == ["sound", "broken", "void"]
+    assert group.ranks() == (1, 2, None)
+    assert "Not all" not in held.html()
+
+
+def _seeds(held: AuditRecord) -> AuditRecord:
+    return held.model_copy(update={"spec": held.spec.model_copy(update={"seeds": (0, 1, 2, 3)})})
+
+
+def _budget(held: AuditRecord) -> AuditRecord:
+    return held.model_copy(update={"spec": held.spec.model_copy(update={"steps": 77})})
+
+
+def _suite(held: AuditRecord) -> AuditRecord:
+    return held.model_copy(update={"spec": held.spec.model_copy(update={"suite": "standard-1"})})
+
+
+def _domain(held: AuditRecord) -> AuditRecord:
+    other = held.restricted[0].model_copy(update={"sha256": "9" * 64})
+    return held.model_copy(update={"restricted": (other,)})
+
+
+def _model(held: AuditRecord) -> AuditRecord:
+    subjects = [
+        s.model_copy(update={"weights_sha256": "8" * 64}) if s.name == "unprotected" else s
+        for s in held.subjects
+    ]
+    return held.model_copy(update={"subjects": tuple(subjects)})
+
+
+def _less(held: AuditRecord) -> AuditRecord:
+    return held.model_copy(update={"given_up": ("half",)})
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (_seeds, "seeds"),
+        (_budget, "budget"),
+        (_suite, "suite"),
+        (_domain, "restricted"),
+        (_model, "unprotected model"),
+        (_less, "given up"),
+    ],
+)
+def test_what_cannot_be_compared_is_kept_apart_and_says_why(
+    change: Callable[[AuditRecord], AuditRecord], name: str
+) -> None:
+    alike = [("a", _audit(SOUND)), ("b", _audit(BROKEN))]
+    held = compare([("other", change(_audit(SLOWED))), *alike])
+    assert [len(group.entries) for group in held.groups] == [2, 1]
+    assert held.differing == (name,)
+    assert held.groups[1].ranks() == (None,)
+    for text in (held.html(), held.markdown()):
+        assert f"they differ in {name}" in text
+        assert "Group 2 of 2" in text
+
+
+def test_other_protected_weights_are_what_is_compared() -> None:
+    first = _audit(SOUND)
+    subjects = [
+        s.model_copy(update={"weights_sha256": "7" * 64}) if s.name == "protected" else s
+        for s in first.subjects
+    ]
+    other = first.model_copy(update={"subjects": tuple(subjects), "command": "another"})
+    assert len(compare([("a", first), ("b", other)]).groups) == 1
+
+
+def test_fewer_than_two_and_names_that_repeat_are_refused() -> None:
+    with pytest.raises(AuditError, match="two or more"):
+        compare([("a", _audit(SOUND))])
+    with pytest.raises(AuditError, match="a is named twice"):
+        compare([("a", _audit(SOUND)), ("a", _audit(BROKEN))])
+
+
+def test_names_are_escaped() -> None:
+    held = compare([("<b>|x", _audit(SOUND)), ("b", _audit(BROKEN))])
+    assert "<b>|x" not in held.html()
+    assert "&lt;b&gt;\\|x" in held.markdown()
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    for name, curve in (("sound", SOUND), ("broken", BROKEN)):
+        (tmp_path / name).mkdir()
+        text = _audit(curve).model_dump_json()
+        (tmp_path / name / "record.json").write_text(text)
+    return tmp_path
+
+
+def test_the_command_writes_pages_and_prints_the_ranking(stored: Path) -> None:
+    page, card = stored / "c.html", stored / "c.md"
+    words = [str(stored / "broken"), str(stored / "sound" / "record.json")]
+    done = CliRunner().invoke(
+        app, ["compare", *words, "--html", str(page), "--markdown", str(card)]
+    )
+    assert done.exit_code == 0, done.output
+    assert done.output.index("sound") < done.output.index("broken")
+    for text in (page.read_text(), card.read_text()):
+        assert str(stored) not in text
+        assert "withstood" in text
+    assert "<script" not in page.read_text()
+
+
+def test_the_command_in_json(stored: Path) -> None:
+    words = ["compare", str(stored / "broken"), str(stored / "sound"), "--json"]
+    held = json.loads(CliRunner().invoke(app, words).output)
+    assert held["differ_in"] == []
+    first, second = held["groups"][0]["audits"]
+    assert (first["rank"], first["name"], first["verdict"]) == (1, "sound", "withstood")
+    assert second["cost_multiplier"] == 1
+    assert first["original_before"] == pytest.approx(0.92)
+
+
+def test_the_command_refuses_one_audit_and_what_is_none(stored: Path) -> None:
+    alone = CliRunner().invoke(app, ["compare", str(stored / "sound")])
+    assert alone.exit_code == 2
+    gone = CliRunner().invoke(app, ["compare", str(stored / "sound"), str(stored / "gone")])
+    assert gone.exit_code == 2
+    assert "does not exist" in gone.output
+
+
+def test_inspect_prints_the_schema() -> None:
+    done = CliRunner().invoke(app, ["inspect", "--schema"])
+    schema = Path(__file__).parent.parent / "docs" / "schema" / "audit-record-1.schema.json"
+    assert done.output == schema.read_text()
+    missing = CliRunner().invoke(app, ["inspect"])
+    assert missing.exit_code == 2
+    assert "PATH is missing" in missing.output

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "site"
-COMMANDS = ("demo", "protect", "audit", "report", "evaluate", "inspect")
+COMMANDS = ("demo", "protect", "audit", "report", "compare", "evaluate", "inspect")
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

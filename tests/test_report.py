@@ -146,8 +146,8 @@ def test_fewer_than_three_seeds_convict_but_do_not_acquit(
 
 
 def test_a_slowing_that_seeds_do_not_bear_out_is_none() -> None:
-    # The luckiest attacker needs 2.5 times the steps; two seeds of the unprotected model need as
-    # many, so that the interval of the ratio reaches 1.
+    # The luckiest attacker needs 2.5 times the steps, but two seeds of the unprotected model need
+    # as many.
     others = [t for t in record().trials if t.subject == "scratch"]
     slow, fast = (0.3, 0.5, 0.6, 0.9), (0.3, 0.5, 0.85, 0.9)
     trials = [
@@ -159,7 +159,21 @@ def test_a_slowing_that_seeds_do_not_bear_out_is_none() -> None:
     assert held.slowing.value == 2.5
     assert held.slowing.interval is not None
     assert held.slowing.interval.low == 1
+    assert (held.logrank_p or 0) > 0.05
     assert held.verdict == "not protected"
+    assert "do not bear it out" in held.reasons[1]
+
+
+def test_one_seed_among_five_does_not_hide_that_the_others_are_slowed() -> None:
+    slow, fast = (0.3, 0.5, 0.6, 0.9), (0.3, 0.5, 0.85, 0.9)
+    trials = [
+        *(trial("protected", (0.2, 0.4, 0.6, 0.7), seed=seed) for seed in range(5)),
+        *(trial("unprotected", slow if seed == 4 else fast, seed=seed) for seed in range(5)),
+        *(trial("scratch", CURVES["scratch"], seed=seed) for seed in range(5)),
+    ]
+    (held,) = summarise(record(trials, seeds=(0, 1, 2, 3, 4)))
+    assert (held.logrank_p or 1) < 0.01
+    assert held.text == "slowed x2.5 or more"
 
 
 def test_a_two_class_task_that_works_is_not_destroyed() -> None:

@@ -151,8 +151,8 @@ def _bands(record: AuditRecord) -> str:
         return "one attack seed, so no interval"
     few = " (of so few seeds it covers less than it says)" if seeds < 5 else ""
     return (
-        f"mean over {seeds} attack seeds of the attacks run with every seed, with the 95 % bootstrap"
-        f" interval of that mean{few}"
+        f"mean over {seeds} attack seeds of the attacks run with every seed, with the 95 %"
+        f" bootstrap interval of that mean{few}"
     )
 
 

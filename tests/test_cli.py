@@ -117,7 +117,9 @@ def loaded_by(*arguments: str) -> list[str]:
 # --- Help -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "protect", "audit", "report", "compare", "evaluate", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["", "protect", "audit", "report", "compare", "evaluate", "inspect"]
+)
 def test_help_has_examples_and_loads_nothing_heavy(command: str) -> None:
     arguments = [*command.split(), "--help"]
     code, out, _ = sophon(*arguments)

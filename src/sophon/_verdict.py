@@ -275,11 +275,7 @@ def _judge(
     if slows and surely:
         bound = "at least " if slowing.bound else ""
         return "slowed", (removed, f"recovery takes {bound}{slowing.value:.1f} times the steps")
-    unsure = (
-        (f"recovery took x{slowing.value:.1f}, but seeds do not bear it out",)
-        if slows
-        else ()
-    )
+    unsure = (f"recovery took x{slowing.value:.1f}, but seeds do not bear it out",) if slows else ()
     why = "the strongest attacks still profit from the weights"
     return "not protected", (removed, *unsure, why)
 

@@ -22,6 +22,7 @@ from sophon._cli.running import (
 )
 from sophon._errors import SpecError
 
+
 @app.callback(invoke_without_command=True)
 def _options(
     context: typer.Context,

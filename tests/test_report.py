@@ -27,7 +27,13 @@ STORED = Path(__file__).parent / "data" / "record-v1.json"
 STORED_WHOLE = Path(__file__).parent / "data" / "record-v1-whole.json"
 SCHEMA = Path(__file__).parent.parent / "docs" / "schema" / "audit-record-1.schema.json"
 # What the stored audit was found to be when it was made.
-WHOLE = {"verdict": "?", "advantage": 0.0, "benign": [], "held_out": [], "depths": 4}
+WHOLE = {
+    "verdict": "not protected",
+    "advantage": -0.011521284187683176,
+    "benign": ["void"],
+    "held_out": ["void"],
+    "depths": 4,
+}
 
 
 def _verdict(**changes: object) -> str:

@@ -34,7 +34,9 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise DataError(f"unknown source {spec.source!r}; {hint}known: {', '.join(SOURCES)}")
         if spec.labels == "coarse" and spec.source != "npz":
-            raise DataError(f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it")
+            raise DataError(
+                f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it"
+            )
         return SOURCES[spec.source](spec, base)
     except DataError as error:
         raise DataError(f"{role}: {error}") from None

@@ -53,8 +53,8 @@ class Audit:
     thread each, or with `executor = "ray"` so many at once on the Ray cluster at `address`
     (default: one on this machine). `budget_s` fits the audit to so many seconds, as measured
     before it starts; what that gives up is in `given_up` and in the record, and a repeated audit
-    gives up the same. `about` adds `model`, `command` and `protection` to the record. No model
-    passed in is changed.
+    gives up the same. `about` adds `model`, `command`, `protection`, `note` and `files` (the
+    checksum of each subject's file) to the record. No model passed in is changed.
 
     Raises AuditError, DataError, SpecError or UnsupportedModelError before any work.
     """
@@ -194,6 +194,7 @@ class Audit:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=self.about.get("command", ""),
             given_up=self.given_up,
+            note=self.about.get("note", ""),
             protection=self.about.get("protection"),
         )
 
@@ -352,6 +353,7 @@ class Audit:
                 SubjectRecord(
                     name=name,
                     weights_sha256=start.sha256,
+                    file_sha256=self.about.get("files", {}).get(name),
                     original=score,
                     parameters=sum(p.numel() for p in start.model.parameters()),
                     flags=health(start.model),

@@ -42,7 +42,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
             f"{path} cannot be written ({error}): make room, then repeat the command; what was"
             " written before is kept"
         ) from None
-    digest = _sha256(temporary)
+    digest = file_sha256(temporary)
     temporary.replace(path)
     return digest
 
@@ -84,7 +84,7 @@ def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     for folder in states:
         try:
             held = read_json(folder / "meta.json")
-            if _sha256(folder / "tensors.safetensors") == held["sha256"]:
+            if file_sha256(folder / "tensors.safetensors") == held["sha256"]:
                 return load_file(folder / "tensors.safetensors"), held["meta"]
         except (OSError, CheckpointError, KeyError, SafetensorError):
             continue
@@ -98,7 +98,7 @@ def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 def require_recorded(file: Path, held: dict[str, Any]) -> str:
     """Return the SHA-256 of `file`; CheckpointError unless `held`, its model.json, says so."""
-    digest = _sha256(file)
+    digest = file_sha256(file)
     if digest != held.get("sha256"):
         raise CheckpointError(
             f"{file} does not have the checksum in model.json: it was changed or damaged; restore"
@@ -111,6 +111,7 @@ def _states(root: Path) -> list[Path]:
     return sorted(root.glob(f"{STATE_PREFIX}*"), reverse=True)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -130,11 +130,13 @@ class Vitals(Record):
 
 class SubjectRecord(Record):
     """What an attack starts from. `original` is its score on the original domain's test split
-    (absent for scratch); `blocks` counts the blocks before the head.
+    (absent for scratch); `blocks` counts the blocks before the head. `weights_sha256` is of all
+    tensors, whatever file they came from; `file_sha256` is of the file, where it is known.
     """
 
     name: Subject
     weights_sha256: str
+    file_sha256: str | None = None
     original: Score | None
     parameters: int
     flags: tuple[str, ...] = ()
@@ -173,7 +175,7 @@ class AuditRecord(Record):
     """An audit: its specification, its subjects and every trial, failures included.
 
     `held_out` are restricted domains that protection did not use, `benign` allowed ones;
-    `given_up` says what a time budget left out.
+    `given_up` says what a time budget left out; `note` is what a reader must know first.
     """
 
     schema_version: Literal[1] = 1
@@ -193,6 +195,7 @@ class AuditRecord(Record):
     created: str
     command: str
     given_up: tuple[str, ...] = ()
+    note: str = ""
     protection: dict[str, object] | None = None
 
     @property

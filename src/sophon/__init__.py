@@ -17,10 +17,12 @@ _PUBLIC = {
     "CheckpointError": "_errors",
     "Classification": "_tasks",
     "DataError": "_errors",
+    "Denoising": "_tasks",
     "Domain": "_data",
     "DomainSpec": "_specs",
     "Guard": "_specs",
     "IntactnessError": "_errors",
+    "Latents": "_tasks",
     "ModelSpec": "_specs",
     "NonFiniteError": "_errors",
     "ProtectSpec": "_specs",
@@ -29,6 +31,7 @@ _PUBLIC = {
     "Rehearsal": "_specs",
     "Round": "_records",
     "RunSpec": "_specs",
+    "share_prompts": "_data",
     "SophonError": "_errors",
     "SpecError": "_errors",
     "Strategy": "_specs",
@@ -43,7 +46,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from sophon._audit import Audit, audit
-    from sophon._data import Domain, load_domain
+    from sophon._data import Domain, load_domain, share_prompts
     from sophon._errors import (
         AuditError,
         CheckpointError,
@@ -69,7 +72,7 @@ if TYPE_CHECKING:
         Strategy,
         StrategyDistribution,
     )
-    from sophon._tasks import Classification
+    from sophon._tasks import Classification, Denoising, Latents
 
 __all__ = [
     "Audit",
@@ -79,10 +82,12 @@ __all__ = [
     "CheckpointError",
     "Classification",
     "DataError",
+    "Denoising",
     "Domain",
     "DomainSpec",
     "Guard",
     "IntactnessError",
+    "Latents",
     "ModelSpec",
     "NonFiniteError",
     "ProtectSpec",
@@ -102,6 +107,7 @@ __all__ = [
     "protect",
     "report",
     "resolve_model",
+    "share_prompts",
 ]
 
 

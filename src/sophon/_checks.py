@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sophon._flags import Check, Flag, trials_of
-from sophon._records import AuditRecord, Score, Trial
-from sophon._statistics import best_of, run_with_all_seeds, wilson, winner
+from sophon._records import AuditRecord, Measurement, Trial
+from sophon._statistics import best_of, interval_of, run_with_all_seeds, winner
 from sophon._weight_checks import (
     data_overlap,
     extreme_batch_norm,
@@ -190,7 +190,7 @@ def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
         return None
     guard = ((record.protection or {}).get("spec") or {}).get("guard") or {}  # type: ignore[attr-defined]
     tolerance = float(guard.get("tolerance_points", 2.0)) / 100
-    certain = before.value - wilson(after).high
+    certain = before.value - interval_of(after).high
     if certain <= tolerance:
         return None
     return Flag(
@@ -203,8 +203,8 @@ def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
     )
 
 
-def _at_most(score: Score, least: float, chance: float) -> bool:
-    return score.value <= least or wilson(score).low <= chance
+def _at_most(score: Measurement, least: float, chance: float) -> bool:
+    return score.value <= least or interval_of(score).low <= chance
 
 
 def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from sophon._checkpoints import load_state, save_model, save_state
+from sophon._checkpoints import load_state, save_state
 from sophon._data import Domain, check_batch_fits
 from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import (
@@ -32,11 +32,13 @@ from sophon._files import (
 from sophon._finetune import check_preparations, optimizer_tensors, restore_optimizer
 from sophon._guard import IntactnessGuard
 from sophon._models import check_single_image, weights_sha256
-from sophon._records import Round, Score
+from sophon._records import Measurement, Round
 from sophon._rehearsal import Rehearsals
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
+from sophon._shipping import ship
 from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
+from sophon._suppression import require_fitting
 from sophon._tasks import Classification, Task
 
 _ROUNDS, _STATES, _RUN, _DONE = "rounds.jsonl", "states", "run.json", "protection.json"
@@ -54,8 +56,8 @@ class Protected:
 
     model: nn.Module
     rounds: tuple[Round, ...]
-    before: Score
-    after: Score
+    before: Measurement
+    after: Measurement
     shipped_round: int
     folder: Path | None
 
@@ -97,6 +99,7 @@ class Protection:
             precision=spec.precision,
             device=device,
         )
+        require_fitting(spec.suppression, self.setting.task.metric)
         _check_batches(spec, original, restricted)
         self._check_single_images(model)
         fixed = spec.rehearsal.fixed
@@ -180,9 +183,10 @@ class Protection:
             folder=self.out,
         )
         if self.out is not None:
-            description = self._description(result)
-            save_model(self.out, model, description)
-            write_json(self.out / _DONE, description["protection"])
+            protection = self._description(result)
+            about = {"protection": protection}
+            ship(self.out, model, self.model_spec, about, self.setting.task)
+            write_json(self.out / _DONE, protection)
         return result
 
     def save(self) -> None:
@@ -341,7 +345,7 @@ class Protection:
         return {"suppressor": self.suppressor, "reinforcer": self.reinforcer}
 
     def _description(self, result: Protected) -> dict[str, Any]:
-        protection = {
+        return {
             "spec": self.spec.model_dump(mode="json"),
             "identity": self.identity,
             "original": self.setting.original.name,
@@ -354,8 +358,6 @@ class Protection:
             "guard_violations": sum(r.guard == "violated" for r in result.rounds),
             "wall_s": sum(r.wall_s for r in result.rounds),
         }
-        spec = None if self.model_spec is None else self.model_spec.model_dump(mode="json")
-        return {"model": spec, "protection": protection}
 
 
 def protect(

@@ -60,8 +60,34 @@ class Score(Record):
 
     @property
     def value(self) -> float:
-        """Fraction in [0, 1]."""
+        """Fraction in [0, 1]; higher is better."""
         return self.correct / self.total
+
+    @property
+    def variance(self) -> float:
+        """The variance of one image's score."""
+        return self.value * (1 - self.value)
+
+
+class ErrorScore(Record):
+    """The mean squared error over `total` images; lower is better for whoever trains the model.
+
+    `variance` is that of one image's error. `quarters` are the mean errors of the quarters of a
+    diffusion model's timesteps, from the least noise to the most.
+    """
+
+    mse: float
+    variance: float
+    total: int
+    quarters: tuple[float, ...] = ()
+
+    @property
+    def value(self) -> float:
+        """1 - the error: higher is better, and 0 where nothing is predicted."""
+        return 1 - self.mse
+
+
+Measurement = Score | ErrorScore
 
 
 class Point(Record):
@@ -73,7 +99,7 @@ class Point(Record):
 
     step: int
     samples: int
-    validation: Score
+    validation: Measurement
     reestimated: bool = False
     train_loss: float | None = None
 
@@ -103,7 +129,7 @@ class Trial(Record):
     seed: int
     curve: tuple[Point, ...]
     best_step: int | None
-    test: Score | None
+    test: Measurement | None
     outcome: Outcome
     wall_s: float
     notes: tuple[str, ...] = ()
@@ -135,7 +161,7 @@ class SubjectRecord(Record):
 
     name: Subject
     weights_sha256: str
-    original: Score | None
+    original: Measurement | None
     parameters: int
     flags: tuple[str, ...] = ()
     blocks: int | None = None
@@ -181,7 +207,8 @@ class AuditRecord(Record):
     spec_fingerprint: str
     strategies: tuple[Strategy, ...]
     model: str
-    task: Literal["classification"]
+    task: Literal["classification", "denoising"]
+    task_name: str = "classification"
     original: DomainRecord
     restricted: tuple[DomainRecord, ...]
     held_out: tuple[DomainRecord, ...] = ()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sophon._records import Score, Trial
+from sophon._records import Measurement, Score, Trial
 from sophon._specs import Strategy
 
 DRAWS = 4000
@@ -59,6 +59,14 @@ def wilson(score: Score) -> Interval:
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     return Interval(max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+
+
+def interval_of(score: Measurement) -> Interval:
+    """Return the 95 % interval of a score's value: Wilson's of a proportion, normal of a mean."""
+    if isinstance(score, Score):
+        return wilson(score)
+    half = _Z * math.sqrt(score.variance / score.total)
+    return Interval(score.value - half, score.value + half)
 
 
 def budgets(trials: Sequence[Trial]) -> list[int]:

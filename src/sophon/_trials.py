@@ -22,9 +22,9 @@ from sophon._records import (
     Completed,
     Crashed,
     Diverged,
+    Measurement,
     Outcome,
     Point,
-    Score,
     Stopped,
     Trial,
 )
@@ -127,8 +127,14 @@ class Bench:
             stream=(seed, ("attack", "batches")),
             augmentation=strategy.augmentation,
         )
+        classes = self.setting.task.classes(domain)
         prepared = attacker_copy(
-            model, strategy, self.setting, classes=domain.class_count, feed=feed, stream=stream
+            model,
+            strategy,
+            self.setting,
+            classes=self.setting.task.classes(domain),
+            feed=feed,
+            stream=stream,
         )
         tuning = FineTuning(
             model, strategy, self.setting, feed, stream=stream, taken=prepared.spent
@@ -173,7 +179,7 @@ class Bench:
         with setting.autocast(), batch_norm_reestimated(model, batches) as anew:
             if anew:
                 other = evaluate(model, setting, domain, domain.validation)
-                reestimated = other.correct > score.correct
+                reestimated = other.value > score.value
                 if reestimated:
                     score = other
                     progress.met(tuning.taken, score, model)
@@ -194,13 +200,13 @@ class _Progress:
 
     curve: list[Point] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
-    best_score: Score | None = None
+    best_score: Measurement | None = None
     best_step: int | None = None
-    test: Score | None = None
+    test: Measurement | None = None
 
-    def met(self, step: int, score: Score, model: nn.Module) -> None:
+    def met(self, step: int, score: Measurement, model: nn.Module) -> None:
         """Remember the weights if they are the best so far."""
-        if self.best_score is None or score.correct > self.best_score.correct:
+        if self.best_score is None or score.value > self.best_score.value:
             self.best_score, self.best_step = score, step
             self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from sophon._checks import CHECKS
 from sophon._errors import AuditError
 from sophon._flags import Flag, trials_of
-from sophon._records import AuditRecord, DomainRecord, Score, Trial
+from sophon._records import AuditRecord, DomainRecord, Measurement, Trial
 from sophon._specs import Subject
 from sophon._statistics import (
     Cost,
@@ -23,7 +23,7 @@ from sophon._statistics import (
     by_seed,
     cost_to_recover,
     envelope,
-    wilson,
+    interval_of,
     winner,
 )
 from sophon._survival import Recovery, logrank, ratio_interval, recovery
@@ -58,7 +58,7 @@ class SubjectSummary:
     band: tuple[Interval, ...]
     best: float
     winner: Trial
-    test: Score | None
+    test: Measurement | None
     test_interval: Interval | None
     area: float
     to_unprotected: Cost | None
@@ -215,7 +215,7 @@ def _subjects(trials: list[Trial], at: list[int]) -> dict[str, SubjectSummary]:
             best=best_of(best),
             winner=best,
             test=best.test,
-            test_interval=None if best.test is None else wilson(best.test),
+            test_interval=None if best.test is None else interval_of(best.test),
             area=float(area(at, rows).mean()),
             to_unprotected=cost(bests["unprotected"]),
             to_scratch=cost(bests["scratch"]),

@@ -97,14 +97,14 @@ def evaluate(
     from sophon._metrics import evaluate as measure
     from sophon._progress import percent
     from sophon._runs import load, load_subject
-    from sophon._statistics import wilson
+    from sophon._statistics import interval_of
 
     case = load(run_file, settings, threads)
     setting = case.setting()
     subject = case.model if model is None else load_subject(case, model)[0]
     images = case.original.test if split == "test" else case.original.validation
     score = measure(setting.place(subject), setting, case.original, images)
-    interval = wilson(score)
+    interval = interval_of(score)
     if as_json:
         held = {"split": split, **score.model_dump(), "low": interval.low, "high": interval.high}
         typer.echo(json.dumps({"event": "summary", "domain": case.original.name, **held}))

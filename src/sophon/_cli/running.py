@@ -36,6 +36,7 @@ def run_protection(case: Case, out: Path, mode: Mode) -> Protected:
         case.model,
         original=case.original,
         restricted=case.restricted,
+        task=case.task,
         spec=case.spec.protect,
         out=out,
         head=case.network.head,
@@ -143,6 +144,7 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
         case.model,
         original=case.original,
         restricted=case.restricted,
+        task=case.task,
         spec=case.spec.protect,
         head=case.network.head,
     )

@@ -14,6 +14,7 @@ from sophon._models._probing import (
     Shape,
     probe_images,
     probing,
+    run,
 )
 
 _NORMS = (
@@ -44,7 +45,7 @@ def blocks(model: nn.Module, head: str) -> list[tuple[str, ...]]:
 
 
 def _opened(module: nn.Module, prefix: str, head: str) -> Iterator[tuple[str, nn.Module]]:
-    children = list(module.named_children())
+    children = _in_order(list(module.named_children()))
     weighty = [key for key, child in children if any(True for _ in child.parameters())]
     for key, child in children:
         name = f"{prefix}{key}"
@@ -58,6 +59,16 @@ def _opened(module: nn.Module, prefix: str, head: str) -> Iterator[tuple[str, nn
             yield from _opened(child, f"{name}.", head)
         else:
             yield name, child
+
+
+def _in_order(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Return children in the order they run: diffusers' U-Nets declare the middle last."""
+    names = [name for name, _ in children]
+    if "mid_block" in names and "up_blocks" in names:
+        children = list(children)
+        middle = children.pop(names.index("mid_block"))
+        children.insert([name for name, _ in children].index("up_blocks"), middle)
+    return children
 
 
 def normalised_pairs(model: nn.Module, image_shape: Shape) -> list[tuple[str, str]]:
@@ -97,7 +108,7 @@ def _watch(model: nn.Module, image_shape: Shape, handles: list[RemovableHandle])
     """Run `model` on a probe once, then take its hooks off again."""
     try:
         with probing(model):
-            model(probe_images(model, image_shape))
+            run(model, probe_images(model, image_shape))
     finally:
         for handle in handles:
             handle.remove()

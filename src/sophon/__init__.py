@@ -25,6 +25,9 @@ _PUBLIC = {
     "Latents": "_tasks",
     "ModelSpec": "_specs",
     "NonFiniteError": "_errors",
+    "PretrainSpec": "_specs",
+    "Pretrained": "_pretrain",
+    "Pretraining": "_pretrain",
     "ProtectSpec": "_specs",
     "Protected": "_protect",
     "Protection": "_protect",
@@ -39,6 +42,7 @@ _PUBLIC = {
     "UnsupportedModelError": "_errors",
     "audit": "_audit",
     "load_domain": "_data",
+    "pretrain": "_pretrain",
     "protect": "_protect",
     "report": "_report",
     "resolve_model": "_models",
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from sophon._models import resolve_model
+    from sophon._pretrain import Pretrained, Pretraining, pretrain
     from sophon._protect import Protected, Protection, protect
     from sophon._records import AuditRecord, Round
     from sophon._report import report
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
         DomainSpec,
         Guard,
         ModelSpec,
+        PretrainSpec,
         ProtectSpec,
         Rehearsal,
         RunSpec,
@@ -90,6 +96,9 @@ __all__ = [
     "Latents",
     "ModelSpec",
     "NonFiniteError",
+    "PretrainSpec",
+    "Pretrained",
+    "Pretraining",
     "ProtectSpec",
     "Protected",
     "Protection",
@@ -104,6 +113,7 @@ __all__ = [
     "__version__",
     "audit",
     "load_domain",
+    "pretrain",
     "protect",
     "report",
     "resolve_model",

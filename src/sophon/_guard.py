@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sophon._errors import IntactnessError
-from sophon._metric_kinds import kind_of, shown
+from sophon._metric_kinds import kind_of, measurement, shown
 from sophon._metrics import evaluate
 from sophon._records import Measurement
 from sophon._setting import Setting
@@ -118,19 +117,15 @@ class IntactnessGuard:
         self.last_good = groups["last_good"]
         self.extra_steps = plain["extra_steps"]
         self._window = plain["window"]
-        self._before = _score(plain["before"])
+        self._before = measurement(plain["before"])
         if plain["shipped"] is not None:
             finished, score, query_score = plain["shipped"]
-            good = _score(score)
+            good = measurement(score)
             self.shipped = Good(groups["shipped"], finished, good, query_score)
 
     def _measure(self) -> Measurement:
         original = self.setting.original
         return evaluate(self.model, self.setting, original, original.validation)
-
-
-def _score(held: dict[str, Any]) -> Measurement:
-    return TypeAdapter[Measurement](Measurement).validate_python(held)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter
+
 from sophon._records import AuditRecord, Measurement, Score
 from sophon._specs import Guard
 
@@ -34,6 +36,11 @@ class MetricKind:
     floor: Callable[[float | None], float]
     recovering: str
     higher_is_better: bool = True
+
+    def interval(self, bounds: tuple[float, float], digits: int = 1) -> tuple[str, str]:
+        """Return the bounds of an interval of values as they are read: the smaller number first."""
+        low, high = bounds if self.higher_is_better else reversed(bounds)
+        return self.show(low, digits), self.show(high, digits)
 
 
 def _error(value: float, digits: int) -> str:
@@ -78,6 +85,11 @@ def kind_of(score: Measurement) -> MetricKind:
 def kind_of_record(record: AuditRecord) -> MetricKind:
     """Return the kind of an audit's scores."""
     return KINDS["accuracy" if record.task == "classification" else "mse"]
+
+
+def measurement(held: object) -> Measurement:
+    """Return the score that was written as plain values."""
+    return TypeAdapter[Measurement](Measurement).validate_python(held)
 
 
 def shown(score: Measurement | None, digits: int = 1) -> str:

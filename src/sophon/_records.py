@@ -236,6 +236,15 @@ def record_schema() -> str:
     return json.dumps(dialect | schema | named, indent=1) + "\n"
 
 
+class Stage(Record):
+    """Some steps of pre-training: the mean loss over them, and the score after them."""
+
+    step: int
+    loss: float
+    validation: Measurement
+    wall_s: float
+
+
 class Round(Record):
     """One round of protection. Losses and scores are means over the round's queries."""
 

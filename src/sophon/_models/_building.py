@@ -23,6 +23,7 @@ from sophon._models._probing import (
 )
 from sophon._models._weights import load_weights, read_tensors, require_finite
 from sophon._networks import NETWORKS
+from sophon._seeding import seeded
 from sophon._specs import ModelSpec, parse_spec
 
 # Opens the name of a network of diffusers; a path follows.
@@ -61,7 +62,8 @@ def resolve_model(
         classes = spec.classes
         model = _pretrained(spec)
     elif file is None:
-        model = plan.build(classes) if plan.load is None else plan.load()
+        with seeded(0, "weights", spec.name.rpartition("/")[2]):
+            model = plan.build(classes) if plan.load is None else plan.load()
     else:
         tensors = read_tensors(file)
         classes = spec.classes or _classes_in(tensors, plan, classes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sophon._errors import UnsupportedModelError
+from sophon._models._denoisers import is_denoiser
 from sophon._models._probing import (
     Shape,
     probe_images,
@@ -163,8 +164,11 @@ def _single_pairs(
 
 
 def choose_channels_last(model: nn.Module) -> bool:
-    """Return whether the model's convolutions run faster with channels last: it has Conv2d."""
-    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+    """Return whether the model's convolutions run faster with channels last: it has Conv2d.
+
+    Not diffusers' U-Nets: their group normalisations eat up the gain (`docs/design/generation.md`).
+    """
+    return not is_denoiser(model) and any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def choose_precision(

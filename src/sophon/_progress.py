@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from sophon._metric_kinds import shown
+
 if TYPE_CHECKING:
     from sophon._data import Domain
-    from sophon._metric_kinds import shown
-from sophon._metric_kinds import shown
-from sophon._records import Stage, Trial
+    from sophon._records import Stage, Trial
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0

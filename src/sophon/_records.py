@@ -195,11 +195,37 @@ class Overlap(Record):
     near: int
 
 
+class SampleRecord(Record):
+    """Pictures that a diffusion model drew, and how far they are from real ones.
+
+    `domain` names the `images` test images they are compared with; `attack` is the subject's best
+    attack on the restricted domain `attacked`, empty before it. `features` is how many the
+    `extractor` gives. `grid` shows the first pictures, as the data URI of a PNG.
+    """
+
+    subject: Subject
+    domain: str
+    attacked: str
+    attack: str = ""
+    count: int
+    images: int
+    steps: int
+    extractor: str
+    features: int
+    kid: float
+    kid_std: float
+    fid: float
+    precision: float
+    recall: float
+    grid: str = ""
+
+
 class AuditRecord(Record):
     """An audit: its specification, its subjects and every trial, failures included.
 
     `held_out` are restricted domains that protection did not use, `benign` allowed ones;
-    `given_up` says what a time budget left out.
+    `given_up` says what a time budget left out. `task_name` says what the scores are of;
+    `left_out` names attacks of the suite that the task has no use for, and why.
     """
 
     schema_version: Literal[1] = 1
@@ -214,6 +240,8 @@ class AuditRecord(Record):
     held_out: tuple[DomainRecord, ...] = ()
     benign: tuple[DomainRecord, ...] = ()
     overlaps: tuple[Overlap, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
+    left_out: tuple[str, ...] = ()
     subjects: tuple[SubjectRecord, ...]
     trials: tuple[Trial, ...]
     environment: Environment

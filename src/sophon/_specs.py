@@ -278,6 +278,26 @@ class ProtectSpec(Spec):
     precision: Precision = "auto"
 
 
+class SampleSpec(Spec):
+    """How the pictures of a diffusion model are judged; nothing of it concerns a classifier.
+
+    `count` pictures (0: none) are drawn from each subject before and after its best attack, in
+    `steps` steps of DDIM; the first `grid` are shown. `extractor` is `classifier` (trained for
+    `extractor_steps` on the classes of both domains), the folder of a classifier, or a file of
+    Inception's weights; `width`, if given, is the number of features it must have. `kid_subset` is
+    KID's, `neighbours` those of precision and recall.
+    """
+
+    count: Count = 128
+    steps: Positive = 25
+    grid: Positive = 16
+    extractor: Name = "classifier"
+    extractor_steps: Positive = 400
+    width: Positive | None = None
+    kid_subset: Annotated[int, Field(ge=2)] = 50
+    neighbours: Positive = 3
+
+
 class AuditSpec(Spec):
     """What `audit` runs: a suite, its budget and its seeds.
 
@@ -294,6 +314,7 @@ class AuditSpec(Spec):
     batch_size: Positive | None = None
     extra: Annotated[tuple[Strategy, ...], Field(strict=False)] = ()
     precision: Precision = "auto"
+    samples: SampleSpec = SampleSpec()
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

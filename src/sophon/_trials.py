@@ -116,7 +116,15 @@ class Bench:
             environment=environment(self.setting.device, self.setting.precision),
         )
 
-    def _attack(self, assignment: Assignment, start: Start, progress: _Progress) -> Outcome:
+    def attacked(self, assignment: Assignment, start: Start, steps: int) -> nn.Module:
+        """Return the network that an attack leaves after `steps` steps, adapters merged."""
+        tuning = self._begun(assignment, start)
+        for _ in tuning.run(max(0, steps - tuning.taken)):
+            pass
+        return merged_lora(tuning.model)
+
+    def _begun(self, assignment: Assignment, start: Start) -> FineTuning:
+        """Return an attack before its first step."""
         domain, strategy, seed = assignment.domain, assignment.strategy, assignment.seed
         model = copy.deepcopy(start.model)
         stream = (seed, ("attack",))
@@ -129,20 +137,17 @@ class Bench:
         )
         classes = self.setting.task.classes(domain)
         prepared = attacker_copy(
-            model,
-            strategy,
-            self.setting,
-            classes=self.setting.task.classes(domain),
-            feed=feed,
-            stream=stream,
+            model, strategy, self.setting, classes=classes, feed=feed, stream=stream
         )
-        tuning = FineTuning(
-            model, strategy, self.setting, feed, stream=stream, taken=prepared.spent
-        )
+        return FineTuning(model, strategy, self.setting, feed, stream=stream, taken=prepared.spent)
+
+    def _attack(self, assignment: Assignment, start: Start, progress: _Progress) -> Outcome:
+        tuning, domain = self._begun(assignment, start), assignment.domain
         outcome = self._advance(tuning, domain, progress, assignment.stop)
         if progress.best is not None:
-            model.load_state_dict(progress.best)
-            progress.test = evaluate(merged_lora(model), tuning.setting, domain, domain.test)
+            tuning.model.load_state_dict(progress.best)
+            merged = merged_lora(tuning.model)
+            progress.test = evaluate(merged, tuning.setting, domain, domain.test)
         return outcome
 
     def _advance(

@@ -168,7 +168,9 @@ def choose_channels_last(model: nn.Module) -> bool:
 
     Not diffusers' U-Nets: their group normalisations eat up the gain (`docs/design/generation.md`).
     """
-    return not is_denoiser(model) and any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return not is_denoiser(model) and any(
+        isinstance(module, nn.Conv2d) for module in model.modules()
+    )
 
 
 def choose_precision(

@@ -45,6 +45,12 @@ class Case:
     held_out: tuple[Domain, ...] = ()
     benign: tuple[Domain, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The network's name in a record: of a diffusion model the last part of its path."""
+        name = self.network.name
+        return DIFFUSERS + Path(name).name if name.startswith(DIFFUSERS) else name
+
     def setting(self) -> Setting:
         """Return the checked setting, in fp32."""
         return make_setting(

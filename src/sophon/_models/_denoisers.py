@@ -127,7 +127,10 @@ def diffusers() -> Any:
     prepare_torchvision()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        return importlib.import_module("diffusers")
+        library = importlib.import_module("diffusers")
+        # Loading is shown by whoever runs a command, and a page of bars hides that.
+        importlib.import_module("diffusers.utils.logging").disable_progress_bar()
+        return library
     except ImportError as error:
         raise UnsupportedModelError(
             f"diffusers cannot be imported ({error}): pip install 'sophon-protect[diffusion]'"
@@ -202,7 +205,8 @@ class DenoiserSource:
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(f"{self.unet} holds no usable weights ({line})") from None
-        return model.to(torch.float32)
+        # Of another type only where that is needed: diffusers warns of it.
+        return model if next(model.parameters()).dtype == torch.float32 else model.float()
 
     def scheduler(self) -> Any | None:
         """Return the pipeline's scheduler; None for what is no pipeline."""

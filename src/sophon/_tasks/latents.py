@@ -50,9 +50,7 @@ class Latents:
         Raises CheckpointError if it lacks a part or cannot be loaded.
         """
         try:
-            pipeline = diffusers().DiffusionPipeline.from_pretrained(
-                folder, local_files_only=True, torch_dtype=torch.float32
-            )
+            pipeline = diffusers().DiffusionPipeline.from_pretrained(folder, local_files_only=True)
             pipeline.set_progress_bar_config(disable=True)
             with torch.no_grad():
                 held = [

@@ -131,14 +131,18 @@ def open_run(
 
 
 def _require_same_run(
-    held: dict[str, Any], identity: dict[str, str], resolved: dict[str, Any], folder: Path,
-    prefix: str
+    held: dict[str, Any],
+    identity: dict[str, str],
+    resolved: dict[str, Any],
+    folder: Path,
+    prefix: str,
 ) -> None:
     different = [name for name, value in identity.items() if held.get(name) != value]
     if different:
         raise CheckpointError(
             f"{folder} holds a run with another {' and '.join(different)}"
-            f"{_changes(held, resolved, prefix)}: give another --out, or delete that folder to start over"
+            f"{_changes(held, resolved, prefix)}: give another --out, or delete that folder to"
+            " start over"
         )
 
 

@@ -7,6 +7,7 @@ unit. A third kind is one more entry here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,21 +21,34 @@ NONE = "\u2013"
 
 @dataclass(frozen=True)
 class MetricKind:
-    """A metric: `show` writes a value in its unit, `axis` writes it beside a plot.
+    """A metric: what its values mean, and how they are written.
+
+    `show` writes a value in its unit with so many digits more or less, `cell` in a crowded table,
+    `change` a difference, `gap` a lead. `tick` is the distance of marks on an axis of some width.
 
     `allowed` is the least value after protection of a model that had `value` before, `tolerance`
-    says how that was specified. `floor` is where recovery starts: what is worth nothing, given what
-    a fresh network reaches.
+    says how that was specified, `ruin` is a loss that forbids a verdict. `chance` is what guessing
+    gives with so many classes. `floor` is where recovery starts, given what a fresh network
+    reaches. `far` is a difference from the best value that is large, `close` one that is small.
     """
 
     name: str
     noun: str
+    unit: str
     show: Callable[[float, int], str]
+    cell: Callable[[float], str]
+    change: Callable[[float], str]
     gap: Callable[[float], str]
+    tick: Callable[[float], float]
     allowed: Callable[[float, Guard], float]
     tolerance: Callable[[Guard], str]
+    ruin: Callable[[float], float]
+    chance: Callable[[int], float]
     floor: Callable[[float | None], float]
-    recovering: str
+    goal: str
+    far: Callable[[float], float]
+    far_words: str
+    close: float
     higher_is_better: bool = True
 
     def interval(self, bounds: tuple[float, float], digits: int = 1) -> tuple[str, str]:
@@ -42,36 +56,60 @@ class MetricKind:
         low, high = bounds if self.higher_is_better else reversed(bounds)
         return self.show(low, digits), self.show(high, digits)
 
+    def shown(self, value: float | None, digits: int = 1) -> str:
+        """Return a value in its unit, or a dash for none."""
+        return NONE if value is None else self.show(value, digits)
 
-def _error(value: float, digits: int) -> str:
-    return f"{1 - value:.{digits + 3}f}"
+
+def _round_step(width: float) -> float:
+    """Return 1, 2 or 5 times a power of ten: a fifth of the width or a little more."""
+    least = max(width, 1e-3) / 5
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * step for step in (1, 2, 5, 10) if power * step >= least * (1 - 1e-9))
 
 
 KINDS: dict[str, MetricKind] = {
     "accuracy": MetricKind(
         name="accuracy",
         noun="accuracy",
+        unit="percent",
         show=lambda value, digits: f"{100 * value:.{digits}f} %",
+        cell=lambda value: f"{100 * value:.0f}",
+        change=lambda value: f"{100 * value:+.1f} points",
         gap=lambda value: f"{100 * value:.1f} points",
+        tick=lambda width: 0.1,
         allowed=lambda value, guard: value - guard.tolerance_points / 100,
         tolerance=lambda guard: f"{guard.tolerance_points} points (guard.tolerance_points)",
+        ruin=lambda value: 0.1,
+        chance=lambda classes: 1 / classes,
         floor=lambda scratch: 0.0,
-        recovering="reaching 90 % of the unprotected model's best score",
+        goal="90 % of unprotected",
+        far=lambda best: 0.1,
+        far_words="10 points",
+        close=0.005,
     ),
     # A value is 1 - MSE: of noise, the share that is explained.
     "mse": MetricKind(
         name="mse",
-        noun="mean squared error",
-        show=_error,
-        gap=lambda value: f"{value:.4f} of mean squared error",
+        noun="squared error (lower is better)",
+        unit="mean square",
+        show=lambda value, digits: f"{1 - value:.{digits + 3}f}",
+        cell=lambda value: f"{1 - value:.3f}",
+        change=lambda value: f"{-value:+.4f}",
+        gap=lambda value: f"{value:.4f} of squared error",
+        tick=_round_step,
         allowed=lambda value, guard: 1 - (1 - value) * (1 + guard.tolerance_relative),
         tolerance=lambda guard: (
             f"{100 * guard.tolerance_relative:.0f} % of the error (guard.tolerance_relative)"
         ),
-        # A share of the noise is explained by any network: what counts is what a fresh one lacks.
+        ruin=lambda value: 1 - value,
+        chance=lambda classes: 0.0,
+        # Any network explains most of the noise: what counts is what a fresh one lacks.
         floor=lambda scratch: scratch or 0.0,
-        recovering="going 90 % of the way from the best error that a fresh network reaches to"
-        " the best that the unprotected model reaches",
+        goal="90 % of the way from scratch to unprotected",
+        far=lambda best: 0.25 * (1 - best),
+        far_words="a quarter of the error",
+        close=0.0005,
         higher_is_better=False,
     ),
 }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sophon._metric_kinds import KINDS, MetricKind
 from sophon._records import Measurement, Score, Trial
 from sophon._specs import Strategy
 
@@ -174,20 +175,24 @@ def advantage_removed(
     scratch: NDArray[np.float64],
     *,
     images: int,
+    variances: Sequence[float | None] = (None, None, None),
+    kind: MetricKind = KINDS["accuracy"],
 ) -> Estimate:
     """Return (A_unprotected - A_protected) / (A_unprotected - A_scratch) from areas by seed.
 
     0: protection bought nothing; 1: the weights are worth no more than a fresh network. It is
     defined only where unprotected and scratch differ by more than their interval. Intervals
-    resample the attack seeds and add the binomial error of `images` validation images; with one
+    resample the attack seeds and add the error of `images` validation images, binomial unless one
+    image's variance is given; with one
     seed that error alone decides whether the value is defined, and no interval is given.
     """
     if not (len(protected) and len(unprotected) and len(scratch)):
         return Estimate(None, None, False, "a subject has no measured attack")
     gap = float(unprotected.mean() - scratch.mean())
-    p, u, s = (_draws(v, images, i) for i, v in enumerate((protected, unprotected, scratch)))
+    held_areas = zip((protected, unprotected, scratch), variances, strict=True)
+    p, u, s = (_draws(v, images, i, variance) for i, (v, variance) in enumerate(held_areas))
     if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
-        return Estimate(None, None, False, _tells_nothing(gap))
+        return Estimate(None, None, False, _tells_nothing(kind.gap(gap)))
     value = float(unprotected.mean() - protected.mean()) / gap
     if min(len(protected), len(unprotected), len(scratch)) < 2:
         return Estimate(value, None, True)
@@ -195,7 +200,9 @@ def advantage_removed(
     return Estimate(value, percentile_interval((u - p)[held] / (u - s)[held]), True)
 
 
-def _draws(areas: NDArray[np.float64], images: int, seed: int) -> NDArray[np.float64]:
+def _draws(
+    areas: NDArray[np.float64], images: int, seed: int, variance: float | None
+) -> NDArray[np.float64]:
     """Return draws of a subject's mean area: seeds resampled, and noise of finitely many images.
 
     Resampling n seeds understates their spread by sqrt((n - 1) / n), which is undone.
@@ -204,14 +211,16 @@ def _draws(areas: NDArray[np.float64], images: int, seed: int) -> NDArray[np.flo
     resampled = bootstrap(areas, seed=seed)
     if n > 1:
         resampled = mean + (resampled - mean) * math.sqrt(n / (n - 1))
-    error = math.sqrt(max(mean * (1 - mean), 0.0) / images)
+    if variance is None:
+        variance = max(mean * (1 - mean), 0.0)
+    error = math.sqrt(variance / images)
     noise: NDArray[np.float64] = np.random.default_rng(100 + seed).normal(0.0, error, DRAWS)
     return resampled + noise
 
 
-def _tells_nothing(gap: float) -> str:
+def _tells_nothing(gap: str) -> str:
     return (
-        f"the unprotected model leads a fresh one by only {100 * gap:.1f} points on average over"
+        f"the unprotected model leads a fresh one by only {gap} on average over"
         " the budget: this pair and budget tell nothing"
     )
 

@@ -125,7 +125,7 @@ def test_what_ends_above_a_fresh_network_has_not_withstood() -> None:
 
 def test_an_interval_that_reaches_below_a_half_has_not_withstood() -> None:
     others = [t for t in record().trials if t.subject != "protected"]
-    curves = [(0.05, 0.15, 0.3, 0.4), (0.1, 0.2, 0.4, 0.5), (0.2, 0.3, 0.4, 0.5)]
+    curves = [(0.0, 0.1, 0.24, 0.36), (0.1, 0.2, 0.4, 0.5), (0.24, 0.34, 0.42, 0.5)]
     spread = [trial("protected", values, seed=seed) for seed, values in enumerate(curves)]
     (held,) = summarise(record([*spread, *others]))
     assert held.advantage.interval is not None

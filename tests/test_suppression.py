@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sophon._suppression import SUPPRESSIONS
+from sophon._errors import SpecError
+from sophon._suppression import FITTING, SUPPRESSIONS, require_fitting
+
+ON_LOGITS, ON_PREDICTIONS = FITTING["accuracy"], FITTING["mse"]
 
 
 def _logits(classes: int, scale: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -44,7 +47,7 @@ def _gradient_formula(name: str, logits: torch.Tensor, labels: torch.Tensor) -> 
     }[name]
 
 
-@pytest.mark.parametrize("name", SUPPRESSIONS)
+@pytest.mark.parametrize("name", ON_LOGITS)
 @pytest.mark.parametrize("classes", [2, 3, 10, 100])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
 def test_values_and_gradients_equal_the_formula(name: str, classes: int, scale: float) -> None:
@@ -57,7 +60,7 @@ def test_values_and_gradients_equal_the_formula(name: str, classes: int, scale: 
     )
 
 
-@pytest.mark.parametrize("name", SUPPRESSIONS)
+@pytest.mark.parametrize("name", ON_LOGITS)
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.lists(st.floats(-200, 200, width=32), min_size=2, max_size=12), label=st.integers(0, 11)
@@ -80,7 +83,7 @@ def test_inverse_cross_entropy_at_the_extremes(sign: float) -> None:
     assert gradient.flatten().tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", SUPPRESSIONS)
+@pytest.mark.parametrize("name", ON_LOGITS)
 @pytest.mark.parametrize("classes", [2, 1000])
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_finite_on_logits_of_any_size_met_in_float32(name: str, classes: int, size: float) -> None:
@@ -89,3 +92,47 @@ def test_finite_on_logits_of_any_size_met_in_float32(name: str, classes: int, si
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ON_PREDICTIONS)
+@pytest.mark.parametrize("shape", [(3, 1, 4, 4), (2, 3, 5, 7)])
+def test_losses_on_predictions_equal_the_formula(name: str, shape: tuple[int, ...]) -> None:
+    stream = torch.Generator().manual_seed(1)
+    outputs = torch.randn(shape, generator=stream, dtype=torch.float64).requires_grad_(True)
+    targets = torch.randn(shape, generator=stream, dtype=torch.float64)
+    loss = SUPPRESSIONS[name](outputs, targets)
+    elements = outputs[0].numel()
+    values = outputs.detach().flatten(1).tolist()
+    wanted = targets.flatten(1).tolist()
+    expected = {
+        "dos": [sum(x * x for x in row) / elements for row in values],
+        "negated_mse": [
+            -sum((x - y) ** 2 for x, y in zip(row, other, strict=True)) / elements
+            for row, other in zip(values, wanted, strict=True)
+        ],
+    }[name]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), outputs)
+    held = outputs.detach()
+    slope = {"dos": 2 * held / elements, "negated_mse": -2 * (held - targets) / elements}[name]
+    torch.testing.assert_close(gradient, slope)
+
+
+@pytest.mark.parametrize("name", ON_PREDICTIONS)
+def test_losses_on_predictions_are_finite_up_to_a_thousand_millions(name: str) -> None:
+    outputs = torch.full((2, 3, 8, 8), 1e9, requires_grad=True)
+    loss = SUPPRESSIONS[name](outputs, -outputs.detach())
+    (gradient,) = torch.autograd.grad(loss.sum(), outputs)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_every_loss_fits_one_kind_of_task_and_no_other() -> None:
+    assert sorted((*ON_LOGITS, *ON_PREDICTIONS)) == sorted(SUPPRESSIONS)
+    for metric, names in FITTING.items():
+        for name in SUPPRESSIONS:
+            if name in names:
+                require_fitting(name, metric)
+                continue
+            with pytest.raises(SpecError, match=f"{name}.*use one of {names[0]}"):
+                require_fitting(name, metric)

@@ -17,18 +17,24 @@ _PUBLIC = {
     "CheckpointError": "_errors",
     "Classification": "_tasks",
     "DataError": "_errors",
+    "Denoising": "_tasks",
     "Domain": "_data",
     "DomainSpec": "_specs",
     "Guard": "_specs",
     "IntactnessError": "_errors",
+    "Latents": "_tasks",
     "ModelSpec": "_specs",
     "NonFiniteError": "_errors",
+    "PretrainSpec": "_specs",
+    "Pretrained": "_pretrain",
+    "Pretraining": "_pretrain",
     "ProtectSpec": "_specs",
     "Protected": "_protect",
     "Protection": "_protect",
     "Rehearsal": "_specs",
     "Round": "_records",
     "RunSpec": "_specs",
+    "share_prompts": "_data",
     "SophonError": "_errors",
     "SpecError": "_errors",
     "Strategy": "_specs",
@@ -36,6 +42,7 @@ _PUBLIC = {
     "UnsupportedModelError": "_errors",
     "audit": "_audit",
     "load_domain": "_data",
+    "pretrain": "_pretrain",
     "protect": "_protect",
     "report": "_report",
     "resolve_model": "_models",
@@ -43,7 +50,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from sophon._audit import Audit, audit
-    from sophon._data import Domain, load_domain
+    from sophon._data import Domain, load_domain, share_prompts
     from sophon._errors import (
         AuditError,
         CheckpointError,
@@ -55,6 +62,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from sophon._models import resolve_model
+    from sophon._pretrain import Pretrained, Pretraining, pretrain
     from sophon._protect import Protected, Protection, protect
     from sophon._records import AuditRecord, Round
     from sophon._report import report
@@ -63,13 +71,14 @@ if TYPE_CHECKING:
         DomainSpec,
         Guard,
         ModelSpec,
+        PretrainSpec,
         ProtectSpec,
         Rehearsal,
         RunSpec,
         Strategy,
         StrategyDistribution,
     )
-    from sophon._tasks import Classification
+    from sophon._tasks import Classification, Denoising, Latents
 
 __all__ = [
     "Audit",
@@ -79,12 +88,17 @@ __all__ = [
     "CheckpointError",
     "Classification",
     "DataError",
+    "Denoising",
     "Domain",
     "DomainSpec",
     "Guard",
     "IntactnessError",
+    "Latents",
     "ModelSpec",
     "NonFiniteError",
+    "PretrainSpec",
+    "Pretrained",
+    "Pretraining",
     "ProtectSpec",
     "Protected",
     "Protection",
@@ -99,9 +113,11 @@ __all__ = [
     "__version__",
     "audit",
     "load_domain",
+    "pretrain",
     "protect",
     "report",
     "resolve_model",
+    "share_prompts",
 ]
 
 

@@ -170,6 +170,21 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
     return chosen
 
 
+def fitting(
+    strategies: tuple[Strategy, ...], metric: str
+) -> tuple[tuple[Strategy, ...], tuple[str, ...]]:
+    """Return the attacks that can do something to a task's models, and what was left out and why.
+
+    A diffusion model has no BatchNorm to put back; all else applies, its last convolution being
+    the head.
+    """
+    if metric == "accuracy":
+        return strategies, ()
+    kept = tuple(s for s in strategies if not any(p.kind == "batch_norm" for p in s.preparations))
+    left = tuple(f"{s.label()}: no BatchNorm to put back" for s in strategies if s not in kept)
+    return kept, left
+
+
 def beyond_rehearsal(protection: dict[str, Any] | None, spec: AuditSpec) -> tuple[Strategy, ...]:
     """Return attacks at 10 and 100 times the rates that protection says it rehearsed.
 

@@ -16,7 +16,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from sophon._attacks import beyond_rehearsal, depth_attacks, resolved, strategies_of, suite_of
+from sophon._attacks import (
+    beyond_rehearsal,
+    depth_attacks,
+    fitting,
+    resolved,
+    strategies_of,
+    suite_of,
+)
 from sophon._budget import AuditForecast, Pace, fit, measure_pace, usual_attack
 from sophon._circumstances import domain_record, environment, health
 from sophon._data import Domain, check_batch_fits, overlaps_of
@@ -28,11 +35,12 @@ from sophon._metrics import evaluate
 from sophon._models import fresh_copy, require_peft, weights_sha256
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
-from sophon._records import AuditRecord, SubjectRecord, Trial
+from sophon._records import AuditRecord, SampleRecord, SubjectRecord, Trial
+from sophon._samples import SampleStage, check_samples, wanted
 from sophon._search import require_optuna
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_spec
-from sophon._store import TrialStore
+from sophon._store import DocumentStore, TrialStore
 from sophon._tasks import Classification, Task
 from sophon._trials import Assignment, Bench, Start
 from sophon._vitals import block_count, measure_vitals
@@ -107,6 +115,8 @@ class Audit:
         )
         self.bench = Bench(self.setting, self.spec.evaluations)
         self.given_up: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
+        self._pictures: list[SampleRecord] = []
         self._pace: Pace | None = None
         self.plan = self._planned(self.spec)
         self._check()
@@ -114,6 +124,7 @@ class Audit:
         if trials is not None:
             require_writable(trials)
         self.store = TrialStore(trials)
+        self._sheets = DocumentStore(None if store is None else Path(store) / "samples")
         if budget_s is not None:
             self._fit(budget_s, None if store is None else Path(store) / "budgets")
 
@@ -168,6 +179,7 @@ class Audit:
                         self.store.put(trial)
                     self.trials.append(self._named(assignment, trial))
                     yield self.trials[-1]
+        self._pictures = self._drawn()
         self._finished = True
 
     def record(self) -> AuditRecord:
@@ -182,12 +194,15 @@ class Audit:
             spec_fingerprint=self.spec.fingerprint(),
             strategies=self.strategies,
             model=self.about.get("model", type(next(iter(self.subjects.values()))).__name__),
-            task="classification",
+            task="classification" if setting.task.metric == "accuracy" else "denoising",
+            task_name=setting.task.name,
             original=domain_record(setting.original, "original"),
             restricted=tuple(domain_record(d, "restricted") for d in self.restricted),
             held_out=tuple(domain_record(d, "held_out") for d in self.held_out),
             benign=tuple(domain_record(d, "benign") for d in self.benign),
             overlaps=overlaps_of((setting.original, *setting.restricted)),
+            samples=tuple(self._pictures),
+            left_out=self.left_out,
             subjects=self._subject_records(),
             trials=tuple(self.trials),
             environment=environment(setting.device, setting.precision),
@@ -258,7 +273,7 @@ class Audit:
 
     def _planned(self, spec: AuditSpec) -> Plan:
         suite = suite_of(spec)
-        strategies = strategies_of(spec)
+        strategies, self.left_out = fitting(strategies_of(spec), self.setting.task.metric)
         whole: tuple[Strategy, ...] = ()
         if suite.rehearsed:
             beyond = beyond_rehearsal(self.about.get("protection"), spec)
@@ -282,6 +297,7 @@ class Audit:
             require_peft()
         if self.spec.search_trials:
             require_optuna()
+        check_samples(self.setting, self.spec.samples, self.restricted)
         first = self.subjects["protected"]
         # Of a model that can be made; one that cannot be attacked is recorded as crashed.
         check_preparations(
@@ -300,6 +316,18 @@ class Audit:
     @property
     def _seeds(self) -> tuple[int, ...]:
         return self.spec.seeds or (0,)
+
+    def _drawn(self) -> list[SampleRecord]:
+        """Return the pictures of every subject, before and after its best attack."""
+        if not wanted(self.setting, self.spec.samples):
+            return []
+        workload = Workload(self.bench, self._domains, self._starts)
+        rows: list[SampleRecord] = []
+        for domain in self.restricted:
+            stage = SampleStage(workload, self.spec.samples, domain, self._sheets)
+            met = [trial for trial in self.trials if trial.domain == domain.name]
+            rows += stage.records(met, self.plan.subjects)
+        return rows
 
     def _executor(self) -> Executor:
         workload = Workload(self.bench, self._domains, self._starts)

@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sophon._errors import CheckpointError
-from sophon._files import read_json, temporary_beside, write_json
+from sophon._files import (
+    lock_folder,
+    read_json,
+    require_unused,
+    require_writable,
+    temporary_beside,
+    write_json,
+)
 
 STATE_PREFIX = "round-"
 _KEPT_STATES = 2
@@ -94,6 +101,66 @@ def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             " over"
         )
     return None
+
+
+def open_run(
+    folder: Path,
+    identity: dict[str, str],
+    resolved: dict[str, Any],
+    *,
+    prefix: str,
+    states: Path,
+    needed_bytes: int,
+    owner: object,
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Make or take up the folder of a run that can be resumed; return its newest state, if any.
+
+    `run.json` holds what the run is (`identity`, and `resolved`, the table `prefix` of a run file);
+    the folder is locked for `owner`.
+    Raises CheckpointError if it holds another run, cannot be written, or another process has it.
+    """
+    held = folder / "run.json"
+    if held.is_file():
+        _require_same_run(read_json(held), identity, resolved, folder, prefix)
+    require_unused(folder, ours=held)
+    require_writable(folder, needed_bytes=needed_bytes)
+    lock_folder(folder, owner)
+    if not held.is_file():
+        write_json(held, {**identity, "resolved": resolved})
+    return load_state(states)
+
+
+def _require_same_run(
+    held: dict[str, Any],
+    identity: dict[str, str],
+    resolved: dict[str, Any],
+    folder: Path,
+    prefix: str,
+) -> None:
+    different = [name for name, value in identity.items() if held.get(name) != value]
+    if different:
+        raise CheckpointError(
+            f"{folder} holds a run with another {' and '.join(different)}"
+            f"{_changes(held, resolved, prefix)}: give another --out, or delete that folder to"
+            " start over"
+        )
+
+
+def _changes(held: dict[str, Any], resolved: dict[str, Any], prefix: str) -> str:
+    """Return the first few keys in which two specifications differ, with both values."""
+    before, now = (_flat(spec, prefix) for spec in (held.get("resolved") or {}, resolved))
+    found = [
+        f"{key} was {before.get(key)}, is {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    return f" ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''})" if found else ""
+
+
+def _flat(value: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}").items()}
 
 
 def require_recorded(file: Path, held: dict[str, Any]) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sophon._flags import Check, Flag, trials_of
-from sophon._records import AuditRecord, Score, Trial
-from sophon._statistics import best_of, run_with_all_seeds, wilson, winner
+from sophon._metric_kinds import kind_of_record, shown
+from sophon._records import AuditRecord, Measurement, Trial
+from sophon._specs import Guard
+from sophon._statistics import best_of, interval_of, run_with_all_seeds, winner
 from sophon._weight_checks import (
     data_overlap,
     extreme_batch_norm,
@@ -19,6 +21,8 @@ from sophon._weight_checks import (
     inflated_weights,
     saturated_logits,
 )
+
+_TOLERANCES = ("tolerance_points", "tolerance_relative")
 
 
 def _family(trials: Sequence[Trial], best: Trial) -> list[float]:
@@ -84,19 +88,20 @@ def last_step_is_best(record: AuditRecord, domain: str) -> Flag | None:
 
 
 def seeds_disagree(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the best score differs by more than 10 points between attack seeds."""
+    """Return a flag if the best score differs by far between attack seeds."""
+    kind = kind_of_record(record)
     trials = run_with_all_seeds(trials_of(record, domain, "protected"))
     scores = [
         max(best_of(t) for t in trials if t.seed == seed) for seed in {t.seed for t in trials}
     ]
-    if len(scores) < 2 or max(scores) - min(scores) <= 0.1:
+    if len(scores) < 2 or max(scores) - min(scores) <= kind.far(max(scores)):
         return None
     return Flag(
         "seeds disagree",
-        "the best score differs by more than 10 points between attack seeds",
+        f"the best score differs by more than {kind.far_words} between attack seeds",
         "One more seed could change the verdict.",
         "Run more seeds (audit.seeds).",
-        f"{100 * min(scores):.1f} to {100 * max(scores):.1f} %",
+        f"{kind.show(min(scores), 1)} to {kind.show(max(scores), 1)}",
     )
 
 
@@ -159,7 +164,8 @@ def _error(trial: Trial) -> str:
 def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the protected model hardly beats guessing on its own task."""
     del domain
-    chance = 1 / record.original.classes
+    kind = kind_of_record(record)
+    chance = kind.chance(record.original.classes)
     scores = {s.name: s.original.value for s in record.subjects if s.original is not None}
     # A tenth of the way from chance to what the unprotected model does, or to perfection.
     least = chance + 0.1 * (max(chance, scores.get("unprotected", 1.0)) - chance)
@@ -171,7 +177,7 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
                 "the protected model keeps less than a tenth of the lead over chance on its task",
                 "A model that does nothing well needs no protection.",
                 "Check that these are the right weights, images and normalisation.",
-                f"{100 * score.value:.1f} %, chance {100 * chance:.1f} %",
+                f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}",
                 voids=True,
             )
     return None
@@ -189,22 +195,24 @@ def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
     if before is None or after is None:
         return None
     guard = ((record.protection or {}).get("spec") or {}).get("guard") or {}  # type: ignore[attr-defined]
-    tolerance = float(guard.get("tolerance_points", 2.0)) / 100
-    certain = before.value - wilson(after).high
+    kind = kind_of_record(record)
+    known = Guard().model_copy(update={n: float(guard[n]) for n in _TOLERANCES if n in guard})
+    tolerance = before.value - kind.allowed(before.value, known)
+    certain = before.value - interval_of(after).high
     if certain <= tolerance:
         return None
     return Flag(
         "original task suffers",
-        "test accuracy on the original task fell by more than the tolerance, beyond its interval",
+        "the test score on the original task fell by more than the tolerance, beyond its interval",
         "A model that no longer does its own task is easily hard to fine-tune.",
         "Raise protect.reinforcement_steps, or give the guard more images to watch.",
-        f"{100 * before.value:.1f} % before, {100 * after.value:.1f} % after",
-        voids=certain > max(0.1, tolerance),
+        f"{shown(before)} before, {shown(after)} after",
+        voids=certain > max(kind.ruin(before.value), tolerance),
     )
 
 
-def _at_most(score: Score, least: float, chance: float) -> bool:
-    return score.value <= least or wilson(score).low <= chance
+def _at_most(score: Measurement, least: float, chance: float) -> bool:
+    return score.value <= least or interval_of(score).low <= chance
 
 
 def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:
@@ -213,14 +221,16 @@ def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:
     trials = trials_of(record, domain, "protected")
     known = [best_of(t) for t in trials if _group(t.strategy.optimizer) in rehearsed]
     others = [best_of(t) for t in trials if _group(t.strategy.optimizer) not in rehearsed]
-    if not known or not others or max(others) - max(known) <= 0.1:
+    kind = kind_of_record(record)
+    if not known or not others or max(others) - max(known) <= kind.far(max(others)):
         return None
     return Flag(
         "an unrehearsed optimizer wins by far",
-        "an optimizer outside the rehearsal beats every rehearsed one by more than 10 points",
+        "an optimizer outside the rehearsal beats every rehearsed one by more than"
+        f" {kind.far_words}",
         "Protection was fitted to the optimizers it rehearsed.",
         "Rehearse that optimizer too (protect.rehearsal.distribution.learning_rates).",
-        f"{100 * max(others):.1f} against {100 * max(known):.1f} %",
+        f"{kind.show(max(others), 1)} against {kind.show(max(known), 1)}",
     )
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sophon._errors import AuditError
-from sophon._records import AuditRecord, Score
-from sophon._rendering import NONE, Table, percent, render, score_text, table, write_document
+from sophon._metric_kinds import NONE, kind_of, shown
+from sophon._records import AuditRecord, Measurement
+from sophon._rendering import Table, render, score_text, table, write_document
 from sophon._specs import fingerprint_of
 from sophon._tables import ratio_text, removed_text
 from sophon._verdict import DomainSummary, Verdict, overall, summarise
@@ -162,15 +163,15 @@ def _order(entry: Entry) -> tuple[int, float, str]:
     return place, -(entry.worst.advantage.value or 0.0), entry.name
 
 
-def _originals(record: AuditRecord) -> tuple[Score | None, Score | None]:
+def _originals(record: AuditRecord) -> tuple[Measurement | None, Measurement | None]:
     held = {subject.name: subject.original for subject in record.subjects}
     return held.get("protected"), held.get("unprotected")
 
 
-def _change(after: Score | None, before: Score | None) -> str:
+def _change(after: Measurement | None, before: Measurement | None) -> str:
     if after is None or before is None:
         return NONE
-    return f"{100 * (after.value - before.value):+.1f}"
+    return kind_of(after).change(after.value - before.value)
 
 
 def _table(group: Group) -> Table:
@@ -186,7 +187,7 @@ def _table(group: Group) -> Table:
                 f"{worst.text}, on {worst.domain.name}" if several else worst.text,
                 removed_text(worst.advantage),
                 score_text(attacked.test) if attacked else NONE,
-                percent(after.value) if after else NONE,
+                shown(after),
                 _change(after, before),
                 ratio_text(worst.slowing),
                 ", ".join(entry.flags) or "none",
@@ -199,7 +200,7 @@ def _table(group: Group) -> Table:
         "advantage removed (95 %)",
         "worst case, restricted test (95 %)",
         "original test",
-        "change, points",
+        "change",
         "cost multiplier",
         "flags",
     )

@@ -16,7 +16,7 @@ from sophon._finetune import FineTuning
 from sophon._metrics import evaluate
 from sophon._models import load_weights, read_tensors
 from sophon._networks import SmallConvNet
-from sophon._records import Score
+from sophon._records import Measurement
 from sophon._seeding import seeded
 from sophon._setting import Setting, make_setting
 from sophon._specs import DomainSpec, Strategy
@@ -88,7 +88,7 @@ class Start:
     """What the demonstration starts from: its run file and the network's validation score."""
 
     run: Path
-    score: Score
+    score: Measurement
     trained: bool
 
 

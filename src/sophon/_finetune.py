@@ -168,7 +168,7 @@ def attacker_copy(
     strategy: Strategy,
     setting: Setting,
     *,
-    classes: int,
+    classes: int | None,
     feed: Feed,
     stream: tuple[int, tuple[str | int, ...]],
 ) -> AttackerCopy:
@@ -180,7 +180,7 @@ def attacker_copy(
 
     surroundings = Surroundings(
         head=setting.head,
-        image_shape=(setting.channels, *feed.images.pixels.shape[2:]),
+        image_shape=setting.task.shape((setting.channels, *feed.images.pixels.shape[2:])),
         classes=classes,
         seed=stream[0],
         names=stream[1],
@@ -256,7 +256,7 @@ def check_preparations(
                 copy.deepcopy(model),
                 Strategy(preparations=preparations, batch_size=8, steps=4),
                 setting,
-                classes=domain.class_count,
+                classes=setting.task.classes(domain),
                 feed=feed,
                 stream=(0, ("check",)),
             )

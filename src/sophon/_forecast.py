@@ -10,6 +10,7 @@ from torch import nn
 from sophon._data import Domain
 from sophon._protect import Protection
 from sophon._specs import OptimizerName, ProtectSpec, Rehearsal
+from sophon._tasks import Task
 
 # Tensors the size of the weights that an optimizer keeps.
 _MOMENTS: dict[OptimizerName, int] = {
@@ -41,6 +42,7 @@ def forecast(
     original: Domain,
     restricted: Domain | list[Domain] | tuple[Domain, ...],
     spec: ProtectSpec,
+    task: Task | None = None,
     head: str | None = None,
 ) -> Forecast:
     """Return a forecast from two short measured rounds; nothing is written."""
@@ -49,7 +51,9 @@ def forecast(
     for steps in lengths:
         rehearsal = spec.rehearsal.model_copy(update={"steps": steps, "horizon": None})
         short = spec.model_copy(update={"rounds": 2, "rehearsal": rehearsal})
-        run = Protection(model, original=original, restricted=restricted, spec=short, head=head)
+        run = Protection(
+            model, original=original, restricted=restricted, task=task, spec=short, head=head
+        )
         seconds[steps] = min(round_.wall_s for round_ in run)
     first, last = seconds[lengths[0]], seconds[lengths[-1]]
     slope = max(0.0, last - first) / max(1, lengths[-1] - lengths[0])

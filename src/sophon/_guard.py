@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sophon._errors import IntactnessError
+from sophon._metric_kinds import kind_of, measurement, shown
 from sophon._metrics import evaluate
-from sophon._records import Score
+from sophon._records import Measurement
 from sophon._setting import Setting
 from sophon._specs import Guard
 
@@ -25,7 +26,7 @@ class Good:
 
     tensors: dict[str, Tensor]
     round: int
-    score: Score
+    score: Measurement
     query_score: float
 
 
@@ -43,11 +44,11 @@ class IntactnessGuard:
         self.extra_steps = 0
         self.shipped: Good | None = None
         self.last_good: dict[str, Tensor] = {}
-        self._before: Score | None = None
+        self._before: Measurement | None = None
         self._window: list[float] = []
 
     @property
-    def before(self) -> Score:
+    def before(self) -> Measurement:
         """The score before protection."""
         if self._before is None:
             raise RuntimeError("begin() or restore() comes first")
@@ -65,7 +66,7 @@ class IntactnessGuard:
     def check(self, finished: int) -> tuple[float, GuardVerdict]:
         """Return the score after `finished` rounds and whether it is within the tolerance."""
         score = self._measure()
-        allowed = self.before.value - self.spec.tolerance_points / 100
+        allowed = kind_of(score).allowed(self.before.value, self.spec)
         query_score = sum(self._window) / len(self._window)
         self._window = []
         if score.value < allowed - 1e-12:
@@ -84,10 +85,11 @@ class IntactnessGuard:
         `best` is the best score of all checks, for the message.
         """
         if self.shipped is None:
+            kind = kind_of(self.before)
             raise IntactnessError(
-                f"no weights stayed within {self.spec.tolerance_points} points of"
-                f" {100 * self.before.value:.1f} % on {self.setting.original.name!r} (best"
-                f" {100 * best:.1f} %): raise reinforcement_steps or guard.tolerance_points,"
+                f"no weights stayed within {kind.tolerance(self.spec)} of"
+                f" {shown(self.before)} on {self.setting.original.name!r} (best"
+                f" {kind.show(best, 1)}): raise reinforcement_steps or that tolerance,"
                 " or lower suppression_rate"
             )
         return self.shipped
@@ -115,13 +117,13 @@ class IntactnessGuard:
         self.last_good = groups["last_good"]
         self.extra_steps = plain["extra_steps"]
         self._window = plain["window"]
-        self._before = Score.model_validate(plain["before"])
+        self._before = measurement(plain["before"])
         if plain["shipped"] is not None:
             finished, score, query_score = plain["shipped"]
-            good = Score.model_validate(score)
+            good = measurement(score)
             self.shipped = Good(groups["shipped"], finished, good, query_score)
 
-    def _measure(self) -> Score:
+    def _measure(self) -> Measurement:
         original = self.setting.original
         return evaluate(self.model, self.setting, original, original.validation)
 

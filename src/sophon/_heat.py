@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from sophon._flags import trials_of
+from sophon._metric_kinds import MetricKind, kind_of_record
 from sophon._records import AuditRecord
 from sophon._rendering import Table, table
 from sophon._specs import Strategy
@@ -24,18 +25,19 @@ class HeatMap(NamedTuple):
     rows: tuple[tuple[str, tuple[float | None, ...]], ...]
     low: float
     high: float
+    kind: MetricKind
 
     def shade(self, value: float) -> float:
         """Return where `value` lies in the range, 0 to 1."""
         return (value - self.low) / max(self.high - self.low, 1e-9)
 
     def table(self) -> Table:
-        """Return the map in whole percent."""
+        """Return the map in its kind's unit."""
         rows = [
-            (name, *("" if v is None else f"{100 * v:.0f}" for v in values))
+            (name, *("" if v is None else self.kind.cell(v) for v in values))
             for name, values in self.rows
         ]
-        return table((f"{self.subject}, % by rate", *self.rates), rows)
+        return table((f"{self.subject}, {self.kind.unit} by rate", *self.rates), rows)
 
 
 def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
@@ -46,7 +48,7 @@ def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
     trials = [trial for trial in trials_of(record, domain) if trial.curve]
     if not trials:
         return []
-    values = [best_of(trial) for trial in trials]
+    values, kind = [best_of(trial) for trial in trials], kind_of_record(record)
     found = [_half_decade(trial.strategy.learning_rate) for trial in trials]
     columns = range(min(found), max(found) + 1)
     maps = []
@@ -60,7 +62,7 @@ def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
         rows = tuple((n, tuple(row.get(c) for c in columns)) for n, row in sorted(cells.items()))
         if rows:
             rates = tuple(_rate(column) for column in columns)
-            maps.append(HeatMap(subject, rates, rows, min(values), max(values)))
+            maps.append(HeatMap(subject, rates, rows, min(values), max(values), kind))
     return maps
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from sophon._checkpoints import require_recorded
 from sophon._files import read_json
+from sophon._metric_kinds import measurement, shown
 from sophon._models import blocks, read_tensors
-from sophon._progress import domain_text, lines, percent, toml
+from sophon._progress import domain_text, lines, toml
 from sophon._runs import load
 
 
@@ -53,14 +54,20 @@ def _provenance(file: Path, held: dict[str, Any]) -> Iterator[str]:
     yield (f"sha256 {digest}, as recorded")
     if held.get("model"):
         yield (f"model {toml(held['model'])}")
+    trained = held.get("pretraining")
+    if trained:
+        score = shown(measurement(trained["validation"]))
+        yield f"trained on {trained['original']}: validation {score}"
+        yield from lines(trained["spec"], "pretrain.")
     protection = held.get("protection")
     if not protection:
         return
-    scores = [protection[f"validation_{when}"] for when in ("before", "after")]
-    before, after = (score["correct"] / score["total"] for score in scores)
+    before, after = (
+        shown(measurement(protection[f"validation_{when}"])) for when in ("before", "after")
+    )
     yield (
         f"protected against {', '.join(protection['restricted'])}: round"
         f" {protection['shipped_round']} of {protection['rounds']},"
-        f" {protection['original']} validation {percent(before)} before, {percent(after)} after"
+        f" {protection['original']} validation {before} before, {after} after"
     )
     yield from lines(protection["spec"], "protect.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sophon._data import Domain, Images
-from sophon._records import Score
+from sophon._records import ErrorScore, Measurement, Score
 from sophon._seeding import generator
 from sophon._setting import Setting
 
@@ -14,19 +16,48 @@ from sophon._setting import Setting
 @torch.no_grad()
 def evaluate(
     model: nn.Module, setting: Setting, domain: Domain, images: Images, *, batch_size: int = 250
-) -> Score:
-    """Return how many of `images` the model gets right, in eval mode, every image counted.
+) -> Measurement:
+    """Return the model's score on `images`, in eval mode, every image counted.
 
-    The model's train or eval mode is as before afterwards.
+    A task of several parts (timesteps) takes every image once in each. What it draws depends on the
+    image's place alone, so numbers of any two models compare. The model's train or eval mode is
+    as before afterwards.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    total = torch.zeros((), device=setting.device)
-    stream = generator(0, "evaluation")
-    for pixels, labels in setting.feed(domain, images, batch_size=batch_size).in_order():
-        with setting.autocast():
-            outputs, targets = setting.task.outputs(model, pixels, labels, stream)
-        total += setting.task.score(outputs, targets).sum()
+    scores = []
+    for index, task in enumerate(setting.task.parts):
+        stream = generator(0, "evaluation", index)
+        held = []
+        for pixels, labels in setting.feed(domain, images, batch_size=batch_size).in_order():
+            with setting.autocast():
+                outputs, targets = task.outputs(model, pixels, labels, stream)
+            held.append(task.score(outputs, targets))
+        scores.append(torch.cat(held))
     for module, training in modes.items():
         module.training = training
-    return Score(correct=int(total.item()), total=len(images))
+    return _MEASURED[setting.task.metric](torch.stack(scores).cpu())
+
+
+def _correct(scores: Tensor) -> Score:
+    """Return how many images are right, from one part's scores of 0 and 1."""
+    return Score(correct=int(scores.sum().item()), total=scores.shape[1])
+
+
+def _squared_error(scores: Tensor) -> ErrorScore:
+    """Return the mean error of images, each averaged over the parts, and of each part."""
+    errors = 1 - scores.double()
+    images = errors.mean(0)
+    quarters = errors.mean(1).tolist() if len(errors) > 1 else ()
+    return ErrorScore(
+        mse=float(images.mean()),
+        variance=float(images.var(correction=0)),
+        total=len(images),
+        quarters=tuple(quarters),
+    )
+
+
+_MEASURED: dict[str, Callable[[Tensor], Measurement]] = {
+    "accuracy": _correct,
+    "mse": _squared_error,
+}

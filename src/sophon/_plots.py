@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from markupsafe import Markup, escape
 
 from sophon._depth import DepthRow
+from sophon._metric_kinds import MetricKind
 from sophon._records import Trial
 from sophon._specs import Strategy
 from sophon._statistics import best_of
@@ -28,8 +29,16 @@ class _Axis:
     """Maps values onto a stretch of the picture, on a linear or a logarithmic scale."""
 
     def __init__(
-        self, low: float, high: float, start: float, end: float, *, logarithmic: bool = False
+        self,
+        low: float,
+        high: float,
+        start: float,
+        end: float,
+        *,
+        logarithmic: bool = False,
+        tick: float = 0.1,
     ) -> None:
+        self.tick = tick
         self.scale: Callable[[float], float] = math.log if logarithmic else float
         self.low, self.high = low, high
         self.start, self.end = start, end
@@ -40,12 +49,13 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
 
-def _scores(values: Iterable[float], start: float, end: float) -> _Axis:
-    """Return an axis of scores in [0, 1] from whole tenth to whole tenth."""
+def _scores(values: Iterable[float], start: float, end: float, kind: MetricKind) -> _Axis:
+    """Return an axis of scores in [0, 1] from whole mark to whole mark, tenths of accuracy."""
     held = list(values)
-    low = min(0.9, max(0.0, math.floor(min(held) * 10 + 1e-9) / 10))
-    high = max(low + 0.1, min(1.0, math.ceil(max(held) * 10 - 1e-9) / 10))
-    return _Axis(low, high, start, end)
+    tick = kind.tick(max(held) - min(held))
+    low = min(1.0 - tick, max(0.0, math.floor(min(held) / tick + 1e-9) * tick))
+    high = max(low + tick, min(1.0, math.ceil(max(held) / tick - 1e-9) * tick))
+    return _Axis(low, high, start, end, tick=tick)
 
 
 def _steps(budgets: Sequence[int]) -> _Axis:
@@ -66,18 +76,18 @@ def _text(x: float, y: float, words: str, anchor: str = "middle", kind: str = ""
 
 
 def _ticks(axis: _Axis) -> list[float]:
-    count = round((axis.high - axis.low) * 10)
-    return [axis.low + tick / 10 for tick in range(0, count + 1, 1 if count <= 5 else 2)]
+    count = round((axis.high - axis.low) / axis.tick)
+    return [axis.low + axis.tick * i for i in range(0, count + 1, 1 if count <= 5 else 2)]
 
 
-def _score_grid(axis: _Axis) -> list[str]:
+def _score_grid(axis: _Axis, kind: MetricKind) -> list[str]:
     """Return horizontal lines with their scores at the left."""
     parts = []
     for value in _ticks(axis):
         y = axis(value)
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{_EDGE}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            + _text(_LEFT - 6, y + 5, f"{100 * value:.0f} %", "end")
+            + _text(_LEFT - 6, y + 5, kind.show(value, 0), "end")
         )
     return parts
 
@@ -133,9 +143,9 @@ def envelope_plot(summary: DomainSummary) -> Markup:
     if not summary.subjects or not summary.budgets:
         return Markup("<p>No attack was measured.</p>")
     bounds = [bound for s in summary.subjects.values() for pair in s.band for bound in pair]
-    x, y = _steps(summary.budgets), _scores(bounds, _HEIGHT - _BOTTOM, _TOP)
+    x, y = _steps(summary.budgets), _scores(bounds, _HEIGHT - _BOTTOM, _TOP, summary.kind)
     title = "attack budget, optimizer steps (logarithmic)"
-    parts = [*_score_grid(y), *_below(x, summary.budgets, _HEIGHT, title)]
+    parts = [*_score_grid(y, summary.kind), *_below(x, summary.budgets, _HEIGHT, title)]
     for name, subject in summary.subjects.items():
         pairs = list(zip(summary.budgets, subject.band, strict=True))
         edge = [(x(b), y(i.high)) for b, i in pairs] + [(x(b), y(i.low)) for b, i in pairs[::-1]]
@@ -165,7 +175,7 @@ def recovery_plot(summary: DomainSummary) -> Markup:
     parts = _below(axis, summary.budgets, height, "steps to recover (logarithmic)")
     for position, subject in enumerate(held):
         parts += _recovery_bar(axis, subject, 4 + _ROW * position)
-    return _svg(f"Steps to 90 % of the unprotected best on {summary.domain.name}", parts, height)
+    return _svg(f"Steps to {summary.kind.goal} on {summary.domain.name}", parts, height)
 
 
 def _recovery_bar(axis: _Axis, subject: SubjectSummary, top: float) -> list[str]:
@@ -214,9 +224,13 @@ def search_plot(summary: DomainSummary, trials: Sequence[Trial]) -> Markup:
         return Markup("")
     last = max(2, *map(len, curves.values()))
     x = _Axis(1, last, _LEFT, _EDGE)
-    y = _scores((v for values in curves.values() for v in values), _HEIGHT - _BOTTOM, _TOP)
+    scores = (v for values in curves.values() for v in values)
+    y = _scores(scores, _HEIGHT - _BOTTOM, _TOP, summary.kind)
     counts = sorted({1, *(round(last * share / 4) for share in range(1, 5))} - {0})
-    parts = [*_score_grid(y), *_below(x, counts, _HEIGHT, "trials on each subject, in order")]
+    parts = [
+        *_score_grid(y, summary.kind),
+        *_below(x, counts, _HEIGHT, "trials on each subject, in order"),
+    ]
     for name, values in curves.items():
         # A flat stretch is one line: only where it rises, and its end, are points.
         corners = []
@@ -240,11 +254,12 @@ def strip_plot(summary: DomainSummary, bests: Mapping[str, Mapping[Strategy, flo
     if not rows:
         return Markup("")
     height = 10 + _ROW * len(rows) + _BOTTOM
-    axis = _scores((v for values in rows.values() for v in values), _LEFT - 20, _EDGE)
+    scores = (v for values in rows.values() for v in values)
+    axis = _scores(scores, _LEFT - 20, _EDGE, summary.kind)
     base = height - _BOTTOM
     parts = [
         f'<line class="grid" x1="{axis(v):.1f}" x2="{axis(v):.1f}" y1="4" y2="{base + 5:.0f}"/>'
-        + _text(axis(v), base + 20, f"{100 * v:.0f} %")
+        + _text(axis(v), base + 20, summary.kind.show(v, 0))
         for v in _ticks(axis)
     ]
     parts.append(_text((_LEFT + _EDGE) / 2, height - 8, "best validation score of each attack"))
@@ -259,7 +274,7 @@ def strip_plot(summary: DomainSummary, bests: Mapping[str, Mapping[Strategy, flo
         at = axis(values[len(values) // 2])
         worst = f'<circle class="ring" cx="{axis(values[-1]):.1f}" cy="{middle:.1f}" r="7"/>'
         median = f'<path class="seed" d="M{at:.1f} {middle - 12:.1f} v24"/>'
-        words = f"{name}: worst case {100 * values[-1]:.1f} %"
+        words = f"{name}: worst case {summary.kind.show(values[-1], 1)}"
         parts.append(f'<g class="{name}">{dots}{worst}{median}</g>')
         parts.append(_text(_LEFT - 20, middle - 16, words, "start", f"name {name}"))
     return _svg(f"How the attacks' best scores on {summary.domain.name} spread", parts, height)
@@ -274,8 +289,12 @@ def depth_plot(summary: DomainSummary, rows: Sequence[DepthRow]) -> Markup:
         return Markup("")
     kept = [row.kept for row in rows]
     x = _Axis(kept[0], max(kept[-1], kept[0] + 1), _LEFT, _EDGE)
-    y = _scores((v for row in rows for v in row.areas.values()), _HEIGHT - _BOTTOM, _TOP)
-    parts = [*_score_grid(y), *_below(x, kept, _HEIGHT, "first blocks kept, the rest anew")]
+    scores = (v for row in rows for v in row.areas.values())
+    y = _scores(scores, _HEIGHT - _BOTTOM, _TOP, summary.kind)
+    parts = [
+        *_score_grid(y, summary.kind),
+        *_below(x, kept, _HEIGHT, "first blocks kept, the rest anew"),
+    ]
     names = [name for name in SUBJECTS if all(name in row.areas for row in rows)]
     for name in names:
         parts.append(_line(name, [(x(row.kept), y(row.areas[name])) for row in rows]))

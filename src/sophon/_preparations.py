@@ -32,6 +32,7 @@ from sophon._models import (
     reestimate_batch_norm,
     reinitialise,
     replace_head,
+    run,
     tracked_batch_norms,
 )
 from sophon._seeding import generator
@@ -57,14 +58,15 @@ Factors = dict[str, float]
 class Surroundings:
     """What a preparation may use.
 
-    `classes` is the restricted domain's; `batches(n)` yields up to n normalised image batches
-    of it (batch, channels, height, width); `train` follows a course on the original domain;
-    `steps` is the attacker's budget; `(seed, *names)` is its random stream.
+    `classes` is the restricted domain's, None where a head stays of its size; `batches(n)` yields
+    up to n normalised image batches of it (batch, channels, height, width); `train` follows a
+    course on the original domain; `steps` is the attacker's budget; `(seed, *names)` is its random
+    stream.
     """
 
     head: str
     image_shape: Shape
-    classes: int
+    classes: int | None
     seed: int
     names: Names
     batches: Callable[[int], Iterator[Tensor]] | None
@@ -122,7 +124,8 @@ def prepare(
 
 
 def _fit_head(model: nn.Module, surroundings: Surroundings, factors: Factors) -> None:
-    if head_classes(model, surroundings.head) != surroundings.classes:
+    wanted = surroundings.classes
+    if wanted is not None and head_classes(model, surroundings.head) != wanted:
         _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"), factors)
 
 
@@ -179,7 +182,8 @@ def _forget(factors: Factors, prefix: str) -> None:
 def _fresh_head(
     model: nn.Module, _: FreshHead, surroundings: Surroundings, factors: Factors
 ) -> None:
-    head, classes = surroundings.head, surroundings.classes
+    head = surroundings.head
+    classes = surroundings.classes or head_classes(model, head)
     replace_head(model, head, classes, seed=surroundings.seed, names=surroundings.names)
     _forget(factors, head)
 
@@ -250,7 +254,7 @@ def _rescale_weights(
             scales.append((layer, norm, preparation.norm / size))
     images = probe_images(model, surroundings.image_shape)
     with probing(model):
-        expected = model(images)
+        expected = run(model, images)
     kept = _apply_together(model, scales, images, expected)
     if not kept:
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
@@ -271,7 +275,7 @@ def _rescale_chain(
     """Scale each layer that no normalisation follows, where its successor can take the inverse."""
     images = probe_images(model, surroundings.image_shape)
     with probing(model):
-        expected = model(images)
+        expected = run(model, images)
     order = layers_in_order(model, surroundings.image_shape)
     for name, after in itertools.pairwise(order):
         layer: Any = model.get_submodule(name)
@@ -288,7 +292,7 @@ def _rescale_chain(
         if layer.bias is not None:
             layer.bias.mul_(scale)
         with probing(model):
-            moved = (model(images) - expected).norm()
+            moved = (run(model, images) - expected).norm()
         if bool(moved <= _CHAIN_PRESERVED * expected.norm()):
             _multiply(factors, name, scale)
             factors[f"{after}.weight"] /= scale
@@ -310,7 +314,7 @@ def _apply_together(
         for tensor, factor in _scaled_tensors(model, *scale):
             tensor.mul_(factor)
     with probing(model):
-        moved = (model(images) - expected).norm()
+        moved = (run(model, images) - expected).norm()
     if bool(moved <= _PRESERVED * expected.norm()):
         return scales
     for tensor, value in zip(touched, before, strict=True):

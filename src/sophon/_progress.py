@@ -13,9 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from sophon._metric_kinds import shown
+
 if TYPE_CHECKING:
     from sophon._data import Domain
-    from sophon._records import Round, Trial
+    from sophon._records import Stage, Trial
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0
@@ -134,15 +136,20 @@ def lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} = {toml(value)}"
 
 
-def round_text(record: Round, guard: str) -> str:
-    """Return what a line says of a round; `guard` is the last check of the original task."""
-    return f"restricted score {percent(record.query_score)}  original {guard or 'not yet checked'}"
+def round_text(query: str, guard: str) -> str:
+    """Return what a line says of a round: the query score, the last check of the original task."""
+    return f"restricted score {query}  original {guard or 'not yet checked'}"
+
+
+def stage_text(stage: Stage) -> str:
+    """Return what a line says of a stage of pre-training."""
+    return f"step {stage.step}  loss {stage.loss:.4f}  validation {shown(stage.validation)}"
 
 
 def trial_text(trial: Trial) -> str:
     """Return what a line says of a trial."""
     ended = "" if trial.outcome.kind == "completed" else f" ({trial.outcome.kind})"
-    score = "no score" if trial.test is None else percent(trial.test.value)
+    score = "no score" if trial.test is None else shown(trial.test)
     return f"{trial.subject} {score}{ended}  {trial.strategy.label()}"
 
 

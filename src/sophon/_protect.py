@@ -18,28 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from sophon._checkpoints import load_state, save_model, save_state
+from sophon._checkpoints import open_run, save_state
 from sophon._data import Domain, check_batch_fits
 from sophon._errors import CheckpointError, NonFiniteError
-from sophon._files import (
-    lock_folder,
-    read_json,
-    require_unused,
-    require_writable,
-    write_json,
-    write_text,
-)
+from sophon._files import write_json, write_text
 from sophon._finetune import check_preparations, optimizer_tensors, restore_optimizer
 from sophon._guard import IntactnessGuard
 from sophon._models import check_single_image, weights_sha256
-from sophon._records import Round, Score
+from sophon._records import Measurement, Round
 from sophon._rehearsal import Rehearsals
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
+from sophon._shipping import ship
 from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
+from sophon._suppression import require_fitting
 from sophon._tasks import Classification, Task
 
-_ROUNDS, _STATES, _RUN, _DONE = "rounds.jsonl", "states", "run.json", "protection.json"
+_ROUNDS, _STATES, _DONE = "rounds.jsonl", "states", "protection.json"
 # States on the disk at once, at most: two, and the one being written.
 _KEPT = 3
 
@@ -54,8 +49,8 @@ class Protected:
 
     model: nn.Module
     rounds: tuple[Round, ...]
-    before: Score
-    after: Score
+    before: Measurement
+    after: Measurement
     shipped_round: int
     folder: Path | None
 
@@ -97,6 +92,7 @@ class Protection:
             precision=spec.precision,
             device=device,
         )
+        require_fitting(spec.suppression, self.setting.task.metric)
         _check_batches(spec, original, restricted)
         self._check_single_images(model)
         fixed = spec.rehearsal.fixed
@@ -180,9 +176,10 @@ class Protection:
             folder=self.out,
         )
         if self.out is not None:
-            description = self._description(result)
-            save_model(self.out, model, description)
-            write_json(self.out / _DONE, description["protection"])
+            protection = self._description(result)
+            about = {"protection": protection}
+            ship(self.out, model, self.model_spec, about, self.setting.task)
+            write_json(self.out / _DONE, protection)
         return result
 
     def save(self) -> None:
@@ -279,18 +276,16 @@ class Protection:
     def _open(self) -> None:
         """Start afresh or take up the newest state of the folder."""
         if self.out is not None:
-            held = self.out / _RUN
-            if held.is_file():
-                _require_same_run(
-                    read_json(held), self.identity, self.spec.model_dump(mode="json"), self.out
-                )
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            require_unused(self.out, ours=held)
-            require_writable(self.out, needed_bytes=_KEPT * size * self._copies())
-            lock_folder(self.out, self)
-            if not held.is_file():
-                write_json(held, {**self.identity, "resolved": self.spec.model_dump(mode="json")})
-            state = load_state(self.out / _STATES)
+            state = open_run(
+                self.out,
+                self.identity,
+                self.spec.model_dump(mode="json"),
+                prefix="protect",
+                states=self.out / _STATES,
+                needed_bytes=_KEPT * size * self._copies(),
+                owner=self,
+            )
             if state is not None:
                 self._restore(*state)
                 return
@@ -341,7 +336,7 @@ class Protection:
         return {"suppressor": self.suppressor, "reinforcer": self.reinforcer}
 
     def _description(self, result: Protected) -> dict[str, Any]:
-        protection = {
+        return {
             "spec": self.spec.model_dump(mode="json"),
             "identity": self.identity,
             "original": self.setting.original.name,
@@ -354,8 +349,6 @@ class Protection:
             "guard_violations": sum(r.guard == "violated" for r in result.rounds),
             "wall_s": sum(r.wall_s for r in result.rounds),
         }
-        spec = None if self.model_spec is None else self.model_spec.model_dump(mode="json")
-        return {"model": spec, "protection": protection}
 
 
 def protect(
@@ -411,31 +404,3 @@ def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain
             f"protect.rehearsal.{key} ({largest}) + protect.rehearsal.query_batch_size"
             f" ({rehearsal.query_batch_size}) together",
         )
-
-
-def _require_same_run(
-    held: dict[str, Any], identity: dict[str, str], resolved: dict[str, Any], folder: Path
-) -> None:
-    different = [name for name, value in identity.items() if held.get(name) != value]
-    if different:
-        raise CheckpointError(
-            f"{folder} holds a run with another {' and '.join(different)}"
-            f"{_changes(held, resolved)}: give another --out, or delete that folder to start over"
-        )
-
-
-def _changes(held: dict[str, Any], resolved: dict[str, Any]) -> str:
-    """Return the first few keys in which two specifications differ, with both values."""
-    before, now = (_flat(spec) for spec in (held.get("resolved") or {}, resolved))
-    found = [
-        f"{key} was {before.get(key)}, is {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    return f" ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''})" if found else ""
-
-
-def _flat(value: Any, prefix: str = "protect") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}").items()}

@@ -60,8 +60,34 @@ class Score(Record):
 
     @property
     def value(self) -> float:
-        """Fraction in [0, 1]."""
+        """Fraction in [0, 1]; higher is better."""
         return self.correct / self.total
+
+    @property
+    def variance(self) -> float:
+        """The variance of one image's score."""
+        return self.value * (1 - self.value)
+
+
+class ErrorScore(Record):
+    """The mean squared error over `total` images; lower is better for whoever trains the model.
+
+    `variance` is that of one image's error. `quarters` are the mean errors of the quarters of a
+    diffusion model's timesteps, from the least noise to the most.
+    """
+
+    mse: float
+    variance: float
+    total: int
+    quarters: tuple[float, ...] = ()
+
+    @property
+    def value(self) -> float:
+        """1 - the error: higher is better, and 0 where nothing is predicted."""
+        return 1 - self.mse
+
+
+Measurement = Score | ErrorScore
 
 
 class Point(Record):
@@ -73,7 +99,7 @@ class Point(Record):
 
     step: int
     samples: int
-    validation: Score
+    validation: Measurement
     reestimated: bool = False
     train_loss: float | None = None
 
@@ -103,7 +129,7 @@ class Trial(Record):
     seed: int
     curve: tuple[Point, ...]
     best_step: int | None
-    test: Score | None
+    test: Measurement | None
     outcome: Outcome
     wall_s: float
     notes: tuple[str, ...] = ()
@@ -137,7 +163,7 @@ class SubjectRecord(Record):
     name: Subject
     weights_sha256: str
     file_sha256: str | None = None
-    original: Score | None
+    original: Measurement | None
     parameters: int
     flags: tuple[str, ...] = ()
     blocks: int | None = None
@@ -171,11 +197,38 @@ class Overlap(Record):
     near: int
 
 
+class SampleRecord(Record):
+    """Pictures that a diffusion model drew, and how far they are from real ones.
+
+    `domain` names the `images` test images they are compared with; `attack` is the subject's best
+    attack on the restricted domain `attacked`, empty before it. `features` is how many the
+    `extractor` gives. `grid` shows the first pictures, as the data URI of a PNG.
+    """
+
+    subject: Subject
+    domain: str
+    attacked: str
+    attack: str = ""
+    count: int
+    images: int
+    steps: int
+    extractor: str
+    features: int
+    kid: float
+    kid_std: float
+    fid: float
+    precision: float
+    recall: float
+    grid: str = ""
+
+
 class AuditRecord(Record):
     """An audit: its specification, its subjects and every trial, failures included.
 
     `held_out` are restricted domains that protection did not use, `benign` allowed ones;
-    `given_up` says what a time budget left out; `note` is what a reader must know first.
+    `given_up` says what a time budget left out, `note` is what a reader must know first.
+    `task_name` says what the scores are of; `left_out` names attacks of the suite that the task
+    has no use for, and why.
     """
 
     schema_version: Literal[1] = 1
@@ -183,12 +236,15 @@ class AuditRecord(Record):
     spec_fingerprint: str
     strategies: tuple[Strategy, ...]
     model: str
-    task: Literal["classification"]
+    task: Literal["classification", "denoising"]
+    task_name: str = "classification"
     original: DomainRecord
     restricted: tuple[DomainRecord, ...]
     held_out: tuple[DomainRecord, ...] = ()
     benign: tuple[DomainRecord, ...] = ()
     overlaps: tuple[Overlap, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
+    left_out: tuple[str, ...] = ()
     subjects: tuple[SubjectRecord, ...]
     trials: tuple[Trial, ...]
     environment: Environment
@@ -210,6 +266,15 @@ def record_schema() -> str:
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     named = {"title": f"Sophon audit record, version {SCHEMA_VERSION}"}
     return json.dumps(dialect | schema | named, indent=1) + "\n"
+
+
+class Stage(Record):
+    """Some steps of pre-training: the mean loss over them, and the score after them."""
+
+    step: int
+    loss: float
+    validation: Measurement
+    wall_s: float
 
 
 class Round(Record):

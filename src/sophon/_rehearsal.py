@@ -108,7 +108,7 @@ class Attacker:
             model,
             self.strategy,
             pool.setting,
-            classes=self.domain.class_count,
+            classes=pool.setting.task.classes(self.domain),
             feed=feed,
             stream=stream,
         )

@@ -10,11 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sophon._files import write_text
-from sophon._records import Score
-from sophon._statistics import Interval, wilson
+from sophon._metric_kinds import NONE, kind_of, shown
+from sophon._records import Measurement
+from sophon._statistics import Interval, interval_of
 
-# What stands where nothing was measured.
-NONE = "\u2013"
 _SHORT = 26
 
 
@@ -44,9 +43,12 @@ def with_interval(value: float, interval: Interval | None, digits: int = 1) -> s
     return f"{percent(value, digits)} ({low} to {high})"
 
 
-def score_text(score: Score | None) -> str:
-    """Return a score with its Wilson interval, or a dash."""
-    return NONE if score is None else with_interval(score.value, wilson(score))
+def score_text(score: Measurement | None) -> str:
+    """Return a score in its unit with its 95 % interval, or a dash."""
+    if score is None:
+        return NONE
+    low, high = kind_of(score).interval(interval_of(score))
+    return f"{shown(score)} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
 
 
 def plain(text: str) -> str:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from sophon._depth import depth_rows
 from sophon._flags import trials_of
 from sophon._heat import HeatMap, heat_maps
+from sophon._metric_kinds import kind_of_record
 from sophon._plots import depth_plot, envelope_plot, recovery_plot, search_plot, strip_plot
 from sophon._records import AuditRecord
 from sophon._rendering import Table, render, write_document
@@ -26,8 +27,11 @@ from sophon._tables import (
     facts,
     original_table,
     overlap_table,
+    pictures,
+    quarters,
     reached,
     secondary_table,
+    sheets,
     trial_table,
     verdict_table,
 )
@@ -54,6 +58,9 @@ class Section:
     envelopes: Table
     distribution: Table
     depth: Table | None
+    quarters: Table | None
+    pictures: Table | None
+    sheets: list[tuple[str, str]]
     heat: list[HeatMap]
     plots: dict[str, Markup]
 
@@ -108,6 +115,8 @@ class Report:
             meaning=MEANINGS[self.worst.verdict],
             scope=scope(record),
             scoring=_scoring(record),
+            kind=kind_of_record(record),
+            task=_task(record),
             sections=[_section(record, summary) for summary in self.summaries],
             held_out=secondary_table(secondary(record, "held_out"), benign=False),
             benign=secondary_table(secondary(record, "benign"), benign=True),
@@ -164,6 +173,9 @@ def _section(record: AuditRecord, summary: DomainSummary) -> Section:
         envelopes=envelopes(summary),
         distribution=distribution(record, summary),
         depth=depth(record, name),
+        quarters=quarters(record, summary),
+        pictures=pictures(record, name),
+        sheets=sheets(record, name),
         heat=heat_maps(record, name),
         plots={
             "envelope": envelope_plot(summary),
@@ -172,6 +184,20 @@ def _section(record: AuditRecord, summary: DomainSummary) -> Section:
             "strip": strip_plot(summary, bests),
             "depth": depth_plot(summary, depth_rows(record, name)),
         },
+    )
+
+
+def _task(record: AuditRecord) -> str:
+    """Return what scores are of, and what a verdict on a diffusion model rests on."""
+    if record.task == "classification":
+        return ""
+    left = f" Left out: {'; '.join(record.left_out)}." if record.left_out else ""
+    return (
+        f"Scores are squared errors of {record.task_name}; areas and costs are computed on 1 - the"
+        " error. Recovering means going 90 % of the way from the best error of a fresh network to"
+        " that of the unprotected model. A good verdict needs the pictures to bear it out: at"
+        " least half of the unprotected model's lead in KID over a fresh network must be gone too."
+        f"{left}"
     )
 
 

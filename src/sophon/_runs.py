@@ -14,22 +14,30 @@ from torch import nn
 
 from sophon._attacks import strategies_of
 from sophon._checkpoints import require_recorded
-from sophon._data import Domain, load_domain
+from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.sources import expanded
 from sophon._errors import CheckpointError, SpecError
 from sophon._files import read_json
-from sophon._models import architecture, resolve_model
+from sophon._models import (
+    DIFFUSERS,
+    DenoiserSource,
+    architecture,
+    denoiser_name,
+    diffusers,
+    resolve_model,
+)
 from sophon._setting import Setting, make_setting
-from sophon._specs import ModelSpec, RunSpec, parse_spec
-from sophon._tasks import Classification
+from sophon._specs import ModelSpec, RunSpec, TaskSpec, parse_spec
+from sophon._tasks import Classification, Denoising, Latents, Task
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run file with its model and domains loaded."""
+    """A run file with its task, its model and its domains loaded."""
 
     spec: RunSpec
     network: ModelSpec
+    task: Task
     model: nn.Module
     scratch: Callable[[], nn.Module]
     original: Domain
@@ -37,11 +45,17 @@ class Case:
     held_out: tuple[Domain, ...] = ()
     benign: tuple[Domain, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The network's name in a record: of a diffusion model the last part of its path."""
+        name = self.network.name
+        return DIFFUSERS + Path(name).name if name.startswith(DIFFUSERS) else name
+
     def setting(self) -> Setting:
         """Return the checked setting, in fp32."""
         return make_setting(
             self.model,
-            task=Classification(),
+            task=self.task,
             original=self.original,
             restricted=self.restricted,
             head=self.network.head,
@@ -111,7 +125,10 @@ def _located(spec: ModelSpec, base: Path) -> ModelSpec:
     changes = {}
     if spec.weights is not None:
         changes["weights"] = str(expanded(spec.weights, base).absolute())
-    if spec.name.startswith(("~", "$")):
+    if spec.name.startswith(DIFFUSERS):
+        path = str(expanded(spec.name.removeprefix(DIFFUSERS), base))
+        changes["name"] = denoiser_name(DIFFUSERS + path, Path())
+    elif spec.name.startswith(("~", "$")):
         changes["name"] = str(expanded(spec.name, base).absolute())
     return spec.model_copy(update=changes)
 
@@ -137,8 +154,47 @@ def load(path: Path, settings: list[str] | None, threads: int | None = None) -> 
     }
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
+    if located.name.startswith(DIFFUSERS):
+        network = network.model_copy(update={"name": located.name})
+    source = _denoiser_of(spec.task, network)
+    if source is not None and source.pipeline is not None and source.conditional:
+        flat = [original, *(domain for domains in several.values() for domain in domains)]
+        shared = iter(share_prompts(flat))
+        original = next(shared)
+        several = {r: tuple(next(shared) for _ in domains) for r, domains in several.items()}
+    task = _task(spec.task, source, original)
     model, scratch = resolve_model(located, base=base, default_classes=original.class_count)
-    return Case(spec, network, model, scratch, original, **several)
+    return Case(spec, network, task, model, scratch, original, **several)
+
+
+def _denoiser_of(spec: TaskSpec, network: ModelSpec) -> DenoiserSource | None:
+    """Return where the U-Net comes from; SpecError where task and model do not fit each other."""
+    of_diffusers = network.name.startswith(DIFFUSERS)
+    if of_diffusers != (spec.name == "denoising"):
+        wanted = "denoising" if of_diffusers else "classification"
+        raise SpecError(
+            f"task.name = {spec.name!r} does not fit model.name = {network.name!r}: set task.name ="
+            f" {wanted!r}, or name another model (a diffusion model is diffusers:PATH)"
+        )
+    return DenoiserSource(Path(network.name.removeprefix(DIFFUSERS))) if of_diffusers else None
+
+
+def _task(spec: TaskSpec, source: DenoiserSource | None, original: Domain) -> Task:
+    if source is None:
+        return Classification()
+    scheduler = source.scheduler()
+    if scheduler is not None and spec.schedule is not None:
+        raise SpecError("task.schedule: the pipeline has a scheduler of its own: leave it out")
+    if scheduler is None and spec.schedule is not None:
+        scheduler = diffusers().DDPMScheduler(
+            num_train_timesteps=spec.schedule.timesteps,
+            prediction_type=spec.prediction or "epsilon",
+            **spec.schedule.model_dump(exclude={"timesteps"}),
+        )
+    latents = None
+    if source.conditional and source.pipeline is not None:
+        latents = Latents.from_pipeline(source.pipeline, original.classes)
+    return Denoising(scheduler, prediction=spec.prediction, timestep=spec.timestep, latents=latents)
 
 
 def require_place(folder: Path) -> None:
@@ -178,6 +234,8 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
     for the network of the run. Raises CheckpointError or UnsupportedModelError.
     """
     file = weights_file(path)
+    if path.is_dir() and not file.is_file() and case.network.name.startswith(DIFFUSERS):
+        return _load_denoiser(case, path), None
     description = file.parent / "model.json"
     held: dict[str, Any] = {}
     if file.name == "model.safetensors" and description.is_file():
@@ -192,3 +250,17 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
         spec = case.network.model_copy(update=loaded)
     model, _ = resolve_model(spec, base=Path(), default_classes=case.original.class_count)
     return model, held.get("protection")
+
+
+def _load_denoiser(case: Case, folder: Path) -> nn.Module:
+    """Return the U-Net of a folder that diffusers wrote, which predicts what the run's does."""
+    source = DenoiserSource(folder)
+    scheduler = source.scheduler()
+    if scheduler is not None and isinstance(case.task, Denoising):
+        held = scheduler.config.get("prediction_type", "epsilon")
+        if held != case.task.prediction:
+            raise SpecError(
+                f"{folder} predicts {held!r} and the model of the run {case.task.prediction!r}:"
+                " compare models that predict the same"
+            )
+    return source.load().eval()

@@ -18,10 +18,9 @@ from sophon._data import (
 )
 from sophon._errors import DataError, UnsupportedModelError
 from sophon._models import (
-    check_images,
+    Shape,
     choose_channels_last,
     choose_precision,
-    expected_channels,
     find_head,
     head_classes,
 )
@@ -94,12 +93,12 @@ class Setting:
     channels_last: bool
 
     def normalisation(self, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return (mean, std) of a domain: its own, else the original domain's, else the default."""
-        return resolve_normalisation(domain, self.original)
+        """Return (mean, std) of a domain: its own, else the original domain's, else the task's."""
+        return resolve_normalisation(domain, self.original, self.task.normalisation)
 
-    def shape(self, domain: Domain) -> tuple[int, int, int]:
-        """Return the shape of the domain's images as the model meets them."""
-        return (self.channels, *domain.image_shape[1:])
+    def shape(self, domain: Domain) -> Shape:
+        """Return the shape in which the model meets the domain's images."""
+        return self.task.shape((self.channels, *domain.image_shape[1:]))
 
     def feed(
         self,
@@ -157,7 +156,7 @@ def make_setting(
     *,
     task: Task,
     original: Domain,
-    restricted: tuple[Domain, ...],
+    restricted: tuple[Domain, ...] | None,
     head: str | None,
     precision: Precision,
     device: str | torch.device | None,
@@ -166,18 +165,19 @@ def make_setting(
     """Check that model and domains fit each other and return the setting.
 
     Unless the model is to be `trained` for its publisher, failing in train mode is its own
-    affair: an attack on it will be recorded as crashed. Raises DataError or
-    UnsupportedModelError before any work.
+    affair: an attack on it will be recorded as crashed. `restricted` is None for a run that has
+    no such domain. Raises DataError or UnsupportedModelError before any work.
     """
-    if not restricted:
+    if restricted == ():
         raise DataError("no restricted domain: give at least one")
+    restricted = restricted or ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    channels = expected_channels(model) or original.image_shape[0]
-    shapes: list[tuple[int, int, int]] = []
+    channels = task.channels(model) or original.image_shape[0]
+    shapes: list[Shape] = []
     for domain in (original, *restricted):
         check_channels(domain.name, domain.image_shape[0], channels)
-        shapes.append((channels, *domain.image_shape[1:]))
-        check_images(model, shapes[-1], what=f"domain {domain.name!r}", training=trained)
+        task.check(model, domain, (channels, *domain.image_shape[1:]), trained=trained)
+        shapes.append(task.shape((channels, *domain.image_shape[1:])))
     for index, domain in enumerate(restricted):
         check_distinct(original, domain)
         for other in restricted[:index]:
@@ -187,7 +187,7 @@ def make_setting(
         if names.count(name) > 1:
             raise DataError(f"two domains are named {name!r}: give each its own name")
     found = find_head(model, (channels, *original.image_shape[1:]), head)
-    if head_classes(model, found) != original.class_count:
+    if task.classes(original) not in (None, head_classes(model, found)):
         raise UnsupportedModelError(
             f"the model's head {found!r} has {head_classes(model, found)} outputs but the original"
             f" domain {original.name!r} has {original.class_count} classes: give the weights"

@@ -244,9 +244,14 @@ class Rehearsal(Spec):
 
 
 class Guard(Spec):
-    """The intactness guard: checked on the original validation split every `every` rounds."""
+    """The intactness guard: checked on the original validation split every `every` rounds.
+
+    A classifier may lose `tolerance_points` of accuracy; the squared error of a diffusion model may
+    grow by `tolerance_relative` of what it was (0.1: a tenth).
+    """
 
     tolerance_points: NonNegative = 2.0
+    tolerance_relative: NonNegative = 0.1
     every: Positive = 10
     ship: Literal["last", "lowest_query_score"] = "last"
 
@@ -256,7 +261,9 @@ class ProtectSpec(Spec):
 
     seed: Count = 0
     rounds: Positive = 100
-    suppression: Literal["ice", "reversed_logits", "klu", "negated_ce"] = "klu"
+    suppression: Literal["ice", "reversed_logits", "klu", "negated_ce", "dos", "negated_mse"] = (
+        "klu"
+    )
     suppression_steps: Positive = 1
     suppression_rate: Rate = 3e-4
     reinforcement_steps: Count = 1
@@ -269,6 +276,26 @@ class ProtectSpec(Spec):
     guard: Guard = Guard()
     checkpoint_every: Positive = 10
     precision: Precision = "auto"
+
+
+class SampleSpec(Spec):
+    """How the pictures of a diffusion model are judged; nothing of it concerns a classifier.
+
+    `count` pictures (0: none) are drawn from each subject before and after its best attack, in
+    `steps` steps of DDIM; the first `grid` are shown. `extractor` is `classifier` (trained for
+    `extractor_steps` on the classes of both domains), the folder of a classifier, or a file of
+    Inception's weights; `width`, if given, is the number of features it must have. `kid_subset` is
+    KID's, `neighbours` those of precision and recall.
+    """
+
+    count: Count = 128
+    steps: Positive = 25
+    grid: Positive = 16
+    extractor: Name = "classifier"
+    extractor_steps: Positive = 400
+    width: Positive | None = None
+    kid_subset: Annotated[int, Field(ge=2)] = 50
+    neighbours: Positive = 3
 
 
 class AuditSpec(Spec):
@@ -287,6 +314,7 @@ class AuditSpec(Spec):
     batch_size: Positive | None = None
     extra: Annotated[tuple[Strategy, ...], Field(strict=False)] = ()
     precision: Precision = "auto"
+    samples: SampleSpec = SampleSpec()
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -296,7 +324,8 @@ class AuditSpec(Spec):
 
 
 class ModelSpec(Spec):
-    """Which network: `resnet20`, `timm:NAME`, `torchvision:NAME` or a checkpoint by sophon.
+    """Which network: `resnet20`, `timm:NAME`, `torchvision:NAME` or a checkpoint by sophon;
+    for denoising `diffusers:PATH`, a pipeline's or a U-Net's folder, or a U-Net's configuration.
 
     `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only);
     `head` names the classifier layer where it cannot be found; `classes` overrides the number
@@ -314,10 +343,12 @@ class ModelSpec(Spec):
 class DomainSpec(Spec):
     """Where a domain's images come from and how they are cut and normalised.
 
-    `source` is `npz`, `folder`, `torchvision` or `embedded`. Images become `image_size`
+    `source` is `npz`, `folder`, `torchvision`, `embedded` or `prompts`. Images become `image_size`
     squares (shorter side resized, centre cropped) when it is given. `mean` and `std` are per
     channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's coarser labels
-    instead of its own (arrays `coarse_of_fine` and `coarse_names`); `classes` keeps only those
+    instead of its own (arrays `coarse_of_fine` and `coarse_names`), `labels = "none"` makes all
+    images one class, as a diffusion model allows, and reads a folder as it comes, flat or nested.
+    `join` joins train and test and cuts a test split anew. `classes` keeps only those
     labels, renumbered in order; `limit` keeps the first so many training images of each class.
     """
 
@@ -332,10 +363,61 @@ class DomainSpec(Spec):
     validation: Fraction = 0.1
     test: Fraction = 0.2
     split_seed: Count = 0
-    labels: Literal["own", "coarse"] = "own"
+    labels: Literal["own", "coarse", "none"] = "own"
+    join: bool = False
     classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
     limit: Positive | None = None
     weight: Rate = 1.0
+
+
+class ScheduleSpec(Spec):
+    """The noise of a diffusion model that comes without a scheduler: diffusers' DDPM settings."""
+
+    timesteps: Annotated[int, Field(ge=4)] = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: Fraction = 1e-4
+    beta_end: Fraction = 0.02
+
+
+class TaskSpec(Spec):
+    """What the model does: `classification`, or `denoising` for a diffusion model.
+
+    `prediction` is what a diffusion model predicts; a pipeline's scheduler says so itself, as it
+    says the schedule. `timestep` trains, suppresses and evaluates at that one timestep instead of
+    all of them: the released research code uses 1.
+    """
+
+    name: Literal["classification", "denoising"] = "classification"
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    timestep: Count | None = None
+    schedule: ScheduleSpec | None = None
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        given = [n for n in ("prediction", "timestep", "schedule") if getattr(self, n) is not None]
+        if self.name == "classification" and given:
+            raise ValueError(f"{given[0]} is a setting of name = 'denoising'")
+        return self
+
+
+class PretrainSpec(Spec):
+    """How `pretrain` trains the model of a run on its original domain.
+
+    AdamW with warm-up and a cosine; `ema_decay` ships the exponential moving average of the weights
+    (without one: 0.999 for a diffusion model, none for a classifier; 0 for none).
+    """
+
+    seed: Count = 0
+    steps: Positive = 2000
+    batch_size: Positive = 64
+    learning_rate: Rate = 1e-3
+    weight_decay: NonNegative = 0.01
+    warmup_steps: Count = 0
+    clip_norm: Rate | None = 1.0
+    augmentation: Augmentation = "flip"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    every: Positive = 100
+    precision: Precision = "auto"
 
 
 class RunSpec(Spec):
@@ -346,10 +428,12 @@ class RunSpec(Spec):
     """
 
     model: ModelSpec
+    task: TaskSpec = TaskSpec()
     original: DomainSpec
     restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False, min_length=1)]
     held_out: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
     benign: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
+    pretrain: PretrainSpec = PretrainSpec()
     protect: ProtectSpec = ProtectSpec()
     audit: AuditSpec = AuditSpec()
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sophon._records import Score, Trial
+from sophon._metric_kinds import KINDS, MetricKind
+from sophon._records import Measurement, Score, Trial
 from sophon._specs import Strategy
 
 DRAWS = 4000
@@ -59,6 +60,14 @@ def wilson(score: Score) -> Interval:
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     return Interval(max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+
+
+def interval_of(score: Measurement) -> Interval:
+    """Return the 95 % interval of a score's value: Wilson's of a proportion, normal of a mean."""
+    if isinstance(score, Score):
+        return wilson(score)
+    half = _Z * math.sqrt(score.variance / score.total)
+    return Interval(score.value - half, score.value + half)
 
 
 def budgets(trials: Sequence[Trial]) -> list[int]:
@@ -192,20 +201,24 @@ def advantage_removed(
     scratch: NDArray[np.float64],
     *,
     images: int,
+    variances: Sequence[float | None] = (None, None, None),
+    kind: MetricKind = KINDS["accuracy"],
 ) -> Estimate:
     """Return (A_unprotected - A_protected) / (A_unprotected - A_scratch) from areas by seed.
 
     0: protection bought nothing; 1: the weights are worth no more than a fresh network. It is
     defined only where unprotected and scratch differ by more than their interval. Intervals
-    resample the attack seeds and add the binomial error of `images` validation images; with one
-    seed that error alone decides whether the value is defined, and no interval is given.
+    resample the attack seeds and add the error of `images` validation images, binomial unless one
+    image's variance is given; with one seed that error alone decides whether the value is defined,
+    and no interval is given.
     """
     if not (len(protected) and len(unprotected) and len(scratch)):
         return Estimate(None, None, False, "a subject has no measured attack")
     gap = float(unprotected.mean() - scratch.mean())
-    p, u, s = (_draws(v, images, i) for i, v in enumerate((protected, unprotected, scratch)))
+    held_areas = zip((protected, unprotected, scratch), variances, strict=True)
+    p, u, s = (_draws(v, images, i, variance) for i, (v, variance) in enumerate(held_areas))
     if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
-        return Estimate(None, None, False, _tells_nothing(gap))
+        return Estimate(None, None, False, _tells_nothing(kind.gap(gap)))
     value = float(unprotected.mean() - protected.mean()) / gap
     if min(len(protected), len(unprotected), len(scratch)) < 2:
         return Estimate(value, None, True)
@@ -213,22 +226,24 @@ def advantage_removed(
     return Estimate(value, percentile_interval((u - p)[held] / (u - s)[held]), True)
 
 
-def _draws(areas: NDArray[np.float64], images: int, seed: int) -> NDArray[np.float64]:
-    """Return draws of a subject's mean area: seeds resampled, and noise of finitely many images.
-
-    """
+def _draws(
+    areas: NDArray[np.float64], images: int, seed: int, variance: float | None
+) -> NDArray[np.float64]:
+    """Return draws of a subject's mean area: seeds resampled, and noise of finitely many images."""
     mean, n = float(areas.mean()), len(areas)
     resampled = bootstrap(areas, seed=seed)
     if n > 1:
         resampled = mean + (resampled - mean) * _widening(n)
-    error = math.sqrt(max(mean * (1 - mean), 0.0) / images)
+    if variance is None:
+        variance = max(mean * (1 - mean), 0.0)
+    error = math.sqrt(variance / images)
     noise: NDArray[np.float64] = np.random.default_rng(100 + seed).normal(0.0, error, DRAWS)
     return resampled + noise
 
 
-def _tells_nothing(gap: float) -> str:
+def _tells_nothing(gap: str) -> str:
     return (
-        f"the unprotected model leads a fresh one by only {100 * gap:.1f} points on average over"
+        f"the unprotected model leads a fresh one by only {gap} on average over"
         " the budget: this pair and budget tell nothing"
     )
 

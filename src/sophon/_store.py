@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from sophon._errors import CheckpointError
-from sophon._files import write_new_text
+from sophon._files import read_json, write_json, write_new_text
 from sophon._records import Trial
 
 
@@ -53,3 +54,26 @@ class TrialStore:
             return
         number = len(list(self.folder.glob(f"{key}.crashed-*.json"))) + 1
         (self.folder / f"{key}.json").replace(self.folder / f"{key}.crashed-{number}.json")
+
+
+class DocumentStore:
+    """A folder of small JSON documents by key; without a folder they are kept in memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._memory: dict[str, dict[str, Any]] = {}
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the stored document, or None. Raises CheckpointError if its file is damaged."""
+        if self.folder is None:
+            return self._memory.get(key)
+        path = self.folder / f"{key}.json"
+        return read_json(path) if path.is_file() else None
+
+    def put(self, key: str, document: dict[str, Any]) -> None:
+        """Store a document, whole or not at all."""
+        if self.folder is None:
+            self._memory[key] = document
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / f"{key}.json", document)

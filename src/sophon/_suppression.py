@@ -2,7 +2,8 @@
 
 Each is a pure function `(outputs, targets) -> Tensor` of shape (batch,), to be minimised. For
 classification `outputs` are logits (batch, classes) and `targets` labels (batch,). All are
-finite with finite gradients on logits up to 1e30 in size (float32) and up to 1000 classes.
+finite with finite gradients on logits up to 1e30 in size (float32) and up to 1000 classes. For
+denoising both are (batch, channels, height, width): a prediction and what it should have been.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sophon._errors import SpecError
 
 Suppression = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,9 +61,43 @@ def negated_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(outputs, targets, reduction="none")
 
 
+def denial_of_service(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean square of the prediction: DoS (arXiv 2404.12699, eq. 11).
+
+    Gradient: 2 / n of each of its n elements. A network that predicts nothing minimises it: bounded
+    below, unlike ascent on the error. The targets are not used.
+    """
+    del targets
+    return outputs.square().flatten(1).mean(1)
+
+
+def negated_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return -MSE: plain ascent on the task loss, unbounded below.
+
+    It diverges; kept as the ablation that motivates DoS.
+    """
+    return -(outputs - targets).square().flatten(1).mean(1)
+
+
 SUPPRESSIONS: dict[str, Suppression] = {
     "ice": inverse_cross_entropy,
     "reversed_logits": reversed_logits,
     "klu": kl_from_uniform,
     "negated_ce": negated_cross_entropy,
+    "dos": denial_of_service,
+    "negated_mse": negated_squared_error,
 }
+# Which of them turn what: by the metric of the task.
+FITTING: dict[str, tuple[str, ...]] = {
+    "accuracy": ("ice", "reversed_logits", "klu", "negated_ce"),
+    "mse": ("dos", "negated_mse"),
+}
+
+
+def require_fitting(name: str, metric: str) -> None:
+    """Raise SpecError unless the loss is one for the task that `metric` scores."""
+    if name not in FITTING[metric]:
+        raise SpecError(
+            f"protect.suppression = {name!r} does not fit this task: use one of"
+            f" {', '.join(FITTING[metric])}"
+        )

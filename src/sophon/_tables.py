@@ -9,15 +9,14 @@ import numpy as np
 
 from sophon._depth import depth_rows
 from sophon._flags import trials_of
-from sophon._records import AuditRecord, DomainRecord, Score, Trial
-from sophon._rendering import NONE, Table, percent, score_text, table, with_interval
+from sophon._metric_kinds import NONE, kind_of_record, measurement, shown
+from sophon._pictures import pictures_of
+from sophon._records import AuditRecord, DomainRecord, ErrorScore, Measurement, Trial
+from sophon._rendering import Table, percent, score_text, table, with_interval
 from sophon._specs import Strategy, shared_fields
-from sophon._statistics import Estimate, best_of, wilson
+from sophon._statistics import Estimate, best_of, interval_of
 from sophon._survival import Recovery
-from sophon._verdict import RECOVERED, SUBJECTS, DomainSummary, Ratio
-
-_GOAL = f"{100 * RECOVERED:.0f} %"
-
+from sophon._verdict import SUBJECTS, DomainSummary, Ratio
 
 # --- One domain -----------------------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
         rows.append(
             (
                 name,
-                percent(subject.best),
+                summary.kind.shown(subject.best),
                 score_text(subject.test),
                 _cost(subject.to_unprotected),
                 _median(subject.recovery),
@@ -74,9 +73,9 @@ def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
         "subject",
         "best validation",
         "test (95 %)",
-        f"steps to {_GOAL} of unprotected",
+        f"steps to {summary.kind.goal}",
         "median seed",
-        f"steps to {_GOAL} of scratch",
+        "steps to 90 % of scratch",
         "won by",
     )
     note = (
@@ -107,7 +106,10 @@ def envelopes(summary: DomainSummary) -> Table:
     for position, budget in enumerate(summary.budgets):
         held = [summary.subjects.get(name) for name in SUBJECTS]
         rows.append(
-            [str(budget), *(percent(s.points[position].value) if s else NONE for s in held)]
+            [
+                str(budget),
+                *(summary.kind.shown(s.points[position].value) if s else NONE for s in held),
+            ]
         )
     return table(("steps", *SUBJECTS), rows)
 
@@ -123,16 +125,14 @@ def best_by_attack(trials: Iterable[Trial]) -> dict[Strategy, float]:
 
 def distribution(record: AuditRecord, summary: DomainSummary) -> Table:
     """Return how the best scores of all attacks spread, the worst case first."""
-    target = None
-    if "unprotected" in summary.subjects:
-        target = RECOVERED * summary.subjects["unprotected"].best
+    target, kind = summary.goal, summary.kind
     rows = []
     for name in summary.subjects:
         held = best_by_attack(trials_of(record, summary.domain.name, name)).values()
         values = np.array(sorted(held))
         quantiles = np.quantile(values, [1.0, 0.9, 0.5, 0.1]).tolist()
         there = NONE if target is None else f"{int((values >= target).sum())} of {len(values)}"
-        rows.append((name, *map(percent, quantiles), there))
+        rows.append((name, *map(kind.shown, quantiles), there))
     return table(
         (
             "subject",
@@ -140,7 +140,7 @@ def distribution(record: AuditRecord, summary: DomainSummary) -> Table:
             "upper tenth",
             "median attack",
             "lower tenth",
-            f"attacks that reach {_GOAL} of unprotected",
+            f"attacks that reach {kind.goal}",
         ),
         rows,
         "Each attack counts once, with its best validation score; the verdict rests on the worst"
@@ -150,11 +150,12 @@ def distribution(record: AuditRecord, summary: DomainSummary) -> Table:
 
 def depth(record: AuditRecord, domain: str) -> Table | None:
     """Return the advantage an attacker keeps by the number of blocks taken, if it was tried."""
+    kind = kind_of_record(record)
     rows = [
         (
             f"{row.kept} of {row.blocks}",
             *(
-                f"{percent(row.areas[name])} ({percent(row.shares[name], 0)})"
+                f"{kind.shown(row.areas[name])} ({percent(row.shares[name], 0)})"
                 if name in row.areas
                 else NONE
                 for name in SUBJECTS
@@ -170,6 +171,64 @@ def depth(record: AuditRecord, domain: str) -> Table | None:
         " model's lead over a fresh network. Two attacks a row, the first attack seed."
     )
     return table(("blocks kept", *SUBJECTS), rows, note)
+
+
+# --- Pictures and timesteps of a diffusion model --------------------------------------------------
+
+
+def quarters(record: AuditRecord, summary: DomainSummary) -> Table | None:
+    """Return the winners' test errors in each quarter of the timesteps; None where there are none.
+
+    The originals' stand below.
+    """
+    held = [(f"{n}, attacked", s.test) for n, s in summary.subjects.items()]
+    held += [(f"{s.name}, {record.original.name}", s.original) for s in record.subjects]
+    rows = [
+        (name, *(f"{value:.4f}" for value in (*score.quarters, score.mse)))
+        for name, score in held
+        if isinstance(score, ErrorScore) and score.quarters
+    ]
+    if not rows:
+        return None
+    note = "Mean squared error on test images; the first quarter of timesteps has the least noise."
+    return table(("subject", "quarter 1", "quarter 2", "quarter 3", "quarter 4", "all"), rows, note)
+
+
+def pictures(record: AuditRecord, domain: str) -> Table | None:
+    """Return how far drawn pictures are from real ones; None where none were drawn."""
+    held = [row for row in record.samples if row.attacked == domain]
+    if not held:
+        return None
+    rows = [
+        (
+            row.subject,
+            "after its best attack" if row.attack else "as it is",
+            row.domain,
+            f"{row.kid:.4f} ({row.kid_std:.4f})",
+            f"{row.fid:.2f}",
+            percent(row.precision, 0),
+            percent(row.recall, 0),
+        )
+        for row in held
+    ]
+    one = held[0]
+    note = (
+        f"{one.count} pictures each, DDIM in {one.steps} steps from the same noise, against"
+        f" {', '.join(sorted({f'{row.images} test images of {row.domain}' for row in held}))}."
+        f" Features: {one.extractor}, {one.features} of them. Distances on other features are other"
+        " numbers. In brackets: standard deviation over KID's subsets."
+    )
+    header = ("subject", "when", "compared with", "KID", "FID", "precision", "recall")
+    return table(header, rows, note)
+
+
+def sheets(record: AuditRecord, domain: str) -> list[tuple[str, str]]:
+    """Return captions and data URIs of the pictures of each subject."""
+    return [
+        (f"{row.subject}, {row.attack or 'as it is'}", row.grid)
+        for row in pictures_of(record, domain)
+        if row.grid
+    ]
 
 
 # --- Other domains --------------------------------------------------------------------------------
@@ -197,7 +256,7 @@ def secondary_table(summaries: Sequence[DomainSummary], *, benign: bool) -> Tabl
                 word,
                 removed_text(summary.advantage),
                 ratio_text(summary.slowing),
-                *(percent(s.test.value) if s and s.test else NONE for s in held),
+                *(shown(s.test) if s else NONE for s in held),
                 flags,
             )
         )
@@ -227,7 +286,8 @@ def original_table(record: AuditRecord) -> Table:
             row = (subject.name, score_text(claim), row[1], _agree(claim, subject.original))
         rows.append(row)
     if not claims:
-        return table(("model", "test accuracy (95 %)"), rows)
+        noun = kind_of_record(record).noun
+        return table(("model", f"test {noun} (95 %)"), rows)
     return table(
         ("model", "reported, validation (95 %)", "re-measured, test (95 %)", "agreement"),
         rows,
@@ -236,21 +296,21 @@ def original_table(record: AuditRecord) -> Table:
     )
 
 
-def reported(record: AuditRecord) -> dict[str, Score]:
+def reported(record: AuditRecord) -> dict[str, Measurement]:
     """Return the scores on the original domain that the checkpoint claims, by subject."""
     held = record.protection or {}
-    found: dict[str, Score] = {}
+    found: dict[str, Measurement] = {}
     for name, key in (("unprotected", "validation_before"), ("protected", "validation_after")):
         claim = held.get(key)
-        if isinstance(claim, dict) and {"correct", "total"} <= claim.keys():
-            found[name] = Score(correct=claim["correct"], total=claim["total"])
+        if isinstance(claim, dict) and "total" in claim:
+            found[name] = measurement(claim)
     return found
 
 
-def _agree(claim: Score | None, measured: Score) -> str:
+def _agree(claim: Measurement | None, measured: Measurement) -> str:
     if claim is None:
         return NONE
-    one, other = wilson(claim), wilson(measured)
+    one, other = interval_of(claim), interval_of(measured)
     if one.low > other.high:
         return "less than reported"
     return "more than reported" if one.high < other.low else "within both intervals"
@@ -304,7 +364,7 @@ def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
 
 def trial_table(record: AuditRecord) -> Table:
     """Return every trial."""
-    shared = shared_fields(trial.strategy for trial in record.trials)
+    shared, kind = shared_fields(t.strategy for t in record.trials), kind_of_record(record)
     header = (
         "domain",
         "subject",
@@ -322,9 +382,9 @@ def trial_table(record: AuditRecord) -> Table:
             trial.subject,
             trial.strategy.label(shared),
             str(trial.seed),
-            percent(best_of(trial)) if trial.curve else NONE,
+            kind.shown(best_of(trial)) if trial.curve else NONE,
             NONE if trial.best_step is None else str(trial.best_step),
-            NONE if trial.test is None else percent(trial.test.value),
+            shown(trial.test),
             _ended(trial),
             f"{trial.wall_s:.1f}",
         )
@@ -358,7 +418,7 @@ def verdict_table(summaries: Sequence[DomainSummary], record: AuditRecord) -> li
                 (
                     summary.domain.name,
                     name,
-                    percent(subject.best),
+                    summary.kind.shown(subject.best),
                     score_text(subject.test),
                     subject.winner.strategy.label(shared),
                     summary.text if name == "protected" else "",

@@ -22,9 +22,9 @@ from sophon._records import (
     Completed,
     Crashed,
     Diverged,
+    Measurement,
     Outcome,
     Point,
-    Score,
     Stopped,
     Trial,
 )
@@ -116,7 +116,15 @@ class Bench:
             environment=environment(self.setting.device, self.setting.precision),
         )
 
-    def _attack(self, assignment: Assignment, start: Start, progress: _Progress) -> Outcome:
+    def attacked(self, assignment: Assignment, start: Start, steps: int) -> nn.Module:
+        """Return the network that an attack leaves after `steps` steps, adapters merged."""
+        tuning = self._begun(assignment, start)
+        for _ in tuning.run(max(0, steps - tuning.taken)):
+            pass
+        return merged_lora(tuning.model)
+
+    def _begun(self, assignment: Assignment, start: Start) -> FineTuning:
+        """Return an attack before its first step."""
         domain, strategy, seed = assignment.domain, assignment.strategy, assignment.seed
         model = copy.deepcopy(start.model)
         stream = (seed, ("attack",))
@@ -127,16 +135,19 @@ class Bench:
             stream=(seed, ("attack", "batches")),
             augmentation=strategy.augmentation,
         )
+        classes = self.setting.task.classes(domain)
         prepared = attacker_copy(
-            model, strategy, self.setting, classes=domain.class_count, feed=feed, stream=stream
+            model, strategy, self.setting, classes=classes, feed=feed, stream=stream
         )
-        tuning = FineTuning(
-            model, strategy, self.setting, feed, stream=stream, taken=prepared.spent
-        )
+        return FineTuning(model, strategy, self.setting, feed, stream=stream, taken=prepared.spent)
+
+    def _attack(self, assignment: Assignment, start: Start, progress: _Progress) -> Outcome:
+        tuning, domain = self._begun(assignment, start), assignment.domain
         outcome = self._advance(tuning, domain, progress, assignment.stop)
         if progress.best is not None:
-            model.load_state_dict(progress.best)
-            progress.test = evaluate(merged_lora(model), tuning.setting, domain, domain.test)
+            tuning.model.load_state_dict(progress.best)
+            merged = merged_lora(tuning.model)
+            progress.test = evaluate(merged, tuning.setting, domain, domain.test)
         return outcome
 
     def _advance(
@@ -173,7 +184,7 @@ class Bench:
         with setting.autocast(), batch_norm_reestimated(model, batches) as anew:
             if anew:
                 other = evaluate(model, setting, domain, domain.validation)
-                reestimated = other.correct > score.correct
+                reestimated = other.value > score.value
                 if reestimated:
                     score = other
                     progress.met(tuning.taken, score, model)
@@ -194,13 +205,13 @@ class _Progress:
 
     curve: list[Point] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
-    best_score: Score | None = None
+    best_score: Measurement | None = None
     best_step: int | None = None
-    test: Score | None = None
+    test: Measurement | None = None
 
-    def met(self, step: int, score: Score, model: nn.Module) -> None:
+    def met(self, step: int, score: Measurement, model: nn.Module) -> None:
         """Remember the weights if they are the best so far."""
-        if self.best_score is None or score.correct > self.best_score.correct:
+        if self.best_score is None or score.value > self.best_score.value:
             self.best_score, self.best_step = score, step
             self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
 

@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 from sophon._checks import CHECKS
 from sophon._errors import AuditError
 from sophon._flags import Flag, trials_of
-from sophon._records import AuditRecord, DomainRecord, Score, Trial
+from sophon._metric_kinds import MetricKind, kind_of_record
+from sophon._pictures import bearing
+from sophon._records import AuditRecord, DomainRecord, ErrorScore, Measurement, Trial
 from sophon._specs import Subject
 from sophon._statistics import (
     Cost,
@@ -23,7 +25,7 @@ from sophon._statistics import (
     by_seed,
     cost_to_recover,
     envelope,
-    wilson,
+    interval_of,
     winner,
 )
 from sophon._survival import Recovery, logrank, ratio_interval, recovery
@@ -58,7 +60,7 @@ class SubjectSummary:
     band: tuple[Interval, ...]
     best: float
     winner: Trial
-    test: Score | None
+    test: Measurement | None
     test_interval: Interval | None
     area: float
     to_unprotected: Cost | None
@@ -85,10 +87,13 @@ class DomainSummary:
 
     `slowing` compares what the protected and the unprotected model cost to recover, `logrank_p`
     says how likely such a difference is between equal models; `fraction` is what the protected
-    model costs of what a fresh network does.
+    model costs of what a fresh network does. `kind` is that of the scores, `goal` the validation
+    score that counts as recovered.
     """
 
     domain: DomainRecord
+    kind: MetricKind
+    goal: float | None
     budgets: tuple[int, ...]
     subjects: dict[str, SubjectSummary]
     advantage: Estimate
@@ -151,13 +156,19 @@ def _summarise(
 ) -> DomainSummary:
     trials = trials_of(record, domain.name)
     at = budgets(trials)
-    subjects = _subjects(trials, at)
+    kind = kind_of_record(record)
+    subjects = _subjects(trials, at, kind)
     areas = {name: area(at, by_seed(_of(trials, name), at)) for name in subjects}
     missing = [name for name in SUBJECTS if name not in subjects]
     if missing:
         advantage = Estimate(None, None, False, f"no measured attack on {', '.join(missing)}")
     else:
-        advantage = advantage_removed(*(areas[n] for n in SUBJECTS), images=domain.validation)
+        advantage = advantage_removed(
+            *(areas[n] for n in SUBJECTS),
+            images=domain.validation,
+            variances=[_variance(subjects[n]) for n in SUBJECTS],
+            kind=kind,
+        )
     slowing, fraction = _ratio(subjects, "unprotected"), _ratio(subjects, "scratch")
     flags = tuple(
         flag for check in CHECKS.values() if (flag := check(record, domain.name)) is not None
@@ -169,11 +180,15 @@ def _summarise(
     p = logrank(*costs) if len(costs) == 2 else None
     surely = seeds is None or _surely_slower(slowing, p)
     verdict, reasons = _judge(subjects, advantage, (slowing, surely), flags, seeds)
+    if record.task == "denoising" and verdict in ("withstood", "slowed"):
+        verdict, reasons = _with_pictures(record, domain.name, verdict, reasons)
     if domain.role == "restricted" and verdict in ("withstood", "slowed"):
         untrainable, more = _beside(advantage, allowed)
         verdict, reasons = "untrainable" if untrainable else verdict, (*reasons, *more)
     return DomainSummary(
         domain=domain,
+        kind=kind,
+        goal=_goals(trials, kind)["unprotected"],
         budgets=tuple(at),
         subjects=subjects,
         advantage=advantage,
@@ -190,8 +205,38 @@ def _of(trials: list[Trial], subject: str) -> list[Trial]:
     return [trial for trial in trials if trial.subject == subject and trial.curve]
 
 
-def _subjects(trials: list[Trial], at: list[int]) -> dict[str, SubjectSummary]:
+def _goals(trials: list[Trial], kind: MetricKind) -> dict[Subject, float | None]:
+    """Return the scores at which a subject's best counts as reached again.
+
+    It is 90 % of the way from a floor: nothing at all or, of the unprotected model where the kind
+    of score says so, what a fresh network reaches.
+    """
     bests = {name: max((best_of(t) for t in _of(trials, name)), default=None) for name in SUBJECTS}
+    floors: dict[Subject, float] = {"unprotected": kind.floor(bests["scratch"]), "scratch": 0.0}
+    return {
+        name: None if bests[name] is None else floor + RECOVERED * ((bests[name] or 0.0) - floor)
+        for name, floor in floors.items()
+    }
+
+
+def _variance(subject: SubjectSummary) -> float | None:
+    """Return the variance of one image's error at the winner's best; None of a proportion."""
+    scores = [p.validation for p in subject.winner.curve if p.step == subject.winner.best_step]
+    held = [score.variance for score in scores if isinstance(score, ErrorScore)]
+    return held[-1] if held else None
+
+
+def _with_pictures(
+    record: AuditRecord, domain: str, verdict: Verdict, reasons: tuple[str, ...]
+) -> tuple[Verdict, tuple[str, ...]]:
+    """Return what is left of a diffusion model's good verdict once its pictures are looked at."""
+    said = bearing(record, domain)
+    after: dict[str, Verdict] = {"for": verdict, "against": "not protected", "none": "void"}
+    return after[said.kind], (*reasons, said.reason)
+
+
+def _subjects(trials: list[Trial], at: list[int], kind: MetricKind) -> dict[str, SubjectSummary]:
+    goals = _goals(trials, kind)
     summaries: dict[str, SubjectSummary] = {}
     for name in SUBJECTS:
         held = _of(trials, name)
@@ -202,10 +247,10 @@ def _subjects(trials: list[Trial], at: list[int]) -> dict[str, SubjectSummary]:
         rows = by_seed(held, at)
 
         def cost(target: float | None, points: list[EnvelopePoint] = points) -> Cost | None:
-            return None if target is None else cost_to_recover(points, RECOVERED * target)
+            return None if target is None else cost_to_recover(points, target)
 
         def by_seeds(target: float | None, held: list[Trial] = held) -> Recovery | None:
-            return None if target is None else recovery(held, at, RECOVERED * target)
+            return None if target is None else recovery(held, at, target)
 
         summaries[name] = SubjectSummary(
             name=name,
@@ -215,12 +260,12 @@ def _subjects(trials: list[Trial], at: list[int]) -> dict[str, SubjectSummary]:
             best=best_of(best),
             winner=best,
             test=best.test,
-            test_interval=None if best.test is None else wilson(best.test),
+            test_interval=None if best.test is None else interval_of(best.test),
             area=float(area(at, rows).mean()),
-            to_unprotected=cost(bests["unprotected"]),
-            to_scratch=cost(bests["scratch"]),
-            recovery=by_seeds(bests["unprotected"]),
-            recovery_scratch=by_seeds(bests["scratch"]),
+            to_unprotected=cost(goals["unprotected"]),
+            to_scratch=cost(goals["scratch"]),
+            recovery=by_seeds(goals["unprotected"]),
+            recovery_scratch=by_seeds(goals["scratch"]),
         )
     return summaries
 

@@ -14,6 +14,7 @@ from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy
 from sophon._models import blocks, tracked_batch_norms
 from sophon._records import Vitals
+from sophon._seeding import generator
 from sophon._setting import Setting
 from sophon._specs import Strategy
 
@@ -57,9 +58,10 @@ def block_count(model: nn.Module, head: str) -> int:
 def _largest_logit(model: nn.Module, setting: Setting) -> float | None:
     domain = setting.original
     feed = setting.feed(domain, domain.validation, batch_size=_IMAGES)
-    images, _ = next(iter(feed.in_order()))
+    images, labels = next(iter(feed.in_order()))
     model.eval()
-    return finite(float(model(images).abs().max()))
+    outputs, _ = setting.task.outputs(model, images, labels, generator(0, "vitals"))
+    return finite(float(outputs.abs().max()))
 
 
 def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float | None:
@@ -68,7 +70,8 @@ def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float 
     feed = setting.feed(domain, domain.train, batch_size=strategy.batch_size)
     stream = (0, ("vitals",))
     attacker = copy.deepcopy(model)
-    attacker_copy(attacker, strategy, setting, classes=domain.class_count, feed=feed, stream=stream)
+    classes = setting.task.classes(domain)
+    attacker_copy(attacker, strategy, setting, classes=classes, feed=feed, stream=stream)
     tuning = FineTuning(attacker, strategy, setting, feed, stream=stream)
     return finite(float(tuning.gradient_norm()))
 

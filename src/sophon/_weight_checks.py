@@ -6,6 +6,7 @@ Pure functions of a record, as in `_checks`; records without vitals raise none o
 from __future__ import annotations
 
 from sophon._flags import Flag, trials_of
+from sophon._metric_kinds import kind_of_record
 from sophon._records import AuditRecord, Vitals
 from sophon._specs import FreshHead, Strategy
 from sophon._statistics import best_of
@@ -117,18 +118,20 @@ def _had_norms(after: Vitals, before: Vitals | None) -> bool:
 
 
 def head_alone(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if a fresh head gets ten points further than the head as it is."""
+    """Return a flag if a fresh head gets far further than the head as it is."""
+    kind = kind_of_record(record)
     trials = [t for t in trials_of(record, domain, "protected") if t.curve]
     fresh = [best_of(t) for t in trials if _fresh_head_only(t.strategy)]
     kept = [best_of(t) for t in trials if not t.strategy.preparations]
-    if not fresh or not kept or max(fresh) - max(kept) <= 0.1:
+    if not fresh or not kept or max(fresh) - max(kept) <= kind.far(max(fresh)):
         return None
     return Flag(
         "the head alone resists",
-        "attacks that only replace the head get over 10 points further than those that keep it",
+        f"attacks that only replace the head get over {kind.far_words} further than those that"
+        " keep it",
         "Every attacker replaces the head; a defence that sits there is none.",
         "Judge by the attacks with a fresh head.",
-        f"{100 * max(fresh):.1f} against {100 * max(kept):.1f} %",
+        f"{kind.show(max(fresh), 1)} against {kind.show(max(kept), 1)}",
     )
 
 

@@ -122,6 +122,8 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     for folder in {out, store or out}:
         require_outside(folder, run_file, settings)
     case = load(run_file, settings, threads)
+    if controls and case.task.metric != "accuracy":
+        raise SpecError("--controls makes classifiers that only look protected: not for denoising")
     if controls:
         run_controls(case, out, mode, **placed)
     elif model is not None:
@@ -188,12 +190,13 @@ def run_audit(
         restricted=case.restricted,
         held_out=case.held_out,
         benign=case.benign,
+        task=case.task,
         spec=case.spec.audit,
         store=store,
         scratch=case.scratch,
         head=case.network.head,
         about={
-            "model": case.network.name,
+            "model": case.name,
             "command": command_line(),
             "protection": protection,
             "note": note,

@@ -15,8 +15,10 @@ from sophon._cli.application import Json, Quiet, RunFile, Settings, Threads, app
 from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
     mode_of,
+    run_pretraining,
     run_protection,
     show_forecast,
+    show_pretrained,
     show_protected,
     show_verdict,
 )
@@ -74,6 +76,30 @@ def protect(
 
 @app.command(
     epilog="\b\nExamples:\n"
+    "  sophon pretrain run.toml --out runs/base\n"
+    "  sophon pretrain run.toml --out runs/base --set pretrain.steps=5000\n"
+)
+@guarded
+def pretrain(
+    run_file: RunFile,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
+    ],
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    threads: Threads = None,
+) -> None:
+    """Train the model of RUN.TOML on its original domain; repeat the command to resume."""
+    from sophon._runs import load, require_place
+
+    mode = mode_of(quiet, as_json)
+    require_place(out)
+    show_pretrained(run_pretraining(load(run_file, settings, threads), out, mode), out, mode)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
     "  sophon evaluate run.toml\n"
     "  sophon evaluate run.toml --model runs/p1 --split test\n"
 )
@@ -91,27 +117,29 @@ def evaluate(
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Print the accuracy on the original domain with its 95 % interval (Wilson)."""
+    """Print the score on the original domain with its 95 % interval."""
     if split not in ("validation", "test"):
         raise SpecError(f"--split = {split!r}: use validation or test")
+    from sophon._metric_kinds import kind_of
     from sophon._metrics import evaluate as measure
-    from sophon._progress import percent
     from sophon._runs import load, load_subject
-    from sophon._statistics import wilson
+    from sophon._statistics import interval_of
 
     case = load(run_file, settings, threads)
     setting = case.setting()
     subject = case.model if model is None else load_subject(case, model)[0]
     images = case.original.test if split == "test" else case.original.validation
     score = measure(setting.place(subject), setting, case.original, images)
-    interval = wilson(score)
+    interval = interval_of(score)
+    kind = kind_of(score)
+    low, high = kind.interval(interval)
     if as_json:
         held = {"split": split, **score.model_dump(), "low": interval.low, "high": interval.high}
         typer.echo(json.dumps({"event": "summary", "domain": case.original.name, **held}))
         return
     typer.echo(
-        f"{case.original.name} {split}: {percent(score.value)} of {score.total} images"
-        f" (95 % interval {percent(interval.low)} to {percent(interval.high)})"
+        f"{case.original.name} {split}: {kind.noun} {kind.show(score.value, 1)} on {score.total}"
+        f" images (95 % interval {low} to {high})"
     )
 
 

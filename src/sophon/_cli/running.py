@@ -14,6 +14,7 @@ from sophon._cli.application import stopping
 
 if TYPE_CHECKING:
     from sophon._comparison import Comparison
+    from sophon._pretrain import Pretrained
     from sophon._progress import Mode
     from sophon._protect import Protected
     from sophon._report import Report
@@ -29,13 +30,15 @@ def mode_of(quiet: bool, as_json: bool) -> Mode:
 
 def run_protection(case: Case, out: Path, mode: Mode) -> Protected:
     """Run or resume a protection in `out`."""
-    from sophon._progress import Display, percent, round_text
+    from sophon._metric_kinds import kind_of
+    from sophon._progress import Display, round_text
     from sophon._protect import Protection
 
     run = Protection(
         case.model,
         original=case.original,
         restricted=case.restricted,
+        task=case.task,
         spec=case.spec.protect,
         out=out,
         head=case.network.head,
@@ -45,23 +48,62 @@ def run_protection(case: Case, out: Path, mode: Mode) -> Protected:
         finished = run.done == len(run)
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
         typer.echo(f"{out} {state}", err=True)
-    guard = ""
+    guard, kind = "", kind_of(run.guard.before)
     display = Display(mode, noun="round", total=len(run), todo=len(run) - run.done)
     with stopping() as stop, display:
         display.start_at(run.done)
         for record in run:
             if record.guard_score is not None:
-                guard = f"{percent(record.guard_score)} ({record.guard})"
-            display.step(record.model_dump(mode="json"), round_text(record, guard))
+                guard = f"{kind.show(record.guard_score, 1)} ({record.guard})"
+            text = round_text(kind.show(record.query_score, 1), guard)
+            display.step(record.model_dump(mode="json"), text)
             if stop.asked and run.done < len(run):
                 run.save()
                 raise KeyboardInterrupt
     return run.result()
 
 
+def run_pretraining(case: Case, out: Path, mode: Mode) -> Pretrained:
+    """Run or resume the training of the original task's model in `out`."""
+    from sophon._pretrain import Pretraining
+    from sophon._progress import Display, stage_text
+
+    run = Pretraining(
+        case.model,
+        original=case.original,
+        task=case.task,
+        spec=case.spec.pretrain,
+        out=out,
+        model_spec=case.network,
+    )
+    if run.done and mode in ("bar", "lines"):
+        typer.echo(f"{out} resumes after step {run.stages[-1].step}", err=True)
+    display = Display(mode, noun="stage", total=len(run), todo=len(run) - run.done)
+    with stopping() as stop, display:
+        display.start_at(run.done)
+        for stage in run:
+            display.step(stage.model_dump(mode="json"), stage_text(stage))
+            if stop.asked and run.done < len(run):
+                raise KeyboardInterrupt
+    return run.result()
+
+
+def show_pretrained(result: Pretrained, out: Path, mode: Mode) -> None:
+    """Print what pre-training made."""
+    from sophon._metric_kinds import kind_of, shown
+
+    file = out / "model.safetensors"
+    if mode == "json":
+        held = {"validation": result.score.model_dump(), "file": str(file)}
+        typer.echo(json.dumps({"event": "summary", **held}))
+        return
+    score = f"{shown(result.score)} ({kind_of(result.score).noun})"
+    typer.echo(f"trained: validation {score} after {result.stages[-1].step} steps; {file}")
+
+
 def show_protected(result: Protected, out: Path, mode: Mode) -> None:
     """Print what protection made."""
-    from sophon._progress import percent
+    from sophon._metric_kinds import shown
 
     file = out / "model.safetensors"
     if mode == "json":
@@ -76,8 +118,8 @@ def show_protected(result: Protected, out: Path, mode: Mode) -> None:
         typer.echo(json.dumps(summary))
         return
     typer.echo(
-        f"protected: original validation {percent(result.before.value)} before,"
-        f" {percent(result.after.value)} after; weights of round {result.shipped_round} of"
+        f"protected: original validation {shown(result.before)} before,"
+        f" {shown(result.after)} after; weights of round {result.shipped_round} of"
         f" {len(result.rounds)}; {file}"
     )
 
@@ -144,6 +186,7 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
         case.model,
         original=case.original,
         restricted=case.restricted,
+        task=case.task,
         spec=case.spec.protect,
         head=case.network.head,
     )

@@ -7,6 +7,7 @@ from sophon._data.checks import check_batch_fits, check_distinct
 from sophon._data.domain import IMAGENET_MEAN, IMAGENET_STD, Domain, resolve_normalisation
 from sophon._data.images import Images
 from sophon._data.overlaps import overlaps_of
+from sophon._data.prompts import share_prompts
 from sophon._data.sources import SOURCES, load_domain
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "load_domain",
     "overlaps_of",
     "resolve_normalisation",
+    "share_prompts",
 ]

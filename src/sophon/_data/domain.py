@@ -81,7 +81,7 @@ class Domain:
         cls,
         name: str,
         images: NDArray[Any],
-        labels: NDArray[Any],
+        labels: NDArray[Any] | None = None,
         *,
         test_images: NDArray[Any] | None = None,
         test_labels: NDArray[Any] | None = None,
@@ -94,12 +94,19 @@ class Domain:
     ) -> Self:
         """Return the domain of uint8 images (n, h, w) or (n, h, w, 3) with integer labels (n,).
 
+        Without labels all images are of one class, which is enough for a diffusion model.
+
         The validation split (fraction `validation`) is cut from the training images; without
         test images a test split (fraction `test`) is cut first. `classes` are names.
 
         Raises:
             DataError: shapes, types, counts or labels do not fit; the message says which.
         """
+        bare = labels is None
+        if bare:
+            labels, classes = np.zeros(len(images), np.int64), classes or ("image",)
+            if test_images is not None:
+                test_labels = np.zeros(len(test_images), np.int64)
         parts = [checked(images, labels, "training")]
         if (test_images is None) != (test_labels is None):
             raise DataError("test_images and test_labels: give both or neither")
@@ -108,7 +115,7 @@ class Domain:
         names = class_names(classes, [part_labels for _, part_labels in parts])
         made = [part_of_array(*part, None) for part in parts]
         contents = Contents(made[0], made[1] if len(made) > 1 else None, names)
-        splits = cut(contents, Cut(validation, test, split_seed))
+        splits = cut(contents, Cut(validation, test, split_seed, least_classes=1 if bare else 2))
         return cls(
             name,
             splits.train,
@@ -161,17 +168,19 @@ class Domain:
 
 
 def resolve_normalisation(
-    domain: Domain, fallback: Domain | None
+    domain: Domain,
+    fallback: Domain | None,
+    default: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the (mean, std) that `domain`'s images are normalised with.
 
     They are the domain's own if given, else those of `fallback` (the original domain: an
-    attacker keeps the model's input convention), else ImageNet's for RGB.
+    attacker keeps the model's input convention), else the `default`.
     """
     for candidate in (domain, fallback):
         if candidate is not None and candidate.mean is not None and candidate.std is not None:
             return candidate.mean, candidate.std
-    return IMAGENET_MEAN, IMAGENET_STD
+    return default
 
 
 def checked(images: Any, labels: Any, what: str) -> tuple[Bytes, Integers]:

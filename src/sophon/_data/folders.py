@@ -1,4 +1,4 @@
-"""The `folder` source: one directory of image files per class."""
+"""The `folder` source: directories of image files, one per class or without classes."""
 
 from __future__ import annotations
 
@@ -48,22 +48,53 @@ def read_folder(path: Path, size: int | None) -> Contents:
     return Contents(parts[0], parts[1] if len(parts) > 1 else None, classes)
 
 
-def _part(root: Path, classes: tuple[str, ...], size: int | None) -> Part:
-    found = {
-        label: _files(root / name) for label, name in enumerate(classes) if (root / name).is_dir()
-    }
-    labels = [np.full(len(files), label) for label, files in found.items()]
-    paths = [path for files in found.values() for path in files]
+def read_images(path: Path, size: int | None) -> Contents:
+    """Return the contents of a directory of images without classes, flat or nested as it may be.
+
+    With images below `train/`, those are for training and those of `test/` (else `val/`) for the
+    test split; otherwise every image below `path` is one collection. Sizes are as in `read_folder`.
+
+    Raises:
+        DataError: no images, a damaged image, or sizes that differ.
+    """
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}; correct path")
+    train, test = path, None
+    if (path / "train").is_dir():
+        train = path / "train"
+        test = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
+    parts = [read_later(image_files(folder), size) for folder in (train, test) if folder]
+    return Contents(parts[0], parts[1] if len(parts) > 1 else None, ("image",))
+
+
+def read_later(files: list[Path], size: int | None) -> Part:
+    """Return a part of image files, all labelled 0, that are read when they are asked for."""
 
     def read(index: Integers) -> Bytes:
-        chosen = [paths[one] for one in index]
+        chosen = [files[one] for one in index]
         pictures = (open_picture(path, size) for path in chosen)
         return stack(pictures, len(chosen), lambda position: str(chosen[position]))
 
-    return Part(np.concatenate(labels).astype(np.int64), read)
+    return Part(np.zeros(len(files), dtype=np.int64), read)
 
 
-def _files(folder: Path) -> list[Path]:
+def _part(root: Path, classes: tuple[str, ...], size: int | None) -> Part:
+    found = {
+        label: image_files(root / name)
+        for label, name in enumerate(classes)
+        if (root / name).is_dir()
+    }
+    labels = [np.full(len(files), label) for label, files in found.items()]
+    paths = [path for files in found.values() for path in files]
+    return Part(np.concatenate(labels).astype(np.int64), read_later(paths, size).read)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted.
+
+    Raises:
+        DataError: there are none, or most files are no images.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _visible(path)]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:

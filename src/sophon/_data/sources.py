@@ -11,8 +11,9 @@ from pathlib import Path
 from sophon._data.archives import read_archive
 from sophon._data.domain import Domain
 from sophon._data.embedded import read_embedded
-from sophon._data.folders import read_folder
-from sophon._data.splits import Contents, Cut, cut
+from sophon._data.folders import read_folder, read_images
+from sophon._data.prompts import read_prompts
+from sophon._data.splits import Contents, Cut, cut, joined, unlabelled
 from sophon._data.torchvision_sets import read_torchvision
 from sophon._errors import DataError
 from sophon._specs import DomainSpec
@@ -55,9 +56,16 @@ def npz(spec: DomainSpec, base: Path) -> Domain:
 
 
 def folder(spec: DomainSpec, base: Path) -> Domain:
-    """Return the domain of the images below `spec.path`; see `read_folder`."""
+    """Return the domain of the images below `spec.path`; see `read_folder`, `read_images`."""
     path = _located(spec.path, base, "path", spec.source)
-    return _domain(read_folder(path, spec.image_size), spec, path.resolve().name)
+    read = read_images if spec.labels == "none" else read_folder
+    return _domain(read(path, spec.image_size), spec, path.resolve().name)
+
+
+def prompts(spec: DomainSpec, base: Path) -> Domain:
+    """Return the domain of the images and prompts below `spec.path`; see `read_prompts`."""
+    path = _located(spec.path, base, "path", spec.source)
+    return _domain(read_prompts(path, spec.image_size), spec, path.resolve().name)
 
 
 def torchvision(spec: DomainSpec, base: Path) -> Domain:
@@ -79,6 +87,7 @@ SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
     "folder": folder,
     "torchvision": torchvision,
     "embedded": embedded,
+    "prompts": prompts,
 }
 
 
@@ -99,7 +108,20 @@ def expanded(text: str, base: Path) -> Path:
 
 
 def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
-    how = Cut(spec.validation, spec.test, spec.split_seed, spec.classes, spec.limit)
+    if spec.join:
+        contents = joined(contents)
+    if spec.labels == "none":
+        contents = unlabelled(contents)
+    free = spec.source == "prompts"
+    how = Cut(
+        spec.validation,
+        spec.test,
+        spec.split_seed,
+        spec.classes,
+        spec.limit,
+        least_classes=1 if free or spec.labels == "none" else 2,
+        stratified=not free,
+    )
     splits = cut(contents, how)
     return Domain(
         spec.name or name,

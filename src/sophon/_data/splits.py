@@ -35,13 +35,18 @@ class Contents:
 
 @dataclass(frozen=True)
 class Cut:
-    """How contents are cut; the fields are those of `DomainSpec`."""
+    """How contents are cut; the fields are those of `DomainSpec`.
+
+    Splits hold the same share of every class unless they are not `stratified`.
+    """
 
     validation: float = 0.1
     test: float = 0.2
     seed: int = 0
     classes: tuple[int, ...] | None = None
     limit: int | None = None
+    least_classes: int = 2
+    stratified: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ def cut(contents: Contents, how: Cut) -> Cutting:
     positions = np.flatnonzero(np.isin(contents.train.labels, wanted))
     labels = renumbered(contents.train.labels[positions], wanted)
     names = tuple(contents.classes[old] for old in wanted)
-    _check_present(labels, names, chosen=how.classes is not None)
+    _check_present(labels, names, how)
+    if not how.stratified:
+        labels = np.zeros_like(labels)
     inside: Integers | None = None
     if contents.test is None:
         kept, inside = stratified(labels, how.test, derive_seed(how.seed, "test"), names)
@@ -128,6 +135,36 @@ def renumbered(labels: Integers, wanted: Integers) -> Integers:
     return lookup[labels]
 
 
+def joined(contents: Contents) -> Contents:
+    """Return contents whose training part holds the test part too; a test split is cut anew."""
+    if contents.test is None:
+        return contents
+    first, second = contents.train, contents.test
+    count = len(first.labels)
+
+    def read(index: Integers) -> Bytes:
+        own = index < count
+        if own.all() or not own.any():
+            return first.read(index) if own.all() else second.read(index - count)
+        pixels = _in_one_format([first.read(index[own]), second.read(index[~own] - count)])
+        result = np.empty((len(index), *pixels[0].shape[1:]), np.uint8)
+        result[own], result[~own] = pixels
+        return result
+
+    labels = np.concatenate([first.labels, second.labels])
+    return Contents(Part(labels, read), None, contents.classes)
+
+
+def unlabelled(contents: Contents) -> Contents:
+    """Return contents of a single class, whatever their labels are."""
+
+    def bare(part: Part) -> Part:
+        return Part(np.zeros_like(part.labels), part.read)
+
+    test = None if contents.test is None else bare(contents.test)
+    return Contents(bare(contents.train), test, ("image",))
+
+
 def part_of_array(pixels: Bytes, labels: Integers, size: int | None) -> Part:
     """Return a part whose images lie in one array, (n, h, w) or (n, h, w, c)."""
     return Part(labels, lambda index: resized(pixels[index], size))
@@ -169,9 +206,9 @@ def _wanted(names: tuple[str, ...], classes: tuple[int, ...] | None) -> Integers
     return np.array(classes, dtype=np.int64)
 
 
-def _check_present(labels: Integers, names: tuple[str, ...], *, chosen: bool) -> None:
+def _check_present(labels: Integers, names: tuple[str, ...], how: Cut) -> None:
     present = np.unique(labels)
-    if chosen and len(present) < len(names):
+    if how.classes is not None and len(present) < len(names):
         missing = names[int(np.setdiff1d(np.arange(len(names)), present)[0])]
         raise DataError(f"class {missing!r} has no training images; leave it out of classes")
     # Names may speak for classes without images; numbers were only counted up to the highest.
@@ -181,7 +218,7 @@ def _check_present(labels: Integers, names: tuple[str, ...], *, chosen: bool) ->
             f"labels go up to {len(names) - 1} and no training image has label {absent}; number"
             f" the {len(present)} classes from 0 without gaps, or choose labels with classes"
         )
-    if len(present) < 2:
+    if len(present) < min(2, how.least_classes):
         only = f"only class {names[int(present[0])]!r}" if len(present) else "no class"
         raise DataError(f"the training images hold {only}; a domain needs at least 2 classes")
 

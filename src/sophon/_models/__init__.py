@@ -10,7 +10,25 @@ from sophon._models._batch_norm import (
     reestimate_batch_norm,
     tracked_batch_norms,
 )
-from sophon._models._building import Blueprint, architecture, blueprint, resolve_model
+from sophon._models._building import (
+    DIFFUSERS,
+    Blueprint,
+    architecture,
+    blueprint,
+    denoiser_name,
+    resolve_model,
+)
+from sophon._models._denoisers import (
+    DenoiserSource,
+    check_denoiser,
+    class_embeddings,
+    diffusers,
+    is_conditional,
+    is_denoiser,
+    predict,
+    require_parts,
+    write_pipeline,
+)
 from sophon._models._fresh import fresh_copy, reinitialise
 from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
@@ -22,6 +40,8 @@ from sophon._models._probing import (
     expected_channels,
     probe_images,
     probing,
+    run,
+    run_probe,
 )
 from sophon._models._structure import (
     blocks,
@@ -40,20 +60,29 @@ __all__ = [
     "blocks",
     "Blueprint",
     "blueprint",
+    "check_denoiser",
     "check_images",
     "check_single_image",
     "choose_channels_last",
     "choose_precision",
+    "class_embeddings",
+    "DenoiserSource",
+    "denoiser_name",
+    "DIFFUSERS",
+    "diffusers",
     "expected_channels",
     "find_head",
     "fresh_copy",
     "head_classes",
+    "is_conditional",
+    "is_denoiser",
     "layers_in_order",
     "load_weights",
     "lora_parameters",
     "merged_lora",
     "Names",
     "normalised_pairs",
+    "predict",
     "probe_images",
     "probing",
     "read_tensors",
@@ -62,9 +91,13 @@ __all__ = [
     "reinitialise",
     "replace_head",
     "require_finite",
+    "require_parts",
     "require_peft",
     "resolve_model",
+    "run",
+    "run_probe",
     "Shape",
     "tracked_batch_norms",
     "weights_sha256",
+    "write_pipeline",
 ]

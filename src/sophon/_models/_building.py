@@ -16,21 +16,30 @@ from torch import Tensor, nn
 from sophon._compatibility import prepare_torchvision
 from sophon._errors import CheckpointError, UnsupportedModelError
 from sophon._files import read_json
+from sophon._models._denoisers import DenoiserSource
 from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._probing import (
     made_for,
 )
 from sophon._models._weights import load_weights, read_tensors, require_finite
 from sophon._networks import NETWORKS
+from sophon._seeding import seeded
 from sophon._specs import ModelSpec, parse_spec
+
+# Opens the name of a network of diffusers; a path follows.
+DIFFUSERS = "diffusers:"
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """How to make a network again: `build(classes)` has random weights; None: its own classes."""
+    """How to make a network again: `build(classes)` has random weights; None: its own classes.
+
+    `load`, where there is one, gives the weights that the name itself points at.
+    """
 
     name: str
     build: Callable[[int | None], nn.Module]
+    load: Callable[[], nn.Module] | None = None
 
 
 def resolve_model(
@@ -53,7 +62,8 @@ def resolve_model(
         classes = spec.classes
         model = _pretrained(spec)
     elif file is None:
-        model = plan.build(classes)
+        with seeded(0, "weights", spec.name.rpartition("/")[2]):
+            model = plan.build(classes) if plan.load is None else plan.load()
     else:
         tensors = read_tensors(file)
         classes = spec.classes or _classes_in(tensors, plan, classes)
@@ -69,6 +79,8 @@ def architecture(spec: ModelSpec, *, base: Path) -> ModelSpec:
     Raises UnsupportedModelError for unknown names and CheckpointError for a damaged checkpoint.
     """
     for _ in range(4):
+        if spec.name.startswith(DIFFUSERS):
+            return spec.model_copy(update={"name": denoiser_name(spec.name, base)})
         folder = _checkpoint_folder(spec.name, base)
         if folder is None:
             return spec
@@ -99,16 +111,27 @@ def blueprint(spec: ModelSpec) -> Blueprint:
                 "use 3 (grey images are repeated) or a timm network"
             )
         return Blueprint(spec.name, lambda classes: _build_torchvision(name, classes))
+    if spec.name.startswith(DIFFUSERS):
+        source = DenoiserSource(Path(spec.name.removeprefix(DIFFUSERS)))
+        return Blueprint(spec.name, lambda classes: source.build(), source.load)
     if spec.name in NETWORKS:
         network = NETWORKS[spec.name]
         return Blueprint(spec.name, lambda classes: network(classes or 10, spec.in_channels))
     raise UnsupportedModelError(_unknown(spec.name, list(NETWORKS)))
 
 
+def denoiser_name(name: str, base: Path) -> str:
+    """Return `diffusers:PATH` with a path that starts at `base` made absolute."""
+    return DIFFUSERS + str((base / name.removeprefix(DIFFUSERS)).absolute())
+
+
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else ""
-    forms = f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME or a path to a checkpoint"
+    forms = (
+        f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME, diffusers:PATH or a path to a"
+        " checkpoint"
+    )
     return f"model.name = {name!r} is not known: {hint or forms}"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon._errors import UnsupportedModelError
+from sophon._models._denoisers import HEAD, is_denoiser
 from sophon._models._probing import (
     PROBE_ERRORS,
     Names,
@@ -22,7 +23,8 @@ from sophon._seeding import seeded
 
 
 def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> str:
-    """Return the dotted name of the classifier layer, a Linear or a 1x1 Conv2d.
+    """Return the dotted name of the classifier layer, a Linear or a 1x1 Conv2d; of a denoiser its
+    last convolution.
 
     A given `name` is only checked. Otherwise timm's `get_classifier` is asked, then the layer
     is looked for whose output on a probe is the model's output. Raises UnsupportedModelError
@@ -30,6 +32,8 @@ def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> 
     """
     if name is not None:
         return _named_head(model, name)
+    if is_denoiser(model):
+        return HEAD
     layers = {
         key: module for key, module in model.named_modules() if key and _is_head_layer(module)
     }
@@ -63,7 +67,7 @@ def _listed(layers: dict[str, nn.Module]) -> str:
 def _named_head(model: nn.Module, name: str) -> str:
     modules = dict(model.named_modules())
     layers = {key: module for key, module in modules.items() if key and _is_head_layer(module)}
-    if name in layers:
+    if name in layers or (name == HEAD and is_denoiser(model)):
         return name
     problem = (
         f"is a {type(modules[name]).__name__}, not a Linear or a 1x1 Conv2d"

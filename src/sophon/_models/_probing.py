@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon._errors import DataError, UnsupportedModelError
+from sophon._models._denoisers import is_denoiser, probe_prediction
 from sophon._seeding import generator, seeded
 
 Shape = tuple[int, int, int]
@@ -64,11 +65,7 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
     """
     images = probe_images(model, image_shape)
     for mode in (False, True) if training else (False,):
-        try:
-            with probing(model, training=mode):
-                output = model(images)
-        except PROBE_ERRORS as error:
-            raise cannot_take(model, image_shape, what, str(error)) from None
+        output = run_probe(model, image_shape, what=what, training=mode, images=images)
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if (
             not isinstance(output, Tensor)
@@ -82,6 +79,31 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
             )
 
 
+def run(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the outputs of any model on plain images, a denoiser's at timestep 1."""
+    outputs: Tensor = probe_prediction(model, images) if is_denoiser(model) else model(images)
+    return outputs
+
+
+def run_probe(
+    model: nn.Module,
+    image_shape: Shape,
+    *,
+    what: str,
+    training: bool,
+    images: Tensor | None = None,
+) -> Tensor:
+    """Return the model's outputs on a probe, in eval or train mode, leaving it as it was.
+
+    Raises DataError or UnsupportedModelError if it cannot take the images.
+    """
+    try:
+        with probing(model, training=training):
+            return run(model, probe_images(model, image_shape) if images is None else images)
+    except PROBE_ERRORS as error:
+        raise cannot_take(model, image_shape, what, str(error)) from None
+
+
 def check_single_image(model: nn.Module, image_shape: Shape, what: str) -> None:
     """Raise UnsupportedModelError unless `model` can be trained on a batch of one image.
 
@@ -89,7 +111,7 @@ def check_single_image(model: nn.Module, image_shape: Shape, what: str) -> None:
     """
     try:
         with probing(model, training=True):
-            model(probe_images(model, image_shape, 1))
+            run(model, probe_images(model, image_shape, 1))
     except PROBE_ERRORS as error:
         line = str(error).strip().splitlines()[0][:160]
         raise UnsupportedModelError(

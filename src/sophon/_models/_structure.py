@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sophon._errors import UnsupportedModelError
+from sophon._models._denoisers import is_denoiser
 from sophon._models._probing import (
     Shape,
     probe_images,
     probing,
+    run,
 )
 
 _NORMS = (
@@ -44,7 +46,7 @@ def blocks(model: nn.Module, head: str) -> list[tuple[str, ...]]:
 
 
 def _opened(module: nn.Module, prefix: str, head: str) -> Iterator[tuple[str, nn.Module]]:
-    children = list(module.named_children())
+    children = _in_order(list(module.named_children()))
     weighty = [key for key, child in children if any(True for _ in child.parameters())]
     for key, child in children:
         name = f"{prefix}{key}"
@@ -58,6 +60,16 @@ def _opened(module: nn.Module, prefix: str, head: str) -> Iterator[tuple[str, nn
             yield from _opened(child, f"{name}.", head)
         else:
             yield name, child
+
+
+def _in_order(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Return children in the order they run: diffusers' U-Nets declare the middle last."""
+    names = [name for name, _ in children]
+    if "mid_block" in names and "up_blocks" in names:
+        children = list(children)
+        middle = children.pop(names.index("mid_block"))
+        children.insert([name for name, _ in children].index("up_blocks"), middle)
+    return children
 
 
 def normalised_pairs(model: nn.Module, image_shape: Shape) -> list[tuple[str, str]]:
@@ -97,7 +109,7 @@ def _watch(model: nn.Module, image_shape: Shape, handles: list[RemovableHandle])
     """Run `model` on a probe once, then take its hooks off again."""
     try:
         with probing(model):
-            model(probe_images(model, image_shape))
+            run(model, probe_images(model, image_shape))
     finally:
         for handle in handles:
             handle.remove()
@@ -152,8 +164,13 @@ def _single_pairs(
 
 
 def choose_channels_last(model: nn.Module) -> bool:
-    """Return whether the model's convolutions run faster with channels last: it has Conv2d."""
-    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+    """Return whether the model's convolutions run faster with channels last: it has Conv2d.
+
+    Not diffusers' U-Nets: their group normalisations eat up the gain (`docs/design/generation.md`).
+    """
+    return not is_denoiser(model) and any(
+        isinstance(module, nn.Conv2d) for module in model.modules()
+    )
 
 
 def choose_precision(

@@ -1,38 +1,18 @@
-"""Tasks: how a model is run on a batch, what it is trained on and how it is scored."""
+"""Classification, and learning from another network's outputs."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Task(Protocol):
-    """What the one fine-tuning loop needs to know of a task; three methods and a name."""
-
-    name: str
-
-    def outputs(
-        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Run `model`; return its outputs and the targets they are held against, batch first.
-
-        A task that draws noise or timesteps draws them from `generator`.
-        """
-        ...
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the task loss of each image, shape (batch,)."""
-        ...
-
-    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the performance on each image, shape (batch,); higher is better."""
-        ...
+from sophon._data import Domain
+from sophon._errors import DataError
+from sophon._models import Shape, check_images
+from sophon._tasks.task import Task
 
 
-class Distillation:
+class Distillation(Task):
     """A student learns a teacher's outputs on the same images (arXiv 1503.02531).
 
     Logits (two dimensions) by the divergence of softened distributions, anything else by
@@ -40,10 +20,14 @@ class Distillation:
     """
 
     def __init__(self, task: Task, teacher: nn.Module, temperature: float = 4.0) -> None:
-        self.name = f"{task.name} distillation"
         self.task = task
         self.teacher = teacher
         self.temperature = temperature
+
+    @property
+    def name(self) -> str:
+        """The task's name, and that it is distilled."""
+        return f"{self.task.name} distillation"
 
     def outputs(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
@@ -69,10 +53,13 @@ class Distillation:
         return -self.loss(outputs, targets)
 
 
-class Classification:
+class Classification(Task):
     """Image classification: logits, cross-entropy, top-1 accuracy."""
 
-    name = "classification"
+    @property
+    def name(self) -> str:
+        """Classification has no settings."""
+        return "classification"
 
     def outputs(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
@@ -90,3 +77,11 @@ class Classification:
         """Return 1 where the largest logit is the label's and every logit is finite, else 0."""
         right = outputs.argmax(1) == targets
         return (right & outputs.isfinite().all(1)).float()
+
+    def check(self, model: nn.Module, domain: Domain, shape: Shape, *, trained: bool) -> None:
+        """Raise unless `model` maps the images to logits, and there are classes to tell apart."""
+        if domain.class_count < 2:
+            raise DataError(
+                f"domain {domain.name!r} has one class only: a classifier needs at least 2"
+            )
+        check_images(model, shape, what=f"domain {domain.name!r}", training=trained)

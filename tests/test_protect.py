@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from builders import digits, original, quick_spec, restricted, trained_model
+from builders import digits, original, quick_spec, restricted, setting_of, trained_model
 from sophon import _checkpoints
 from sophon._checkpoints import load_state
 from sophon._data import Images
@@ -28,14 +28,17 @@ from sophon._errors import (
     DataError,
     IntactnessError,
     NonFiniteError,
+    SpecError,
     UnsupportedModelError,
 )
+from sophon._files import lock_folder
 from sophon._finetune import FineTuning
 from sophon._forecast import Forecast, forecast
 from sophon._guard import IntactnessGuard
 from sophon._protect import Protection, protect
+from sophon._records import Score
 from sophon._setting import Setting, make_setting
-from sophon._specs import Guard, ProtectSpec, Rehearsal, Strategy
+from sophon._specs import Guard, Heal, ProtectSpec, Rehearsal, Strategy
 from sophon._tasks import Classification
 
 
@@ -106,12 +109,27 @@ def test_suppression_works_on_the_rehearsed_query() -> None:
     assert sum(r.suppression_loss for r in rounds[-5:]) < 0.5 * first
 
 
-def test_a_violation_returns_to_good_weights_and_reinforces_more() -> None:
-    spec = quick_spec(suppression_rate=0.5, guard=Guard(every=2, tolerance_points=1.0))
+def test_each_violation_adds_one_reinforcement_step_and_what_is_met_none() -> None:
+    spec = quick_spec(rounds=12, suppression_rate=0.02, guard=Guard(every=2, tolerance_points=2.0))
     run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
-    rounds = list(run)
-    assert any(r.guard == "violated" for r in rounds)
-    assert rounds[-1].reinforcement_steps > spec.reinforcement_steps
+    violations = 0
+    for record in run:
+        assert record.reinforcement_steps == spec.reinforcement_steps + violations
+        violations += record.guard == "violated"
+    assert violations > 1
+    assert {r.guard for r in run.rounds} == {"met", "violated", None}
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(0, "met"), (3, "met"), (4, "violated")])
+def test_the_tolerance_is_met_up_to_its_last_image(
+    lost: int, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([Score(correct=95, total=100), Score(correct=95 - lost, total=100)])
+    monkeypatch.setattr("sophon._guard.evaluate", lambda *_, **__: next(scores))
+    guard = IntactnessGuard(trained_model(), setting_of(trained_model()), Guard(tolerance_points=3))
+    guard.begin()
+    guard.observe(0.5)
+    assert guard.check(1)[1] == verdict
 
 
 def _rolling_back() -> Protection:
@@ -212,15 +230,39 @@ def test_no_weights_within_tolerance_is_an_error_that_keeps_the_files(tmp_path: 
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_names_the_strategy_and_loses_nothing(tmp_path: Path) -> None:
     spec = quick_spec(suppression="reversed_logits")
     run = Protection(
         trained_model(), original=original(), restricted=restricted(), spec=spec, out=tmp_path
     )
-    run.model.get_submodule(run.setting.head).weight.data.fill_(torch.inf)
-    with pytest.raises(NonFiniteError, match=r"round 0.*learning rate"):
-        list(run)
-    assert (tmp_path / "rounds.jsonl").exists()
+    rounds = iter(run)
+    next(rounds)
+    second = next(rounds)
+    # One attacker of the pool breaks; the other of the same round does not.
+    broken = run.rehearsals.pool[run.rehearsals.visits % 3]
+    broken.displacement[run.setting.head + ".weight"].fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"round 2.*not finite") as caught:
+        next(rounds)
+    assert broken.strategy.label() in str(caught.value)
+    others = {a.strategy.label() for a in run.rehearsals.pool.values()} - {broken.strategy.label()}
+    assert not any(label in str(caught.value) for label in others)
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+    resumed = Protection(
+        trained_model(), original=original(), restricted=restricted(), spec=spec, out=tmp_path / "x"
+    )
+    assert resumed.done == 0
+    assert load_state(tmp_path / "states") is not None
+    assert second.index == 1
+
+
+def test_a_reinforcement_that_is_not_finite_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Protection(
+        trained_model(), original=original(), restricted=restricted(), spec=quick_spec()
+    )
+    monkeypatch.setattr(run, "_reinforce", lambda: torch.tensor([torch.nan, 1.0]))
+    with pytest.raises(NonFiniteError, match=r"round 0.*in the reinforcement: lower protect"):
+        next(iter(run))
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -487,3 +529,52 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_what_was_written(
     assert not list((tmp_path / "states").glob(".state.*"))
     monkeypatch.setattr(_checkpoints, "save_file", saved)
     assert _equal(_protect(quick_spec(), tmp_path), _protect(quick_spec()))
+
+
+def test_a_weight_that_no_attacker_would_take_is_refused(tmp_path: Path) -> None:
+    domains = (digits(5, 8), dataclasses.replace(digits(8, 10), weight=1e-6))
+    with pytest.raises(SpecError, match=r"digits-8-9.*weight = 1e-06.*raise its weight"):
+        protect(
+            trained_model(),
+            original=original(),
+            restricted=domains,
+            spec=quick_spec(),
+            out=tmp_path / "new",
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_fixed_strategy_is_checked_as_it_will_be_run(tmp_path: Path) -> None:
+    def refused(match: str, error: type[Exception], **fixed: Any) -> None:
+        held = {"batch_size": 16, **fixed}
+        rehearsal = Rehearsal(steps=1, query_batch_size=16, fixed=Strategy(**held))
+        with pytest.raises(error, match=match):
+            _protect(quick_spec(rehearsal=rehearsal), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+    refused("leave no step of 1", SpecError, preparations=(Heal(share=0.5),))
+    # 5 % of about 640 images are 33: not 16 and 32.
+    refused("fewer than", DataError, data_fraction=0.02)
+
+
+def test_a_folder_stays_locked_until_the_last_of_this_process_is_gone(tmp_path: Path) -> None:
+    def taken_elsewhere() -> bool:
+        script = (
+            "import sys; from pathlib import Path; from sophon._files import lock_folder\n"
+            "lock_folder(Path(sys.argv[1]), Path)"
+        )
+        words = [sys.executable, "-c", script, str(tmp_path)]
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0 or "another process is writing" in ended.stderr
+        return ended.returncode != 0
+
+    class Owner:
+        pass
+
+    first, second = Owner(), Owner()
+    lock_folder(tmp_path, first)
+    lock_folder(tmp_path, second)
+    del first
+    assert taken_elsewhere()
+    del second
+    assert not taken_elsewhere()

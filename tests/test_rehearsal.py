@@ -12,12 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from builders import quick_spec, scratch_model, setting_of, trained_model
+from builders import (
+    original,
+    quick_spec,
+    restricted,
+    scratch_model,
+    setting_of,
+    trained_model,
+)
+from sophon._protect import Protection
 from sophon._rehearsal import Rehearsals, domain_of, gammas_of, sample_strategy
 from sophon._seeding import generator
 from sophon._setting import Setting
 from sophon._specs import (
     FreshHead,
+    Heal,
     NoiseKick,
     Preparation,
     Rehearsal,
@@ -116,7 +125,7 @@ def test_a_persistent_attacker_moves_by_factor_times_the_real_move(
 
 @pytest.mark.parametrize(("horizon", "life"), [(None, 3), (12, 12)])
 def test_a_schedule_runs_over_the_attackers_life(horizon: int | None, life: int) -> None:
-    fixed = Strategy(schedule="cosine", batch_size=16, steps=999)
+    fixed = Strategy(schedule="cosine", batch_size=16, steps=200)
     rehearsal = Rehearsal(steps=3, horizon=horizon, pool=1, fixed=fixed, query_batch_size=8)
     sampled = rehearsal.model_copy(update={"fixed": None})
     model = trained_model()
@@ -255,3 +264,58 @@ def test_queries_run_in_the_precision_of_their_attacker() -> None:
     attacker.model.register_forward_hook(lambda *args: met.append(args[2].dtype))
     pool._query(attacker)
     assert met == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("gamma", ["uniform", "last"])
+def test_attackers_that_heal_first_still_have_steps_of_their_own(gamma: str) -> None:
+    spec = quick_spec(
+        rehearsal=Rehearsal(
+            steps=5,
+            horizon=20,
+            pool=8,
+            query_batch_size=16,
+            gamma=gamma,  # type: ignore[arg-type]
+            fixed=Strategy(preparations=(Heal(share=0.5),), batch_size=16),
+        )
+    )
+    run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    for _ in range(8):
+        total, (attacker,) = run.rehearsals.suppress(run.model)
+        assert attacker.tuning.taken > 10
+        assert float(total.loss) > 0
+    lives = {a.horizon for a in run.rehearsals.pool.values()}
+    assert min(lives) >= 15
+    assert len(lives) > 1
+
+
+def test_the_first_generation_ends_staggered() -> None:
+    spec = quick_spec(
+        rehearsal=Rehearsal(
+            steps=2, horizon=16, pool=4, query_batch_size=16, fixed=Strategy(batch_size=16)
+        )
+    )
+    run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    for _ in range(4):
+        run.rehearsals.suppress(run.model)
+    assert [run.rehearsals.pool[slot].horizon for slot in range(4)] == [4, 8, 12, 16]
+
+
+def test_the_query_score_is_a_plain_mean_over_attackers_and_steps() -> None:
+    spec = quick_spec(
+        rehearsal=Rehearsal(
+            strategies=2, steps=3, query_batch_size=16, fixed=Strategy(batch_size=16)
+        )
+    )
+    run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    scores: list[float] = []
+    counted = run.setting.task.score
+
+    def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        held = counted(outputs, targets)
+        scores.append(float(held.mean()))
+        return held
+
+    run.setting.task.score = score  # type: ignore[method-assign]
+    total, attackers = run.rehearsals.suppress(run.model)
+    assert (len(attackers), len(scores)) == (2, 6)
+    assert float(total.score) == pytest.approx(sum(scores) / 6)

@@ -32,7 +32,7 @@ from sophon._executors import Executor, Job, Processes, Serial, Workload
 from sophon._files import read_json, require_writable, write_json
 from sophon._finetune import check_preparations
 from sophon._metrics import evaluate
-from sophon._models import fresh_copy, require_peft, weights_sha256
+from sophon._models import fresh_copy, network_identity, require_peft, weights_sha256
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
 from sophon._records import AuditRecord, SampleRecord, SubjectRecord, Trial
@@ -103,6 +103,8 @@ class Audit:
         self._starts: dict[tuple[Subject, int], Start] = {}
         self._domains = {d.name: d for d in (*self.restricted, *self.held_out, *self.benign)}
         self._finished = False
+        # Keys of the trials that were not in the store.
+        self.ran: set[str] = set()
         self.setting = make_setting(
             model,
             task=task or Classification(),
@@ -163,6 +165,7 @@ class Audit:
         """Yield every trial in order, running and storing those the store lacks."""
         self.trials.clear()
         self._finished = False
+        self.ran.clear()
         met: set[str] = set()
         with self._executor() as executor:
             for stage in self.plan.stages():
@@ -176,6 +179,7 @@ class Audit:
                     trial = found[key]
                     if trial is None:
                         trial = next(ran)
+                        self.ran.add(key)
                         self.store.put(trial)
                     self.trials.append(self._named(assignment, trial))
                     yield self.trials[-1]
@@ -304,6 +308,7 @@ class Audit:
             self._start("scratch", self._seeds[0]).model,
             (strategy.preparations for strategy in strategies),
             self.setting,
+            self.spec.steps,
         )
         for strategy in strategies:
             self.setting.at(strategy.precision, first)
@@ -347,9 +352,7 @@ class Audit:
             first = self.subjects.get("unprotected", self.subjects["protected"])
             if model is None:
                 model = fresh_copy(first, self.scratch, seed=seed, names=("scratch",))
-            kind = type(first if subject == "scratch" else model)
-            network = "+".join([f"{kind.__module__}.{kind.__qualname__}", *_hooks(model)])
-            self._starts[at] = Start(model, network, weights_sha256(model))
+            self._starts[at] = Start(model, network_identity(model), weights_sha256(model))
         return self._starts[at]
 
     def _key(self, assignment: Assignment) -> str:
@@ -401,17 +404,6 @@ def _chosen(executor: str, address: str | None) -> tuple[str, str | None]:
     elif address is not None:
         raise SpecError(f"address = {address!r} is for executor = 'ray': add it, or leave it out")
     return executor, address
-
-
-def _hooks(model: nn.Module) -> list[str]:
-    """Return the names of a network's hooks: with equal weights they compute something else."""
-    hooks = [
-        hook
-        for part in model.modules()
-        for held in (part._forward_pre_hooks, part._forward_hooks, part._backward_hooks)
-        for hook in held.values()
-    ]
-    return [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in hooks]
 
 
 def _several(domains: Domain | Sequence[Domain]) -> tuple[Domain, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -137,10 +138,14 @@ class Processes:
             )
         return self._pool
 
-    def _close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+    def _close(self, *, at_once: bool = False) -> None:
+        if self._pool is None:
+            return
+        # Trials under way are run again when the audit is repeated; nobody waits for them.
+        for worker in list((self._pool._processes or {}).values()) if at_once else ():
+            worker.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = None
 
     def __enter__(self) -> Self:
         return self
@@ -151,13 +156,15 @@ class Processes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self._close(at_once=kind is not None)
 
 
 _held: list[Workload] = []
 
 
 def _begin(workload: Workload) -> None:
+    # Ctrl-C reaches the whole group; the process that was asked ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _held.append(workload)
 

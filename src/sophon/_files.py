@@ -128,14 +128,31 @@ def require_unused(folder: Path, *, ours: Path) -> None:
         )
 
 
+# Locks of this process by folder (device and inode): the open file, and how many hold it.
+_locks: dict[tuple[int, int], list[int]] = {}
+
+
 def lock_folder(folder: Path, owner: object) -> None:
     """Lock `folder` for this process until `owner` is gone or the process ends, however it ends.
 
-    Raises CheckpointError if another process holds the lock. Where the system or the file
-    system has none, nothing is locked.
+    Several owners in one process share the lock: it goes with the last of them. Raises
+    CheckpointError if another process holds it. Where the system or the file system has none,
+    nothing is locked.
     """
     if sys.platform == "win32":
         return
+    where = folder.stat()
+    key = (where.st_dev, where.st_ino)
+    if key not in _locks:
+        descriptor = _locked(folder)
+        if descriptor is None:
+            return
+        _locks[key] = [descriptor, 0]
+    _locks[key][1] += 1
+    weakref.finalize(owner, _release, key)
+
+
+def _locked(folder: Path) -> int | None:
     import fcntl
 
     try:
@@ -145,13 +162,23 @@ def lock_folder(folder: Path, owner: object) -> None:
             f"cannot open {folder / '.lock'} ({error.strerror}): it belongs to another user's run;"
             " choose another folder with --out"
         ) from None
-    weakref.finalize(owner, os.close, descriptor)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        os.close(descriptor)
         raise CheckpointError(
             f"another process is writing to {folder}: wait for it, or choose another folder"
             " with --out"
         ) from None
     except OSError:
-        return
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _release(key: tuple[int, int]) -> None:
+    held = _locks[key]
+    held[1] -= 1
+    if not held[1]:
+        os.close(held[0])
+        del _locks[key]

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
 
 from sophon._data import Domain, Images
 from sophon._models import add_lora, lora_parameters, real_name
-from sophon._preparations import Course, Surroundings, prepare
+from sophon._preparations import Course, Surroundings, prepare, require_steps
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
 from sophon._specs import OptimizerName, Preparation, ScheduleName, Strategy
@@ -226,6 +226,12 @@ def _follow(model: nn.Module, course: Course, strategy: Strategy, setting: Setti
         pass
 
 
+def image_count(domain: Domain, fraction: float) -> int:
+    """Return how many training images an attacker has whose share is `fraction`."""
+    _, counts = domain.train.labels.unique(return_counts=True)
+    return sum(max(1, round(fraction * count)) for count in counts.tolist())
+
+
 def attacker_images(
     domain: Domain, fraction: float, stream: tuple[int, tuple[str | int, ...]]
 ) -> Images:
@@ -244,12 +250,15 @@ def attacker_images(
 
 
 def check_preparations(
-    model: nn.Module, wanted: Iterable[tuple[Preparation, ...]], setting: Setting
+    model: nn.Module, wanted: Iterable[tuple[Preparation, ...]], setting: Setting, steps: int
 ) -> None:
-    """Raise SpecError, before any work, unless `model` allows every one of the preparations."""
+    """Raise SpecError, before any work, unless `model` allows every one of the preparations and
+    each leaves an attacker of `steps` steps some of its own.
+    """
     for preparations in dict.fromkeys(wanted):
         if not preparations:
             continue
+        require_steps(preparations, steps)
         for domain in setting.restricted:
             feed = setting.feed(domain, domain.train, batch_size=min(8, len(domain.train)))
             attacker_copy(

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from sophon._data import Domain
@@ -45,23 +50,39 @@ def forecast(
     task: Task | None = None,
     head: str | None = None,
 ) -> Forecast:
-    """Return a forecast from two short measured rounds; nothing is written."""
+    """Return a forecast from short measured rounds, a check of the guard and a state written to
+    a temporary folder; nothing else is written.
+    """
     seconds = {}
-    lengths = sorted({1, min(4, spec.rehearsal.steps)})
+    held = spec.rehearsal
+    lengths = sorted({1, min(4, held.steps)})
     for steps in lengths:
-        rehearsal = spec.rehearsal.model_copy(update={"steps": steps, "horizon": None})
-        short = spec.model_copy(update={"rounds": 2, "rehearsal": rehearsal})
+        # As long a life as in the run: what a preparation may spend of it depends on that.
+        fresh = {"steps": steps, "horizon": held.life, "pool": 2 * held.strategies}
+        rehearsal = held.model_copy(update=fresh)
+        guard = spec.guard.model_copy(update={"every": 2})
+        short = spec.model_copy(update={"rounds": 2, "rehearsal": rehearsal, "guard": guard})
         run = Protection(
             model, original=original, restricted=restricted, task=task, spec=short, head=head
         )
         seconds[steps] = min(round_.wall_s for round_ in run)
     first, last = seconds[lengths[0]], seconds[lengths[-1]]
     slope = max(0.0, last - first) / max(1, lengths[-1] - lengths[0])
-    round_s = first + slope * (spec.rehearsal.steps - 1)
+    round_s = first + slope * (held.steps - 1)
+    run.guard.observe(0.0)
+    round_s += _seconds(lambda: run.guard.check(2)) / spec.guard.every
+    with tempfile.TemporaryDirectory() as folder:
+        round_s += _seconds(lambda: run.save_to(Path(folder))) / spec.checkpoint_every
     peak = _peak_bytes()
     if peak is not None:
         peak += pool_bytes(model, spec.rehearsal)
     return Forecast(round_s=round_s, total_s=round_s * spec.rounds, peak_bytes=peak)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def pool_bytes(model: nn.Module, rehearsal: Rehearsal) -> int:
@@ -76,6 +97,8 @@ def pool_bytes(model: nn.Module, rehearsal: Rehearsal) -> int:
 
 
 def _peak_bytes() -> int | None:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
     try:
         import resource
     except ImportError:  # not on Windows

@@ -14,6 +14,7 @@ import numpy as np
 
 from sophon._attacks import SECONDARY, SUITES, Suite, patient, strategies_of, suite_of
 from sophon._data import Domain
+from sophon._finetune import image_count
 from sophon._records import Trial
 from sophon._search import AT_ONCE, AttackerSearch
 from sophon._specs import AuditSpec, Strategy, Subject
@@ -264,11 +265,8 @@ def _holders(trials: Sequence[Trial]) -> set[Strategy]:
 
 def fitted(strategies: Iterable[Strategy], domain: Domain) -> list[Strategy]:
     """Return the strategies with batches that the domain's images allow, none twice."""
-    _, counts = domain.train.labels.unique(return_counts=True)
     chosen: dict[Strategy, None] = {}
     for strategy in strategies:
-        share = strategy.data_fraction
-        have = sum(max(1, round(share * count)) for count in counts.tolist())
-        size = min(strategy.batch_size, have)
+        size = min(strategy.batch_size, image_count(domain, strategy.data_fraction))
         chosen[strategy.model_copy(update={"batch_size": size})] = None
     return list(chosen)

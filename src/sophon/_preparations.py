@@ -112,15 +112,20 @@ def prepare(
         step = _streamed(surroundings, "preparation", index, preparation.kind)
         _PREPARATIONS[preparation.kind](model, preparation, step, factors)
         if isinstance(preparation, Heal | Distil):
-            spent += _share(preparation, surroundings)
+            spent += _share(preparation, surroundings.steps)
     if not fitted:
         _fit_head(model, surroundings, factors)
-    if spent >= surroundings.steps:
-        raise SpecError(
-            f"heal and distil leave no step of {surroundings.steps}: raise the steps, or lower"
-            " their share"
-        )
+    require_steps(preparations, surroundings.steps)
     return Prepared(factors, spent)
+
+
+def require_steps(preparations: tuple[Preparation, ...], steps: int) -> None:
+    """Raise SpecError unless what trains beforehand leaves one of `steps` steps."""
+    shares = [_share(p, steps) for p in preparations if isinstance(p, Heal | Distil)]
+    if sum(shares) >= steps:
+        raise SpecError(
+            f"heal and distil leave no step of {steps}: raise the steps, or lower their share"
+        )
 
 
 def _fit_head(model: nn.Module, surroundings: Surroundings, factors: Factors) -> None:
@@ -129,9 +134,9 @@ def _fit_head(model: nn.Module, surroundings: Surroundings, factors: Factors) ->
         _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"), factors)
 
 
-def _share(preparation: Heal | Distil, surroundings: Surroundings) -> int:
+def _share(preparation: Heal | Distil, steps: int) -> int:
     """Return the steps a course takes of the budget: at least one, and one is left at least."""
-    return max(1, min(round(preparation.share * surroundings.steps), surroundings.steps - 1))
+    return max(1, min(round(preparation.share * steps), steps - 1))
 
 
 def _heal(
@@ -160,7 +165,7 @@ def _train(
     if surroundings.train is None:
         raise SpecError(f"{preparation.kind} needs images of the original domain")
     course = Course(
-        steps=_share(preparation, surroundings),
+        steps=_share(preparation, surroundings.steps),
         learning_rate=preparation.learning_rate,
         teacher=teacher,
         seed=surroundings.seed,

@@ -20,13 +20,18 @@ from torch.optim import Adam
 
 from sophon._checkpoints import open_run, save_state
 from sophon._data import Domain, check_batch_fits
-from sophon._errors import CheckpointError, NonFiniteError
+from sophon._errors import CheckpointError, NonFiniteError, SpecError
 from sophon._files import write_json, write_text
-from sophon._finetune import check_preparations, optimizer_tensors, restore_optimizer
+from sophon._finetune import (
+    check_preparations,
+    image_count,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from sophon._guard import IntactnessGuard
-from sophon._models import check_single_image, weights_sha256
+from sophon._models import check_single_image, network_identity, require_peft, weights_sha256
 from sophon._records import Measurement, Round
-from sophon._rehearsal import Rehearsals
+from sophon._rehearsal import Attacker, Rehearsals
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
 from sophon._shipping import ship
@@ -35,6 +40,8 @@ from sophon._suppression import require_fitting
 from sophon._tasks import Classification, Task
 
 _ROUNDS, _STATES, _DONE = "rounds.jsonl", "states", "protection.json"
+# Raise this when a change of the rounds changes what a run that is resumed would give.
+ENGINE_VERSION = 1
 # States on the disk at once, at most: two, and the one being written.
 _KEPT = 3
 
@@ -99,15 +106,19 @@ class Protection:
         wanted = (
             spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
         )
-        check_preparations(model, wanted, self.setting)
+        check_preparations(model, wanted, self.setting, spec.rehearsal.life)
         if fixed is not None:
             self.setting.at(fixed.precision, model)
+            if fixed.lora_rank is not None:
+                require_peft()
+        _check_weights(spec, restricted)
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
         self.identity = {
             "spec": spec.fingerprint(),
             "model": weights_sha256(model),
-            "network": f"{type(model).__module__}.{type(model).__qualname__}",
+            "engine": str(ENGINE_VERSION),
+            "network": network_identity(model),
             "domains": fingerprint_of(
                 [[d.name, d.weight, d.fingerprint()] for d in (original, *restricted)]
             ),
@@ -186,8 +197,12 @@ class Protection:
         """Write the state to resume from. Without a folder this does nothing."""
         if self.out is None:
             return
+        self.save_to(self.out / _STATES)
+
+    def save_to(self, folder: Path) -> None:
+        """Write the state to resume from into `folder`."""
         tensors, plain = self._state()
-        save_state(self.out / _STATES, self.done, tensors, plain)
+        save_state(folder, self.done, tensors, plain)
 
     # --- one round ---------------------------------------------------------------------------
 
@@ -200,14 +215,14 @@ class Protection:
             domains += [attacker.domain.name for attacker in attackers]
             norm = self._apply(total.gradients)
             values = torch.stack([total.loss, total.score, norm]).tolist()
-            _require_finite(values, index, labels, "suppression")
+            _require_finite(values, index, attackers)
             losses.append(values[0])
             scores.append(values[1])
             norms.append(values[2])
         reinforced = [self._reinforce() for _ in range(self._reinforcement_steps())]
         pairs = torch.stack(reinforced).mean(0).tolist() if reinforced else None
         if pairs is not None:
-            _require_finite(pairs, index, labels, "reinforcement")
+            _require_finite(pairs, index, [])
         query_score = sum(scores) / len(scores)
         self.guard.observe(query_score)
         steps = self._reinforcement_steps()
@@ -382,25 +397,50 @@ def protect(
     return run.result()
 
 
-def _require_finite(values: list[float], index: int, labels: list[str], part: str) -> None:
-    if not all(math.isfinite(value) for value in values):
-        raise NonFiniteError(
-            f"round {index}: the {part} loss or gradient is not finite (strategies: "
-            f"{', '.join(labels)}): lower that strategy's learning rate or the"
-            f" {part}_rate, or set clip_norm; states written before are kept"
-        )
+def _require_finite(values: list[float], index: int, attackers: list[Attacker]) -> None:
+    """Raise NonFiniteError, naming the attackers whose losses are not finite, unless all are.
+
+    Without attackers the values are those of reinforcement.
+    """
+    if all(math.isfinite(value) for value in values):
+        return
+    at_fault = [a for a in attackers if not math.isfinite(float(a.query_loss))] or attackers
+    part, remedy = "reinforcement:", "lower protect.reinforcement_rate"
+    if at_fault:
+        named = ", ".join(attacker.strategy.label() for attacker in at_fault)
+        part = f"suppression of strategy {named}:"
+        remedy = "narrow that optimizer's range of rates, or lower protect.suppression_rate"
+    raise NonFiniteError(
+        f"round {index}: a loss or gradient is not finite in the {part}"
+        f" {remedy}; states written before are kept"
+    )
 
 
 def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain, ...]) -> None:
     check_batch_fits(original, spec.original_batch_size, "protect.original_batch_size")
     rehearsal = spec.rehearsal
-    sizes = rehearsal.distribution.batch_sizes
-    largest = max(sizes) if rehearsal.fixed is None else rehearsal.fixed.batch_size
-    key = "distribution.batch_sizes" if rehearsal.fixed is None else "fixed.batch_size"
+    sizes, fixed = rehearsal.distribution.batch_sizes, rehearsal.fixed
+    largest = max(sizes) if fixed is None else fixed.batch_size
+    key = "distribution.batch_sizes" if fixed is None else "fixed.batch_size"
     for domain in restricted:
         check_batch_fits(
             domain,
             largest + rehearsal.query_batch_size,
-            f"protect.rehearsal.{key} ({largest}) + protect.rehearsal.query_batch_size"
+            have=image_count(domain, 1.0 if fixed is None else fixed.data_fraction),
+            what=f"protect.rehearsal.{key} ({largest}) + protect.rehearsal.query_batch_size"
             f" ({rehearsal.query_batch_size}) together",
         )
+
+
+def _check_weights(spec: ProtectSpec, restricted: tuple[Domain, ...]) -> None:
+    """Raise SpecError for a domain that no attacker of the whole run would take."""
+    rehearsal = spec.rehearsal
+    visits = spec.rounds * spec.suppression_steps * rehearsal.strategies
+    attackers = max(1, visits * rehearsal.steps // rehearsal.life)
+    total = sum(domain.weight for domain in restricted)
+    for domain in restricted:
+        if domain.weight / total * attackers < 0.5:
+            raise SpecError(
+                f"restricted domain {domain.name!r}: weight = {domain.weight:g} of {total:g} is not"
+                f" one of the run's {attackers} attackers: raise its weight or protect.rounds"
+            )

@@ -9,6 +9,7 @@ attacker moves along, and a fresh one is merely an attacker whose horizon is one
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,19 +60,19 @@ def domain_of(identity: int, weights: list[float]) -> int:
     Every prefix of the sequence holds each domain in proportion to its weight, as closely as
     whole numbers allow.
     """
-    total = sum(weights)
-    counts = [0] * len(weights)
-    chosen = 0
-    for taken in range(identity % _period(weights) + 1):
+    order = _order(tuple(weights))
+    return order[identity % len(order)]
+
+
+@functools.lru_cache
+def _order(weights: tuple[float, ...]) -> list[int]:
+    # Long enough that any weights are met to a thousandth.
+    total, counts, order = sum(weights), [0] * len(weights), []
+    for taken in range(1 if len(weights) == 1 else 1000):
         deficits = [w / total * (taken + 1) - c for w, c in zip(weights, counts, strict=True)]
-        chosen = deficits.index(max(deficits))
-        counts[chosen] += 1
-    return chosen
-
-
-def _period(weights: list[float]) -> int:
-    # Long enough that any weights are met to a thousandth, short enough to recount each time.
-    return 1 if len(weights) == 1 else 1000
+        order.append(deficits.index(max(deficits)))
+        counts[order[-1]] += 1
+    return order
 
 
 @dataclass
@@ -98,7 +99,6 @@ class Attacker:
     ) -> None:
         self.identity = identity
         self.slot = slot
-        self.horizon = horizon
         self.strategy = pool.strategy(identity)
         self.domain = pool.domain(identity)
         stream = (pool.spec.seed, ("attacker", identity))
@@ -113,9 +113,13 @@ class Attacker:
             stream=stream,
         )
         self.origins = prepared.origins
+        # A short life still has steps of its own after what its preparation spent.
+        own = min(pool.rehearsal.steps, self.strategy.steps - prepared.spent)
+        self.horizon = max(horizon, prepared.spent + own)
         self.tuning = FineTuning(
             model, self.strategy, pool.setting, feed, stream=stream, taken=prepared.spent
         )
+        self.query_loss = torch.zeros((), device=pool.setting.device)
         self.displacement: dict[str, Tensor] = {}
         self.shapes = {name: value.shape for name, value in real.named_parameters()}
         self.detach_from(dict(real.named_parameters()))
@@ -181,8 +185,7 @@ class Rehearsals:
             stream = generator(self.spec.seed, "strategy", identity)
             chosen = sample_strategy(self.rehearsal.distribution, stream)
         # A schedule runs over the attacker's life, as it does in a real attack.
-        life = self.rehearsal.horizon or self.rehearsal.steps
-        return chosen.model_copy(update={"steps": life})
+        return chosen.model_copy(update={"steps": self.rehearsal.life})
 
     def domain(self, identity: int) -> Domain:
         """Return the restricted domain attacker `identity` takes."""
@@ -247,6 +250,7 @@ class Rehearsals:
         sums = [total.gradients[name] for name, _, _ in passing]
         factors = [factor for _, _, factor in passing]
         plain = all(factor == 1 for factor in factors)
+        attacker.query_loss.zero_()
         for gamma, _ in zip(gammas, attacker.tuning.run(steps), strict=True):
             loss, score = self._query(attacker)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -255,8 +259,9 @@ class Rehearsals:
             else:
                 for into, gradient, factor in zip(sums, gradients, factors, strict=True):
                     into.add_(gradient, alpha=gamma * factor)
-            total.loss += gamma * loss.detach()
+            attacker.query_loss += gamma * loss.detach()
             total.score += score / (steps * self.rehearsal.strategies)
+        total.loss += attacker.query_loss
 
     def _query(self, attacker: Attacker) -> tuple[Tensor, Tensor]:
         tuning, task = attacker.tuning, self.setting.task

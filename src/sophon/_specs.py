@@ -234,8 +234,21 @@ class Rehearsal(Spec):
     query_batch_size: Positive = 32
     gamma: Literal["uniform", "linear", "last"] = "uniform"
 
+    @property
+    def life(self) -> int:
+        """Steps that an attacker takes in all."""
+        return self.horizon or self.steps
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        usual = Strategy.model_fields["steps"].default
+        if self.fixed is not None and self.fixed.steps not in (usual, self.life):
+            raise ValueError(
+                f"fixed.steps = {self.fixed.steps}: attackers take horizon or steps, here"
+                f" {self.life}; leave it out"
+            )
+        if self.fixed is not None and self.distribution != StrategyDistribution():
+            raise ValueError("fixed and distribution: strategies are fixed or sampled; give one")
         if self.horizon is not None and self.horizon < self.steps:
             raise ValueError(f"horizon = {self.horizon} is shorter than steps = {self.steps}")
         if self.horizon is not None and self.pool < self.strategies:
@@ -250,7 +263,7 @@ class Guard(Spec):
     grow by `tolerance_relative` of what it was (0.1: a tenth).
     """
 
-    tolerance_points: NonNegative = 2.0
+    tolerance_points: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 2.0
     tolerance_relative: NonNegative = 0.1
     every: Positive = 10
     ship: Literal["last", "lowest_query_score"] = "last"
@@ -343,17 +356,20 @@ class ModelSpec(Spec):
 class DomainSpec(Spec):
     """Where a domain's images come from and how they are cut and normalised.
 
-    `source` is `npz`, `folder`, `torchvision`, `embedded` or `prompts`. Images become `image_size`
-    squares (shorter side resized, centre cropped) when it is given. `mean` and `std` are per
-    channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's coarser labels
-    instead of its own (arrays `coarse_of_fine` and `coarse_names`), `labels = "none"` makes all
-    images one class, as a diffusion model allows, and reads a folder as it comes, flat or nested.
-    `join` joins train and test and cuts a test split anew. `classes` keeps only those
+    `source` is `npz`, `folder`, `torchvision`, `embedded` or `prompts`; of `torchvision` and
+    `embedded` `dataset` says which set, or else `name`, which is the domain's. Images become
+    `image_size` squares (shorter side resized, centre cropped) when it is given. `mean` and
+    `std` are per channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's
+    coarser labels instead of its own (arrays `coarse_of_fine` and `coarse_names`),
+    `labels = "none"` makes all images one class, as a diffusion model allows, and reads a folder
+    as it comes, flat or nested. `join` joins train and test and cuts a test split anew. `classes`
+    keeps only those
     labels, renumbered in order; `limit` keeps the first so many training images of each class.
     """
 
     source: str
     name: Name | None = None
+    dataset: Name | None = None
     path: Name | None = None
     root: Name | None = None
     download: bool = False

@@ -127,8 +127,8 @@ def head_alone(record: AuditRecord, domain: str) -> Flag | None:
         return None
     return Flag(
         "the head alone resists",
-        f"attacks that only replace the head get over {kind.far_words} further than those that"
-        " keep it",
+        f"attacks that only begin with a fresh head get over {kind.far_words} further than those"
+        " that keep it",
         "Every attacker replaces the head; a defence that sits there is none.",
         "Judge by the attacks with a fresh head.",
         f"{kind.show(max(fresh), 1)} against {kind.show(max(kept), 1)}",

@@ -204,13 +204,12 @@ def run_audit(
         },
         **arguments,
     )
-    held = {file.stem for file in (store / "trials").glob("*.json")}
     todo = audit.missing()
     _show_forecast(audit, todo, mode)
     display = Display(mode, noun="trial", total=len(audit), todo=todo)
     with display:
         for trial in audit:
-            fresh = trial.key not in held
+            fresh = trial.key in audit.ran
             display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
     return audit.record()
 

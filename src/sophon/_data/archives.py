@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,6 +19,23 @@ from sophon._data.images import Bytes, Integers, from_picture, squared, stack
 from sophon._data.splits import Contents, Part, part_of_array
 from sophon._errors import DataError
 
+# What damaged headers make numpy and zipfile raise.
+_DAMAGED = (
+    OSError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    MemoryError,
+    OverflowError,
+    SyntaxError,
+    RuntimeError,
+    NotImplementedError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 FORMAT = "x_train, y_train (uint8 images, integer labels); x_test, y_test, class_names if there are"
 
 
@@ -94,12 +113,18 @@ def _loaded(path: Path) -> dict[str, Any]:
             f"{path} holds pickled objects or is no npz archive; objects are never loaded, as they "
             f"can run code: save numeric arrays with numpy.savez"
         ) from None
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise DataError(_damaged(path, error)) from None
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read as npz, it may be cut off ({error}); copy or download it again"
+    said = " ".join(str(error).split())
+    # Some faults quote the bytes they met.
+    reason = said if said.isprintable() and len(said) <= 120 else type(error).__name__
+    return (
+        f"{path} cannot be read as npz, it may be cut off or damaged ({reason}); copy or download"
+        " it again"
+    )
 
 
 def _array(arrays: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:

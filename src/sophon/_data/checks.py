@@ -7,30 +7,33 @@ from collections.abc import Iterator
 
 from sophon._data.domain import Domain
 from sophon._data.images import Images
+from sophon._data.overlaps import copies
 from sophon._errors import DataError
 
 
-def check_batch_fits(domain: Domain, needed: int, what: str) -> None:
-    """Raise DataError unless the training split holds a batch of `needed` images.
+def check_batch_fits(domain: Domain, needed: int, what: str, *, have: int | None = None) -> None:
+    """Raise DataError unless the training split, or the `have` images that an attacker has of
+    it, holds a batch of `needed` images.
 
     `what` names the batch in the message, for instance `batch_size of strategy 3`.
     """
-    have = len(domain.train)
+    have = len(domain.train) if have is None else have
     if have < needed:
         raise DataError(
-            f"domain {domain.name!r} has {have} training images, fewer than {what} = {needed}; "
-            f"lower that to at most {have} or give more images"
+            f"domain {domain.name!r} has {have} training images to use, fewer than {what} ="
+            f" {needed}; lower that to at most {have} or give more images"
         )
 
 
 def check_distinct(
     first: Domain, second: Domain, roles: tuple[str, str] = ("original", "restricted")
 ) -> None:
-    """Raise DataError if more than half of the training images of one domain, compared pixel by
-    pixel, are images of the other (any split).
-
-    Copies that were resized or recompressed are not found.
+    """Raise DataError if more than half of the training images of one domain are images of the
+    other: compared pixel by pixel (any split), or by thumbnails where their sizes differ.
     """
+    if first.image_shape != second.image_shape:
+        _check_resized(first, second, roles)
+        return
     for one, other in ((second, first), (first, second)):
         known: set[bytes] = set()
         for split in (other.train, other.validation, other.test):
@@ -41,6 +44,17 @@ def check_distinct(
                 f"{roles[1]} domain {second.name!r} is the same data as the {roles[0]} "
                 f"{first.name!r}: {share:.0%} of the training images of {one.name!r} are in"
                 " both; give each its own images"
+            )
+
+
+def _check_resized(first: Domain, second: Domain, roles: tuple[str, str]) -> None:
+    for one, other in ((second, first), (first, second)):
+        alike = copies(one.train, other.train) / len(one.train)
+        if alike > 0.5:
+            raise DataError(
+                f"{roles[1]} domain {second.name!r} is the same data as the {roles[0]}"
+                f" {first.name!r} in another size: {alike:.0%} of the training images of"
+                f" {one.name!r} are in both; give each its own images"
             )
 
 

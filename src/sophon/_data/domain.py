@@ -61,8 +61,8 @@ class Domain:
         return len(self.classes)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of the pixels, labels and shapes of all splits and of the
-        normalisation; names do not count. Computed once.
+        """Return the SHA-256 (hex) of the pixels, labels and shapes of all splits, of the
+        normalisation and of the number of classes; names do not count. Computed once.
         """
         return self._fingerprint
 
@@ -73,7 +73,7 @@ class Domain:
             digest.update(json.dumps(list(split.pixels.shape)).encode())
             digest.update(split.pixels.numpy().data)
             digest.update(split.labels.numpy().astype("<i8").data)
-        digest.update(json.dumps([self.mean, self.std]).encode())
+        digest.update(json.dumps([self.mean, self.std, self.class_count]).encode())
         return digest.hexdigest()
 
     @classmethod

@@ -39,6 +39,12 @@ def overlaps_of(domains: tuple[Domain, ...]) -> tuple[Overlap, ...]:
     )
 
 
+def copies(images: Images, others: Images) -> int:
+    """Return how many of `images` are, exactly or nearly and in whatever size, among `others`."""
+    found = _overlap("", _Prints(images), "", _Prints(others))
+    return found.exact + found.near
+
+
 class _Prints:
     """A split's fingerprints: difference hashes (n, 64) and normalised thumbnails (n, 256)."""
 

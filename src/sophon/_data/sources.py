@@ -38,6 +38,10 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             raise DataError(
                 f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it"
             )
+        if spec.dataset is not None and spec.source in ("npz", "folder"):
+            raise DataError(
+                f"dataset = {spec.dataset!r} is for torchvision and embedded sources: remove it"
+            )
         return SOURCES[spec.source](spec, base)
     except DataError as error:
         raise DataError(f"{role}: {error}") from None
@@ -70,7 +74,7 @@ def prompts(spec: DomainSpec, base: Path) -> Domain:
 
 def torchvision(spec: DomainSpec, base: Path) -> Domain:
     """Return the torchvision dataset `spec.name` kept in `spec.root`; see `read_torchvision`."""
-    name = _required(spec.name, "name", "CIFAR10", spec.source)
+    name = _required(spec.dataset or spec.name, "name", "CIFAR10", spec.source)
     root = _located(spec.root, base, "root", spec.source)
     contents = read_torchvision(name, root, download=spec.download, size=spec.image_size)
     return _domain(contents, spec, name)
@@ -78,7 +82,7 @@ def torchvision(spec: DomainSpec, base: Path) -> Domain:
 
 def embedded(spec: DomainSpec, base: Path) -> Domain:
     """Return the embedded domain `spec.name`; see `read_embedded`."""
-    name = _required(spec.name, "name", "digits", spec.source)
+    name = _required(spec.dataset or spec.name, "name", "digits", spec.source)
     return _domain(read_embedded(name, spec.image_size), spec, name)
 
 
@@ -104,7 +108,11 @@ def expanded(text: str, base: Path) -> Path:
             raise DataError(f"{text!r} needs the environment variable {name}, which is not set")
         return os.environ[name]
 
-    return base / Path(re.sub(r"\$\{([A-Za-z_]\w*)\}", value, text)).expanduser()
+    path = Path(re.sub(r"\$\{([A-Za-z_]\w*)\}", value, text))
+    try:
+        return base / path.expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text!r}: {error}; write the folder out") from None
 
 
 def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:

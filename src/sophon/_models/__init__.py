@@ -50,7 +50,13 @@ from sophon._models._structure import (
     layers_in_order,
     normalised_pairs,
 )
-from sophon._models._weights import load_weights, read_tensors, require_finite, weights_sha256
+from sophon._models._weights import (
+    load_weights,
+    network_identity,
+    read_tensors,
+    require_finite,
+    weights_sha256,
+)
 
 __all__ = [
     "add_lora",
@@ -81,6 +87,7 @@ __all__ = [
     "lora_parameters",
     "merged_lora",
     "Names",
+    "network_identity",
     "normalised_pairs",
     "predict",
     "probe_images",

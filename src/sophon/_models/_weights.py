@@ -14,6 +14,20 @@ from torch import Tensor, nn
 
 from sophon._errors import CheckpointError, UnsupportedModelError
 
+_DAMAGED = (
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)
+
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, or of a torch file that holds tensors only.
@@ -33,8 +47,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "code. Where you trust it, load it yourself and keep the state_dict with "
             "safetensors.torch.save_file"
         ) from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else "ends early"
+    except _DAMAGED as error:
+        said = (str(error).strip().splitlines() or ["it ends early"])[0]
+        # torch says where in its own code; that is no help.
+        reason = said if said.isprintable() and "[enforce" not in said else "no such file inside"
+        reason = reason[:160]
         raise CheckpointError(
             f"{path} is damaged or not a file of tensors ({reason}): copy it again, or save"
             " model.state_dict() with safetensors.torch.save_file"
@@ -96,6 +113,33 @@ def require_finite(model: nn.Module, *, what: str) -> None:
             raise UnsupportedModelError(
                 f"{what}: {name} holds NaN or infinite values; the weights are damaged"
             )
+
+
+def network_identity(model: nn.Module) -> str:
+    """Return a name for what computes with the weights: class, hooks, and a hash of the layers.
+
+    Layers count with their types and what they print (strides, activations, dropout rates); code
+    inside a `forward` is not seen.
+    """
+    kind = type(model)
+    hooks = [
+        hook
+        for part in model.modules()
+        for held in (
+            part._forward_pre_hooks,
+            part._forward_hooks,
+            part._backward_pre_hooks,
+            part._backward_hooks,
+        )
+        for hook in held.values()
+    ]
+    names = [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in hooks]
+    layers = "\n".join(
+        f"{name}: {type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
+        for name, part in model.named_modules()
+    )
+    structure = hashlib.sha256(layers.encode()).hexdigest()[:16]
+    return "+".join([f"{kind.__module__}.{kind.__qualname__}", *names, structure])
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -110,14 +110,13 @@ def test_suppression_works_on_the_rehearsed_query() -> None:
 
 
 def test_each_violation_adds_one_reinforcement_step_and_what_is_met_none() -> None:
-    spec = quick_spec(rounds=12, suppression_rate=0.02, guard=Guard(every=2, tolerance_points=2.0))
+    spec = SPECS["violated"]
     run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
     violations = 0
     for record in run:
         assert record.reinforcement_steps == spec.reinforcement_steps + violations
         violations += record.guard == "violated"
-    assert violations > 1
-    assert {r.guard for r in run.rounds} == {"met", "violated", None}
+    assert {r.guard for r in run.rounds} == {"met", "violated"}
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(0, "met"), (3, "met"), (4, "violated")])

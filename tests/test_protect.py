@@ -364,7 +364,7 @@ SPECS: dict[str, ProtectSpec] = {
     # Fewer states than rounds, a guard that is violated, and the other rule of what is shipped.
     "violated": quick_spec(
         checkpoint_every=3,
-        suppression_rate=0.02,
+        suppression_rate=0.01,
         reinforcement_rate=2e-3,
         guard=Guard(every=1, tolerance_points=2.0, ship="lowest_query_score"),
     ),

@@ -350,7 +350,7 @@ def test_losses_that_do_not_fit_and_pictures_too_few_are_refused(tmp_path: Path)
         ("audit.samples.kid_subset=400", "at least 400 samples are needed"),
         ("restricted.0.test=0.02", "too few for KID: at least 12 are needed"),
         ("audit.samples.extractor=no.pth", "'no.pth' does not exist"),
-        (f"audit.samples.extractor={file}", "does not hold the weights of the FID's Inception"),
+        (f"audit.samples.extractor={file}", "is refused: it is a pickle"),
     ):
         arguments = ("audit", file, "--model", out, "--out", tmp_path / "a", "--set", setting)
         result = sophon(*arguments)

@@ -439,6 +439,52 @@ def test_torchvision_celeba_labels_an_attribute(
     attribute = ("Smiling", "Male")[column]
     assert domain.classes == (f"not {attribute}", attribute)
     assert domain.test.labels.tolist() == [(values[n][column] + 1) // 2 for n in range(8, 16)]
+    bare = load_domain(
+        spec(source="torchvision", name=name, root=".", labels="none", image_size=8), base=tmp_path
+    )
+    assert bare.classes == ("image",)
+    assert (len(bare.train) + len(bare.validation), len(bare.test)) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        # FFHQ: a thousand pictures to a folder; LFW: a folder to a person, some with one picture.
+        ["00000/{:05}.png", "01000/{:05}.png"],
+        ["Aaron_Eckhart/Aaron_Eckhart_{:04}.png", "Zico/Zico_{:04}.png"],
+        ["{:05}.png"],
+    ],
+)
+def test_folders_without_classes_are_read_as_they_come(tmp_path: Path, layout: list[str]) -> None:
+    root = tmp_path / "faces"
+    for number, pixels in enumerate(noise(20, 12, 10, 3)):
+        # All but one in the first folder.
+        file = root / layout[-1 if number == 0 else 0].format(number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    (root / "LICENSE.txt").write_text("terms")
+    domain = load_domain(
+        spec(source="folder", path="faces", labels="none", image_size=8), base=tmp_path
+    )
+    assert domain.classes == ("image",)
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 20
+    assert domain.image_shape == (3, 8, 8)
+
+
+def test_train_and_test_images_are_joined_and_cut_anew(tmp_path: Path) -> None:
+    pixels = noise(30, 8, 8)
+    labels = np.arange(30) % 3
+    np.savez(
+        tmp_path / "d.npz",
+        x_train=pixels[:24], y_train=labels[:24], x_test=pixels[24:], y_test=labels[24:],
+    )  # fmt: skip
+    domain = load_domain(spec(source="npz", path="d.npz", join=True, test=0.4), base=tmp_path)
+    assert len(domain.test) == 12
+    parts = (domain.train, domain.validation, domain.test)
+    held = torch.cat([part.pixels for part in parts]).numpy()[:, 0]
+    order = np.lexsort(held.reshape(30, -1).T)
+    assert np.array_equal(held[order], pixels[np.lexsort(pixels.reshape(30, -1).T)])
+    assert torch.cat([part.labels for part in parts]).bincount().tolist() == [10, 10, 10]
 
 
 # --- embedded and torch datasets -----------------------------------------------------------------
@@ -606,7 +652,7 @@ def test_different_domains_pass_the_checks() -> None:
 
 
 def test_sources_are_the_documented_ones() -> None:
-    assert list(SOURCES) == ["npz", "folder", "torchvision", "embedded"]
+    assert list(SOURCES) == ["npz", "folder", "torchvision", "embedded", "prompts"]
 
 
 def test_jpeg_packing_equals_decoding_each_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from sophon._data import Domain
 from sophon._records import DomainRecord, Environment
 
-_PACKAGES = ("sophon-protect", "torch", "numpy", "timm", "torchvision")
+_PACKAGES = ("sophon-protect", "torch", "numpy", "timm", "torchvision", "diffusers", "torchmetrics")
 
 
 def domain_record(domain: Domain, role: str) -> DomainRecord:

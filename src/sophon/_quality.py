@@ -6,6 +6,7 @@ Distances are torchmetrics'; they mean something only beside the extractor's nam
 from __future__ import annotations
 
 import importlib
+import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain, Images
 from sophon._errors import DataError, SpecError
 from sophon._finetune import FineTuning
-from sophon._models import diffusers, find_head, predict, resolve_model
+from sophon._models import diffusers, find_head, predict, read_tensors, resolve_model
 from sophon._networks import SmallConvNet
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
@@ -233,13 +234,18 @@ def _inception(file: Path) -> Extractor:
             " of a classifier, or a file of Inception's weights"
         )
     fid = _torchmetrics("torchmetrics.image.fid")
+    # torch-fidelity would unpickle whatever the file holds: it is given a copy of the tensors.
+    tensors = read_tensors(file)
     try:
-        module = fid.NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "inception.pth"
+            torch.save(tensors, copy)
+            module = fid.NoTrainInceptionV3("inception-v3-compat", ["2048"], str(copy))
     except ModuleNotFoundError:
         raise SpecError(
             "Inception's features need torch-fidelity: pip install 'sophon-protect[quality]'"
         ) from None
-    except Exception as error:  # noqa: BLE001 - whatever the file holds, it is not these weights
+    except RuntimeError as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise SpecError(
             f"audit.samples.extractor: {file.name} does not hold the weights of the FID's"

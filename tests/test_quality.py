@@ -1,0 +1,287 @@
+"""KID, FID, precision and recall on real images; what a verdict makes of errors and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from denoisers import digits, unet
+from records import record, trial
+from sophon._checks import near_chance_on_original, original_task_suffers
+from sophon._compatibility import prepare_torchvision
+from sophon._data import Domain
+from sophon._errors import DataError, SpecError
+from sophon._metric_kinds import KINDS, kind_of, shown
+from sophon._models import diffusers
+from sophon._pictures import bearing
+from sophon._quality import (
+    Extractor,
+    check_quality,
+    draw_samples,
+    make_extractor,
+    measure_quality,
+)
+from sophon._records import AuditRecord, ErrorScore, Point, SampleRecord, Score, Trial
+from sophon._report import report
+from sophon._samples import picture_grid
+from sophon._specs import Guard, SampleSpec
+from sophon._tasks import Denoising
+from sophon._verdict import summarise
+
+SPEC = SampleSpec(count=60, kid_subset=30, extractor_steps=60)
+
+
+class Flat(nn.Module):
+    """Pixels as features."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :1, ::2, ::2].float().flatten(1) / 255
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Extractor:
+    return make_extractor(SPEC, digits(0, 5), digits(5, 10))
+
+
+def test_kid_is_the_unbiased_estimate_of_the_kernel_distance() -> None:
+    # With subsets of all images each is the same: the plain double sum must come out.
+    real, fake = digits(5, 10).train.pixels[:20], digits(0, 5).train.pixels[:20]
+    spec = SPEC.model_copy(update={"kid_subset": 20})
+    quality = measure_quality(fake, real, Extractor(Flat(), "pixels", 16), spec)
+    x, y = (Flat()(part).double().numpy() for part in (real, fake))
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    off = ~np.eye(20, dtype=bool)
+    expected = kernel(x, x)[off].mean() + kernel(y, y)[off].mean() - 2 * kernel(x, y).mean()
+    assert quality.kid == pytest.approx(expected, rel=1e-3)
+    assert quality.kid_std == pytest.approx(0, abs=1e-6)
+    gap = x.mean(0) - y.mean(0)
+    assert quality.fid >= gap @ gap - 1e-6
+
+
+def test_other_real_images_are_near_and_another_domain_is_far(classifier: Extractor) -> None:
+    same = measure_quality(
+        digits(5, 10).train.pixels[:150], digits(5, 10).test.pixels, classifier, SPEC
+    )
+    other = measure_quality(
+        digits(0, 5).train.pixels[:150], digits(5, 10).test.pixels, classifier, SPEC
+    )
+    assert same.kid + 2 * same.kid_std < other.kid
+    assert same.fid < other.fid
+    assert same.precision > other.precision
+    assert same.recall > other.recall
+    assert "small classifier of digits-0-4+digits-5-9 (1 + 1 classes)" in classifier.name
+    assert classifier.features(digits(0, 5).test.pixels[:3]).shape == (3, classifier.width)
+
+
+def test_copies_of_the_real_images_have_full_precision_and_recall() -> None:
+    images = digits(5, 10).test.pixels
+    quality = measure_quality(images, images, Extractor(Flat(), "pixels", 16), SPEC)
+    assert quality.precision == quality.recall == 1
+    assert quality.fid == pytest.approx(0, abs=1e-3)
+    black = torch.zeros_like(images)
+    quality = measure_quality(black, images, Extractor(Flat(), "pixels", 16), SPEC)
+    assert quality.recall == 0
+
+
+def test_extractors_of_another_width_and_too_few_images_are_refused(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"width": 2048, "extractor_steps": 1})
+    with pytest.raises(SpecError, match=r"width = 2048.*have 72"):
+        make_extractor(spec, digits(0, 5), digits(5, 10))
+    with pytest.raises(DataError, match=r"has 179 test images, too few.*at least 400"):
+        check_quality(SPEC.model_copy(update={"count": 500, "kid_subset": 400}), (digits(5, 10),))
+    with pytest.raises(SpecError, match=r"count = 10.*at least 30 samples"):
+        check_quality(SPEC.model_copy(update={"count": 10}), (digits(5, 10),))
+
+
+@pytest.mark.slow
+def test_a_file_of_inceptions_weights_is_named_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # The network can only be made from a file of its weights: random ones do here.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("any", ["2048"], "any")
+    file = tmp_path / "inception.safetensors"
+    save_file(network.state_dict(), file)
+    spec = SPEC.model_copy(update={"extractor": str(file)})
+    extractor = make_extractor(spec, digits(0, 5), digits(5, 10))
+    assert extractor.width == 2048
+    assert extractor.name == "Inception v3 pool features (inception.safetensors)"
+    assert extractor.features(digits(0, 5).test.pixels[:2]).shape == (2, 2048)
+    save_file({"weight": torch.zeros(2)}, file)
+    with pytest.raises(SpecError, match="does not hold the weights"):
+        make_extractor(spec, digits(0, 5), digits(5, 10))
+
+
+def test_every_model_draws_from_the_same_noise_whatever_the_batch() -> None:
+    task, labels = Denoising(), torch.zeros(70, dtype=torch.long)
+    model = unet().train()
+    many = draw_samples(model, task, (1, 8, 8), labels, steps=2)
+    few = draw_samples(model, task, (1, 8, 8), labels[:5], steps=2)
+    assert model.training
+    assert many.shape == (70, 1, 8, 8)
+    assert (many[:5].int() - few.int()).abs().max() <= 1
+    grid = picture_grid(many[:4])
+    assert grid.startswith("data:image/png;base64,")
+
+
+def test_a_perfect_denoiser_draws_the_image_it_knows() -> None:
+    """The one optimal for a single image, at any prediction type, draws that image."""
+    image = digits(5, 10).test.pixels[:1].float() / 127.5 - 1
+
+    class Knowing(nn.Module):
+        def __init__(self, task: Denoising) -> None:
+            super().__init__()
+            self.task = task
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, noisy: torch.Tensor, times: torch.Tensor, **_: Any) -> Any:
+            alphas = self.task.alphas[times].view(-1, 1, 1, 1)
+            noise = (noisy - alphas.sqrt() * image) / (1 - alphas).sqrt()
+            velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * image
+            return ({"epsilon": noise, "v_prediction": velocity}[self.task.prediction],)
+
+    for prediction in ("epsilon", "v_prediction"):
+        task = Denoising(diffusers().DDPMScheduler(prediction_type=prediction))
+        drawn = draw_samples(
+            Knowing(task), task, (1, 8, 8), torch.zeros(2, dtype=torch.long), steps=10
+        )
+        assert (drawn.int() - digits(5, 10).test.pixels[:1].int()).abs().max() <= 3
+
+
+# --- Records of errors ----------------------------------------------------------------------------
+
+ERRORS = {
+    "protected": (0.85, 0.41, 0.17, 0.15),
+    "unprotected": (0.2, 0.1, 0.06, 0.05),
+    "scratch": (0.8, 0.4, 0.16, 0.14),
+}
+
+
+def _error(value: float, total: int = 100) -> ErrorScore:
+    return ErrorScore(mse=value, variance=0.001, total=total, quarters=(value,) * 4)
+
+
+def _trial(subject: Any, seed: int) -> Trial:
+    errors = [1.0, *(value + 0.001 * seed for value in ERRORS[subject])]
+    plain = trial(subject, (), seed=seed)
+    points = [
+        Point(step=step, samples=64 * step, validation=_error(value))
+        for step, value in zip((0, 5, 20, 80, 200), errors, strict=True)
+    ]
+    return plain.model_copy(
+        update={"curve": tuple(points), "best_step": 200, "test": _error(errors[-1])}
+    )
+
+
+def _picture(subject: Any, kid: float, attack: str = "adam") -> SampleRecord:
+    return SampleRecord(
+        subject=subject, domain="refused", attacked="refused", attack=attack, count=60, images=100,
+        steps=25, extractor="the features of a test", features=72, kid=kid, kid_std=0.01, fid=1.0,
+        precision=0.5, recall=0.5, grid="data:image/png;base64,AAAA",
+    )  # fmt: skip
+
+
+def _record(kids: tuple[float, float, float] | None = (0.5, 0.1, 0.5)) -> AuditRecord:
+    trials = [_trial(subject, seed) for subject in ERRORS for seed in (0, 1, 2)]
+    held = record(trials)
+    subjects = [
+        subject.model_copy(update={"original": _error(value) if value else None})
+        for subject, value in zip(held.subjects, (0.055, 0.05, None), strict=True)
+    ]
+    pictures = zip(ERRORS, kids or (), strict=False)
+    return held.model_copy(
+        update={
+            "task": "denoising",
+            "task_name": "denoising, epsilon prediction, timesteps 0 to 999 of 1000",
+            "subjects": tuple(subjects),
+            "samples": tuple(_picture(subject, kid) for subject, kid in pictures),
+        }
+    )
+
+
+def test_recovering_an_error_means_90_percent_of_the_way_from_scratch() -> None:
+    (summary,) = summarise(_record())
+    assert summary.goal == pytest.approx(1 - (0.14 - 0.9 * (0.14 - 0.05)))
+    steps = {name: s.to_unprotected for name, s in summary.subjects.items()}
+    assert steps["unprotected"] is not None
+    assert steps["unprotected"].steps == 200
+    assert steps["protected"] is not None
+    assert steps["protected"].steps is None
+
+
+@pytest.mark.parametrize(
+    ("kids", "verdict", "words"),
+    [
+        ((0.5, 0.1, 0.5), "withstood", "100 % of the unprotected model's lead in KID is gone"),
+        ((0.2, 0.1, 0.5), "not protected", "only 25 %"),
+        ((0.5, 0.49, 0.5), "void", "KID does not tell"),
+        (None, "void", "no pictures were judged"),
+    ],
+)
+def test_a_good_verdict_needs_the_pictures(
+    kids: tuple[float, float, float] | None, verdict: str, words: str
+) -> None:
+    held = _record(kids)
+    (summary,) = summarise(held)
+    assert summary.advantage.defined
+    assert summary.verdict == verdict, summary.reasons
+    assert any(words in reason for reason in summary.reasons)
+    assert words in bearing(held, "refused").reason
+
+
+def test_a_report_of_errors_shows_errors() -> None:
+    page = report(_record()).html()
+    for words in ("0.0500", "timesteps 0 to 999", "the features of a test", "72 of them"):
+        assert words in page
+    assert "accuracy" not in page
+    assert "data:image/png;base64,AAAA" in page
+
+
+def test_flags_on_the_original_task_know_errors() -> None:
+    held = _record()
+    assert near_chance_on_original(held, "refused") is None
+    assert original_task_suffers(held, "refused") is None
+
+    def with_error(value: float) -> AuditRecord:
+        first = held.subjects[0].model_copy(update={"original": _error(value, 10_000)})
+        return held.model_copy(update={"subjects": (first, *held.subjects[1:])})
+
+    suffers = original_task_suffers(with_error(0.07), "refused")
+    assert suffers is not None
+    assert not suffers.voids
+    assert "0.0500 before, 0.0700 after" in suffers.detail
+    ruined = original_task_suffers(with_error(0.11), "refused")
+    assert ruined is not None
+    assert ruined.voids
+    assert near_chance_on_original(with_error(0.99), "refused") is not None
+
+
+def test_the_guard_tolerates_a_share_of_the_error() -> None:
+    kind = kind_of(_error(0.05))
+    guard = Guard(tolerance_relative=0.1)
+    assert 1 - kind.allowed(0.95, guard) == pytest.approx(0.055)
+    assert kind.interval((0.9, 0.95)) == ("0.0500", "0.1000")
+    assert shown(_error(0.05)) == "0.0500"
+    assert shown(Score(correct=1, total=2)) == "50.0 %"
+    assert KINDS["accuracy"].allowed(0.9, Guard(tolerance_points=2.0)) == pytest.approx(0.88)
+
+
+def test_domains_without_labels_have_one_class() -> None:
+    images = np.zeros((20, 8, 8), np.uint8)
+    domain = Domain.from_arrays("plain", images, test_images=images[:4])
+    assert domain.classes == ("image",)
+    assert len(domain.test) == 4

@@ -343,13 +343,15 @@ class ModelSpec(Spec):
 class DomainSpec(Spec):
     """Where a domain's images come from and how they are cut and normalised.
 
-    `source` is `npz`, `folder`, `torchvision`, `embedded` or `prompts`. Images become `image_size`
-    squares (shorter side resized, centre cropped) when it is given. `mean` and `std` are per
-    channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's coarser labels
+    `source` is `npz`, `folder`, `torchvision`, `tree`, `embedded` or `prompts`. Images become
+    `image_size` squares (shorter side resized, centre cropped) when it is given. `mean` and `std`
+    are per channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's coarser labels
     instead of its own (arrays `coarse_of_fine` and `coarse_names`), `labels = "none"` makes all
     images one class, as a diffusion model allows, and reads a folder as it comes, flat or nested.
     `join` joins train and test and cuts a test split anew. `classes` keeps only those
     labels, renumbered in order; `limit` keeps the first so many training images of each class.
+    `normalisation` names a known mean and std, such as `cifar10`, and `class_order` a known order
+    of classes, `cifar10`, `stl10` or `imagenette`.
     """
 
     source: str
@@ -360,12 +362,14 @@ class DomainSpec(Spec):
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     mean: Channels | None = None
     std: Channels | None = None
+    normalisation: Name | None = None
     validation: Fraction = 0.1
     test: Fraction = 0.2
     split_seed: Count = 0
     labels: Literal["own", "coarse", "none"] = "own"
     join: bool = False
     classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
+    class_order: Name | None = None
     limit: Positive | None = None
     weight: Rate = 1.0
 

@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Plain = bool | int | float | str
 Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
@@ -330,6 +331,7 @@ class ModelSpec(Spec):
     `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only);
     `head` names the classifier layer where it cannot be found; `classes` overrides the number
     of outputs the network is built with; `in_channels` is 3 for RGB and 1 for grey networks.
+    `arguments` go to timm's or torchvision's constructor, such as narrower layers.
     """
 
     name: Name
@@ -338,6 +340,7 @@ class ModelSpec(Spec):
     classes: Annotated[int, Field(ge=2)] | None = None
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     head: str | None = None
+    arguments: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
 
 
 class DomainSpec(Spec):

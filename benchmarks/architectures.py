@@ -53,7 +53,9 @@ def measure(name: str, batch: int, steps: int) -> str:
         guard=Guard(every=2),
         precision="fp32",
     )
-    run = iter(Protection(model, original=noise("a", 0, batch), restricted=noise("b", 1, batch), spec=spec))
+    run = iter(
+        Protection(model, original=noise("a", 0, batch), restricted=noise("b", 1, batch), spec=spec)
+    )
     next(run)
     start = time.process_time()
     # The second round has no guard's check before it and the first one's warm-up behind it.

@@ -113,10 +113,13 @@ def plainly(name: str) -> nn.Module:
     """Return the network from its own library, without sophon."""
     library, _, model = name.partition(":")
     prepare_torchvision()
+    arguments = {"num_classes": 2, **ARGUMENTS.get(name, {})}
     if library == "timm":
-        made: nn.Module = importlib.import_module("timm").create_model(model, num_classes=2)
+        made: nn.Module = importlib.import_module("timm").create_model(model, **arguments)
         return made
-    built: nn.Module = importlib.import_module("torchvision.models").get_model(model, num_classes=2)
+    if library == "small_caformer":
+        return NETWORKS[name](2, 3)
+    built: nn.Module = importlib.import_module("torchvision.models").get_model(model, **arguments)
     return built
 
 

@@ -348,9 +348,9 @@ class DomainSpec(Spec):
 
     `source` is `npz`, `folder`, `torchvision`, `tree`, `embedded` or `prompts`. Images become
     `image_size` squares (shorter side resized, centre cropped) when it is given. `mean` and `std`
-    are per channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's coarser labels
-    instead of its own (arrays `coarse_of_fine` and `coarse_names`), `labels = "none"` makes all
-    images one class, as a diffusion model allows, and reads a folder as it comes, flat or nested.
+    are per channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's coarser
+    labels (arrays `coarse_of_fine` and `coarse_names`), `labels = "none"` makes all images one
+    class, as a diffusion model allows, and reads a folder as it comes, flat or nested.
     `join` joins train and test and cuts a test split anew. `classes` keeps only those
     labels, renumbered in order; `limit` keeps the first so many training images of each class.
     `normalisation` names a known mean and std, such as `cifar10`, and `class_order` a known order

@@ -376,7 +376,7 @@ def test_torchvision_gtsrb(tmp_path: Path) -> None:
         for number, pixels in enumerate(noise(4, 30, 34, 3)):
             Image.fromarray(pixels).save(test / f"{number:05}.ppm")
             writer.writerow([f"{number:05}.ppm", 34, 30, number % 2])
-    for label in range(2):
+    for label in range(43):
         folder = base / "GTSRB" / "Training" / f"{label:05}"
         folder.mkdir(parents=True)
         for number, pixels in enumerate(noise(4, 40, 28, 3, seed=label)):
@@ -388,20 +388,6 @@ def test_torchvision_gtsrb(tmp_path: Path) -> None:
     assert domain.image_shape == (3, 24, 24)
     assert domain.test.labels.tolist() == [0, 1, 0, 1]
     assert domain.classes == ("0", "1")
-
-
-def test_torchvision_imagenette(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for wnid in ("n01440764", "n02102040"):
-            folder = tmp_path / "imagenette2-160" / split / wnid
-            folder.mkdir(parents=True)
-            for number, pixels in enumerate(noise(4, 20, 26, 3)):
-                Image.fromarray(pixels).save(folder / f"{number}.JPEG")
-    domain = load_domain(
-        spec(source="torchvision", name="Imagenette:160px", root=".", image_size=16), base=tmp_path
-    )
-    assert domain.classes == ("tench", "English springer")
-    assert (len(domain.train), len(domain.validation), len(domain.test)) == (6, 2, 8)
 
 
 @pytest.mark.parametrize(("name", "column"), [("CelebA", 1), ("CelebA:Smiling", 0)])
@@ -652,7 +638,7 @@ def test_different_domains_pass_the_checks() -> None:
 
 
 def test_sources_are_the_documented_ones() -> None:
-    assert list(SOURCES) == ["npz", "folder", "torchvision", "embedded", "prompts"]
+    assert list(SOURCES) == ["npz", "folder", "torchvision", "tree", "embedded", "prompts"]
 
 
 def test_jpeg_packing_equals_decoding_each_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sophon._checkpoints import open_run, save_state
-from sophon._data import Domain, check_batch_fits
+from sophon._data import Domain, check_batch_fits, resolve_normalisation
 from sophon._errors import CheckpointError, NonFiniteError, SpecError
 from sophon._files import write_json, write_text
 from sophon._finetune import (
@@ -350,6 +350,12 @@ class Protection:
     def _optimizers(self) -> dict[str, Adam]:
         return {"suppressor": self.suppressor, "reinforcer": self.reinforcer}
 
+    def _input(self) -> dict[str, Any]:
+        """Return what the model takes: (channels, height, width), and how pixels are normalised."""
+        original = self.setting.original
+        mean, std = resolve_normalisation(original, None)
+        return {"input_size": self.setting.shape(original), "mean": mean, "std": std}
+
     def _description(self, result: Protected) -> dict[str, Any]:
         return {
             "spec": self.spec.model_dump(mode="json"),
@@ -357,6 +363,7 @@ class Protection:
             "original": self.setting.original.name,
             "restricted": [domain.name for domain in self.setting.restricted],
             "head": self.setting.head,
+            "input": self._input(),
             "validation_before": result.before.model_dump(),
             "validation_after": result.after.model_dump(),
             "shipped_round": result.shipped_round,

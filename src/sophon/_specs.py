@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Plain = bool | int | float | str
 Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
@@ -343,6 +344,7 @@ class ModelSpec(Spec):
     `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only);
     `head` names the classifier layer where it cannot be found; `classes` overrides the number
     of outputs the network is built with; `in_channels` is 3 for RGB and 1 for grey networks.
+    `arguments` go to timm's or torchvision's constructor, such as narrower layers.
     """
 
     name: Name
@@ -351,20 +353,22 @@ class ModelSpec(Spec):
     classes: Annotated[int, Field(ge=2)] | None = None
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     head: str | None = None
+    arguments: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
 
 
 class DomainSpec(Spec):
     """Where a domain's images come from and how they are cut and normalised.
 
-    `source` is `npz`, `folder`, `torchvision`, `embedded` or `prompts`; of `torchvision` and
-    `embedded` `dataset` says which set, or else `name`, which is the domain's. Images become
-    `image_size` squares (shorter side resized, centre cropped) when it is given. `mean` and
-    `std` are per channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's
-    coarser labels instead of its own (arrays `coarse_of_fine` and `coarse_names`),
-    `labels = "none"` makes all images one class, as a diffusion model allows, and reads a folder
-    as it comes, flat or nested. `join` joins train and test and cuts a test split anew. `classes`
-    keeps only those
-    labels, renumbered in order; `limit` keeps the first so many training images of each class.
+    `source` is `npz`, `folder`, `torchvision`, `tree`, `embedded` or `prompts`; of
+    `torchvision`, `tree` and `embedded` `dataset` says which set, or else `name`, which is the
+    domain's. Images become `image_size` squares (shorter side resized, centre cropped) when it
+    is given. `mean` and `std` are per channel on images scaled to [0, 1]. `labels = "coarse"`
+    takes an archive's coarser labels instead of its own (arrays `coarse_of_fine` and
+    `coarse_names`), `labels = "none"` makes all images one class, as a diffusion model allows,
+    and reads a folder as it comes, flat or nested. `join` joins train and test and cuts a test
+    split anew. `classes` keeps only those labels, renumbered in order; `limit` keeps the first
+    so many training images of each class. `normalisation` names a known mean and std, such as
+    `cifar10`, and `class_order` a known order of classes, `cifar10`, `stl10` or `imagenette`.
     """
 
     source: str
@@ -376,12 +380,14 @@ class DomainSpec(Spec):
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     mean: Channels | None = None
     std: Channels | None = None
+    normalisation: Name | None = None
     validation: Fraction = 0.1
     test: Fraction = 0.2
     split_seed: Count = 0
     labels: Literal["own", "coarse", "none"] = "own"
     join: bool = False
     classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
+    class_order: Name | None = None
     limit: Positive | None = None
     weight: Rate = 1.0
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sophon._cli import auditing, commands, reading  # the import adds them to the application
+# The import adds them to the application.
+from sophon._cli import auditing, commands, publishing, reading
 from sophon._cli.application import app
 
-__all__ = ["app", "auditing", "commands", "main", "reading"]
+__all__ = ["app", "auditing", "commands", "main", "publishing", "reading"]
 
 
 def main() -> None:

@@ -57,6 +57,10 @@ def protect(
         bool,
         typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing."),
     ] = False,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option("--tensorboard", metavar="FOLDER", help="Log every round for TensorBoard."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Protect the model of RUN.TOML; repeat the command to resume."""
@@ -70,7 +74,10 @@ def protect(
     mode = mode_of(quiet, as_json)
     require_place(out)
     require_outside(out, run_file, settings)
-    result = run_protection(load(run_file, settings, threads), out, mode)
+    if tensorboard is not None:
+        require_place(tensorboard)
+    case = load(run_file, settings, threads)
+    result = run_protection(case, out, mode, tensorboard=tensorboard)
     show_protected(result, out, mode)
 
 

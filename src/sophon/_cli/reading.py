@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sophon._records import AuditRecord
 
 
-def _read_record(path: Path) -> AuditRecord:
+def read_record(path: Path) -> AuditRecord:
     from pydantic import ValidationError
 
     from sophon._records import AuditRecord
@@ -58,7 +58,7 @@ def report(
     """Judge a stored audit; print the verdict and write the report."""
     from sophon._report import report as judge
 
-    made = judge(_read_record(audited))
+    made = judge(read_record(audited))
     files = {}
     if html is not None:
         made.write_html(html)
@@ -98,7 +98,7 @@ def compare(
     """Rank several stored audits; those that cannot be compared are kept apart."""
     from sophon._comparison import compare as ranked
 
-    records = [_read_record(path) for path in audited]
+    records = [read_record(path) for path in audited]
     made = ranked(list(zip(_short(audited), records, strict=True)))
     files = {}
     if html is not None:
@@ -140,6 +140,6 @@ def inspect(
     elif path.suffix == ".json" or (path / "record.json").is_file():
         from sophon._report import report as judge
 
-        show_verdict(judge(_read_record(path)), "lines", {})
+        show_verdict(judge(read_record(path)), "lines", {})
     else:
         say(describe_checkpoint(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sophon._protect import Protected
     from sophon._report import Report
     from sophon._runs import Case
+    from sophon._tensorboard import RoundLog
 
 
 def mode_of(quiet: bool, as_json: bool) -> Mode:
@@ -28,8 +30,10 @@ def mode_of(quiet: bool, as_json: bool) -> Mode:
     return choose_mode(quiet=quiet, as_json=as_json)
 
 
-def run_protection(case: Case, out: Path, mode: Mode) -> Protected:
-    """Run or resume a protection in `out`."""
+def run_protection(
+    case: Case, out: Path, mode: Mode, *, tensorboard: Path | None = None
+) -> Protected:
+    """Run or resume a protection in `out`, with TensorBoard logs in a folder if one is given."""
     from sophon._metric_kinds import kind_of
     from sophon._progress import Display, round_text
     from sophon._protect import Protection
@@ -50,17 +54,28 @@ def run_protection(case: Case, out: Path, mode: Mode) -> Protected:
         typer.echo(f"{out} {state}", err=True)
     guard, kind = "", kind_of(run.guard.before)
     display = Display(mode, noun="round", total=len(run), todo=len(run) - run.done)
-    with stopping() as stop, display:
+    with stopping() as stop, display, _logged(tensorboard, run.done) as log:
         display.start_at(run.done)
         for record in run:
             if record.guard_score is not None:
                 guard = f"{kind.show(record.guard_score, 1)} ({record.guard})"
             text = round_text(kind.show(record.query_score, 1), guard)
             display.step(record.model_dump(mode="json"), text)
+            if log is not None:
+                log.add(record)
             if stop.asked and run.done < len(run):
                 run.save()
                 raise KeyboardInterrupt
     return run.result()
+
+
+def _logged(folder: Path | None, done: int) -> AbstractContextManager[RoundLog | None]:
+    """Return where rounds are logged for TensorBoard; nowhere without a folder."""
+    if folder is None:
+        return nullcontext()
+    from sophon._tensorboard import RoundLog
+
+    return RoundLog(folder, done=done)
 
 
 def run_pretraining(case: Case, out: Path, mode: Mode) -> Pretrained:

@@ -20,7 +20,8 @@ def read_folder(path: Path, size: int | None) -> Contents:
     """Return the contents of a directory with one directory of images per class.
 
     Classes are in sorted order. With `train/` below `path`, its classes are for training and those
-    of `test/` (else `val/`) for the test split. Images keep their size unless `size` is given;
+    of `test/` (else `val/`) for the test split; where there are both, `val/` is for validation.
+    Images keep their size unless `size` is given;
     then the shorter side is resized (bilinear, antialiased) and the middle cut out. All become RGB
     unless all are grey. Hidden files are ignored, and so are files that are no images as long as
     they are not the majority.
@@ -30,22 +31,36 @@ def read_folder(path: Path, size: int | None) -> Contents:
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; correct path")
-    train, test = path, None
+    train, others = path, []
     if _directories(path / "train"):
         train = path / "train"
-        test = next((path / name for name in TEST_NAMES if _directories(path / name)), None)
+        others = [path / name for name in TEST_NAMES if _sorted_into_classes(path / name)][:2]
     classes = tuple(folder.name for folder in _directories(train))
     if not classes:
         raise DataError(
             f"{train} holds no folders; put the images of each class into a folder named after it"
         )
     parts = [_part(train, classes, size)]
-    if test is not None:
-        unknown = sorted({folder.name for folder in _directories(test)} - set(classes))
+    for other in others:
+        unknown = sorted({folder.name for folder in _directories(other)} - set(classes))
         if unknown:
-            raise DataError(f"{test} has class {unknown[0]!r} which {train} has not; rename it")
-        parts.append(_part(test, classes, size))
-    return Contents(parts[0], parts[1] if len(parts) > 1 else None, classes)
+            raise DataError(f"{other} has class {unknown[0]!r} which {train} has not; rename it")
+        parts.append(_part(other, classes, size))
+    test, validation = [*parts[1:], None, None][:2]
+    return Contents(parts[0], test, classes, validation)
+
+
+def _sorted_into_classes(path: Path) -> bool:
+    """Return whether `path` is a split. Raises DataError if its images are not in folders."""
+    if _directories(path) or not path.is_dir():
+        return path.is_dir()
+    flat = [one for one in path.iterdir() if one.suffix.lower() in SUFFIXES and _visible(one)]
+    if flat:
+        raise DataError(
+            f"{path} holds {len(flat)} images and no folders of classes; put each into a folder"
+            " named after its class, or move them away"
+        )
+    return False
 
 
 def read_images(path: Path, size: int | None) -> Contents:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sophon._data.archives import read_archive
+from sophon._data.conventions import normalisation_of, ordered_classes
 from sophon._data.domain import Domain
 from sophon._data.embedded import read_embedded
 from sophon._data.folders import read_folder, read_images
 from sophon._data.prompts import read_prompts
 from sophon._data.splits import Contents, Cut, cut, joined, unlabelled
 from sophon._data.torchvision_sets import read_torchvision
+from sophon._data.trees import read_tree
 from sophon._errors import DataError
 from sophon._specs import DomainSpec
 
@@ -40,7 +42,8 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             )
         if spec.dataset is not None and spec.source in ("npz", "folder"):
             raise DataError(
-                f"dataset = {spec.dataset!r} is for torchvision and embedded sources: remove it"
+                f"dataset = {spec.dataset!r} is for torchvision, tree and embedded sources: remove"
+                " it"
             )
         return SOURCES[spec.source](spec, base)
     except DataError as error:
@@ -80,6 +83,21 @@ def torchvision(spec: DomainSpec, base: Path) -> Domain:
     return _domain(contents, spec, name)
 
 
+def tree(spec: DomainSpec, base: Path) -> Domain:
+    """Return the public data set `spec.name` that lies as folders below `spec.root`; see
+    `read_tree`.
+    """
+    name = _required(spec.dataset or spec.name, "name", "CINIC10", spec.source)
+    root = _located(spec.root, base, "root", spec.source)
+    contents = read_tree(name, root, spec.image_size)
+    if len(contents.classes) == 1 and spec.labels != "none":
+        raise DataError(
+            f"{name} has no labels: set labels = 'none', for a diffusion model, or take one of"
+            " CelebA's attributes with source = 'torchvision'"
+        )
+    return _domain(contents, spec, name)
+
+
 def embedded(spec: DomainSpec, base: Path) -> Domain:
     """Return the embedded domain `spec.name`; see `read_embedded`."""
     name = _required(spec.dataset or spec.name, "name", "digits", spec.source)
@@ -90,6 +108,7 @@ SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
     "npz": npz,
     "folder": folder,
     "torchvision": torchvision,
+    "tree": tree,
     "embedded": embedded,
     "prompts": prompts,
 }
@@ -116,16 +135,22 @@ def expanded(text: str, base: Path) -> Path:
 
 
 def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
+    mean, std = _normalisation(spec)
     if spec.join:
         contents = joined(contents)
     if spec.labels == "none":
         contents = unlabelled(contents)
+    classes = spec.classes
+    if spec.class_order is not None:
+        if classes is not None:
+            raise DataError("classes and class_order both choose classes: keep one of them")
+        classes = ordered_classes(contents.classes, spec.class_order)
     free = spec.source == "prompts"
     how = Cut(
         spec.validation,
         spec.test,
         spec.split_seed,
-        spec.classes,
+        classes,
         spec.limit,
         least_classes=1 if free or spec.labels == "none" else 2,
         stratified=not free,
@@ -137,11 +162,20 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
         splits.validation,
         splits.test,
         splits.classes,
-        spec.mean,
-        spec.std,
+        mean,
+        std,
         spec.source,
         spec.weight,
     )
+
+
+def _normalisation(spec: DomainSpec) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if spec.normalisation is None:
+        return spec.mean, spec.std
+    if spec.mean is not None or spec.std is not None:
+        raise DataError("normalisation and mean or std are both given: keep one of them")
+    named = normalisation_of(spec.normalisation)
+    return named.mean, named.std
 
 
 def _located(value: str | None, base: Path, key: str, source: str) -> Path:

@@ -26,11 +26,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a source holds: a training part, a test part if it has one, and class names."""
+    """What a source holds: a training part, test and validation parts if it has them, and class
+    names.
+    """
 
     train: Part
     test: Part | None
     classes: tuple[str, ...]
+    validation: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Cutting:
 
 def cut(contents: Contents, how: Cut) -> Cutting:
     """Return the splits of `contents`: classes chosen, test cut if absent, the number of training
-    images limited, then validation cut from training.
+    images limited, then validation cut from training unless the source has its own.
 
     Raises:
         DataError: a class does not exist or has too few images, or sizes differ.
@@ -85,16 +88,32 @@ def cut(contents: Contents, how: Cut) -> Cutting:
     if how.limit is not None:
         first = first_per_class(labels, how.limit)
         positions, labels = positions[first], labels[first]
-    train, held = stratified(labels, how.validation, derive_seed(how.seed, "validation"), names)
-    if not len(test):
-        raise DataError("the test split has no image of the classes in use; add some or remove it")
-    parts = [(contents.train, positions[train]), (contents.train, positions[held]), (tested, test)]
+    if contents.validation is None:
+        train, held = stratified(labels, how.validation, derive_seed(how.seed, "validation"), names)
+        chosen = (contents.train, positions[held])
+        positions = positions[train]
+    else:
+        chosen = (contents.validation, _own_validation(contents.validation, wanted, how.limit))
+    if not len(test) or not len(chosen[1]):
+        which = "validation" if len(test) else "test"
+        raise DataError(
+            f"the {which} split has no image of the classes in use; add some or remove it"
+        )
+    parts = [(contents.train, positions), chosen, (tested, test)]
     pixels = _in_one_format([part.read(index) for part, index in parts])
     made = [
         to_images(values, renumbered(part.labels[index], wanted))
         for values, (part, index) in zip(pixels, parts, strict=True)
     ]
     return Cutting(made[0], made[1], made[2], names)
+
+
+def _own_validation(part: Part, wanted: Integers, limit: int | None) -> Integers:
+    """Return the positions in use of a source's own validation part, limited as training is."""
+    positions = np.flatnonzero(np.isin(part.labels, wanted))
+    if limit is None:
+        return positions
+    return positions[first_per_class(part.labels[positions], limit)]
 
 
 def stratified(
@@ -152,7 +171,7 @@ def joined(contents: Contents) -> Contents:
         return result
 
     labels = np.concatenate([first.labels, second.labels])
-    return Contents(Part(labels, read), None, contents.classes)
+    return Contents(Part(labels, read), None, contents.classes, contents.validation)
 
 
 def unlabelled(contents: Contents) -> Contents:
@@ -162,7 +181,8 @@ def unlabelled(contents: Contents) -> Contents:
         return Part(np.zeros_like(part.labels), part.read)
 
     test = None if contents.test is None else bare(contents.test)
-    return Contents(bare(contents.train), test, ("image",))
+    validation = None if contents.validation is None else bare(contents.validation)
+    return Contents(bare(contents.train), test, ("image",), validation)
 
 
 def part_of_array(pixels: Bytes, labels: Integers, size: int | None) -> Part:
@@ -181,6 +201,7 @@ def _check_cut(how: Cut) -> None:
 def _check_labels(contents: Contents) -> None:
     parts = [("training", contents.train)]
     parts += [("test", contents.test)] if contents.test is not None else []
+    parts += [("validation", contents.validation)] if contents.validation is not None else []
     for name, part in parts:
         if not len(part.labels):
             raise DataError(f"the {name} split has no images; add some or remove it")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sophon._compatibility import prepare_torchvision
+from sophon._data.downloads import expected_files, fault, summary
 from sophon._data.images import Bytes, Integers, from_item, stack
 from sophon._data.splits import Contents, Part
 from sophon._errors import DataError
@@ -24,13 +25,16 @@ class Entry:
 
     `train` and `test` are the keyword arguments that choose a split. `variant` is the keyword
     that takes what follows a colon in the name, with its default. `labels` is the attribute with
-    one label, or one (path, label) pair, per image.
+    one label, or one (path, label) pair, per image. `get` is where it comes from, `counts` the
+    images of the two splits where no checksum tells a whole copy.
     """
 
     train: dict[str, Any]
     test: dict[str, Any]
     labels: str
+    get: str
     classes: tuple[str, ...] = ()
+    counts: tuple[int, int] | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
     variant: tuple[str, str] | None = None
 
@@ -38,22 +42,42 @@ class Entry:
 _TRAIN_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
 _SPLIT_NAME: dict[str, Any] = {"train": {"split": "train"}, "test": {"split": "test"}}
 
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
 DATASETS: dict[str, Entry] = {
-    "CIFAR10": Entry(**_TRAIN_FLAG, labels="targets"),
-    "CIFAR100": Entry(**_TRAIN_FLAG, labels="targets"),
-    "MNIST": Entry(**_TRAIN_FLAG, labels="targets"),
-    "FashionMNIST": Entry(**_TRAIN_FLAG, labels="targets"),
-    "SVHN": Entry(**_SPLIT_NAME, labels="labels", classes=tuple("0123456789")),
-    "STL10": Entry(**_SPLIT_NAME, labels="labels"),
+    "CIFAR10": Entry(**_TRAIN_FLAG, labels="targets", get=_CIFAR),
+    "CIFAR100": Entry(**_TRAIN_FLAG, labels="targets", get=_CIFAR),
+    "MNIST": Entry(**_TRAIN_FLAG, labels="targets", get="https://yann.lecun.com/exdb/mnist"),
+    "FashionMNIST": Entry(
+        **_TRAIN_FLAG,
+        labels="targets",
+        get="https://github.com/zalandoresearch/fashion-mnist",
+    ),
+    "SVHN": Entry(
+        **_SPLIT_NAME,
+        labels="labels",
+        get="http://ufldl.stanford.edu/housenumbers",
+        classes=tuple("0123456789"),
+    ),
+    "STL10": Entry(**_SPLIT_NAME, labels="labels", get="https://cs.stanford.edu/~acoates/stl10"),
     "Imagenette": Entry(
-        {"split": "train"}, {"split": "val"}, labels="_samples", variant=("size", "320px")
+        {"split": "train"},
+        {"split": "val"},
+        labels="_samples",
+        get="https://github.com/fastai/imagenette",
+        counts=(9469, 3925),
+        variant=("size", "320px"),
     ),
     "GTSRB": Entry(
-        **_SPLIT_NAME, labels="_samples", classes=tuple(str(sign) for sign in range(43))
+        **_SPLIT_NAME,
+        labels="_samples",
+        get="https://benchmark.ini.rub.de",
+        classes=tuple(str(sign) for sign in range(43)),
     ),
     "CelebA": Entry(
         **_SPLIT_NAME,
         labels="attr",
+        get="https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
         fixed={"target_type": "attr"},
         variant=("attribute", "Male"),
     ),
@@ -84,6 +108,7 @@ def read_torchvision(name: str, root: Path, *, download: bool, size: int | None)
     test = _opened(key, "test", variant, root, download)
     attribute = _attribute(train, variant or "Male") if key == "CelebA" else None
     parts = [_part(dataset, entry, size, attribute) for dataset in (train, test)]
+    _check_whole(key, variant, root, parts)
     return Contents(parts[0], parts[1], _class_names(train, entry, attribute, parts))
 
 
@@ -99,13 +124,38 @@ def _opened(key: str, split: SplitName, variant: str, root: Path, download: bool
         raise DataError(
             f"{key} needs {error.name or 'torchvision'}; pip install 'sophon-protect[vision]' scipy"
         ) from None
-    except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = "check the network and the files there" if download else "set download = true"
+        raise _unusable(key, split, variant, root, download, reason) from None
+
+
+def _unusable(
+    key: str, split: str, variant: str, root: Path, download: bool, reason: str
+) -> DataError:
+    """Return the error that says what is wrong, what is expected where, and the remedy."""
+    kind = getattr(_torchvision_datasets(), key)
+    expected = expected_files(kind, variant if DATASETS[key].variant else "")
+    found = fault(root, expected, checksums=True) or f"it cannot be read, {reason}"
+    remedy = "check the network" if download else "set download = true"
+    return DataError(
+        f"{key} ({split}) is not usable in root = {str(root)!r}: {found}; expected there:"
+        f" {summary(expected)}; correct root, {remedy}, or get it from {DATASETS[key].get}"
+    )
+
+
+def _check_whole(key: str, variant: str, root: Path, parts: list[Part]) -> None:
+    """Raise DataError for a copy that opens and yet is not whole."""
+    kind, entry = getattr(_torchvision_datasets(), key), DATASETS[key]
+    expected = expected_files(kind, variant if entry.variant else "")
+    found = fault(root, expected, checksums=False)
+    for part, count in zip(parts, entry.counts or (), strict=False):
+        if found is None and len(part.labels) != count:
+            found = f"{len(part.labels)} images where a whole copy has {count}, a partial download"
+    if found is not None:
         raise DataError(
-            f"{key} ({split}) is not usable in root = {str(root)!r} ({reason}); "
-            f"correct root, or {remedy}"
-        ) from None
+            f"{key} in root = {str(root)!r}: {found}; delete it and set download = true, or get"
+            f" it from {entry.get}"
+        )
 
 
 def _torchvision_datasets() -> Any:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sophon._compatibility import prepare_torchvision
@@ -21,6 +19,7 @@ from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._probing import (
     made_for,
 )
+from sophon._models._published import published_timm, published_torchvision
 from sophon._models._weights import load_weights, read_tensors, require_finite
 from sophon._networks import NETWORKS
 from sophon._seeding import seeded
@@ -103,21 +102,42 @@ def blueprint(spec: ModelSpec) -> Blueprint:
     """
     kind, _, name = spec.name.partition(":")
     if kind == "timm" and name:
-        return Blueprint(spec.name, lambda classes: _build_timm(name, classes, spec.in_channels))
+        return Blueprint(
+            spec.name,
+            lambda classes: _build_timm(name, classes, spec.in_channels, spec.arguments),
+        )
     if kind == "torchvision" and name:
         if spec.in_channels != 3:
             raise UnsupportedModelError(
                 f"model.in_channels = {spec.in_channels}: torchvision's networks take 3; "
                 "use 3 (grey images are repeated) or a timm network"
             )
-        return Blueprint(spec.name, lambda classes: _build_torchvision(name, classes))
+        return Blueprint(
+            spec.name, lambda classes: _build_torchvision(name, classes, spec.arguments)
+        )
     if spec.name.startswith(DIFFUSERS):
         source = DenoiserSource(Path(spec.name.removeprefix(DIFFUSERS)))
         return Blueprint(spec.name, lambda classes: source.build(), source.load)
     if spec.name in NETWORKS:
+        if spec.arguments:
+            raise UnsupportedModelError(
+                f"model.arguments: {spec.name} takes none; remove them, or use a timm network"
+            )
         network = NETWORKS[spec.name]
         return Blueprint(spec.name, lambda classes: network(classes or 10, spec.in_channels))
-    raise UnsupportedModelError(_unknown(spec.name, list(NETWORKS)))
+    raise UnsupportedModelError(_unknown(spec.name, [*_homonyms(spec.name), *NETWORKS]))
+
+
+def _homonyms(name: str) -> list[str]:
+    """Return where a bare name such as `resnet18` is known: `timm:resnet18` and so on."""
+    held = []
+    for library in ("timm", "torchvision.models"):
+        try:
+            known = _library(library).list_models()
+        except UnsupportedModelError:
+            continue
+        held += [f"{library.split('.')[0]}:{one}" for one in known if one == name]
+    return held
 
 
 def denoiser_name(name: str, base: Path) -> str:
@@ -126,7 +146,8 @@ def denoiser_name(name: str, base: Path) -> str:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    near = [one for one in known if one.endswith(f":{name}")]
+    near = near or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else ""
     forms = (
         f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME, diffusers:PATH or a path to a"
@@ -145,28 +166,50 @@ def _library(name: str) -> Any:
         ) from None
 
 
-def _build_timm(name: str, classes: int | None, in_channels: int) -> nn.Module:
+def _build_timm(
+    name: str, classes: int | None, in_channels: int, options: dict[str, Any]
+) -> nn.Module:
     timm = _library("timm")
     if not timm.is_model(name):
         near = [f"timm:{found}" for found in timm.list_models()]
         raise UnsupportedModelError(_unknown(f"timm:{name}", near))
-    arguments: dict[str, Any] = {"in_chans": in_channels}
+    arguments: dict[str, Any] = {"in_chans": in_channels, **_tuples(options)}
     if classes is not None:
         arguments["num_classes"] = classes
-    return _create_timm(name, **arguments)
+    return _with_arguments(
+        f"timm:{name}", options, lambda: _flexible(timm.create_model, name, **arguments)
+    )
 
 
-def _create_timm(name: str, **arguments: Any) -> nn.Module:
-    timm = _library("timm")
+def _flexible(create: Callable[..., nn.Module], *names: Any, **arguments: Any) -> nn.Module:
+    """Return the timm network; a vision transformer takes any image size, with unchanged keys."""
     try:
-        # Vision transformers then take any image size, with unchanged keys.
-        model: nn.Module = timm.create_model(name, dynamic_img_size=True, **arguments)
+        return create(*names, dynamic_img_size=True, **arguments)
     except TypeError:
-        model = timm.create_model(name, **arguments)
-    return model
+        return create(*names, **arguments)
 
 
-def _build_torchvision(name: str, classes: int | None) -> nn.Module:
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+
+
+def _with_arguments(
+    name: str, options: dict[str, Any], build: Callable[[], nn.Module]
+) -> nn.Module:
+    """Return what `build` makes; UnsupportedModelError if `options` are at fault."""
+    try:
+        return build()
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError) as error:
+        if not options:
+            raise
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UnsupportedModelError(
+            f"model.arguments = {options}: {name} cannot be built with them ({line}); correct or"
+            " remove them"
+        ) from None
+
+
+def _build_torchvision(name: str, classes: int | None, options: dict[str, Any]) -> nn.Module:
     models = _library("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
@@ -175,21 +218,27 @@ def _build_torchvision(name: str, classes: int | None) -> nn.Module:
     arguments: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name in ("googlenet", "inception_v3"):
         arguments |= {"aux_logits": False, "init_weights": True}
-    model: nn.Module = models.get_model(name, weights=None, **arguments)
-    return model
+    arguments |= _tuples(options)
+    return _with_arguments(
+        f"torchvision:{name}", options, lambda: models.get_model(name, weights=None, **arguments)
+    )
 
 
 def _pretrained(spec: ModelSpec) -> nn.Module:
     """Return the network with its publisher's weights; another class count gets a fresh head."""
     kind, _, name = spec.name.partition(":")
-    loaders = {"timm": _pretrained_timm, "torchvision": _pretrained_torchvision}
-    if kind not in loaders:
+    if kind not in ("timm", "torchvision"):
         raise UnsupportedModelError(
             f"model.pretrained = true: {spec.name} has no published weights; set model.weights"
         )
     blueprint(spec).build(None)
+    options = _tuples(spec.arguments)
     try:
-        model = loaders[kind](name, spec.in_channels)
+        if kind == "timm":
+            options["in_chans"] = spec.in_channels
+            model = _flexible(published_timm, _library("timm"), name, **options)
+        else:
+            model = published_torchvision(_library("torchvision.models"), name, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
         raise UnsupportedModelError(
@@ -201,22 +250,6 @@ def _pretrained(spec: ModelSpec) -> nn.Module:
         head = find_head(model, shape, spec.head)
         if head_classes(model, head) != spec.classes:
             replace_head(model, head, spec.classes, seed=0, names=("pretrained",))
-    return model
-
-
-def _pretrained_timm(name: str, in_channels: int) -> nn.Module:
-    return _create_timm(name, pretrained=True, in_chans=in_channels)
-
-
-def _pretrained_torchvision(name: str, in_channels: int) -> nn.Module:
-    models = _library("torchvision.models")
-    weights = models.get_model_weights(name).DEFAULT
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-    if offline and not cached.is_file():
-        raise FileNotFoundError(f"offline, and {cached.name} is not in torch's cache")
-    # Its images have three channels: `blueprint` refused anything else.
-    model: nn.Module = models.get_model(name, weights=weights)
     return model
 
 

@@ -103,7 +103,9 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -
             + "; ".join(lines)
             + ": give weights of that architecture, or correct model.name"
         )
-    model.load_state_dict(expected | found)
+    # The model's own dictionary also holds the versions of its layers.
+    expected.update(found)
+    model.load_state_dict(expected)
 
 
 def require_finite(model: nn.Module, *, what: str) -> None:

@@ -1,0 +1,45 @@
+"""`sophon export`: a protected model as a folder for the hub, timm or torchvision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sophon._cli.application import Json, app, guarded
+from sophon._cli.reading import read_record
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  sophon export runs/p1 --to my-model\n"
+    "  sophon export runs/p1 --to my-model --record runs/a1\n"
+)
+@guarded
+def export(
+    protected: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What `sophon protect --out` wrote.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new folder to write to.")],
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="FOLDER", help="Its audit, for the model card."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write config.json, model.safetensors and a model card with the verdict; nothing is uploaded.
+
+    The folder loads with timm, torchvision and huggingface_hub, without sophon.
+    """
+    from sophon._export import export as write
+    from sophon._runs import require_place
+
+    require_place(to)
+    files = write(protected, to, None if record is None else read_record(record))
+    if as_json:
+        typer.echo(json.dumps({"event": "summary", "files": [str(file) for file in files]}))
+        return
+    card = "" if record is not None else " (the card says: not audited)"
+    typer.echo(f"exported: {', '.join(file.name for file in files)} in {to}{card}")

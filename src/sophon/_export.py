@@ -1,0 +1,254 @@
+"""A protected classifier as a folder that the Hugging Face hub, timm and torchvision know.
+
+`config.json`, `model.safetensors` and `README.md`, a model card whose metadata carries the verdict.
+Nothing is uploaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sophon._checkpoints import require_recorded, save_tensors
+from sophon._errors import AuditError, CheckpointError, SpecError, UnsupportedModelError
+from sophon._files import read_json, require_writable, write_text
+from sophon._metric_kinds import kind_of_record
+from sophon._models import DIFFUSERS, head_classes, resolve_model, weights_sha256
+from sophon._records import AuditRecord
+from sophon._report import Report, report
+from sophon._specs import ModelSpec, parse_spec
+
+FILES = ("config.json", "model.safetensors", "README.md")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A protected checkpoint: its network, its model and what `model.json` says of it."""
+
+    network: ModelSpec
+    model: nn.Module
+    protection: dict[str, Any]
+    classes: int
+
+
+def load_protected(folder: Path) -> Exported:
+    """Return the checkpoint in `folder`, as `sophon protect --out` wrote it.
+
+    Raises CheckpointError where there is none or it was changed, UnsupportedModelError for a
+    diffusion model, whose folder is a diffusers pipeline already.
+    """
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no model.safetensors: name a finished protection")
+    held = read_json(folder / "model.json")
+    require_recorded(file, held)
+    if not held.get("model"):
+        raise CheckpointError(
+            f"{folder / 'model.json'} does not name the network: protect with the command line,"
+            " or with model_spec="
+        )
+    network = parse_spec(ModelSpec, held["model"], where=str(folder / "model.json"))
+    if network.name.startswith(DIFFUSERS):
+        raise UnsupportedModelError(
+            f"{folder} is a diffusion model and a pipeline of diffusers already: publish the folder"
+        )
+    if not held.get("protection"):
+        raise CheckpointError(f"{folder} is not protected: name a folder of `sophon protect`")
+    model, _ = resolve_model(ModelSpec(name=str(folder.absolute())), base=Path())
+    head: str = held["protection"]["head"]
+    return Exported(network, model, held["protection"], head_classes(model, head))
+
+
+def export(folder: Path, to: Path, record: AuditRecord | None = None) -> tuple[Path, ...]:
+    """Write the checkpoint in `folder` to the new or empty folder `to`; return its files.
+
+    `record` is its audit, for the card. Raises as `load_protected`, AuditError where the record is
+    of other weights, SpecError where `to` holds something or a package is missing.
+    """
+    if to.is_dir() and any(to.iterdir()):
+        raise SpecError(f"{to} is not empty: name a new folder to export to")
+    source = load_protected(folder)
+    if record is not None:
+        _require_same_weights(source, record, folder)
+    texts = {"config.json": _config(source), "README.md": model_card(source, record)}
+    require_writable(to)
+    save_tensors(to / "model.safetensors", source.model.state_dict())
+    for name, text in texts.items():
+        write_text(to / name, text)
+    return tuple(to / name for name in FILES)
+
+
+def _require_same_weights(source: Exported, record: AuditRecord, folder: Path) -> None:
+    audited = [s.weights_sha256 for s in record.subjects if s.name == "protected"]
+    if audited != [weights_sha256(source.model)]:
+        raise AuditError(
+            f"the record is of other weights than those in {folder}: audit this checkpoint, or name"
+            " its own record"
+        )
+
+
+# --- config.json -----------------------------------------------------------------------------
+
+
+def _config(source: Exported) -> str:
+    library, _, name = source.network.name.partition(":")
+    if library == "timm" and name:
+        held = _timm_config(source)
+    else:
+        held = {
+            "architecture": name or library,
+            "library_name": library if name else "sophon",
+            "num_classes": source.classes,
+            "model_args": source.network.arguments,
+        }
+    held["sophon"] = {"model": source.network.name, **_about(source)}
+    return json.dumps(held, indent=2, sort_keys=True) + "\n"
+
+
+def _timm_config(source: Exported) -> dict[str, Any]:
+    """Return what timm itself writes, which `create_model("local-dir:...")` reads."""
+    hub = importlib.import_module("timm.models._hub")
+    takes = source.protection.get("input") or {}
+    data = {key: takes[key] for key in ("input_size", "mean", "std") if key in takes}
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        file = scratch / "config.json"
+        hub.save_config_for_hf(
+            source.model, str(file), model_args=dict(source.network.arguments), data_config=data
+        )
+        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return held
+
+
+def _about(source: Exported) -> dict[str, Any]:
+    kept = ("original", "restricted", "rounds", "shipped_round", "head", "input")
+    return {key: source.protection[key] for key in kept if key in source.protection}
+
+
+# --- README.md -------------------------------------------------------------------------------
+
+
+def model_card(source: Exported, record: AuditRecord | None) -> str:
+    """Return the model card: metadata that the hub reads, and the audit's report.
+
+    Under `sophon` the metadata hold the verdict with its scope; without a record, `not audited`.
+    Raises SpecError without huggingface_hub.
+    """
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise SpecError(
+            "the model card needs huggingface_hub: pip install 'sophon-protect[vision]'"
+        ) from None
+    library = source.network.name.partition(":")[0]
+    name = source.network.name.partition(":")[2] or library
+    made = None if record is None else report(record)
+    results = [] if made is None else _results(hub, made)
+    data = hub.ModelCardData(
+        library_name=library if library in ("timm", "torchvision") else "pytorch",
+        pipeline_tag="image-classification",
+        tags=["sophon", "non-fine-tunable-learning"],
+        model_name=f"{name}, protected against fine-tuning",
+        eval_results=results or None,
+        sophon=_metadata(source, made),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(source, made)}\n"
+
+
+def _results(hub: Any, made: Report) -> list[Any]:
+    """Return one result per number: the original task, and the best attack on each domain."""
+    record, kind = made.record, kind_of_record(made.record)
+    scores = {subject.name: subject.original for subject in record.subjects}
+    kept = scores.get("protected")
+    original = record.original.name
+    found = [] if kept is None else [("original task", original, kept.value)]
+    for summary in made.summaries:
+        subject = summary.subjects.get("protected")
+        if subject is not None and subject.test is not None:
+            what = f"best of {len(record.strategies)} attacks, {record.spec.steps} steps"
+            found.append((what, summary.domain.name, subject.test.value))
+    return [
+        hub.EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=kind.name,
+            metric_name=f"{kind.noun} ({what})",
+            metric_value=round(value, 6),
+        )
+        for what, dataset, value in found
+    ]
+
+
+def _metadata(source: Exported, made: Report | None) -> dict[str, Any]:
+    held: dict[str, Any] = {"verdict": "not audited", **_about(source)}
+    if made is None:
+        return held
+    record = made.record
+    held["verdict"] = made.verdict
+    held["suite"] = record.spec.suite
+    held["steps"] = record.spec.steps
+    held["attack_seeds"] = list(record.seeds)
+    held["domains"] = [
+        {
+            "name": summary.domain.name,
+            "verdict": summary.text,
+            "advantage_removed": summary.advantage.value,
+        }
+        for summary in made.summaries
+    ]
+    return held
+
+
+def _body(source: Exported, made: Report | None) -> str:
+    protection = source.protection
+    refused = ", ".join(protection.get("restricted", ())) or "unnamed domains"
+    kept = protection.get("original", "its original task")
+    lines = [
+        f"# {source.network.name}, protected against fine-tuning",
+        "",
+        f"The weights of `{source.network.name}` with {source.classes} classes keep {kept} and are"
+        f" meant to be hard to fine-tune into {refused}. They load without Sophon:",
+        "",
+        "```python",
+        *_usage(source),
+        "```",
+        "",
+    ]
+    if made is None:
+        return "\n".join([*lines, "**Not audited**: nobody attacked these weights yet."])
+    # The report brings its own title; a card has one.
+    return "\n".join(lines) + "\n#" + made.markdown().strip()
+
+
+def _usage(source: Exported) -> list[str]:
+    library, _, name = source.network.name.partition(":")
+    options = "".join(f", {key}={value!r}" for key, value in source.network.arguments.items())
+    if library == "timm":
+        return [
+            "import timm",
+            f'timm.create_model("{name}", num_classes={source.classes}{options},'
+            ' checkpoint_path="model.safetensors")',
+        ]
+    if library == "torchvision":
+        return [
+            "from safetensors.torch import load_file",
+            "import torchvision",
+            f'model = torchvision.models.get_model("{name}",'
+            f" num_classes={source.classes}{options})",
+            'model.load_state_dict(load_file("model.safetensors"))',
+        ]
+    return [
+        "from safetensors.torch import load_file",
+        'model.load_state_dict(load_file("model.safetensors"))',
+    ]

@@ -1,0 +1,234 @@
+"""The paper's classifiers: built, protected for a round, attacked for a step, saved, reloaded."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sophon import _models as models
+from sophon._audit import Audit
+from sophon._checkpoints import save_model
+from sophon._compatibility import prepare_torchvision
+from sophon._data import Domain
+from sophon._errors import UnsupportedModelError
+from sophon._models import _published
+from sophon._networks import NETWORKS
+from sophon._protect import Protection
+from sophon._seeding import seeded
+from sophon._specs import (
+    AuditSpec,
+    Guard,
+    ModelSpec,
+    ProtectSpec,
+    Rehearsal,
+    Strategy,
+)
+
+HEADS = {
+    "timm:caformer_s18": "head.fc.fc2",
+    "timm:resnet18": "fc",
+    "torchvision:resnet50": "fc",
+    "timm:vgg11_bn": "head.fc",
+    "small_caformer": "head.fc.fc2",
+}
+# Two thirds of a VGG are its two wide layers before the head.
+ARGUMENTS: dict[str, dict[str, Any]] = {"timm:vgg11_bn": {"num_features": 64}}
+FULL_SIZE = {
+    "timm:caformer_m36": "head.fc.fc2",
+    "timm:resnet18": "fc",
+    "torchvision:resnet34": "fc",
+    "timm:resnet50": "fc",
+    "timm:vgg16_bn": "head.fc",
+}
+ROUND = ProtectSpec(
+    rounds=1,
+    suppression="klu",
+    original_batch_size=4,
+    rehearsal=Rehearsal(
+        strategies=1,
+        steps=1,
+        query_batch_size=4,
+        fixed=Strategy(optimizer="sgd", learning_rate=1e-4, batch_size=4),
+    ),
+    guard=Guard(tolerance_points=100.0, every=1),
+    precision="fp32",
+)
+
+
+def images(name: str, size: int, seed: int) -> Domain:
+    """Return two classes of noise around two levels of grey, `size` pixels a side."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(16) % 2
+    levels = np.where(labels == 0, 70, 180)[:, None, None, None]
+    pixels = np.clip(random.normal(levels, 40, (16, size, size, 3)), 0, 255).astype(np.uint8)
+    return Domain.from_arrays(name, pixels, labels)
+
+
+def once_through(name: str, size: int, head: str, folder: Path) -> None:
+    """Build, find the head, protect a round, attack a step, save and load into plain `nn`."""
+    spec = ModelSpec(name=name, classes=2, arguments=ARGUMENTS.get(name, {}))
+    with seeded(0, "architecture"):
+        model, fresh = models.resolve_model(spec, base=folder)
+    assert models.find_head(model, (3, size, size)) == head
+    original, restricted = images("kept", size, 0), images("refused", size, 1)
+    before = models.weights_sha256(model)
+    run = Protection(model, original=original, restricted=restricted, spec=ROUND, model_spec=spec)
+    rounds = list(run)
+    protected = run.result().model
+    assert len(rounds) == 1
+    assert rounds[0].suppression_gradient_norm > 0
+    assert models.weights_sha256(model) == before
+    assert models.weights_sha256(protected) != before
+
+    audit = Audit(
+        protected,
+        unprotected=model,
+        original=original,
+        restricted=restricted,
+        scratch=fresh,
+        spec=AuditSpec(suite="quick-1", steps=2, evaluations=2, batch_size=4, precision="fp32"),
+    )
+    trial = next(iter(audit))
+    assert trial.outcome.kind == "completed"
+    del audit, run
+
+    save_model(folder, protected, {"model": spec.model_dump(mode="json")})
+    plain = plainly(name)
+    plain.load_state_dict(load_file(folder / "model.safetensors"))
+    batch = original.test.pixels[:2].float() / 255
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(batch), protected.eval()(batch))
+
+
+def plainly(name: str) -> nn.Module:
+    """Return the network from its own library, without sophon."""
+    library, _, model = name.partition(":")
+    prepare_torchvision()
+    arguments = {"num_classes": 2, **ARGUMENTS.get(name, {})}
+    if library == "timm":
+        made: nn.Module = importlib.import_module("timm").create_model(model, **arguments)
+        return made
+    if library == "small_caformer":
+        return NETWORKS[name](2, 3)
+    built: nn.Module = importlib.import_module("torchvision.models").get_model(model, **arguments)
+    return built
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_architecture_at_64_pixels(name: str, tmp_path: Path) -> None:
+    once_through(name, 64, HEADS[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_an_architecture_at_224_pixels(name: str, tmp_path: Path) -> None:
+    once_through(name, 224, FULL_SIZE[name], tmp_path)
+
+
+# --- Narrower layers -------------------------------------------------------------------------
+
+
+def test_arguments_make_a_narrower_network_and_are_kept(tmp_path: Path) -> None:
+    spec = ModelSpec(name="timm:resnet18", classes=5, arguments={"channels": [8, 16, 32, 64]})
+    model, factory = models.resolve_model(spec, base=tmp_path)
+    assert model.get_submodule("fc").in_features == 64
+    assert factory().state_dict().keys() == model.state_dict().keys()
+    save_model(tmp_path, model, {"model": spec.model_dump(mode="json")})
+    again, _ = models.resolve_model(ModelSpec(name=str(tmp_path)), base=tmp_path)
+    assert models.weights_sha256(again) == models.weights_sha256(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("timm:resnet18", {"width": 3}, "width"),
+        ("torchvision:resnet18", {"dims": [3]}, "dims"),
+        ("resnet20", {"width": 3}, "takes none"),
+    ],
+)
+def test_arguments_a_network_does_not_take_are_named(
+    name: str, arguments: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"model\.arguments.*{words}"):
+        models.resolve_model(ModelSpec(name=name, arguments=arguments), base=tmp_path)
+
+
+# --- Names and published weights --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("timm:caformer_m35", "timm:caformer_m36"),
+        ("torchvision:vgg17_bn", "torchvision:vgg16_bn"),
+        ("torchvision:resnet43", "torchvision:resnet34"),
+        ("resnet34", "timm:resnet34, torchvision:resnet34"),
+    ],
+)
+def test_a_name_that_does_not_exist_lists_near_ones(name: str, near: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"did you mean.*{near}"):
+        models.blueprint(ModelSpec(name=name)).build(2)
+
+
+@pytest.mark.parametrize("name", ["timm:caformer_s18", "torchvision:vgg16_bn"])
+@pytest.mark.parametrize("why", ["asked for", "no network"])
+def test_published_weights_that_are_out_of_reach_are_said_at_once(
+    name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def refuse(place: Any, timeout: float) -> socket.socket:
+        asked.append((place, timeout))
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(_published.socket, "create_connection", refuse)
+    monkeypatch.setattr(_published, "getproxies", dict)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if why == "asked for" else "0")
+    words = "HF_HUB_OFFLINE is set" if why == "asked for" else "no route to host"
+    with pytest.raises(UnsupportedModelError, match=rf"{words}.*give the file as model.weights"):
+        models.resolve_model(ModelSpec(name=name, pretrained=True), base=tmp_path)
+    # One question, with a short timeout, and no library that tries again.
+    assert len(asked) == (why == "no network")
+    assert all(timeout <= 5 for _, timeout in asked)
+
+
+def test_published_weights_in_the_cache_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    source = plainly("torchvision:resnet18")
+    source.fc = nn.Linear(512, 1000)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(source.state_dict(), folder / "resnet18-f37072fd.pth")
+    monkeypatch.setattr(_published, "require_reach", _never)
+    spec = ModelSpec(name="torchvision:resnet18", pretrained=True)
+    model, _ = models.resolve_model(spec, base=tmp_path)
+    assert models.weights_sha256(model) == models.weights_sha256(source)
+
+
+def test_a_proxy_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(_published, "getproxies", lambda: {"https": f"http://127.0.0.1:{port}"})
+    start = time.monotonic()
+    _published.require_reach("nowhere.invalid", "weights")
+    server.close()
+    assert time.monotonic() - start < _published._REACH_S
+    with pytest.raises(FileNotFoundError, match=r"127\.0\.0\.1 does not answer"):
+        _published.require_reach("nowhere.invalid", "weights")
+
+
+def _never(host: str, what: str) -> None:
+    raise AssertionError(f"{host} was asked although {what}")

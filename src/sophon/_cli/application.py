@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
+import typer.core
 
 from sophon._errors import SophonError
 
@@ -38,9 +39,30 @@ Examples:
   sophon report runs/a1 --html report.html
 """
 
+# As a user meets them.
+_ORDER = (
+    "demo",
+    "pretrain",
+    "protect",
+    "audit",
+    "report",
+    "compare",
+    "evaluate",
+    "inspect",
+    "export",
+    "reproduce",
+)
+
+
+class _Commands(typer.core.TyperGroup):
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return sorted(self.commands, key=_ORDER.index)
+
+
 app = typer.Typer(
     name="sophon",
-    help="Protect a pre-trained classifier against fine-tuning, attack it, report the result.",
+    cls=_Commands,
+    help="Protect a pre-trained model against fine-tuning, attack it, report the result.",
     epilog=EXIT_CODES,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -102,9 +102,10 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Attack a protected checkpoint, the model of RUN.TOML and a network from scratch alike.
+    """Attack a protected checkpoint and report what it withstood.
 
-    Only trials that the store lacks are run; repeat the command to resume.
+    The model of RUN.TOML and a network from scratch are attacked alike. Only
+    trials that the store lacks are run; repeat the command to resume.
     """
     from sophon._runs import load, require_outside, require_place
 

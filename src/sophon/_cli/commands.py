@@ -97,7 +97,7 @@ def pretrain(
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Train the model of RUN.TOML on its original domain; repeat the command to resume."""
+    """Train the model of RUN.TOML; repeat the command to resume."""
     from sophon._runs import load, require_place
 
     mode = mode_of(quiet, as_json)
@@ -161,7 +161,7 @@ def demo(
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Protect, audit and report a small model on embedded images, in about a minute."""
+    """Protect, audit and report a toy model on embedded images."""
     from sophon._progress import percent
 
     mode = mode_of(quiet, as_json)

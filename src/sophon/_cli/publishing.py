@@ -29,9 +29,10 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write config.json, model.safetensors and a model card with the verdict; nothing is uploaded.
+    """Write a folder to publish, its model card with the verdict.
 
-    The folder loads with timm, torchvision and huggingface_hub, without sophon.
+    It holds config.json, model.safetensors and README.md; nothing is uploaded. The folder
+    loads with timm, torchvision and huggingface_hub, without sophon.
     """
     from sophon._export import export as write
     from sophon._runs import require_place

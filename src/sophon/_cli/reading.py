@@ -95,7 +95,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rank several stored audits; those that cannot be compared are kept apart."""
+    """Rank stored audits; what cannot be compared is kept apart."""
     from sophon._comparison import compare as ranked
 
     records = [read_record(path) for path in audited]
@@ -123,7 +123,10 @@ def inspect(
         bool, typer.Option("--schema", help="Print the JSON Schema of record.json instead.")
     ] = False,
 ) -> None:
-    """Describe a run file, a checkpoint (its checksum is verified) or an audit."""
+    """Describe a run file, a checkpoint or an audit.
+
+    A checkpoint's checksum is verified.
+    """
     if schema:
         from sophon._records import record_schema
 

@@ -504,3 +504,24 @@ def test_records_follow_the_published_schema(path: Path) -> None:
 def test_the_published_schema_is_current() -> None:
     assert SCHEMA.read_text() == record_schema()
     assert f"record-{SCHEMA_VERSION}." in SCHEMA.name
+
+
+def test_nine_tenths_of_the_best_is_what_counts_as_recovered() -> None:
+    # The unprotected model's best is 0.9 (0.91 with the last seed): 0.819 is nine tenths of it.
+    for value, reached in ((0.76, False), (0.815, True)):
+        curves = {"protected": (0.1, 0.2, 0.3, value)}
+        (made,) = summarise(record(curves=curves))
+        cost = made.subjects["protected"].to_unprotected
+        assert cost is not None
+        assert (cost.steps == 200) == reached
+        assert cost.horizon == 200
+
+
+def test_slower_recovery_alone_is_not_slowed_without_advantage_removed() -> None:
+    # It recovers four times later, and yet its area is as large as the unprotected model's.
+    curves = {"unprotected": (0.1, 0.85, 0.9, 0.9), "protected": (0.75, 0.8, 0.9, 0.9)}
+    (made,) = summarise(record(curves=curves))
+    assert made.slowing.value == 4
+    assert made.advantage.interval is not None
+    assert made.advantage.interval.low <= 0
+    assert made.verdict == "not protected"

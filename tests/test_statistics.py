@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from records import CURVES, STEPS, trial
 from sophon._records import Score
+from sophon._specs import Strategy
 from sophon._statistics import (
     advantage_removed,
     area,
     bands,
+    by_seed,
     cost_to_recover,
     envelope,
     next_seed,
@@ -149,3 +151,12 @@ def test_resampling_two_seeds_does_not_understate_their_spread() -> None:
     assert found.interval is not None
     assert found.interval.low < 0.24
     assert found.interval.high > 0.51
+
+
+def test_only_attacks_run_with_every_seed_make_up_a_seeds_envelope() -> None:
+    common, extra = Strategy(learning_rate=1e-2), Strategy(learning_rate=1e-1)
+    trials = [trial("protected", (0.2, 0.3, 0.4, 0.5), seed=s, strategy=common) for s in (0, 1)]
+    trials.append(trial("protected", (0.6, 0.7, 0.8, 0.9), seed=0, strategy=extra))
+    rows = by_seed(trials, STEPS)
+    np.testing.assert_allclose(rows, [[0.2, 0.3, 0.4, 0.5]] * 2)
+    np.testing.assert_allclose(by_seed(trials[2:], STEPS), [[0.6, 0.7, 0.8, 0.9]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -40,7 +41,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What is odd about a damaged file is in the error.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise CheckpointError(
             f"{path} is refused: it is a pickle with more than tensors in it, which could run "

@@ -45,13 +45,15 @@ class Cost:
 class Estimate:
     """A number with its interval; without one where fewer than two seeds were run.
 
-    Where `defined` is false, `reason` says why the number means nothing.
+    Where `defined` is false, `reason` says why the number means nothing. `one_more` is where the
+    number of one further attack seed falls in 95 of 100 cases.
     """
 
     value: float | None
     interval: Interval | None
     defined: bool
     reason: str = ""
+    one_more: Interval | None = None
 
 
 def wilson(score: Score) -> Interval:
@@ -223,7 +225,10 @@ def advantage_removed(
     if min(len(protected), len(unprotected), len(scratch)) < 2:
         return Estimate(value, None, True)
     held = u - s > 1e-9
-    return Estimate(value, percentile_interval((u - p)[held] / (u - s)[held]), True)
+    interval = percentile_interval((u - p)[held] / (u - s)[held])
+    paired = len(protected) == len(unprotected)
+    one_more = next_seed((unprotected - protected) / gap) if paired else None
+    return Estimate(value, interval, True, one_more=one_more)
 
 
 def _draws(

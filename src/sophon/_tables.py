@@ -26,6 +26,9 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
     advantage = summary.advantage
     removed = removed_text(advantage) if advantage.defined else f"undefined: {advantage.reason}"
     found = [("Verdict", summary.text), ("Advantage removed", removed)]
+    if advantage.one_more is not None:
+        low, high = (f"{100 * bound:.0f}" for bound in advantage.one_more)
+        found.append(("The same of one further attack seed", f"{low} to {high} %"))
     for name, ratio in (
         ("Cost multiplier", summary.slowing),
         ("Fraction of scratch cost", summary.fraction),

@@ -8,11 +8,13 @@ import numpy as np
 
 from sophon._attacks import depth_attacks
 from sophon._flags import trials_of
+from sophon._metric_kinds import kind_of_record
 from sophon._records import AuditRecord, Trial
 from sophon._specs import ResetLastBlocks, Strategy
 from sophon._statistics import area, budgets, envelope
 
-_SMALLEST_GAP = 0.02
+# A lead must be so many small differences of its kind for shares of it to mean something.
+_SMALL_DIFFERENCES = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def depth_rows(record: AuditRecord, domain: str) -> tuple[DepthRow, ...]:
     }
     whole = areas[min(resets)]
     base, top = whole.get("scratch"), whole.get("unprotected")
-    gap = None if base is None or top is None or top - base < _SMALLEST_GAP else top - base
+    smallest = _SMALL_DIFFERENCES * kind_of_record(record).close
+    gap = None if base is None or top is None or top - base < smallest else top - base
 
     def share(value: float) -> float | None:
         return None if gap is None or base is None else (value - base) / gap

@@ -15,15 +15,15 @@ import numpy as np
 from sophon._attacks import SECONDARY, SUITES, Suite, patient, strategies_of, suite_of
 from sophon._data import Domain
 from sophon._finetune import image_count
+from sophon._metric_kinds import kind_of
 from sophon._records import Trial
 from sophon._search import AT_ONCE, AttackerSearch
 from sophon._specs import AuditSpec, Strategy, Subject
 from sophon._statistics import area, best_of, envelope, winner
 from sophon._trials import Assignment, evaluation_steps, stop_at
 
-# Attacks that lead somewhere: enough of each subject's for its envelope, to this much, and no more.
+# Attacks that lead somewhere: enough of each subject's for its envelope, nearly, and no more.
 _LEADERS = 4
-_CLOSE_ENOUGH = 0.005
 # How many of them a subject has in most audits, its winner included: for forecasts.
 _USUAL_LEADERS = 3
 # Secondary domains are attacked with so many seeds at most.
@@ -218,8 +218,9 @@ class Plan:
                 by_strategy.setdefault(trial.strategy, []).append(trial)
             full = self._area([t for trials in by_strategy.values() for t in trials])
             held: list[Trial] = []
+            close = next((kind_of(t.curve[0].validation).close for t in met), 0.0)
             for _ in range(_LEADERS):
-                if not by_strategy or self._area(held) >= full - _CLOSE_ENOUGH:
+                if not by_strategy or self._area(held) >= full - close:
                     break
                 best = max(by_strategy, key=lambda s: self._area([*held, *by_strategy[s]]))
                 chosen[best] = None

@@ -34,6 +34,7 @@ from sophon._trials import Assignment
 
 # Pictures are shown larger than they are, so that a person sees them.
 _SHOWN_SIDE = 64
+_COLUMNS = 8
 
 
 def wanted(setting: Setting, spec: SampleSpec) -> bool:
@@ -137,7 +138,7 @@ class SampleStage:
 def picture_grid(images: Tensor) -> str:
     """Return uint8 images (n, c, h, w) side by side, as the data URI of a PNG."""
     count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(2 * count))
+    columns = min(count, _COLUMNS)
     rows = math.ceil(count / columns)
     sheet = Image.new("L" if channels == 1 else "RGB", (columns * width, rows * height))
     for position, image in enumerate(images):

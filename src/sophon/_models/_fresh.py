@@ -72,4 +72,6 @@ def fresh_copy(
         classes = head_classes(model, head)
         replace_head(fresh, head, classes, seed=seed, names=(*names, "head"))
     like = next(model.parameters())
-    return fresh.to(device=like.device, dtype=like.dtype).eval()
+    if next(fresh.parameters()).dtype != like.dtype:
+        fresh = fresh.to(like.dtype)
+    return fresh.to(like.device).eval()

@@ -6,9 +6,9 @@ import pytest
 
 from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks import strategies_of
-from sophon._checks import CHECKS
+from sophon._checks import CHECKS, unequal_search
 from sophon._records import AuditRecord, Overlap, Vitals
-from sophon._specs import AuditSpec, FreshHead, Strategy
+from sophon._specs import AuditSpec, FreshHead, Strategy, Subject
 
 
 def _rates(best: float) -> AuditRecord:
@@ -209,3 +209,12 @@ def test_seeds_are_compared_on_the_attacks_that_all_of_them_ran() -> None:
     alone = trial("protected", (0.9,), seed=0, strategy=Strategy(optimizer="adam"))
     shared = [trial("protected", (0.5,), seed=seed) for seed in (0, 1, 2)]
     assert CHECKS["seeds_disagree"](record([alone, *shared]), "refused") is None
+
+
+def test_a_search_that_proposes_a_little_less_to_one_subject_is_no_unequal_search() -> None:
+    attacks = [Strategy(learning_rate=0.001 * (n + 1)) for n in range(40)]
+    names: tuple[Subject, ...] = ("protected", "unprotected", "scratch")
+    trials = [trial(name, CURVES[name], strategy=attack) for name in names for attack in attacks]
+    # Of forty attacks on the protected model two are missing, then three.
+    assert unequal_search(record(trials[2:]), "refused") is None
+    assert unequal_search(record(trials[3:]), "refused") is not None

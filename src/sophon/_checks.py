@@ -25,6 +25,9 @@ from sophon._weight_checks import (
 _TOLERANCES = ("tolerance_points", "tolerance_relative")
 
 
+_AS_OFTEN = 0.95
+
+
 def _family(trials: Sequence[Trial], best: Trial) -> list[float]:
     """Return the rates tried with the winner's optimizer, scope and preparations, sorted; where
     those are fewer than three, and so say little of an edge, with its optimizer and scope.
@@ -140,16 +143,19 @@ def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
 
 
 def unequal_search(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the subjects were not attacked equally often."""
+    """Return a flag if a subject was attacked clearly less often than another.
+
+    Searches may propose to one subject what another one met already, so a few trials may differ.
+    """
     names = [subject.name for subject in record.subjects]
     counts = {
         name: len({(t.strategy, t.seed) for t in trials_of(record, domain, name)}) for name in names
     }
-    if len(set(counts.values())) <= 1:
+    if min(counts.values()) >= _AS_OFTEN * max(counts.values()):
         return None
     return Flag(
         "unequal search",
-        "one subject was attacked more often than another",
+        "one subject was attacked over 5 % less often than another",
         "Whoever is attacked less looks better protected.",
         "Run the whole suite on every subject: repeat the audit command.",
         ", ".join(f"{name} {count}" for name, count in counts.items()),

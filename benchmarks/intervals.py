@@ -49,9 +49,8 @@ def main() -> None:
         source="npz",
         path="cifar100.npz",
         image_size=16,
-        labels="coarse",
         classes=tuple(range(10)),
-        validation=0.2,
+        validation=0.4,
     )
     made = [
         resolve_model(ModelSpec(name="small_convnet", weights=str(file.absolute())), base=base)

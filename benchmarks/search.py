@@ -2,7 +2,7 @@
 
     python benchmarks/search.py runs/small_convnet_cifar10_16.safetensors --store runs/search
 
-The small network at 16x16, unprotected, on ten of CIFAR-100's superclasses: for each of three seeds
+The small network at 16x16, unprotected, on ten CIFAR-100 classes: for each of three seeds
 the envelope of `standard-1` is held against that of 200 plain strategies, at every budget. The
 images are in the folder `$SOPHON_DATA`; the weights are those of `small_network.py`. About
 twenty minutes a seed on one core; with `--store` it goes on where it was stopped.
@@ -71,9 +71,8 @@ class Runner:
             source="npz",
             path="cifar100.npz",
             image_size=16,
-            labels="coarse",
             classes=tuple(range(10)),
-            validation=0.2,
+            validation=0.4,
         )
         self.domain: Domain = load_domain(refused, base=base)
         model, _ = resolve_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sophon._models import diffusers, fresh_copy, predict
 from sophon._networks import SmallConvNet
 from sophon._records import ErrorScore
 from sophon._setting import Setting, make_setting
-from sophon._tasks import Denoising
+from sophon._tasks import Denoising, Distillation
 
 
 class Recorder(nn.Module):
@@ -122,6 +123,20 @@ def test_class_conditional_networks_are_given_the_classes() -> None:
         )
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
+
+
+def test_a_student_of_a_denoiser_meets_the_same_noisy_images_from_minus_1_to_1() -> None:
+    model = unet()
+    setting = _setting(model)
+    student, teacher = Recorder(), Recorder()
+    distilled = replace(setting, task=Distillation(setting.task, teacher))
+    feed = distilled.feed(digits(0, 5), digits(0, 5).train, batch_size=8)
+    images, labels = feed.batch(0)
+    assert float(images.min()) == -1
+    assert float(images.max()) == 1
+    distilled.task.outputs(student, images, labels, torch.Generator().manual_seed(0))
+    assert torch.equal(student.shown[0][0], teacher.shown[0][0])
+    assert torch.equal(student.shown[0][1], teacher.shown[0][1])
 
 
 def test_a_fresh_network_has_other_weights_of_the_same_shapes() -> None:

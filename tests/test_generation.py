@@ -226,7 +226,7 @@ def test_adapters_a_fresh_last_layer_and_last_blocks_attack_a_denoiser() -> None
         spec=quick_spec(rounds=1),
     ).setting
     check_preparations(
-        model, [(RescaleWeights(),), (ResetLastBlocks(blocks=2), FreshHead())], setting
+        model, [(RescaleWeights(),), (ResetLastBlocks(blocks=2), FreshHead())], setting, steps=4
     )
     bench = Bench(setting, 2)
     start = Start(model, "unet", weights_sha256(model))

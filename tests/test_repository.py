@@ -31,6 +31,8 @@ TORCHLESS = {
     "_files",
     "_flags",
     "_heat",
+    "_metric_kinds",
+    "_pictures",
     "_plots",
     "_records",
     "_rendering",
@@ -201,7 +203,7 @@ def test_the_readme_run_file_is_valid() -> None:
 
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     specs = [parse_spec(RunSpec, tomllib.loads(block), where="README.md") for block in blocks]
-    assert [spec.original.source for spec in specs] == ["folder"]
+    assert [spec.original.source for spec in specs] == ["folder", "npz"]
 
 
 def test_the_readme_names_every_exit_code() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_record(path: Path) -> AuditRecord:
+    """Return the record in an audit's folder, or in its file. Raises CheckpointError."""
     from pydantic import ValidationError
 
     from sophon._records import AuditRecord

@@ -21,6 +21,8 @@ class Distillation(Task):
 
     def __init__(self, task: Task, teacher: nn.Module, temperature: float = 4.0) -> None:
         self.task = task
+        # Both networks meet images as the task shows them.
+        self.metric, self.normalisation = task.metric, task.normalisation
         self.teacher = teacher
         self.temperature = temperature
 
@@ -39,6 +41,18 @@ class Distillation(Task):
         with torch.no_grad():
             targets, _ = self.task.outputs(self.teacher, images, labels, generator)
         return outputs, targets
+
+    def classes(self, domain: Domain) -> int | None:
+        """Return what the task says."""
+        return self.task.classes(domain)
+
+    def channels(self, model: nn.Module) -> int | None:
+        """Return what the task says."""
+        return self.task.channels(model)
+
+    def shape(self, image_shape: Shape) -> Shape:
+        """Return what the task says."""
+        return self.task.shape(image_shape)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the divergence, or the squared error, of each image."""

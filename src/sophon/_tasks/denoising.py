@@ -50,7 +50,6 @@ class Denoising(Task):
 
     metric = "mse"
     normalisation: Normalisation = ((0.5,), (0.5,))
-    predicts_classes = False
 
     def __init__(
         self,

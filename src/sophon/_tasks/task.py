@@ -24,7 +24,6 @@ class Task(Protocol):
 
     metric: Literal["accuracy", "mse"] = "accuracy"
     normalisation: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
-    predicts_classes: bool = True
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sophon._attacks import SUITES
+from sophon._attacks import strategies_of
 from sophon._errors import CheckpointError
 from sophon._grid import (
     CELLS,
@@ -186,11 +186,10 @@ def _triple(values: list[str]) -> str:
 
 
 def robustness_attacks(spec: AuditSpec) -> tuple[Strategy, ...]:
-    """Return the attacks of the robustness tables that the specification's suite lacks."""
-    suite = SUITES[spec.suite].strategies
-    held = {s.model_copy(update={"steps": spec.steps}) for s in (*suite, *spec.extra)}
-    ordered = [s for rows in robustness(spec.steps).values() for s in rows.values()]
-    return tuple(s for s in dict.fromkeys(ordered) if s not in held)
+    """Return the attacks of the robustness tables that the specification does not have yet."""
+    held = set(strategies_of(spec))
+    wanted = [s for rows in robustness(spec.steps).values() for s in rows.values()]
+    return tuple(s for s in dict.fromkeys(wanted) if s not in held)
 
 
 def robustness_tables(record: AuditRecord, architecture: str) -> str:

@@ -43,7 +43,7 @@ def noise(name: str, seed: int, batch: int) -> Domain:
 
 def measure(name: str, batch: int, steps: int) -> str:
     torch.set_num_threads(1)
-    model, _ = resolve_model(ModelSpec(name=name, classes=10), base=Path())
+    model, _ = resolve_model(ModelSpec(name=name, classes=2), base=Path())
     attacker = Strategy(optimizer="sgd", learning_rate=1e-4, batch_size=batch)
     spec = ProtectSpec(
         rounds=2,

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 def files() -> dict[str, str]:
     """Return the recipes by path below this folder."""
-    held = {}
+    held: dict[str, str] = {}
     for cell in CELLS:
         base, run = f"base-{cell.architecture}.toml", f"{cell.name}.toml"
         for name, text in (

@@ -58,7 +58,7 @@ def measure(name: str, batch: int, steps: int) -> str:
     )
     next(run)
     start = time.process_time()
-    # The second round has no guard's check before it and the first one's warm-up behind it.
+    # The first round is warm-up; the second holds the guard's check, of a few images.
     list(run)
     seconds = time.process_time() - start
     weights = sum(parameter.numel() for parameter in model.parameters())

@@ -355,7 +355,7 @@ def test_a_paper_recipe_of_diffusion_runs_for_two_rounds(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", CLASSIFIERS[::11], ids=named)
+@pytest.mark.parametrize("cell", CLASSIFIERS[::12], ids=named)
 def test_a_paper_cell_is_reproduced_with_its_own_architecture(
     cell: Cell, paper_data: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_record(path: Path) -> AuditRecord:
-    """Return the audit record in a folder or file. Raises CheckpointError for none or a damaged one."""
+    """Return the record in an audit's folder; CheckpointError for none or a damaged one."""
     from pydantic import ValidationError
 
     from sophon._records import AuditRecord

@@ -41,8 +41,8 @@ format: $(STAMP) ## format the code and sort imports
 bench: $(STAMP) ## measure speed and memory
 	@$(BIN)/python benchmarks/run.py
 
-docs: $(STAMP) ## write the pages, the API and the command line as HTML into site/
-	@$(BIN)/python docs/build.py
+docs: $(STAMP) ## build the documentation site into site/
+	@$(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove .venv and everything generated; runs/ stays
 	rm -rf $(VENV) demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -43,7 +43,7 @@ def noise(name: str, seed: int, batch: int) -> Domain:
 
 def measure(name: str, batch: int, steps: int) -> str:
     torch.set_num_threads(1)
-    model, _ = resolve_model(ModelSpec(name=name, classes=10), base=Path())
+    model, _ = resolve_model(ModelSpec(name=name, classes=2), base=Path())
     attacker = Strategy(optimizer="sgd", learning_rate=1e-4, batch_size=batch)
     spec = ProtectSpec(
         rounds=2,
@@ -58,7 +58,7 @@ def measure(name: str, batch: int, steps: int) -> str:
     )
     next(run)
     start = time.process_time()
-    # The second round has no guard's check before it and the first one's warm-up behind it.
+    # The first round is warm-up; the second holds the guard's check, of a few images.
     list(run)
     seconds = time.process_time() - start
     weights = sum(parameter.numel() for parameter in model.parameters())

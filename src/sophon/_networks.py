@@ -122,13 +122,7 @@ def small_caformer(classes: int = 10, in_channels: int = 3) -> nn.Module:
     Convolutions in the first two stages, attention in the last two (arXiv 2210.13452). Raises
     UnsupportedModelError without timm.
     """
-    prepare_torchvision()
-    try:
-        metaformer: Any = importlib.import_module("timm.models.metaformer")
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"small_caformer needs timm ({error}): pip install 'sophon-protect[vision]'"
-        ) from None
+    metaformer = _timm("metaformer", "small_caformer")
     model: nn.Module = metaformer.MetaFormer(
         in_chans=in_channels,
         num_classes=classes,
@@ -141,8 +135,34 @@ def small_caformer(classes: int = 10, in_channels: int = 3) -> nn.Module:
     return model
 
 
+def small_vgg(classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """Return timm's VGG-11 with BatchNorm and a quarter of its widths (arXiv 1409.1556), 3.2 M
+    weights; raises as `small_caformer`.
+    """
+    layers = [16, "M", 32, "M", 64, 64, "M", 128, 128, "M", 128, 128, "M"]
+    model: nn.Module = _timm("vgg", "small_vgg").VGG(
+        layers,
+        num_classes=classes,
+        in_chans=in_channels,
+        norm_layer=nn.BatchNorm2d,
+        mlp_ratio=1 / 16,
+    )
+    return model
+
+
+def _timm(module: str, name: str) -> Any:
+    prepare_torchvision()
+    try:
+        return importlib.import_module(f"timm.models.{module}")
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{name} needs timm ({error}): pip install 'sophon-protect[vision]'"
+        ) from None
+
+
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet20": ResNet20,
     "small_convnet": SmallConvNet,
     "small_caformer": small_caformer,
+    "small_vgg": small_vgg,
 }

@@ -1,0 +1,36 @@
+"""Write recipes/small and recipes/paper from the grid's table in `sophon._grid`.
+
+python recipes/write.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sophon._grid import CELLS, UNET, UNET_FILE, base_file, run_file
+
+HERE = Path(__file__).resolve().parent
+
+
+def files() -> dict[str, str]:
+    """Return the recipes by path below this folder."""
+    held: dict[str, str] = {}
+    for cell in CELLS:
+        base, run = f"base-{cell.architecture}.toml", f"{cell.name}.toml"
+        for name, text in (
+            (base, base_file(cell, f"recipes/{cell.scale}/{base}")),
+            (run, run_file(cell, f"recipes/{cell.scale}/{run}", "../../runs/bases")),
+        ):
+            held.setdefault(f"{cell.scale}/{name}", text)
+    return {**held, f"paper/{UNET_FILE}": UNET}
+
+
+def main() -> None:
+    """Write every recipe."""
+    for name, text in files().items():
+        (HERE / name).parent.mkdir(exist_ok=True)
+        (HERE / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

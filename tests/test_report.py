@@ -525,3 +525,13 @@ def test_slower_recovery_alone_is_not_slowed_without_advantage_removed() -> None
     assert made.advantage.interval is not None
     assert made.advantage.interval.low <= 0
     assert made.verdict == "not protected"
+
+
+def test_a_sliver_of_the_advantage_is_not_slowed() -> None:
+    # Twice as many steps to recover, and hardly any area lost.
+    curves = {"unprotected": (0.83, 0.88, 0.9, 0.9), "protected": (0.8, 0.87, 0.9, 0.9)}
+    (made,) = summarise(record(curves=curves))
+    assert made.slowing.value == 4
+    assert made.advantage.value is not None
+    assert 0 < made.advantage.value < 0.05
+    assert made.verdict == "not protected"

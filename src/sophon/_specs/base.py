@@ -1,0 +1,40 @@
+"""What every specification is: frozen, strict, with a fingerprint; and the types of its fields."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Subject = Literal["protected", "unprotected", "scratch"]
+OptimizerName = Literal["sgd", "sgd_momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw"]
+ScheduleName = Literal["constant", "warmup", "cosine", "warmup_cosine"]
+Augmentation = Literal["none", "flip", "crop", "flip_crop"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+Name = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Plain = bool | int | float | str
+Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
+
+
+class Spec(BaseModel):
+    """Base of every specification: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the canonical JSON of every field, defaults included."""
+        return fingerprint_of(self.model_dump(mode="json"))
+
+
+def fingerprint_of(value: Any) -> str:
+    """Return the SHA-256 (hex) of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

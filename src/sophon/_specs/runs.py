@@ -1,0 +1,195 @@
+"""A run file and its tables: models, domains, tasks, audits, pre-training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sophon._specs.base import (
+    Augmentation,
+    Channels,
+    Count,
+    Fraction,
+    Name,
+    NonNegative,
+    Plain,
+    Positive,
+    Precision,
+    Rate,
+    Spec,
+)
+from sophon._specs.protection import (
+    ProtectSpec,
+)
+from sophon._specs.strategies import (
+    Strategy,
+)
+
+
+class SampleSpec(Spec):
+    """How the pictures of a diffusion model are judged; nothing of it concerns a classifier.
+
+    `count` pictures (0: none) are drawn from each subject before and after its best attack, in
+    `steps` steps of DDIM; the first `grid` are shown. `extractor` is `classifier` (trained for
+    `extractor_steps` on the classes of both domains), the folder of a classifier, or a file of
+    Inception's weights; `width`, if given, is the number of features it must have. `kid_subset` is
+    KID's, `neighbours` those of precision and recall.
+    """
+
+    count: Count = 128
+    steps: Positive = 25
+    grid: Positive = 16
+    extractor: Name = "classifier"
+    extractor_steps: Positive = 400
+    width: Positive | None = None
+    kid_subset: Annotated[int, Field(ge=2)] = 50
+    neighbours: Positive = 3
+
+
+class AuditSpec(Spec):
+    """What `audit` runs: a suite, its budget and its seeds.
+
+    `extra` adds attacks; all take `steps` steps. `batch_size` replaces the suite's, an extra
+    attack has its own. `search_trials` is how many strategies a search tries on each subject, on
+    top of the suite. Without `seeds` or `search_trials` the suite's own count.
+    """
+
+    suite: str = "quick-1"
+    steps: Positive = 200
+    evaluations: Annotated[int, Field(ge=2)] = 12
+    seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] | None = None
+    search_trials: Count | None = None
+    batch_size: Positive | None = None
+    extra: Annotated[tuple[Strategy, ...], Field(strict=False)] = ()
+    precision: Precision = "auto"
+    samples: SampleSpec = SampleSpec()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds repeat: {list(self.seeds)}")
+        return self
+
+
+class ModelSpec(Spec):
+    """Which network: `resnet20`, `timm:NAME`, `torchvision:NAME` or a checkpoint by sophon;
+    for denoising `diffusers:PATH`, a pipeline's or a U-Net's folder, or a U-Net's configuration.
+
+    `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only);
+    `head` names the classifier layer where it cannot be found; `classes` overrides the number
+    of outputs the network is built with; `in_channels` is 3 for RGB and 1 for grey networks.
+    `arguments` go to timm's or torchvision's constructor, such as narrower layers.
+    """
+
+    name: Name
+    weights: Name | None = None
+    pretrained: bool = False
+    classes: Annotated[int, Field(ge=2)] | None = None
+    in_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    head: str | None = None
+    arguments: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
+
+
+class DomainSpec(Spec):
+    """Where a domain's images come from and how they are cut and normalised.
+
+    `source` is `npz`, `folder`, `torchvision`, `tree`, `embedded` or `prompts`; of
+    `torchvision`, `tree` and `embedded` `dataset` says which set, or else `name`, which is the
+    domain's. Images become `image_size` squares (shorter side resized, centre cropped) when it
+    is given. `mean` and `std` are per channel on images scaled to [0, 1]. `labels = "coarse"`
+    takes an archive's coarser labels instead of its own (arrays `coarse_of_fine` and
+    `coarse_names`), `labels = "none"` makes all images one class, as a diffusion model allows,
+    and reads a folder as it comes, flat or nested. `join` joins train and test and cuts a test
+    split anew. `classes` keeps only those labels, renumbered in order; `limit` keeps the first
+    so many training images of each class. `normalisation` names a known mean and std, such as
+    `cifar10`, and `class_order` a known order of classes, `cifar10`, `stl10` or `imagenette`.
+    """
+
+    source: str
+    name: Name | None = None
+    dataset: Name | None = None
+    path: Name | None = None
+    root: Name | None = None
+    download: bool = False
+    image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+    normalisation: Name | None = None
+    validation: Fraction = 0.1
+    test: Fraction = 0.2
+    split_seed: Count = 0
+    labels: Literal["own", "coarse", "none"] = "own"
+    join: bool = False
+    classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
+    class_order: Name | None = None
+    limit: Positive | None = None
+    weight: Rate = 1.0
+
+
+class ScheduleSpec(Spec):
+    """The noise of a diffusion model that comes without a scheduler: diffusers' DDPM settings."""
+
+    timesteps: Annotated[int, Field(ge=4)] = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: Fraction = 1e-4
+    beta_end: Fraction = 0.02
+
+
+class TaskSpec(Spec):
+    """What the model does: `classification`, or `denoising` for a diffusion model.
+
+    `prediction` is what a diffusion model predicts; a pipeline's scheduler says so itself, as it
+    says the schedule. `timestep` trains, suppresses and evaluates at that one timestep instead of
+    all of them: the released research code uses 1.
+    """
+
+    name: Literal["classification", "denoising"] = "classification"
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    timestep: Count | None = None
+    schedule: ScheduleSpec | None = None
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        given = [n for n in ("prediction", "timestep", "schedule") if getattr(self, n) is not None]
+        if self.name == "classification" and given:
+            raise ValueError(f"{given[0]} is a setting of name = 'denoising'")
+        return self
+
+
+class PretrainSpec(Spec):
+    """How `pretrain` trains the model of a run on its original domain.
+
+    AdamW with warm-up and a cosine; `ema_decay` ships the exponential moving average of the weights
+    (without one: 0.999 for a diffusion model, none for a classifier; 0 for none).
+    """
+
+    seed: Count = 0
+    steps: Positive = 2000
+    batch_size: Positive = 64
+    learning_rate: Rate = 1e-3
+    weight_decay: NonNegative = 0.01
+    warmup_steps: Count = 0
+    clip_norm: Rate | None = 1.0
+    augmentation: Augmentation = "flip"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    every: Positive = 100
+    precision: Precision = "auto"
+
+
+class RunSpec(Spec):
+    """One run file: the model, the domains, and what `protect` and `audit` do with them.
+
+    Only the audit uses `held_out`, restricted domains kept from protection, and `benign`, allowed
+    ones that must stay possible.
+    """
+
+    model: ModelSpec
+    task: TaskSpec = TaskSpec()
+    original: DomainSpec
+    restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False, min_length=1)]
+    held_out: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
+    benign: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
+    pretrain: PretrainSpec = PretrainSpec()
+    protect: ProtectSpec = ProtectSpec()
+    audit: AuditSpec = AuditSpec()

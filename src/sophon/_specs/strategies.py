@@ -1,0 +1,163 @@
+"""How an attacker fine-tunes: what it does to the weights first, and how it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sophon._specs.base import (
+    Augmentation,
+    Count,
+    Fraction,
+    NonNegative,
+    OptimizerName,
+    Positive,
+    Precision,
+    Rate,
+    ScheduleName,
+    Spec,
+)
+
+# --- Preparations: what an attacker does to the copied weights before the first step -----------
+
+
+class FreshHead(Spec):
+    """Replace the classifier head by a freshly initialised one (the paper's init-FC)."""
+
+    kind: Literal["fresh_head"] = "fresh_head"
+
+
+class ResetLastBlocks(Spec):
+    """Re-initialise the last `blocks` blocks before the head (the head is left to FreshHead)."""
+
+    kind: Literal["reset_last_blocks"] = "reset_last_blocks"
+    blocks: Positive = 1
+
+
+class RescaleWeights(Spec):
+    """Scale weights to `norm`, a root mean square over filters, where the function allows it.
+
+    It does where a normalisation follows the layer, and where the next layer can take the inverse
+    (ReLU and pooling between them). The function is preserved; the size of a step relative to
+    the weights is not.
+    """
+
+    kind: Literal["rescale_weights"] = "rescale_weights"
+    norm: Rate = 1.0
+
+
+class BatchNorm(Spec):
+    """Put BatchNorm back: `reset` re-initialises it, `reestimate` measures its statistics anew."""
+
+    kind: Literal["batch_norm"] = "batch_norm"
+    mode: Literal["reset", "reestimate"] = "reestimate"
+    batches: Positive = 10
+
+
+class NoiseKick(Spec):
+    """Add Gaussian noise with `relative_std` times each weight tensor's root mean square."""
+
+    kind: Literal["noise_kick"] = "noise_kick"
+    relative_std: Rate = 0.02
+
+
+class Heal(Spec):
+    """Train on the original domain first, with Adam, for `share` of the steps.
+
+    What protection spoilt may be mended before the restricted task is taken up.
+    """
+
+    kind: Literal["heal"] = "heal"
+    share: Fraction = 0.25
+    learning_rate: Rate = 1e-3
+
+
+class Distil(Spec):
+    """Teach a fresh network the model's outputs on original images, for `share` of the steps.
+
+    What only makes the weights hard to train stays behind (arXiv 1503.02531; temperature 4, Adam).
+    """
+
+    kind: Literal["distil"] = "distil"
+    share: Fraction = 0.5
+    learning_rate: Rate = 3e-3
+
+
+Preparation = Annotated[
+    FreshHead | ResetLastBlocks | RescaleWeights | BatchNorm | NoiseKick | Heal | Distil,
+    Field(discriminator="kind"),
+]
+Preparations = Annotated[tuple[Preparation, ...], Field(strict=False)]
+
+
+class Strategy(Spec):
+    """How an attacker fine-tunes: preparations, scope, optimizer, schedule, batches, steps.
+
+    `lora_rank` trains low-rank adapters and the head instead of all weights; `data_fraction` is
+    the share of the training images that the attacker has, every class among them.
+
+    The paper's three methods are `preparations = ()` (direct-all), `(FreshHead(),)` with
+    `scope = "all"` (init-FC + all) and with `scope = "head"` (init-FC + FC only).
+    """
+
+    preparations: Preparations = ()
+    scope: Literal["all", "head"] = "all"
+    optimizer: OptimizerName = "sgd_momentum"
+    learning_rate: Rate = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    schedule: ScheduleName = "constant"
+    warmup_steps: Count = 0
+    clip_norm: Rate | None = None
+    batch_size: Positive = 64
+    steps: Positive = 200
+    augmentation: Augmentation = "none"
+    precision: Precision = "auto"
+    lora_rank: Positive | None = None
+    data_fraction: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.optimizer == "nesterov" and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        training = [p for p in self.preparations if isinstance(p, Heal | Distil)]
+        if tuple(training) != self.preparations[: len(training)]:
+            raise ValueError("heal and distil train the original task: list them first")
+        if sum(p.share for p in training) >= 1:
+            raise ValueError("the shares of heal and distil must leave steps: below 1 in all")
+        if self.lora_rank is not None and self.scope == "head":
+            raise ValueError("lora_rank adapts the layers before the head: use scope = 'all'")
+        return self
+
+    def label(self, shared: frozenset[str] = frozenset()) -> str:
+        """Return a name that tells this strategy from others of one budget, such as
+        `init-FC-all sgd_momentum 0.01 (clip norm 1.0)`. Fields in `shared` are left out.
+        """
+        kinds = [preparation.kind for preparation in self.preparations]
+        start = "init-FC" if "fresh_head" in kinds else "direct"
+        scope = "FC-only" if self.scope == "head" else "all"
+        extra = "".join(
+            f" +{p.kind}{_changed(p, 'kind')}" for p in self.preparations if p.kind != "fresh_head"
+        )
+        usual = ("preparations", "scope", "optimizer", "learning_rate", "steps")
+        rest = _changed(self, *usual, *shared)
+        return f"{start}-{scope}{extra} {self.optimizer} {self.learning_rate:.3g}{rest}"
+
+
+def shared_fields(strategies: Iterable[Strategy]) -> frozenset[str]:
+    """Return the fields in which the strategies are all alike: a table need not repeat them."""
+    held = set(strategies)
+    names = Strategy.model_fields
+    return frozenset(n for n in names if len({getattr(s, n) for s in held}) == 1)
+
+
+def _changed(spec: Spec, *but: str) -> str:
+    """Return the fields that differ from their defaults, such as ` (blocks 2)`."""
+    parts = []
+    for name, field in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        if name not in but and value != field.default:
+            parts.append(f"{name.replace('_', ' ')} {value}")
+    return f" ({', '.join(parts)})" if parts else ""

@@ -25,7 +25,7 @@ demo: $(STAMP) ## protect, audit and report a small model on embedded data
 	@$(BIN)/sophon demo --out demo
 
 test: $(STAMP) ## run every test
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 check: $(STAMP) ## lint, formatting, types and import rules
 	@$(BIN)/ruff check --quiet .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,6 @@ def results(
     signs = DomainSpec(source="npz", path="gtsrb10.npz", image_size=16)
     spec = ModelSpec(name="resnet20", weights="resnet20_cifar10.safetensors")
     model, scratch = resolve_model(spec, base=shared_data)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
     run = Controls(
         model,
         original=load_domain(kept, base=shared_data),
@@ -35,7 +32,6 @@ def results(
         scratch=scratch,
     )
     found = {result.name: result for result in run}
-    torch.set_num_threads(threads)
     assert len(found) == len(run)
     return found
 

@@ -372,6 +372,7 @@ def test_a_paper_cell_is_reproduced_with_its_own_architecture(
         "audit.evaluations": 2,
         "audit.seeds": [0],
         "audit.batch_size": 4,
+        "audit.extra.0.batch_size": 4,
     }
     torch.set_num_threads(1)
     fields = ("--scale", "paper", "--out", tmp_path, "--quiet", *settings(changed))

@@ -41,7 +41,10 @@ HEADS = {
     "small_caformer": "head.fc.fc2",
 }
 # Two thirds of a VGG are its two wide layers before the head.
-ARGUMENTS: dict[str, dict[str, Any]] = {"timm:vgg11_bn": {"mlp_ratio": 0.0625}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "timm:vgg11_bn": {"mlp_ratio": 0.0625},
+    "timm:vgg16_bn": {"mlp_ratio": 0.0625},
+}
 FULL_SIZE = {
     "timm:caformer_m36": "head.fc.fc2",
     "timm:resnet18": "fc",

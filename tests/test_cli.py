@@ -232,8 +232,7 @@ def test_tolerance_not_met_is_exit_3_and_keeps_files(run_file: Path, tmp_path: P
 
 def test_infinite_losses_are_exit_4_and_name_the_round(run_file: Path, tmp_path: Path) -> None:
     wild = '{optimizer="sgd", learning_rate=1000.0, weight_decay=10.0, batch_size=8}'
-    settings = [f"protect.rehearsal.fixed={wild}", "protect.rehearsal.steps=12"]
-    words = [word for setting in settings for word in ("--set", setting)]
+    words = ["--set", f"protect.rehearsal={{steps=12, query_batch_size=8, fixed={wild}}}"]
     code, _, err = sophon("protect", run_file, "--out", tmp_path / "p", "--quiet", *words)
     assert code == 4
     assert err.startswith("error: round 0")
@@ -630,7 +629,7 @@ def test_audit_options_that_do_not_go_together(
 
 @pytest.mark.slow
 def test_controls_are_found_out_by_the_command(run_file: Path, tmp_path: Path) -> None:
-    settings = ("--set", "audit.steps=20", "--set", "audit.batch_size=16")
+    settings = ("--set", "audit.steps=4", "--set", "audit.evaluations=2")
     code, out, err = sophon(
         "audit", run_file, "--controls", "--out", tmp_path / "c", "--json", *settings
     )

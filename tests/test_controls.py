@@ -20,14 +20,14 @@ def results(
 ) -> dict[str, ControlResult]:
     """Return the controls of a real ResNet-20 that keeps CIFAR-10, on real traffic signs."""
     kept = DomainSpec(source="npz", path="cifar10.npz", limit=30)
-    signs = DomainSpec(source="npz", path="gtsrb10.npz", image_size=16)
+    signs = DomainSpec(source="npz", path="gtsrb10.npz", image_size=16, limit=150)
     spec = ModelSpec(name="resnet20", weights="resnet20_cifar10.safetensors")
     model, scratch = resolve_model(spec, base=shared_data)
     run = Controls(
         model,
         original=load_domain(kept, base=shared_data),
         restricted=load_domain(signs, base=shared_data),
-        spec=AuditSpec(steps=60, evaluations=5, batch_size=32),
+        spec=AuditSpec(steps=50, evaluations=4, batch_size=32),
         store=tmp_path_factory.mktemp("controls"),
         scratch=scratch,
     )

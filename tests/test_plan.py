@@ -139,7 +139,7 @@ def test_each_subjects_winner_is_run_with_every_seed_though_it_adds_nothing_to_t
     assert plan._leaders(domain) == [late, early]
 
 
-@pytest.mark.parametrize("kept", [1, 7, 20, 33, 60])
+@pytest.mark.parametrize("kept", [7, 33])
 def test_interrupted_anywhere_the_record_is_the_same(
     kept: int, uninterrupted: AuditRecord, tmp_path: Path
 ) -> None:

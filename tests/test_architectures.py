@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import socket
 import time
@@ -20,6 +21,7 @@ from sophon._checkpoints import save_model
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
 from sophon._errors import UnsupportedModelError
+from sophon._finetune import FineTuning
 from sophon._models import _published
 from sophon._networks import NETWORKS
 from sophon._protect import Protection
@@ -52,27 +54,32 @@ FULL_SIZE = {
     "timm:resnet50": "fc",
     "timm:vgg16_bn": "head.fc",
 }
-ROUND = ProtectSpec(
-    rounds=1,
-    suppression="klu",
-    original_batch_size=4,
-    rehearsal=Rehearsal(
-        strategies=1,
-        steps=1,
-        query_batch_size=4,
-        fixed=Strategy(optimizer="sgd", learning_rate=1e-4, batch_size=4),
-    ),
-    guard=Guard(tolerance_points=100.0, every=1),
-    precision="fp32",
-)
+
+
+def one_round(batch: int) -> ProtectSpec:
+    """Return a protection of one round with one attacker of one step."""
+    return ProtectSpec(
+        rounds=1,
+        suppression="klu",
+        original_batch_size=batch,
+        rehearsal=Rehearsal(
+            strategies=1,
+            steps=1,
+            query_batch_size=batch,
+            fixed=Strategy(optimizer="sgd", learning_rate=1e-4, batch_size=batch),
+        ),
+        guard=Guard(tolerance_points=100.0, every=1),
+        precision="fp32",
+    )
 
 
 def images(name: str, size: int, seed: int) -> Domain:
     """Return two classes of noise around two levels of grey, `size` pixels a side."""
     random = np.random.default_rng(seed)
-    labels = np.arange(16) % 2
+    count = 16 if size < 100 else 10
+    labels = np.arange(count) % 2
     levels = np.where(labels == 0, 70, 180)[:, None, None, None]
-    pixels = np.clip(random.normal(levels, 40, (16, size, size, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(random.normal(levels, 40, (count, size, size, 3)), 0, 255).astype(np.uint8)
     return Domain.from_arrays(name, pixels, labels)
 
 
@@ -84,7 +91,14 @@ def once_through(name: str, size: int, head: str, folder: Path) -> None:
     assert models.find_head(model, (3, size, size)) == head
     original, restricted = images("kept", size, 0), images("refused", size, 1)
     before = models.weights_sha256(model)
-    run = Protection(model, original=original, restricted=restricted, spec=ROUND, model_spec=spec)
+    batch = 4 if size < 100 else 2
+    run = Protection(
+        model,
+        original=original,
+        restricted=restricted,
+        spec=one_round(batch),
+        model_spec=spec,
+    )
     rounds = list(run)
     protected = run.result().model
     assert len(rounds) == 1
@@ -92,17 +106,9 @@ def once_through(name: str, size: int, head: str, folder: Path) -> None:
     assert models.weights_sha256(model) == before
     assert models.weights_sha256(protected) != before
 
-    audit = Audit(
-        protected,
-        unprotected=model,
-        original=original,
-        restricted=restricted,
-        scratch=fresh,
-        spec=AuditSpec(suite="quick-1", steps=2, evaluations=2, batch_size=4, precision="fp32"),
-    )
-    trial = next(iter(audit))
-    assert trial.outcome.kind == "completed"
-    del audit, run
+    attack = attacked if size < 100 else one_step
+    attack(protected, model, fresh, run, batch)
+    del run
 
     save_model(folder, protected, {"model": spec.model_dump(mode="json")})
     plain = plainly(name)
@@ -110,6 +116,37 @@ def once_through(name: str, size: int, head: str, folder: Path) -> None:
     batch = original.test.pixels[:2].float() / 255
     with torch.no_grad():
         assert torch.equal(plain.eval()(batch), protected.eval()(batch))
+
+
+def attacked(
+    protected: nn.Module, model: nn.Module, fresh: Any, run: Protection, batch: int
+) -> None:
+    """Run the first trial of an audit."""
+    setting = run.setting
+    audit = Audit(
+        protected,
+        unprotected=model,
+        original=setting.original,
+        restricted=setting.restricted,
+        scratch=fresh,
+        spec=AuditSpec(suite="quick-1", steps=2, evaluations=2, batch_size=batch, precision="fp32"),
+    )
+    assert next(iter(audit)).outcome.kind == "completed"
+
+
+def one_step(
+    protected: nn.Module, model: nn.Module, fresh: Any, run: Protection, batch: int
+) -> None:
+    """Take one step of an attack: an audit of a large network takes minutes."""
+    del model, fresh
+    setting, stream = run.setting, (0, ("attack",))
+    (domain,) = setting.restricted
+    feed = setting.feed(domain, domain.train, batch_size=batch, stream=stream)
+    strategy = Strategy(optimizer="adam", learning_rate=1e-3, batch_size=batch)
+    subject = setting.place(copy.deepcopy(protected))
+    (step,) = FineTuning(subject, strategy, setting, feed, stream=stream).run(1)
+    assert torch.isfinite(step.loss)
+    assert models.weights_sha256(subject) != models.weights_sha256(protected)
 
 
 def plainly(name: str) -> nn.Module:

@@ -1,18 +1,19 @@
-"""Does `standard-1` find what a full grid finds, at a third of its steps?
+r"""Does `standard-1` find what a full grid finds, at a third of its steps?
 
-    python benchmarks/search.py runs/small_convnet_cifar10_16.safetensors --store runs/search
+    SMALL_NETWORK=$PWD/runs/small_convnet_cifar10_16.safetensors \
+      python benchmarks/search.py --store runs/small16
 
 The small network at 16x16, unprotected, on ten CIFAR-100 classes: for each of three seeds
 the envelope of `standard-1` is held against that of 200 plain strategies, at every budget. The
 images are in the folder `$SOPHON_DATA`; the weights are those of `small_network.py`. About
-twenty minutes a seed on one core; with `--store` it goes on where it was stopped.
+twenty minutes a seed on one core; with `--store` it goes on where it was stopped, and takes
+the trials of audits by `recipes/small16-sampled.toml` that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,20 +21,22 @@ import numpy as np
 
 from sophon._attacks import depth_attacks, resolved, strategies_of
 from sophon._circumstances import environment
-from sophon._data import Domain, load_domain
+from sophon._data import Domain
 from sophon._executors import Job, Processes, Workload
-from sophon._models import resolve_model, weights_sha256
+from sophon._models import network_identity, weights_sha256
 from sophon._plan import Plan
 from sophon._records import Trial
+from sophon._runs import load
 from sophon._setting import make_setting
-from sophon._specs import AuditSpec, DomainSpec, FreshHead, ModelSpec, OptimizerName, Strategy
+from sophon._specs import AuditSpec, FreshHead, OptimizerName, Strategy, Subject
 from sophon._statistics import area, envelope
 from sophon._store import TrialStore
-from sophon._tasks import Classification
 from sophon._trials import Assignment, Bench, Start
 from sophon._vitals import block_count
 
 STEPS = 200
+RECIPE = Path(__file__).parents[1] / "recipes/small16-sampled.toml"
+SUBJECT: Subject = "unprotected"
 # Ten rates for each optimizer, half a decade apart and less.
 RATES: dict[OptimizerName, tuple[float, float]] = {
     "sgd": (1e-3, 3.0),
@@ -62,40 +65,26 @@ def grid() -> list[Strategy]:
 
 
 class Runner:
-    """Runs assignments on one subject in worker processes, and keeps their trials."""
+    """Runs assignments on the unprotected model in worker processes, and keeps their trials."""
 
-    def __init__(self, weights: Path, store: Path | None, workers: int) -> None:
-        base = Path(os.environ["SOPHON_DATA"])
-        kept = DomainSpec(source="npz", path="cifar10_jpeg.npz", image_size=16)
-        refused = DomainSpec(
-            source="npz",
-            path="cifar100.npz",
-            image_size=16,
-            classes=tuple(range(10)),
-            validation=0.4,
-        )
-        self.domain: Domain = load_domain(refused, base=base)
-        model, _ = resolve_model(
-            ModelSpec(name="small_convnet", weights=str(weights.absolute())), base=base
-        )
-        setting = make_setting(
-            model,
-            task=Classification(),
-            original=load_domain(kept, base=base),
-            restricted=(self.domain,),
-            head=None,
+    def __init__(self, store: Path | None, workers: int) -> None:
+        case = load(RECIPE, None, None)
+        self.domain: Domain = case.restricted[0]
+        self.setting = make_setting(
+            case.model,
+            task=case.task,
+            original=case.original,
+            restricted=case.restricted,
+            head=case.network.head,
             precision="auto",
             device=None,
         )
-        self.blocks = block_count(model, setting.head)
-        self.setting = setting
-        self.bench = Bench(setting, AuditSpec().evaluations)
-        self.start = Start(model, "small_convnet", weights_sha256(model))
-        workload = Workload(
-            self.bench, {self.domain.name: self.domain}, {("protected", 0): self.start}
-        )
+        self.blocks = block_count(case.model, self.setting.head)
+        self.bench = Bench(self.setting, AuditSpec().evaluations)
+        self.start = Start(case.model, network_identity(case.model), weights_sha256(case.model))
+        workload = Workload(self.bench, {self.domain.name: self.domain}, {(SUBJECT, 0): self.start})
         self.executor = Processes(workload, workers)
-        self.store = TrialStore(store)
+        self.store = TrialStore(None if store is None else store / "trials")
 
     def run(self, assignments: Sequence[Assignment]) -> Iterator[Trial]:
         """Yield the trials of the assignments, in order."""
@@ -117,7 +106,7 @@ def standard(runner: Runner, seed: int) -> list[Trial]:
     spec = resolved(AuditSpec(suite="standard-1", steps=STEPS, seeds=(seed,)))
     plan = Plan(
         spec=spec,
-        subjects=("protected",),
+        subjects=(SUBJECT,),
         restricted=(runner.domain,),
         secondary=(),
         strategies=strategies_of(spec),
@@ -143,20 +132,17 @@ def steps_of(trials: Sequence[Trial]) -> int:
 def main() -> None:
     """Print one line a seed, and where it was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("weights", type=Path)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
-    if chosen.store is not None:
-        chosen.store.mkdir(parents=True, exist_ok=True)
-    runner = Runner(chosen.weights, chosen.store, chosen.workers)
+    runner = Runner(chosen.store, chosen.workers)
     where = environment(runner.setting.device, runner.setting.precision)
     print(f"{where.processor}, {where.precision}, {datetime.date.today()}, {where.versions}")
     print("seed  steps of standard-1 / grid  envelope: worst shortfall, at the horizon, area")
     for seed in chosen.seeds:
         ours = standard(runner, seed)
-        plain = list(runner.run([Assignment("protected", runner.domain, s, seed) for s in grid()]))
+        plain = list(runner.run([Assignment(SUBJECT, runner.domain, s, seed) for s in grid()]))
         at = sorted({p.step for t in plain for p in t.curve if p.step > 0})
         one, other = (np.array([p.value for p in envelope(t, at)]) for t in (ours, plain))
         short = 100 * (other - one)

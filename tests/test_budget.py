@@ -38,6 +38,27 @@ def test_the_search_gives_way_first_then_seeds_then_steps() -> None:
     assert (chosen.seeds, chosen.steps) == ((0, 1, 2), 60)
     assert "40 of 100 steps of every attack" in lost
     assert chosen.suite == WHOLE.suite
+    assert chosen.evaluations == WHOLE.evaluations
+
+
+def test_then_measurements_and_what_the_prefilter_lets_go_on() -> None:
+    def price(spec: AuditSpec) -> float:
+        late = (spec.prefilter or 0.25) * 100 + 5 * (spec.survivors or 6)
+        return _cost(spec) + 10 * spec.evaluations + late
+
+    spec = WHOLE.model_copy(update={"suite": "standard-1"})
+    chosen, lost = fit(spec, 300 + 60 + 25 + 30, price)
+    assert (chosen.steps, chosen.evaluations) == (50, 6)
+    assert (chosen.prefilter, chosen.survivors) == (None, None)
+    assert lost[-1] == "6 of 12 measurements of every attack"
+    chosen, lost = fit(spec, 300 + 60 + 12.5 + 15, price)
+    assert (chosen.evaluations, chosen.prefilter, chosen.survivors) == (6, 0.125, 3)
+    assert lost[-2:] == (
+        "most attacks are stopped at 0.125 of the budget instead of 0.25",
+        "3 instead of 6 attacks of each subject go on from there",
+    )
+    with pytest.raises(AuditError, match="too short"):
+        fit(spec, 300 + 60 + 12.5 + 9, price)
 
 
 def test_a_budget_too_short_names_the_least_time() -> None:
@@ -107,6 +128,34 @@ def test_a_repeated_audit_gives_up_the_same_and_the_record_says_it(tmp_path: Pat
     record = again.record()
     assert record.given_up == first.given_up
     assert record.spec == first.spec
+
+
+def test_protections_that_share_a_store_give_up_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, budget_s = trained_model(), 1e3
+    paces = iter([Pace(1.0, 0.0, 0.0), Pace(0.01, 0.0, 0.0)])
+    monkeypatch.setattr("sophon._audit.measure_pace", lambda *_: next(paces))
+
+    def make(model: nn.Module, protection: dict[str, object]) -> Audit:
+        return Audit(
+            model,
+            unprotected=before,
+            original=original(),
+            restricted=restricted(),
+            spec=AuditSpec(steps=8, evaluations=2, batch_size=1, search_trials=8),
+            scratch=scratch_model,
+            store=tmp_path,
+            budget_s=budget_s,
+            about={"protection": {"spec": protection}},
+        )
+
+    first = make(before, {"rehearsal": {"steps": 0}})
+    assert first.given_up
+    other = make(scratch_model(), {"rehearsal": {"steps": 0}, "rounds": 3})
+    assert other.given_up == first.given_up
+    # Another floor of steps is another decision, and this machine has become fast.
+    assert not make(before, {"rehearsal": {"steps": 1}}).given_up
 
 
 def test_a_fresh_network_that_cannot_be_attacked_has_no_pace(tmp_path: Path) -> None:

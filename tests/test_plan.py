@@ -15,6 +15,7 @@ from sophon._attacks import (
     Suite,
     beyond_rehearsal,
     depth_attacks,
+    resolved,
     strategies_of,
     suite_fingerprint,
 )
@@ -271,3 +272,26 @@ def test_a_search_finds_the_rate_that_pays() -> None:
 def test_unknown_suites_list_the_known_ones() -> None:
     with pytest.raises(SpecError, match=r"quick-1, standard-1"):
         strategies_of(AuditSpec(suite="standard-9"))
+
+
+def test_a_prefilter_can_be_earlier_and_let_fewer_go_on(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"prefilter": 0.1, "survivors": 1, "search_trials": 0})
+    strict, usual = (_audit(tmp_path, spec=s).plan for s in (spec, SPEC))
+    assert strict._stop() == 1 < (usual._stop() or 0)
+    assert strict.expected().steps < usual.expected().steps
+    early = strict._early_and_late(restricted())[0]
+    domain, ranks = strict.restricted[0], range(len(early))
+    strict.trials = [
+        made(subject, [0.9 - rank / 20] * 4, strategy=early[rank], domain=domain.name)
+        for subject in strict.subjects
+        for rank in ranks
+    ]
+    assert strict._survivors(domain, early) == early[:1]
+
+
+def test_a_suite_that_runs_all_to_the_end_has_no_prefilter() -> None:
+    for change in ({"prefilter": 0.1}, {"survivors": 3}):
+        with pytest.raises(
+            SpecError, match=rf"audit.{next(iter(change))} = .*'quick-1' runs every"
+        ):
+            resolved(AuditSpec(suite="quick-1", **change))

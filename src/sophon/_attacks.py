@@ -140,8 +140,17 @@ def suite_of(spec: AuditSpec) -> Suite:
 
 
 def resolved(spec: AuditSpec) -> AuditSpec:
-    """Return the specification with the suite's own seeds and search where it names none."""
+    """Return the specification with the suite's own seeds and search where it names none.
+
+    Raises SpecError for a prefilter or survivors of a suite that runs every attack to its end.
+    """
     suite = suite_of(spec)
+    for name in ("prefilter", "survivors") if suite.prefilter is None else ():
+        if getattr(spec, name) is not None:
+            raise SpecError(
+                f"audit.{name} = {getattr(spec, name)}: suite {spec.suite!r} runs every attack to"
+                " its end; leave it out, or set audit.suite = 'standard-1'"
+            )
     trials = suite.search_trials if spec.search_trials is None else spec.search_trials
     return spec.model_copy(update={"seeds": spec.seeds or suite.seeds, "search_trials": trials})
 

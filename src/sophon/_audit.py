@@ -239,12 +239,18 @@ class Audit:
         return self._pace.seconds(plan.expected(), self.spec.evaluations) / self.workers
 
     def _fit(self, budget_s: float, folder: Path | None) -> None:
-        """Make the audit as small as the budget asks; as an earlier run in `folder` decided."""
+        """Make the audit as small as the budget asks; as an earlier run in `folder` decided.
+
+        Audits of several protections of one model decide alike: they can be compared, and share
+        their trials of the unprotected and of the fresh network.
+        """
+        against = self.subjects.get("unprotected", self.subjects["protected"])
         asked = {
             "spec": self.spec.model_dump(mode="json"),
             "budget_s": budget_s,
             "workers": self.workers,
-            "subjects": [weights_sha256(model) for model in self.subjects.values()],
+            "rehearsed": self._rehearsed(),
+            "model": weights_sha256(against),
             "domains": [domain.fingerprint() for domain in self._domains.values()],
         }
         file = None if folder is None else folder / f"{fingerprint_of(asked)}.json"
@@ -271,9 +277,12 @@ class Audit:
                 )
             return seconds
 
+        return fit(self.spec, budget_s, cost, rehearsed=self._rehearsed())
+
+    def _rehearsed(self) -> int:
+        """Return how many steps protection says it rehearsed at a time."""
         protection: Any = (self.about.get("protection") or {}).get("spec") or {}
-        rehearsed = int((protection.get("rehearsal") or {}).get("steps") or 0)
-        return fit(self.spec, budget_s, cost, rehearsed=rehearsed)
+        return int((protection.get("rehearsal") or {}).get("steps") or 0)
 
     def _planned(self, spec: AuditSpec) -> Plan:
         suite = suite_of(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from sophon._attacks import suite_of
 from sophon._errors import AuditError
 from sophon._plan import Work
 from sophon._specs import AuditSpec, Strategy
@@ -14,6 +15,8 @@ from sophon._trials import Assignment, Bench, Start
 _FEW, _MORE = 2, 12
 # No verdict is good news on fewer seeds, and no horizon is believed below ten times K.
 _LEAST_SEEDS = 3
+# A curve of fewer measurements is none.
+_LEAST_EVALUATIONS = 4
 _TIMES_REHEARSED = 10
 
 
@@ -74,8 +77,9 @@ def fit(
     """Return the largest audit that costs at most `seconds`, and what it gives up against `spec`.
 
     The search gives way first, then seeds down to three, then steps down to half or ten times
-    the `rehearsed` ones; never the suite's attacks. Raises AuditError, naming the least time,
-    where that is not enough.
+    the `rehearsed` ones; then every other measurement, and of a suite that goes by stages the
+    share of the budget before most attacks are stopped and how many go on. Never the suite's
+    attacks. Raises AuditError, naming the least time, where that is not enough.
     """
     for chosen, given_up in _smaller(spec, rehearsed):
         if cost(chosen) <= seconds:
@@ -91,24 +95,51 @@ def fit(
 def _smaller(spec: AuditSpec, rehearsed: int) -> Iterator[tuple[AuditSpec, tuple[str, ...]]]:
     """Yield ever smaller audits with what each gives up, the whole one first."""
     yield spec, ()
+    kept: tuple[str, ...] = ()
+    for options in _concessions(spec, rehearsed):
+        lost = kept
+        for changes, what in options:
+            lost = (*kept, what)
+            spec = spec.model_copy(update=changes)
+            yield spec, lost
+        kept = lost
+
+
+def _concessions(spec: AuditSpec, rehearsed: int) -> Iterator[list[tuple[dict[str, object], str]]]:
+    """Yield what may be given up, one thing after another, each by degrees."""
     search = spec.search_trials or 0
-    given_up: tuple[str, ...] = ()
-    for trials in range(search - 1, -1, -1):
-        given_up = (f"{search - trials} of {search} searched strategies on each subject",)
-        yield spec.model_copy(update={"search_trials": trials}), given_up
-    small = spec.model_copy(update={"search_trials": 0})
+    yield [
+        ({"search_trials": n}, f"{search - n} of {search} searched strategies on each subject")
+        for n in range(search - 1, -1, -1)
+    ]
     seeds = spec.seeds or (0,)
-    kept = given_up
-    for count in range(len(seeds) - 1, _LEAST_SEEDS - 1, -1):
-        kept = (*given_up, f"{len(seeds) - count} of {len(seeds)} attack seeds")
-        small = small.model_copy(update={"seeds": seeds[:count]})
-        yield small, kept
+    yield [
+        ({"seeds": seeds[:n]}, f"{len(seeds) - n} of {len(seeds)} attack seeds")
+        for n in range(len(seeds) - 1, _LEAST_SEEDS - 1, -1)
+    ]
     least = max(spec.steps // 2, _TIMES_REHEARSED * rehearsed)
-    for steps in sorted({round(spec.steps * s) for s in (0.9, 0.8, 0.7, 0.6, 0.5)}, reverse=True):
-        if steps >= least:
-            lost = f"{spec.steps - steps} of {spec.steps} steps of every attack"
-            extra = tuple(s.model_copy(update={"steps": steps}) for s in spec.extra)
-            yield small.model_copy(update={"steps": steps, "extra": extra}), (*kept, lost)
+    fewer = sorted({round(spec.steps * s) for s in (0.9, 0.8, 0.7, 0.6, 0.5)}, reverse=True)
+    yield [
+        (
+            {"steps": n, "extra": tuple(s.model_copy(update={"steps": n}) for s in spec.extra)},
+            f"{spec.steps - n} of {spec.steps} steps of every attack",
+        )
+        for n in fewer
+        if n >= least
+    ]
+    half = spec.evaluations // 2
+    if half >= _LEAST_EVALUATIONS:
+        lost = f"{spec.evaluations - half} of {spec.evaluations} measurements of every attack"
+        yield [({"evaluations": half}, lost)]
+    suite = suite_of(spec)
+    if suite.prefilter is not None:
+        share, several = spec.prefilter or suite.prefilter, spec.survivors or suite.survivors
+        lost = f"most attacks are stopped at {share / 2:.3g} of the budget instead of {share:.3g}"
+        yield [({"prefilter": share / 2}, lost)]
+        yield [
+            ({"survivors": n}, f"{n} instead of {several} attacks of each subject go on from there")
+            for n in range(several - 1, 1, -1)
+        ]
 
 
 def usual_attack(batch_size: int) -> Strategy:

@@ -73,6 +73,11 @@ class Plan:
         """Whether later trials depend on what earlier ones reached."""
         return self.suite.prefilter is not None or bool(self.spec.search_trials)
 
+    @property
+    def survivors(self) -> int:
+        """How many of each subject's attacks a prefilter lets go on."""
+        return self.spec.survivors or self.suite.survivors
+
     def expected(self) -> Work:
         """Return how much work the audit is: exactly, or about as much if `staged`."""
         work, whole = Work(0, 0, 0), self.spec.steps
@@ -87,7 +92,7 @@ class Plan:
             for strategy in late:
                 work = work.plus(several * every, whole, strategy.batch_size)
             if stop < whole:
-                survivors = min(len(early), self.suite.survivors * 2)
+                survivors = min(len(early), self.survivors * 2)
                 work = work.plus(several * survivors, whole, usual)
             search = (self.spec.search_trials or 0) * several
             work = work.plus(search, stop, usual)
@@ -146,15 +151,17 @@ class Plan:
         return [s for s in chosen if s not in set(late)], late
 
     def _stop(self) -> int | None:
-        share = self.suite.prefilter
-        return None if share is None else stop_at(self.spec.steps, self.spec.evaluations, share)
+        if self.suite.prefilter is None:
+            return None
+        share = self.spec.prefilter or self.suite.prefilter
+        return stop_at(self.spec.steps, self.spec.evaluations, share)
 
     def _survivors(self, domain: Domain, early: Sequence[Strategy]) -> list[Strategy]:
         kept: set[Strategy] = set()
         for subject in self.subjects:
             trials = [t for t in self._met(domain, subject) if t.strategy in set(early)]
             ranked = sorted(trials, key=best_of, reverse=True)
-            kept.update(t.strategy for t in ranked[: self.suite.survivors])
+            kept.update(t.strategy for t in ranked[: self.survivors])
             kept.update(_holders(trials))
         return [strategy for strategy in early if strategy in kept]
 

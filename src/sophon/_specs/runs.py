@@ -52,7 +52,8 @@ class AuditSpec(Spec):
 
     `extra` adds attacks; all take `steps` steps. `batch_size` replaces the suite's, an extra
     attack has its own. `search_trials` is how many strategies a search tries on each subject, on
-    top of the suite. Without `seeds` or `search_trials` the suite's own count.
+    top of the suite. A suite that stops most attacks early does so at `prefilter` of the budget
+    and goes on with the `survivors` best of each subject. What is left out is the suite's own.
     """
 
     suite: str = "quick-1"
@@ -60,6 +61,8 @@ class AuditSpec(Spec):
     evaluations: Annotated[int, Field(ge=2)] = 12
     seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] | None = None
     search_trials: Count | None = None
+    prefilter: Annotated[float, Field(gt=0, le=1)] | None = None
+    survivors: Positive | None = None
     batch_size: Positive | None = None
     extra: Annotated[tuple[Strategy, ...], Field(strict=False)] = ()
     precision: Precision = "auto"

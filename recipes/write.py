@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sophon import _ablation
 from sophon._grid import CELLS, UNET, UNET_FILE, base_file, run_file
 
 HERE = Path(__file__).resolve().parent
@@ -22,7 +23,11 @@ def files() -> dict[str, str]:
             (run, run_file(cell, f"recipes/{cell.scale}/{run}", "../../runs/bases")),
         ):
             held.setdefault(f"{cell.scale}/{name}", text)
-    return {**held, f"paper/{UNET_FILE}": UNET}
+    study = {
+        "small/base-ablation.toml": _ablation.BASE_FILE,
+        "small/ablation.toml": _ablation.run_file("../../runs/bases"),
+    }
+    return {**held, **study, f"paper/{UNET_FILE}": UNET}
 
 
 def main() -> None:

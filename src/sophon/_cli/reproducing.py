@@ -18,13 +18,13 @@ from sophon._cli.running import (
     show_protected,
     show_verdict,
 )
-from sophon._errors import SophonError, SpecError
+from sophon._errors import IntactnessError, NonFiniteError, SophonError, SpecError
 
 if TYPE_CHECKING:
     from sophon._grid import Cell, Scale
     from sophon._progress import Mode
 
-ROBUSTNESS = "robustness"
+ROBUSTNESS, ABLATION = "robustness", "ablation"
 _ROBUST_CELL = {"small": "resnet18-gtsrb-klu", "paper": "vgg-cifar10-ice"}
 
 
@@ -35,13 +35,16 @@ _ROBUST_CELL = {"small": "resnet18-gtsrb-klu", "paper": "vgg-cifar10-ice"}
     "  sophon reproduce caformer-cifar10-ice --scale paper --out runs\n"
     "  sophon reproduce all --scale small\n"
     "  sophon reproduce robustness\n"
+    "  sophon reproduce ablation --threads 2 --workers 2\n"
     "  sophon reproduce --table\n"
 )
 @guarded
 def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     cell: Annotated[
         str | None,
-        typer.Argument(metavar="CELL", help="A cell, `all` of a scale, or `robustness`."),
+        typer.Argument(
+            metavar="CELL", help="A cell, `all` of a scale, `robustness`, or `ablation`."
+        ),
     ] = None,
     scale: Annotated[
         str, typer.Option("--scale", metavar="small|paper", help="Which size of the cells.")
@@ -81,11 +84,15 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         say([filled(out, size)] if table else _listing(out))
         return
     if cell is None:
-        raise SpecError("name a cell, `all` or `robustness`; --list shows the cells")
+        raise SpecError("name a cell, `all`, `robustness` or `ablation`; --list shows the cells")
     require_place(out)
     jobs = _Jobs(out, settings, mode_of(quiet, False), threads, workers)
     if cell == ROBUSTNESS:
         jobs.robustness(cell_of(of or _ROBUST_CELL[size], size))
+    elif cell == ABLATION:
+        if size != "small":
+            raise SpecError(f"--scale = {scale}: the ablation study is small only; leave it out")
+        jobs.ablation()
     elif cell == "all":
         jobs.run_all([one for one in CELLS if one.scale == size])
     else:
@@ -120,16 +127,23 @@ class _Jobs:
 
     def run(self, cell: Cell) -> None:
         """Run a cell from where it stopped."""
+        self._announce(f"{cell.name} ({cell.scale})")
+        self._base(cell)
+        self._protected_and_audited(self._run_file(cell), self.out / cell.scale / cell.name, [])
+
+    def _announce(self, what: str) -> None:
+        if self.mode in ("bar", "lines"):
+            typer.echo(what, err=True)
+
+    def _protected_and_audited(self, file: Path, folder: Path, settings: list[str]) -> None:
+        """Run a protection and its audit in `folder`, from where they stopped."""
         from sophon._runs import load
 
-        if self.mode in ("bar", "lines"):
-            typer.echo(f"{cell.name} ({cell.scale})", err=True)
-        self._base(cell)
-        folder = self.out / cell.scale / cell.name
-        case = load(self._run_file(cell), self.settings, self.threads)
+        settings = [*(self.settings or ()), *settings]
+        case = load(file, settings, self.threads)
         result = run_protection(case, folder / "protected", self.mode)
         show_protected(result, folder / "protected", self.mode)
-        self._audit(cell, folder, self.settings)
+        self._audit(file, folder / "protected", folder / "audit", settings)
 
     def run_all(self, cells: list[Cell]) -> None:
         """Run cells in turn, going on where one cannot be run; raise the first error at the end."""
@@ -155,22 +169,50 @@ class _Jobs:
         spec = read_run(self._run_file(cell), self.settings).audit
         extra = [s.model_dump(mode="json") for s in (*spec.extra, *robustness_attacks(spec))]
         folder = self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
-        self._audit(cell, folder, [*(self.settings or ()), _setting("audit.extra", extra)])
+        settings = [*(self.settings or ()), _setting("audit.extra", extra)]
+        protected = self.out / cell.scale / cell.name / "protected"
+        self._audit(self._run_file(cell), protected, folder / "audit", settings)
         record = read_stored(folder / "audit" / "record.json")
         assert record is not None
         tables = robustness_tables(record, cell.architecture)
         write_text(folder / "tables.md", tables)
         say([tables])
 
-    def _audit(self, cell: Cell, folder: Path, settings: list[str] | None) -> None:
+    def ablation(self) -> None:
+        """Run the study of what the paper ablates; go on where a run of it fails."""
+        from sophon import _ablation as study
+        from sophon._ablation_plot import draw, require_matplotlib
+        from sophon._files import write_text
+
+        require_matplotlib()
+        folder = self.out / "small" / study.NAME
+        self._trained(f"small-{study.NAME}", study.BASE_FILE)
+        file = _written(folder / "run.toml", study.run_file("../../bases"))
+        for variation in study.variations():
+            self._announce(f"{study.NAME}: {variation.name}")
+            try:
+                settings = list(variation.settings)
+                self._protected_and_audited(file, folder / variation.name, settings)
+            except (IntactnessError, NonFiniteError) as error:
+                typer.echo(f"{variation.name}: {error}", err=True)
+                reason = study.failure_file(folder, variation)
+                reason.parent.mkdir(exist_ok=True)
+                write_text(reason, f"{error}\n")
+        held = study.results(folder)
+        tables = study.table(folder, held)
+        write_text(folder / "table.md", tables)
+        draw(held, folder / "ablation.svg")
+        say([tables, str(folder / "ablation.svg")])
+
+    def _audit(self, file: Path, protected: Path, out: Path, settings: list[str] | None) -> None:
         from sophon._runs import load
 
-        case = load(self._run_file(cell), settings, self.threads)
-        protected = self.out / cell.scale / cell.name / "protected"
-        store = self.out / cell.scale / "store"
+        case = load(file, settings, self.threads)
+        # Below one folder a scale: trials of unprotected models and fresh networks are shared.
+        store = out.parent.parent / "store"
         record = run_audit(case, protected, self.mode, store=store, workers=self.workers)
-        made = write_audit(record, folder / "audit")
-        show_verdict(made, self.mode, {"report": folder / "audit" / "report.html"})
+        made = write_audit(record, out)
+        show_verdict(made, self.mode, {"report": out / "report.html"})
 
     def _run_file(self, cell: Cell) -> Path:
         """Write the cell's run file, if it is not there, and return it."""
@@ -181,16 +223,21 @@ class _Jobs:
         return _written(folder / "run.toml", run_file(cell, recipe, "../../bases"))
 
     def _base(self, cell: Cell) -> None:
-        """Train the model of the original task unless it is there."""
+        """Train the model of a cell's original task unless it is there."""
         from sophon._grid import UNET, UNET_FILE, base_file, base_name
+
+        recipe = f"recipes/{cell.scale}/base-{cell.architecture}.toml"
+        _written(self.out / "bases" / UNET_FILE, UNET)
+        self._trained(base_name(cell), base_file(cell, recipe))
+
+    def _trained(self, name: str, text: str) -> None:
+        """Train a model as the run file `text` says, unless it is there."""
         from sophon._runs import load
 
-        folder = self.out / "bases" / base_name(cell)
+        folder = self.out / "bases" / name
         if (folder / "model.safetensors").is_file():
             return
-        _written(folder.parent / UNET_FILE, UNET)
-        recipe = f"recipes/{cell.scale}/base-{cell.architecture}.toml"
-        file = _written(folder.parent / f"{base_name(cell)}.toml", base_file(cell, recipe))
+        file = _written(folder.parent / f"{name}.toml", text)
         result = run_pretraining(
             load(file, _for_base(self.settings), self.threads), folder, self.mode
         )

@@ -27,7 +27,7 @@ def results(
         model,
         original=load_domain(kept, base=shared_data),
         restricted=load_domain(signs, base=shared_data),
-        spec=AuditSpec(steps=50, evaluations=4, batch_size=32),
+        spec=AuditSpec(steps=50, evaluations=3, batch_size=32),
         store=tmp_path_factory.mktemp("controls"),
         scratch=scratch,
     )

@@ -90,6 +90,7 @@ def uninterrupted(one_thread: None) -> AuditRecord:
 
 
 def test_every_subject_is_attacked_alike(uninterrupted: AuditRecord) -> None:
+    assert (uninterrupted.restricted[0].training_flops or 0) > 0
     by = {
         name: [t for t in uninterrupted.trials if t.subject == name]
         for name in ("protected", "unprotected", "scratch")

@@ -8,11 +8,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from builders import digits, setting_of, trained_model
+from builders import digits, restricted, setting_of, trained_model
 from sophon._data import Domain, overlaps_of
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
-from sophon._vitals import measure_vitals
+from sophon._vitals import measure_vitals, training_flops
 
 
 def _setting(model: nn.Module) -> Setting:
@@ -46,6 +46,17 @@ def test_a_model_that_raises_when_trained_has_no_gradient() -> None:
     assert vitals.gradient_norms == {"digits-5-9": None}
     assert vitals.raised == ("RuntimeError: no",)
     assert vitals.largest_logit is not None
+    assert training_flops(model, _setting(trained_model()), restricted()) is None
+
+
+def test_operations_are_those_of_each_image_forward_and_backward() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+    # 8x8 images; nothing flows back into the images themselves.
+    convolution, linear = 2 * 4 * 9 * 64, 2 * 4 * 5
+    expected = 2 * convolution + 3 * linear
+    assert training_flops(model, _setting(model), restricted()) == expected
 
 
 def test_shared_images_are_counted_exact_and_near() -> None:

@@ -35,7 +35,7 @@ from sophon._metrics import evaluate
 from sophon._models import fresh_copy, network_identity, require_peft, weights_sha256
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
-from sophon._records import AuditRecord, SampleRecord, SubjectRecord, Trial
+from sophon._records import AuditRecord, DomainRecord, SampleRecord, SubjectRecord, Trial
 from sophon._samples import SampleStage, check_samples, wanted
 from sophon._search import require_optuna
 from sophon._setting import make_setting
@@ -43,7 +43,7 @@ from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_sp
 from sophon._store import DocumentStore, TrialStore
 from sophon._tasks import Classification, Task
 from sophon._trials import Assignment, Bench, Start
-from sophon._vitals import block_count, measure_vitals
+from sophon._vitals import block_count, measure_vitals, training_flops
 
 ExecutorName = Literal["processes", "ray"]
 # Batches up to this size are not shrunk to the images at hand: too few images are an error.
@@ -201,9 +201,9 @@ class Audit:
             task="classification" if setting.task.metric == "accuracy" else "denoising",
             task_name=setting.task.name,
             original=domain_record(setting.original, "original"),
-            restricted=tuple(domain_record(d, "restricted") for d in self.restricted),
-            held_out=tuple(domain_record(d, "held_out") for d in self.held_out),
-            benign=tuple(domain_record(d, "benign") for d in self.benign),
+            restricted=self._domain_records(self.restricted, "restricted"),
+            held_out=self._domain_records(self.held_out, "held_out"),
+            benign=self._domain_records(self.benign, "benign"),
             overlaps=overlaps_of((setting.original, *setting.restricted)),
             samples=tuple(self._pictures),
             left_out=self.left_out,
@@ -215,6 +215,13 @@ class Audit:
             given_up=self.given_up,
             note=self.about.get("note", ""),
             protection=self.about.get("protection"),
+        )
+
+    def _domain_records(self, domains: Sequence[Domain], role: str) -> tuple[DomainRecord, ...]:
+        # Of a model that can be trained, whatever the subjects are.
+        model = self._start("scratch", self._seeds[0]).model
+        return tuple(
+            domain_record(d, role, training_flops(model, self.setting, d)) for d in domains
         )
 
     # --- What is run -------------------------------------------------------------------------

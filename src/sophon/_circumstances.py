@@ -15,7 +15,7 @@ from sophon._records import DomainRecord, Environment
 _PACKAGES = ("sophon-protect", "torch", "numpy", "timm", "torchvision", "diffusers", "torchmetrics")
 
 
-def domain_record(domain: Domain, role: str) -> DomainRecord:
+def domain_record(domain: Domain, role: str, training_flops: int | None = None) -> DomainRecord:
     """Return a domain's entry in a record."""
     return DomainRecord(
         name=domain.name,
@@ -27,6 +27,7 @@ def domain_record(domain: Domain, role: str) -> DomainRecord:
         test=len(domain.test),
         classes=domain.class_count,
         image=domain.image_shape,
+        training_flops=training_flops,
     )
 
 

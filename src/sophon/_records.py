@@ -171,7 +171,11 @@ class SubjectRecord(Record):
 
 
 class DomainRecord(Record):
-    """A domain as it was used: sizes of its splits, number of classes, content fingerprint."""
+    """A domain as it was used: sizes of its splits, number of classes, content fingerprint.
+
+    `training_flops` are the floating point operations of the network on one image, forward and
+    backward: times the images of a trial they are its cost.
+    """
 
     name: str
     role: Literal["original", "restricted", "held_out", "benign"]
@@ -182,6 +186,7 @@ class DomainRecord(Record):
     test: int
     classes: int
     image: tuple[int, int, int]
+    training_flops: int | None = None
 
 
 class Overlap(Record):

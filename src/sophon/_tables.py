@@ -378,7 +378,9 @@ def trial_table(record: AuditRecord) -> Table:
         "test",
         "outcome",
         "seconds",
+        "TFLOP",
     )
+    flops = {domain.name: domain.training_flops for domain in domains_of(record)}
     rows = [
         (
             trial.domain,
@@ -390,6 +392,7 @@ def trial_table(record: AuditRecord) -> Table:
             shown(trial.test),
             _ended(trial),
             f"{trial.wall_s:.1f}",
+            _teraflops(trial, flops[trial.domain]),
         )
         for trial in record.trials
     ]
@@ -398,6 +401,12 @@ def trial_table(record: AuditRecord) -> Table:
         " nothing."
     )
     return table(header, rows, note)
+
+
+def _teraflops(trial: Trial, each: int | None) -> str:
+    """Return the cost of a trial's images; what a preparation spent counts in its steps."""
+    images = max((point.samples for point in trial.curve), default=0)
+    return NONE if each is None else f"{images * each / 1e12:.3g}"
 
 
 def _ended(trial: Trial) -> str:

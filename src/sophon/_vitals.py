@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy
@@ -20,6 +21,8 @@ from sophon._specs import Strategy
 
 _IMAGES = 250
 _BATCH = 64
+# Two: BatchNorm needs more than one where maps are single pixels.
+_COUNTED = 2
 
 
 def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
@@ -64,9 +67,26 @@ def _largest_logit(model: nn.Module, setting: Setting) -> float | None:
     return finite(float(outputs.abs().max()))
 
 
-def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float | None:
+def training_flops(model: nn.Module, setting: Setting, domain: Domain) -> int | None:
+    """Return the floating point operations of one image of a domain, forward and backward.
+
+    Counted by PyTorch for matrix products, convolutions and attention, on a copy; None where the
+    model raises.
+    """
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            _gradient_norm(model, setting.exact(), domain, images=_COUNTED)
+    except Exception:  # noqa: BLE001 - a model may raise anything; its trials say so
+        return None
+    return int(counter.get_total_flops()) // _COUNTED
+
+
+def _gradient_norm(
+    model: nn.Module, setting: Setting, domain: Domain, images: int = _BATCH
+) -> float | None:
     """Return the norm of the first gradient an attacker meets who takes the weights as they are."""
-    strategy = Strategy(batch_size=min(_BATCH, len(domain.train)), steps=1)
+    strategy = Strategy(batch_size=min(images, len(domain.train)), steps=1)
     feed = setting.feed(domain, domain.train, batch_size=strategy.batch_size)
     stream = (0, ("vitals",))
     attacker = copy.deepcopy(model)

@@ -65,7 +65,7 @@ AXES: dict[str, tuple[Variation, ...]] = {
     ),
     "alpha": _numbers("alpha", "0.0003", "protect.suppression_rate", 1e-4, 3e-4, 1e-3),
     "beta": _numbers("beta", "0.0005", "protect.reinforcement_rate", 1.5e-4, 5e-4, 1.5e-3),
-    "K": _numbers("K", "10", f"{_REHEARSAL}.steps", 5, 10, 20),
+    "K": _numbers("K", "5", f"{_REHEARSAL}.steps", 2, 5, 10),
     "N": _numbers("N", "1", f"{_REHEARSAL}.strategies", 1, 2, 4),
     "sampled strategies": (
         Variation("sampled strategies", "one", (_ONE,)),
@@ -130,7 +130,7 @@ checkpoint_every = 100
 
 # Persistent attackers, prepared and trained in sampled ways.
 [protect.rehearsal]
-steps = 10
+steps = 5
 horizon = 80
 pool = 4
 query_batch_size = 32
@@ -149,7 +149,7 @@ every = 10
 
 [audit]
 suite = "quick-1"
-steps = 200
+steps = 100
 batch_size = 32
 seeds = [0, 1, 2]
 """

@@ -23,7 +23,9 @@ from denoisers import (
     write_npz,
     write_prompted,
 )
+from sophon._audit import Audit
 from sophon._cli import app
+from sophon._data import load_domain
 from sophon._errors import CheckpointError, DataError, SophonError, SpecError
 from sophon._finetune import check_preparations
 from sophon._models import DenoiserSource, blocks, diffusers, weights_sha256
@@ -33,10 +35,13 @@ from sophon._records import AuditRecord, ErrorScore
 from sophon._report import report
 from sophon._runs import load
 from sophon._specs import (
+    AuditSpec,
+    DomainSpec,
     FreshHead,
     PretrainSpec,
     RescaleWeights,
     ResetLastBlocks,
+    SampleSpec,
     Strategy,
 )
 from sophon._tasks import Denoising
@@ -240,6 +245,47 @@ def test_adapters_a_fresh_last_layer_and_last_blocks_attack_a_denoiser() -> None
         assert trial.outcome.kind == "completed", trial.outcome
         values = [point.validation.value for point in trial.curve]
         assert max(values[1:]) > values[0]
+
+
+@pytest.mark.slow
+def test_a_class_conditional_network_that_predicts_v_is_protected_and_attacked(
+    tmp_path: Path,
+) -> None:
+    scheduler = diffusers().DDPMScheduler(
+        prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"
+    )
+    task, model = Denoising(scheduler), unet(num_class_embeds=5)
+    kept, refused = (
+        load_domain(DomainSpec(source="npz", path=file.name, join=True), base=tmp_path)
+        for file in (write_npz(tmp_path / "low.npz", 0, 5), write_npz(tmp_path / "high.npz", 5, 10))
+    )
+    assert refused.class_count == 5
+    run = Protection(
+        model, original=kept, restricted=refused, task=task, spec=quick_spec(), out=tmp_path / "p"
+    )
+    assert len(list(run)) == 3
+    protected = run.result().model
+    held, moved = model.state_dict(), protected.state_dict()
+    embedding = next(name for name in held if "class_embedding" in name)
+    assert not torch.equal(held[embedding], moved[embedding])
+    pipeline = DenoiserSource(tmp_path / "p")
+    loaded = pipeline.load()
+    assert all(torch.equal(moved[n], value) for n, value in loaded.state_dict().items())
+    written = pipeline.scheduler()
+    assert written is not None
+    assert written.config["prediction_type"] == "v_prediction"
+    assert written.config["beta_schedule"] == "squaredcos_cap_v2"
+    samples = SampleSpec(count=12, steps=2, grid=4, extractor_steps=3, kid_subset=6)
+    spec = AuditSpec(steps=2, evaluations=2, batch_size=8, precision="fp32", samples=samples)
+    audit = Audit(
+        protected, unprotected=model, original=kept, restricted=refused, task=task, spec=spec
+    )
+    assert all(trial.outcome.kind == "completed" for trial in audit)
+    record = audit.record()
+    assert "v_prediction" in record.task_name
+    assert {(row.subject, row.attack != "") for row in record.samples} >= {
+        (name, after) for name in ("protected", "unprotected", "scratch") for after in (False, True)
+    }
 
 
 def test_a_latent_pipeline_is_protected_and_attacked_through_adapters(tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""Turn finished audits of diffusion models into the tables and the pictures of a results page.
+
+    python docs/results/tabulate_errors.py FIGURE.svg PICTURES.png "label=runs/a1" ...
+
+Prints Markdown: one row per subject and audit, then the best error within each budget. The figure
+shows the envelopes; the pictures are what each subject draws before and after its best attack.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from sophon._records import AuditRecord, ErrorScore, Measurement, SampleRecord
+from sophon._statistics import interval_of
+from sophon._verdict import SUBJECTS, DomainSummary, summarise
+
+COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
+# What the released research code fine-tunes with.
+RELEASED = ("sgd", 1e-4)
+HEADER = (
+    "| protection | subject | original, test | SGD 1e-4, test | best attack, test (95 %) | won by"
+    " | KID before, after | FID before, after | precision, recall after"
+    " | advantage removed (95 %) | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def _error(score: Measurement | None) -> str:
+    return f"{score.mse:.4f}" if isinstance(score, ErrorScore) else "-"
+
+
+def _interval(score: Measurement | None) -> str:
+    if score is None:
+        return "-"
+    low, high = interval_of(score)
+    return f"{_error(score)} ({1 - high:.4f} to {1 - low:.4f})"
+
+
+def _released(record: AuditRecord, domain: str, subject: str) -> str:
+    """Return the mean test error over seeds after the released code's attack, and its range."""
+    held = [
+        trial.test.mse
+        for trial in record.trials
+        if (trial.strategy.optimizer, trial.strategy.learning_rate) == RELEASED
+        and (trial.domain, trial.subject) == (domain, subject)
+        and isinstance(trial.test, ErrorScore)
+    ]
+    if not held:
+        return "-"
+    return f"{statistics.mean(held):.4f} ({min(held):.4f} to {max(held):.4f})"
+
+
+def _pictures(record: AuditRecord, domain: str, subject: str) -> dict[bool, SampleRecord]:
+    """Return the pictures of a subject compared with the domain, by whether it was attacked."""
+    return {
+        row.attack != "": row
+        for row in record.samples
+        if (row.domain, row.attacked, row.subject) == (domain, domain, subject)
+    }
+
+
+def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
+    """Return the Markdown rows of one domain, a subject each."""
+    scores = {subject.name: subject.original for subject in record.subjects}
+    estimate, lines = summary.advantage, []
+    removed = estimate.reason if estimate.value is None else f"{100 * estimate.value:.0f} %"
+    if estimate.interval is not None:
+        removed += f" ({100 * estimate.interval.low:.0f} to {100 * estimate.interval.high:.0f})"
+    for name in SUBJECTS:
+        held = summary.subjects.get(name)
+        if held is None:
+            continue
+        drawn = _pictures(record, summary.domain.name, name)
+        pair = [drawn.get(False), drawn.get(True)]
+        after = drawn.get(True)
+        first = name == "protected"
+        cells = [
+            label if first else "",
+            name,
+            _error(scores.get(name)),
+            _released(record, summary.domain.name, name),
+            _interval(held.test),
+            held.winner.strategy.label(),
+            ", ".join("-" if row is None else f"{row.kid:.3g}" for row in pair),
+            ", ".join("-" if row is None else f"{row.fid:.3g}" for row in pair),
+            "-" if after is None else f"{100 * after.precision:.0f} %, {100 * after.recall:.0f} %",
+            removed if first else "",
+            summary.text if first else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def envelopes(label: str, summary: DomainSummary) -> list[str]:
+    """Return the best validation error within each budget over all attacks and seeds."""
+    names = [name for name in SUBJECTS if name in summary.subjects]
+    lines = [f"| steps, {label} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for position, budget in enumerate(summary.budgets):
+        held = [1 - summary.subjects[name].points[position].value for name in names]
+        lines.append(f"| {budget} | " + " | ".join(f"{error:.4f}" for error in held) + " |")
+    return lines
+
+
+def panel(axes: plt.Axes, label: str, summary: DomainSummary) -> None:
+    """Draw the three envelopes, mean over attack seeds with its bootstrap interval."""
+    for name, held in summary.subjects.items():
+        axes.plot(summary.budgets, [1 - v for v in held.mean], color=COLOURS[name], label=name)
+        low, high = ([1 - pair[end] for pair in held.band] for end in (1, 0))
+        axes.fill_between(summary.budgets, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_title(label, fontsize=9)
+    axes.set_xlabel("attack steps")
+    axes.grid(alpha=0.25)
+
+
+def sheet(drawn: list[tuple[str, SampleRecord, SampleRecord]], file: str) -> None:
+    """Write what each subject draws, as it is on the left and after its best attack."""
+    figure, grid = plt.subplots(len(drawn), 2, figsize=(9, 2.5 * len(drawn)), squeeze=False)
+    for axes, (label, before, after) in zip(grid, drawn, strict=True):
+        for place, row, when in zip(axes, (before, after), ("as it is", "attacked"), strict=True):
+            data = base64.b64decode(row.grid.partition(",")[2])
+            place.imshow(Image.open(io.BytesIO(data)).convert("RGB"))
+            place.set_title(f"{label}, {when}: KID {row.kid:.3g}", fontsize=9)
+            place.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+
+
+def main(figure: str, pictures: str, *named: str) -> None:
+    """Print the tables, and write the figure and the sheet of pictures."""
+    plt.switch_backend("agg")
+    plt.rcParams["svg.fonttype"] = "none"
+    panels: list[tuple[str, DomainSummary]] = []
+    drawn: dict[str, tuple[str, SampleRecord, SampleRecord]] = {}
+    print(HEADER)
+    for one in named:
+        label, _, folder = one.partition("=")
+        text = (Path(folder) / "record.json").read_text(encoding="utf-8")
+        record = AuditRecord.model_validate_json(text)
+        for summary in summarise(record):
+            panels.append((label, summary))
+            print("\n".join(rows(label, record, summary)))
+            for name in SUBJECTS:
+                pair = _pictures(record, summary.domain.name, name)
+                title = f"protected ({label})" if name == "protected" else name
+                if len(pair) == 2:
+                    drawn.setdefault(title, (title, pair[False], pair[True]))
+    for label, summary in panels:
+        print("\n" + "\n".join(envelopes(label, summary)))
+    picture, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for axes, (label, summary) in zip(grid.flat, panels, strict=True):
+        panel(axes, label, summary)
+    grid[0, 0].set_ylabel("restricted, validation error")
+    grid[0, 0].legend(fontsize=8)
+    picture.tight_layout()
+    picture.savefig(figure, metadata={"Date": None})
+    if drawn:
+        sheet(list(drawn.values()), pictures)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from sophon._distributed import Ranks
 from sophon._errors import IntactnessError
 from sophon._metric_kinds import kind_of, measurement, shown
 from sophon._metrics import evaluate
@@ -37,7 +38,10 @@ class IntactnessGuard:
     `extra_steps`, the reinforcement steps to take beyond the specified ones, is one more.
     """
 
-    def __init__(self, model: nn.Module, setting: Setting, spec: Guard) -> None:
+    def __init__(
+        self, model: nn.Module, setting: Setting, spec: Guard, ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.model = model
         self.setting = setting
         self.spec = spec
@@ -64,7 +68,11 @@ class IntactnessGuard:
         self._window.append(query_score)
 
     def check(self, finished: int) -> tuple[float, GuardVerdict]:
-        """Return the score after `finished` rounds and whether it is within the tolerance."""
+        """Return the score after `finished` rounds and whether it is within the tolerance.
+
+        Raises RanksError if the weights of several processes have drifted apart.
+        """
+        self.ranks.require_equal(list(self.model.state_dict().values()))
         score = self._measure()
         allowed = kind_of(score).allowed(self.before.value, self.spec)
         query_score = sum(self._window) / len(self._window)
@@ -124,8 +132,13 @@ class IntactnessGuard:
             self.shipped = Good(groups["shipped"], finished, good, query_score)
 
     def _measure(self) -> Measurement:
+        """Return the score that the first process measures: all must come to one verdict."""
         original = self.setting.original
-        return evaluate(self.model, self.setting, original, original.validation)
+        held: Measurement | None = None
+        if self.ranks.first or self.ranks.sharded:
+            held = evaluate(self.model, self.setting, original, original.validation)
+        score: Measurement = self.ranks.gather(held)[0]
+        return score
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.optim import Adam
 
 from sophon._checkpoints import open_run, save_state
 from sophon._data import Domain, check_batch_fits, resolve_normalisation
+from sophon._distributed import Ranks
 from sophon._errors import CheckpointError, NonFiniteError, SpecError
 from sophon._files import write_json, write_text
 from sophon._finetune import (
@@ -31,14 +33,16 @@ from sophon._finetune import (
 from sophon._guard import IntactnessGuard
 from sophon._models import check_single_image, network_identity, require_peft, weights_sha256
 from sophon._records import Measurement, Round
-from sophon._rehearsal import Attacker, Rehearsals
+from sophon._rehearsal import Rehearsals, Visit
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
+from sophon._sharing import sharing, splits
 from sophon._shipping import ship
-from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
+from sophon._specs import ModelSpec, ProtectSpec, Rehearsal, fingerprint_of
 from sophon._suppression import require_fitting
 from sophon._tasks import Classification, Task
 
+State = tuple[dict[str, Tensor], dict[str, Any]]
 _ROUNDS, _STATES, _DONE = "rounds.jsonl", "states", "protection.json"
 # Raise this when a change of the rounds changes what a run that is resumed would give.
 ENGINE_VERSION = 1
@@ -87,51 +91,32 @@ class Protection:
         model_spec: ModelSpec | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        spec = ProtectSpec() if spec is None else spec
+        self.ranks = Ranks.present()
+        self.spec = spec = ProtectSpec() if spec is None else spec
         restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
-        self.spec = spec
-        self.setting = make_setting(
-            model,
-            task=task or Classification(),
-            original=original,
-            restricted=restricted,
-            head=head,
-            precision=spec.precision,
-            device=device,
-        )
-        require_fitting(spec.suppression, self.setting.task.metric)
-        _check_batches(spec, original, restricted)
-        self._check_single_images(model)
-        fixed = spec.rehearsal.fixed
-        wanted = (
-            spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
-        )
-        check_preparations(model, wanted, self.setting, spec.rehearsal.life)
-        if fixed is not None:
-            self.setting.at(fixed.precision, model)
-            if fixed.lora_rank is not None:
-                require_peft()
-        _check_weights(spec, restricted)
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
-        self.identity = {
-            "spec": spec.fingerprint(),
-            "model": weights_sha256(model),
-            "engine": str(ENGINE_VERSION),
-            "network": network_identity(model),
-            "domains": fingerprint_of(
-                [[d.name, d.weight, d.fingerprint()] for d in (original, *restricted)]
-            ),
-            "task": self.setting.task.name,
-            "head": self.setting.head,
-            "precision": self.setting.precision,
-        }
         self._given = model
+        with self.ranks.agreeing():
+            self.setting = make_setting(
+                model,
+                task=task or Classification(),
+                original=original,
+                restricted=restricted,
+                head=head,
+                precision=spec.precision,
+                device=device,
+            )
+            self._check(model)
+            self.identity = self._identity(model)
+        self.ranks.require_same(self.identity)
         self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
+        self._split = self.ranks.world > 1 and splits(model, self.setting)
         parameters = list(self.model.parameters())
         self.suppressor = Adam(parameters, spec.suppression_rate, fused=True)
         self.reinforcer = Adam(parameters, spec.reinforcement_rate, fused=True)
-        self.rehearsals = Rehearsals(spec, self.setting, [d.weight for d in restricted])
+        weights = [domain.weight for domain in restricted]
+        self.rehearsals = Rehearsals(spec, self.setting, weights, self.ranks)
         self.original_feed = self.setting.feed(
             original,
             original.train,
@@ -141,8 +126,40 @@ class Protection:
         )
         self.rounds: list[Round] = []
         self.reinforced = 0
-        self.guard = IntactnessGuard(self.model, self.setting, spec.guard)
+        self.guard = IntactnessGuard(self.model, self.setting, spec.guard, self.ranks)
         self._open()
+
+    def _check(self, model: nn.Module) -> None:
+        """Raise what the class says, before any work."""
+        spec, setting = self.spec, self.setting
+        _check_shares(spec.rehearsal, self.ranks)
+        require_fitting(spec.suppression, setting.task.metric)
+        _check_batches(spec, setting.original, setting.restricted)
+        self._check_single_images(model)
+        fixed = spec.rehearsal.fixed
+        wanted = (
+            spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
+        )
+        check_preparations(model, wanted, setting, spec.rehearsal.life)
+        if fixed is not None:
+            setting.at(fixed.precision, model)
+            if fixed.lora_rank is not None:
+                require_peft()
+        _check_weights(spec, setting.restricted)
+
+    def _identity(self, model: nn.Module) -> dict[str, str]:
+        """Return what determines the result; how many processes there are does not."""
+        domains = (self.setting.original, *self.setting.restricted)
+        return {
+            "spec": self.spec.fingerprint(),
+            "model": weights_sha256(model),
+            "engine": str(ENGINE_VERSION),
+            "network": network_identity(model),
+            "domains": fingerprint_of([[d.name, d.weight, d.fingerprint()] for d in domains]),
+            "task": self.setting.task.name,
+            "head": self.setting.head,
+            "precision": self.setting.precision,
+        }
 
     @property
     def done(self) -> int:
@@ -158,8 +175,9 @@ class Protection:
         while self.done < self.spec.rounds:
             self.rounds.append(self._round(self.done))
             if self.out is not None:
-                with (self.out / _ROUNDS).open("a", encoding="utf-8") as file:
-                    file.write(self.rounds[-1].model_dump_json() + "\n")
+                if self.ranks.first:
+                    with (self.out / _ROUNDS).open("a", encoding="utf-8") as file:
+                        file.write(self.rounds[-1].model_dump_json() + "\n")
                 if self.done % self.spec.checkpoint_every == 0 or self.done == self.spec.rounds:
                     self.save()
             yield self.rounds[-1]
@@ -173,12 +191,22 @@ class Protection:
             raise CheckpointError(
                 f"round {self.done} of {self.spec.rounds}: iterate to the end before result()"
             )
+        with self.ranks.agreeing():
+            result = self._shipped()
+            if self.out is not None and self.ranks.first:
+                protection = self._description(result)
+                about = {"protection": protection}
+                ship(self.out, result.model, self.model_spec, about, self.setting.task)
+                write_json(self.out / _DONE, protection)
+        return result
+
+    def _shipped(self) -> Protected:
         scores = [r.guard_score for r in self.rounds if r.guard_score is not None]
         shipped = self.guard.require_shipped(max(scores))
         model = copy.deepcopy(self._given)
         model.load_state_dict(shipped.tensors)
         model.eval()
-        result = Protected(
+        return Protected(
             model=model,
             rounds=tuple(self.rounds),
             before=self.guard.before,
@@ -186,12 +214,6 @@ class Protection:
             shipped_round=shipped.round,
             folder=self.out,
         )
-        if self.out is not None:
-            protection = self._description(result)
-            about = {"protection": protection}
-            ship(self.out, model, self.model_spec, about, self.setting.task)
-            write_json(self.out / _DONE, protection)
-        return result
 
     def save(self) -> None:
         """Write the state to resume from. Without a folder this does nothing."""
@@ -202,7 +224,8 @@ class Protection:
     def save_to(self, folder: Path) -> None:
         """Write the state to resume from into `folder`."""
         tensors, plain = self._state()
-        save_state(folder, self.done, tensors, plain)
+        if self.ranks.first:
+            save_state(folder, self.done, tensors, plain)
 
     # --- one round ---------------------------------------------------------------------------
 
@@ -210,19 +233,19 @@ class Protection:
         start = time.perf_counter()
         losses, scores, norms, labels, domains = [], [], [], [], []
         for _ in range(self.spec.suppression_steps):
-            total, attackers = self.rehearsals.suppress(self.model)
-            labels += [attacker.strategy.label() for attacker in attackers]
-            domains += [attacker.domain.name for attacker in attackers]
+            total, _ = self.rehearsals.suppress(self.model)
+            labels += [visit.strategy.label() for visit in total.visits]
+            domains += [visit.domain.name for visit in total.visits]
             norm = self._apply(total.gradients)
             values = torch.stack([total.loss, total.score, norm]).tolist()
-            _require_finite(values, index, attackers)
+            self._require_finite(values, index, total.visits)
             losses.append(values[0])
             scores.append(values[1])
             norms.append(values[2])
         reinforced = [self._reinforce() for _ in range(self._reinforcement_steps())]
         pairs = torch.stack(reinforced).mean(0).tolist() if reinforced else None
         if pairs is not None:
-            _require_finite(pairs, index, [])
+            self._require_finite(pairs, index, [])
         query_score = sum(scores) / len(scores)
         self.guard.observe(query_score)
         steps = self._reinforcement_steps()
@@ -243,6 +266,26 @@ class Protection:
             wall_s=time.perf_counter() - start,
         )
 
+    def _require_finite(self, values: list[float], index: int, visits: list[Visit]) -> None:
+        """Raise NonFiniteError, naming the attackers whose losses are not finite, unless all are.
+
+        Without attackers the values are those of reinforcement.
+        """
+        if all(math.isfinite(value) for value in values):
+            return
+        at_fault = [v for v in visits if not math.isfinite(float(v.query_loss))] or visits
+        part, remedy = "reinforcement:", "lower protect.reinforcement_rate"
+        if at_fault:
+            named = ", ".join(visit.strategy.label() for visit in at_fault)
+            part = f"suppression of strategy {named}:"
+            remedy = "narrow that optimizer's range of rates, or lower protect.suppression_rate"
+        error = NonFiniteError(
+            f"round {index}: a loss or gradient is not finite in the {part}"
+            f" {remedy}; states written before are kept"
+        )
+        error.told = not self.ranks.first
+        raise error
+
     def _apply(self, gradients: dict[str, Tensor]) -> Tensor:
         """Take one clipped Adam step along the streamed gradient; return its norm before."""
         for name, parameter in self.model.named_parameters():
@@ -257,20 +300,33 @@ class Protection:
 
     def _reinforce(self) -> Tensor:
         """Take one ordinary training step on the original domain; return loss and gradient norm."""
-        task, seed, step = self.setting.task, self.spec.seed, self.reinforced
-        images, labels = self.original_feed.batch(step)
+        step = self.reinforced
         self.model.train()
+        with sharing(self.model, self.ranks) if self._split else nullcontext():
+            loss = self._learn(step)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self._split:
+            self.ranks.add(gradients)
+        else:
+            # All computed the whole batch; kernels need not agree to the last bit on that.
+            self.ranks.follow_first([loss, *gradients, *self.model.buffers()])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
+        self.reinforcer.step()
+        self.reinforcer.zero_grad(set_to_none=True)
+        self.reinforced += 1
+        return torch.stack([loss, norm])
+
+    def _learn(self, step: int) -> Tensor:
+        """Add the gradient of one batch of the original domain; return the loss."""
+        task, seed = self.setting.task, self.spec.seed
+        images, labels = self.original_feed.batch(step)
         with seeded(seed, "reinforcement", step):
             stream = generator(seed, "reinforcement", "task", step)
             with self.setting.autocast():
                 outputs, targets = task.outputs(self.model, images, labels, stream)
             loss = task.loss(outputs, targets).mean()
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
-        self.reinforcer.step()
-        self.reinforcer.zero_grad(set_to_none=True)
-        self.reinforced += 1
-        return torch.stack([loss.detach(), norm])
+        return loss.detach()
 
     def _check_single_images(self, model: nn.Module) -> None:
         setting, rehearsal = self.setting, self.spec.rehearsal
@@ -290,22 +346,31 @@ class Protection:
 
     def _open(self) -> None:
         """Start afresh or take up the newest state of the folder."""
-        if self.out is not None:
-            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            state = open_run(
-                self.out,
-                self.identity,
-                self.spec.model_dump(mode="json"),
-                prefix="protect",
-                states=self.out / _STATES,
-                needed_bytes=_KEPT * size * self._copies(),
-                owner=self,
-            )
-            if state is not None:
-                self._restore(*state)
-                return
-            write_text(self.out / _ROUNDS, "")
-        self.guard.begin()
+        held: list[State | None] = [None]
+        with self.ranks.agreeing():
+            if self.out is not None and self.ranks.first:
+                held = [self._opened(self.out)]
+        state = self.ranks.from_first(held[0])
+        if state is not None:
+            self._restore(*state)
+        else:
+            self.guard.begin()
+
+    def _opened(self, out: Path) -> State | None:
+        """Take the folder; return its newest state, or None in a new one."""
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        state = open_run(
+            out,
+            self.identity,
+            self.spec.model_dump(mode="json"),
+            prefix="protect",
+            states=out / _STATES,
+            needed_bytes=_KEPT * size * self._copies(),
+            owner=self,
+        )
+        if state is None:
+            write_text(out / _ROUNDS, "")
+        return state
 
     def _copies(self) -> int:
         """Return how many times the model's size a state holds, at most."""
@@ -343,7 +408,7 @@ class Protection:
         for name, optimizer in self._optimizers().items():
             restore_optimizer(optimizer, group(name), meta["optimizers"][name])
         self.rehearsals.restore(self.model, group("attackers"), meta["pool"])
-        if self.out is not None:
+        if self.out is not None and self.ranks.first:
             lines = [record.model_dump_json() + "\n" for record in self.rounds]
             write_text(self.out / _ROUNDS, "".join(lines))
 
@@ -370,6 +435,8 @@ class Protection:
             "rounds": len(result.rounds),
             "guard_violations": sum(r.guard == "violated" for r in result.rounds),
             "wall_s": sum(r.wall_s for r in result.rounds),
+            "processes": self.ranks.world,
+            "backend": self.ranks.backend,
         }
 
 
@@ -404,23 +471,19 @@ def protect(
     return run.result()
 
 
-def _require_finite(values: list[float], index: int, attackers: list[Attacker]) -> None:
-    """Raise NonFiniteError, naming the attackers whose losses are not finite, unless all are.
-
-    Without attackers the values are those of reinforcement.
-    """
-    if all(math.isfinite(value) for value in values):
-        return
-    at_fault = [a for a in attackers if not math.isfinite(float(a.query_loss))] or attackers
-    part, remedy = "reinforcement:", "lower protect.reinforcement_rate"
-    if at_fault:
-        named = ", ".join(attacker.strategy.label() for attacker in at_fault)
-        part = f"suppression of strategy {named}:"
-        remedy = "narrow that optimizer's range of rates, or lower protect.suppression_rate"
-    raise NonFiniteError(
-        f"round {index}: a loss or gradient is not finite in the {part}"
-        f" {remedy}; states written before are kept"
-    )
+def _check_shares(rehearsal: Rehearsal, ranks: Ranks) -> None:
+    """Raise SpecError unless every process has the same number of attackers in every round."""
+    counts = {"strategies": rehearsal.strategies}
+    if rehearsal.horizon is not None:
+        counts["pool"] = rehearsal.pool
+    for name, count in counts.items():
+        if count % ranks.world:
+            fitting = [n for n in range(1, count + 1) if not any(c % n for c in counts.values())]
+            raise SpecError(
+                f"protect.rehearsal.{name} = {count} cannot be shared evenly by {ranks.world}"
+                f" processes, some would wait: make it a multiple of {ranks.world}, or start"
+                f" {' or '.join(map(str, fitting))}"
+            )
 
 
 def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain, ...]) -> None:

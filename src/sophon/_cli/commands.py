@@ -64,21 +64,30 @@ def protect(
     threads: Threads = None,
 ) -> None:
     """Protect the model of RUN.TOML; repeat the command to resume."""
+    from sophon._distributed import process_group
     from sophon._runs import load, require_outside, require_place
 
-    if dry_run:
-        show_forecast(load(run_file, settings, threads), as_json=as_json)
-        return
-    if out is None:
-        raise SpecError("--out is missing: name a folder to write to, such as --out runs/p1")
     mode = mode_of(quiet, as_json)
-    require_place(out)
-    require_outside(out, run_file, settings)
-    if tensorboard is not None:
-        require_place(tensorboard)
-    case = load(run_file, settings, threads)
-    result = run_protection(case, out, mode, tensorboard=tensorboard)
-    show_protected(result, out, mode)
+    with process_group() as ranks:
+        with ranks.agreeing():
+            if dry_run and ranks.world > 1:
+                raise SpecError("--dry-run forecasts one process: repeat it without torchrun")
+            if out is None and not dry_run:
+                raise SpecError(
+                    "--out is missing: name a folder to write to, such as --out runs/p1"
+                )
+            if out is not None and not dry_run:
+                require_place(out)
+                require_outside(out, run_file, settings)
+            if tensorboard is not None:
+                require_place(tensorboard)
+            case = load(run_file, settings, threads)
+        if out is None or dry_run:
+            show_forecast(case, as_json=as_json)
+            return
+        result = run_protection(case, out, mode, tensorboard=tensorboard)
+        if ranks.first:
+            show_protected(result, out, mode)
 
 
 @app.command(

@@ -45,7 +45,7 @@ from sophon._tasks import Classification, Task
 State = tuple[dict[str, Tensor], dict[str, Any]]
 _ROUNDS, _STATES, _DONE = "rounds.jsonl", "states", "protection.json"
 # Raise this when a change of the rounds changes what a run that is resumed would give.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 # States on the disk at once, at most: two, and the one being written.
 _KEPT = 3
 

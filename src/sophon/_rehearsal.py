@@ -105,11 +105,28 @@ class Accumulator:
     visits: list[Visit] = field(default_factory=list)
 
     @classmethod
-    def like(cls, parameters: Mapping[str, Tensor]) -> Accumulator:
-        """Return zeros for these parameters."""
-        zeros = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    def like(
+        cls, parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> Accumulator:
+        """Return zeros for these parameters, of their types unless one is given."""
+        zeros = {n: torch.zeros_like(value, dtype=dtype) for n, value in parameters.items()}
         device = next(iter(parameters.values())).device
-        return cls(zeros, torch.zeros((), device=device), torch.zeros((), device=device))
+        loss = torch.zeros((), device=device, dtype=dtype)
+        return cls(zeros, loss, loss.clone())
+
+    def include(self, other: Accumulator) -> None:
+        """Add the sums of another."""
+        for name, value in other.gradients.items():
+            self.gradients[name] += value
+        self.loss += other.loss
+        self.score += other.score
+
+    def reduced(self, parameters: Mapping[str, Tensor], ranks: Ranks) -> Accumulator:
+        """Return the sums over all processes, of the parameters' types."""
+        of_visits = [part for visit in self.visits for part in (visit.query_loss, visit.ended)]
+        ranks.add([*self.gradients.values(), self.loss, self.score, *of_visits])
+        gradients = {n: self.gradients[n].to(value.dtype) for n, value in parameters.items()}
+        return Accumulator(gradients, self.loss.float(), self.score.float(), self.visits)
 
 
 class Attacker:
@@ -245,7 +262,9 @@ class Rehearsals:
         reduction whatever K is; the attackers returned are this process's.
         """
         parameters = dict(real.named_parameters())
-        total = Accumulator.like(parameters)
+        # An attacker's own sum has an order; that of the attackers must not depend on who adds them.
+        wide = torch.float32 if self.setting.device.type == "mps" else torch.float64
+        total = Accumulator.like(parameters, wide)
         attackers = []
         for turn in range(self.rehearsal.strategies):
             fresh, visit = self._next(turn)
@@ -254,14 +273,15 @@ class Rehearsals:
                 continue
             attacker = self._recruit(real, visit) if fresh else self.pool[visit.slot]
             attacker.follow(parameters)
-            self._rehearse(attacker, total)
+            own = Accumulator.like(parameters)
+            self._rehearse(attacker, own)
+            total.include(own)
             visit.query_loss.copy_(attacker.query_loss)
             visit.ended.fill_(attacker.tuning.taken >= attacker.horizon)
             if attacker.slot in self.pool:
                 attacker.detach_from(parameters)
             attackers.append(attacker)
-        losses = [loss for visit in total.visits for loss in (visit.query_loss, visit.ended)]
-        self.ranks.add([*total.gradients.values(), total.loss, total.score, *losses])
+        total = total.reduced(parameters, self.ranks)
         self._dismiss(total.visits)
         return total, attackers
 

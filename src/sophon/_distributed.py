@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -43,16 +43,19 @@ class Ranks:
     def present(cls, *, sharded: bool = False) -> Ranks:
         """Return the processes of the default group, or this one alone.
 
-        Raises SpecError where torchrun started several and there is no group: each would do all of
-        the work.
+        Raises SpecError where torchrun started several and there is no group, each would do all of
+        the work; or where one alone is to hold all shards.
         """
         if dist.is_available() and dist.is_initialized():
-            ranks = cls(dist.get_rank(), dist.get_world_size(), dist.get_backend())
-            return replace(ranks, sharded=sharded and ranks.world > 1)
+            return cls(dist.get_rank(), dist.get_world_size(), dist.get_backend(), sharded)
         if launched():
             raise SpecError(
                 f"torchrun started {os.environ['WORLD_SIZE']} processes, and each would do all of"
                 " the work: call torch.distributed.init_process_group() first"
+            )
+        if sharded:
+            raise SpecError(
+                "--shard spreads the model over several processes: start them with torchrun"
             )
         return cls()
 
@@ -102,7 +105,7 @@ class Ranks:
 
     def require_equal(self, tensors: Sequence[Tensor]) -> None:
         """Raise RanksError unless all processes hold the same bits, as far as a checksum tells."""
-        if self.world == 1:
+        if self.world == 1 or self.sharded:
             return
         checksums = self.gather([_checksum(tensor) for tensor in tensors])
         differing = [rank for rank, held in enumerate(checksums) if held != checksums[0]]

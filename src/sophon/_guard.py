@@ -13,6 +13,7 @@ from sophon._metric_kinds import kind_of, measurement, shown
 from sophon._metrics import evaluate
 from sophon._records import Measurement
 from sophon._setting import Setting
+from sophon._sharing import placed
 from sophon._specs import Guard
 
 GuardVerdict = Literal["met", "violated"]
@@ -122,6 +123,10 @@ class IntactnessGuard:
 
     def restore(self, groups: dict[str, dict[str, Tensor]], plain: dict[str, Any]) -> None:
         """Put back what `state` returned."""
+        held = self.model.state_dict()
+        groups = {
+            g: {n: placed(v, held[n]) for n, v in tensors.items()} for g, tensors in groups.items()
+        }
         self.last_good = groups["last_good"]
         self.extra_steps = plain["extra_steps"]
         self._window = plain["window"]

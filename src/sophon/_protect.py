@@ -22,7 +22,7 @@ from torch.optim import Adam
 from sophon._checkpoints import open_run, save_state
 from sophon._data import Domain, check_batch_fits, resolve_normalisation
 from sophon._distributed import Ranks
-from sophon._errors import CheckpointError, NonFiniteError, SpecError
+from sophon._errors import CheckpointError, NonFiniteError, SpecError, UnsupportedModelError
 from sophon._files import write_json, write_text
 from sophon._finetune import (
     check_preparations,
@@ -36,7 +36,8 @@ from sophon._records import Measurement, Round
 from sophon._rehearsal import Rehearsals, Visit
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
-from sophon._sharing import sharing, splits
+from sophon._sharing import load_whole, sharing, splits, whole
+from sophon._sharing import shard as spread
 from sophon._shipping import ship
 from sophon._specs import ModelSpec, ProtectSpec, Rehearsal, fingerprint_of
 from sophon._suppression import require_fitting
@@ -74,6 +75,11 @@ class Protection:
     layer where it cannot be found; `model_spec` is written beside the weights as provenance;
     `device` is CUDA where there is one unless it is given.
 
+    In a process group (torchrun) all processes must make the same call: each rehearses its share
+    of the attackers, and the first one writes. With `shard`, for models that do not fit on one
+    device, all work on the same attacker, and model and attackers are in shards (FSDP2). Neither
+    is part of what the run is: it may be resumed with any number of processes.
+
     Raises DataError, UnsupportedModelError or CheckpointError before any work; while it runs,
     NonFiniteError.
     """
@@ -90,8 +96,9 @@ class Protection:
         head: str | None = None,
         model_spec: ModelSpec | None = None,
         device: str | torch.device | None = None,
+        shard: bool = False,
     ) -> None:
-        self.ranks = Ranks.present()
+        self.ranks = Ranks.present(sharded=shard)
         self.spec = spec = ProtectSpec() if spec is None else spec
         restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
         self.out = None if out is None else Path(out)
@@ -111,12 +118,12 @@ class Protection:
             self.identity = self._identity(model)
         self.ranks.require_same(self.identity)
         self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
-        self._split = self.ranks.world > 1 and splits(model, self.setting)
+        spread(self.model, self.setting.head, self.ranks)
         parameters = list(self.model.parameters())
         self.suppressor = Adam(parameters, spec.suppression_rate, fused=True)
         self.reinforcer = Adam(parameters, spec.reinforcement_rate, fused=True)
         weights = [domain.weight for domain in restricted]
-        self.rehearsals = Rehearsals(spec, self.setting, weights, self.ranks)
+        self.rehearsals = Rehearsals(spec, self.setting, weights, self.ranks, model)
         self.original_feed = self.setting.feed(
             original,
             original.train,
@@ -132,7 +139,13 @@ class Protection:
     def _check(self, model: nn.Module) -> None:
         """Raise what the class says, before any work."""
         spec, setting = self.spec, self.setting
-        _check_shares(spec.rehearsal, self.ranks)
+        fits = self.ranks.world > 1 and splits(model, setting)
+        if self.ranks.sharded:
+            _check_rows(spec, self.ranks, fits=fits)
+        else:
+            _check_shares(spec.rehearsal, self.ranks)
+        enough = spec.original_batch_size >= self.ranks.world
+        self._split = fits and enough and not self.ranks.sharded
         require_fitting(spec.suppression, setting.task.metric)
         _check_batches(spec, setting.original, setting.restricted)
         self._check_single_images(model)
@@ -204,7 +217,7 @@ class Protection:
         scores = [r.guard_score for r in self.rounds if r.guard_score is not None]
         shipped = self.guard.require_shipped(max(scores))
         model = copy.deepcopy(self._given)
-        model.load_state_dict(shipped.tensors)
+        model.load_state_dict({name: whole(value) for name, value in shipped.tensors.items()})
         model.eval()
         return Protected(
             model=model,
@@ -290,7 +303,7 @@ class Protection:
         """Take one clipped Adam step along the streamed gradient; return its norm before."""
         for name, parameter in self.model.named_parameters():
             parameter.grad = gradients[name]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm))
         self.suppressor.step()
         self.suppressor.zero_grad(set_to_none=True)
         return norm
@@ -307,10 +320,10 @@ class Protection:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self._split:
             self.ranks.add(gradients)
-        else:
+        elif not self.ranks.sharded:
             # All computed the whole batch; kernels need not agree to the last bit on that.
             self.ranks.follow_first([loss, *gradients, *self.model.buffers()])
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), math.inf))
         self.reinforcer.step()
         self.reinforcer.zero_grad(set_to_none=True)
         self.reinforced += 1
@@ -385,7 +398,7 @@ class Protection:
         plain: dict[str, Any] = {}
         for name, optimizer in self._optimizers().items():
             groups[name], plain[name] = optimizer_tensors(optimizer)
-        tensors = {f"{g}|{n}": value for g, held in groups.items() for n, value in held.items()}
+        tensors = {f"{g}|{n}": whole(v) for g, held in groups.items() for n, v in held.items()}
         meta = {
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
             "reinforced": self.reinforced,
@@ -400,7 +413,7 @@ class Protection:
             mark = name + "|"
             return {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
 
-        self.model.load_state_dict(group("model"))
+        load_whole(self.model, group("model"))
         self.rounds = [Round.model_validate(held) for held in meta["rounds"]]
         self.reinforced = meta["reinforced"]
         guarded = {name: group(name) for name in ("last_good", "shipped")}
@@ -440,7 +453,7 @@ class Protection:
         }
 
 
-def protect(
+def protect(  # noqa: PLR0913 - as Protection
     model: nn.Module,
     *,
     original: Domain,
@@ -450,6 +463,7 @@ def protect(
     out: str | Path | None = None,
     head: str | None = None,
     device: str | torch.device | None = None,
+    shard: bool = False,
 ) -> Protected:
     """Return the protected model; see `Protection` for the arguments.
 
@@ -465,6 +479,7 @@ def protect(
         out=out,
         head=head,
         device=device,
+        shard=shard,
     )
     for _ in run:
         pass
@@ -483,6 +498,28 @@ def _check_shares(rehearsal: Rehearsal, ranks: Ranks) -> None:
                 f"protect.rehearsal.{name} = {count} cannot be shared evenly by {ranks.world}"
                 f" processes, some would wait: make it a multiple of {ranks.world}, or start"
                 f" {' or '.join(map(str, fitting))}"
+            )
+
+
+def _check_rows(spec: ProtectSpec, ranks: Ranks, *, fits: bool) -> None:
+    """Raise unless the rows of every batch can be worked on apart, and suffice for all."""
+    if not fits:
+        raise UnsupportedModelError(
+            "--shard: the model's outputs for an image depend on the rest of the batch or on chance"
+            " (BatchNorm, dropout), so that the batch cannot be split: leave --shard out"
+        )
+    rehearsal = spec.rehearsal
+    fixed, sizes = rehearsal.fixed, rehearsal.distribution.batch_sizes
+    smallest = {
+        "protect.original_batch_size": spec.original_batch_size,
+        "protect.rehearsal.query_batch_size": rehearsal.query_batch_size,
+        "protect.rehearsal: batch_size": min(sizes) if fixed is None else fixed.batch_size,
+    }
+    for name, size in smallest.items():
+        if size < ranks.world:
+            raise SpecError(
+                f"{name} = {size} is fewer images than --shard has processes: use at least"
+                f" {ranks.world}"
             )
 
 

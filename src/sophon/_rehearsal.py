@@ -29,6 +29,7 @@ from sophon._finetune import (
 )
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
+from sophon._sharing import gradients, placed, shard, whole
 from sophon._specs import ProtectSpec, Rehearsal, Strategy, StrategyDistribution
 from sophon._suppression import SUPPRESSIONS
 
@@ -141,7 +142,7 @@ class Attacker:
         self.domain = pool.domain(identity)
         stream = (pool.spec.seed, ("attacker", identity))
         feed = pool.feed(identity, self.strategy)
-        model = copy.deepcopy(real)
+        model = pool.copy(real)
         prepared = attacker_copy(
             model,
             self.strategy,
@@ -150,6 +151,7 @@ class Attacker:
             feed=feed,
             stream=stream,
         )
+        shard(model, pool.setting.head, pool.ranks)
         self.origins = prepared.origins
         # A short life still has steps of its own after what its preparation spent.
         own = min(pool.rehearsal.steps, self.strategy.steps - prepared.spent)
@@ -191,7 +193,7 @@ class Attacker:
         """Put back what `Rehearsals.state` returned of this attacker."""
         moved = _below(tensors, "displacement/")
         for name, value in self.model.named_parameters():
-            self.displacement[name] = torch.empty_like(value).copy_(moved[name])
+            self.displacement[name] = placed(moved[name], value)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(tensors[f"buffer/{name}"])
         self.origins = {name: Origin(*held) for name, held in member["origins"].items()}
@@ -212,8 +214,10 @@ class Rehearsals:
         setting: Setting,
         weights: list[float],
         ranks: Ranks | None = None,
+        structure: nn.Module | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
+        self.structure = structure
         self.spec = spec
         self.setting = setting
         self.weights = weights
@@ -226,6 +230,17 @@ class Rehearsals:
     def rehearsal(self) -> Rehearsal:
         """The rehearsal's specification."""
         return self.spec.rehearsal
+
+    def copy(self, real: nn.Module) -> nn.Module:
+        """Return a copy of the real model, in one piece: preparations look at whole layers.
+
+        A model in shards cannot be copied: its weights go into a copy of `structure`.
+        """
+        if not self.ranks.sharded or self.structure is None:
+            return copy.deepcopy(real)
+        model = copy.deepcopy(self.structure)
+        model.load_state_dict({name: whole(value) for name, value in real.state_dict().items()})
+        return model
 
     def strategy(self, identity: int) -> Strategy:
         """Return the strategy of attacker `identity`: the fixed one, or a sample."""
@@ -262,7 +277,7 @@ class Rehearsals:
         reduction whatever K is; the attackers returned are this process's.
         """
         parameters = dict(real.named_parameters())
-        # An attacker's own sum has an order; that of the attackers must not depend on who adds them.
+        # In float64 it does not matter in which order, and by which process, attackers are added.
         wide = torch.float32 if self.setting.device.type == "mps" else torch.float64
         total = Accumulator.like(parameters, wide)
         attackers = []
@@ -336,11 +351,11 @@ class Rehearsals:
         attacker.query_loss.zero_()
         for gamma, _ in zip(gammas, attacker.tuning.run(steps), strict=True):
             loss, score = self._query(attacker)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            found = gradients(loss, attacker.model, leaves)
             if plain:
-                torch._foreach_add_(sums, gradients, alpha=gamma)
+                torch._foreach_add_(sums, found, alpha=gamma)
             else:
-                for into, gradient, factor in zip(sums, gradients, factors, strict=True):
+                for into, gradient, factor in zip(sums, found, factors, strict=True):
                     into.add_(gradient, alpha=gamma * factor)
             attacker.query_loss += gamma * loss.detach()
             total.score += score / (steps * self.rehearsal.strategies)

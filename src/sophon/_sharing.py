@@ -1,22 +1,30 @@
-"""One batch over many processes: each runs the model on its rows, all see the outputs of all.
+"""One batch, and one model, over many processes.
 
-Noise, timesteps and losses are then drawn and computed for the whole batch in every process, so
-shares of any size are weighted as one process would weigh them.
+Each process runs the model on its rows of a batch, and all see the outputs of all. Noise, timesteps
+and losses are then drawn and computed for the whole batch in every process, so shares of any size
+are weighted as one process would weigh them. A model too large for one device has its parameters
+in shards besides (FSDP2); the functions here are the identity for one that has not.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from sophon._distributed import Ranks
+from sophon._models import blocks
 from sophon._seeding import generator, seeded
 from sophon._setting import Setting
 
@@ -31,19 +39,93 @@ def sharing(model: nn.Module, ranks: Ranks) -> Iterator[None]:
 
     The gradient is then this process's part of a sum.
     """
-
-    def whole(own: Tensor, start: int, count: int) -> Tensor:
-        # Every backend knows float32, and a sum with zeros is exact in it.
-        wide = torch.promote_types(own.dtype, torch.float32)
-        full = torch.zeros((count, *own.shape[1:]), dtype=wide, device=ranks.wire)
-        full[start : start + len(own)] = own.detach()
-        with ranks.answered():
-            dist.all_reduce(full)
-        held = full.to(own)
-        return torch.cat([held[:start], own, held[start + len(own) :]])
-
-    with _on_rows(model, ranks.rank, ranks.world, whole):
+    handles = _on_rows(model, ranks.rank, ranks.world, partial(_joined, ranks))
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _joined(ranks: Ranks, own: Tensor, start: int, count: int) -> Tensor:
+    # Every backend knows float32, and a sum with zeros is exact in it.
+    wide = torch.promote_types(own.dtype, torch.float32)
+    full = torch.zeros((count, *own.shape[1:]), dtype=wide, device=ranks.wire)
+    full[start : start + len(own)] = own.detach()
+    with ranks.answered():
+        dist.all_reduce(full)
+    held = full.to(own)
+    if ranks.sharded and own.requires_grad:
+        # FSDP averages over the processes what is to be a sum.
+        own.register_hook(lambda gradient: gradient * ranks.world)
+    return torch.cat([held[:start], own, held[start + len(own) :]])
+
+
+def shard(model: nn.Module, head: str, ranks: Ranks) -> None:
+    """Spread the parameters of `model` over all processes, block by block, in place.
+
+    It then works on this process's rows, as in `sharing`. Without `ranks.sharded` nothing is done.
+    """
+    if not ranks.sharded:
+        return
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (ranks.world,))
+    parts = [model.get_submodule(name) for names in blocks(model, head) for name in names]
+    for part in (*parts, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    _on_rows(model, ranks.rank, ranks.world, partial(_joined, ranks))
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Return whether each process holds a shard of a tensor."""
+    return isinstance(value, DTensor)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return all of a tensor of which each process may hold a shard; all must ask at once."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """Return `value`, which every process holds, with the layout, and in the shards, of `like`."""
+    if not isinstance(like, DTensor):
+        return torch.empty_like(like).copy_(value)
+    held = value.to(like.device, like.dtype)
+    return distribute_tensor(held, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def load_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load a state of whole tensors into a model that may be in shards."""
+    for name, target in model.state_dict().items():
+        target.copy_(placed(tensors[name], target))
+
+
+def backward(loss: Tensor, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Add the gradient in some of the model's parameters to what they have."""
+    if not is_sharded(parameters[0]):
+        # Unlike autograd.grad, backward gives each gradient its parameter's memory layout.
+        torch.autograd.backward(loss, inputs=parameters)
+        return
+    # FSDP knows only passes that reach every parameter.
+    loss.backward()
+    wanted = {id(parameter) for parameter in parameters}
+    for parameter in model.parameters():
+        if id(parameter) not in wanted:
+            parameter.grad = None
+
+
+def gradients(loss: Tensor, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the gradient in some of the model's parameters, zeros where the loss has none.
+
+    No parameter holds any before or after.
+    """
+    if not is_sharded(parameters[0]):
+        return [*torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)]
+    loss.backward()
+    held = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    model.zero_grad(set_to_none=True)
+    return held
 
 
 def splits(model: nn.Module, setting: Setting) -> bool:
@@ -57,8 +139,11 @@ def splits(model: nn.Module, setting: Setting) -> bool:
 
     @torch.no_grad()
     def outputs(rank: int, world: int) -> Tensor:
-        with _on_rows(held, rank, world, _padded):
-            return setting.task.outputs(held, *batch, generator(0, "rows"))[0]
+        handles = _on_rows(held, rank, world, _padded)
+        result, _ = setting.task.outputs(held, *batch, generator(0, "rows"))
+        for handle in handles:
+            handle.remove()
+        return result
 
     with seeded(0, "rows"):
         before = _hidden(held, setting.device)
@@ -86,16 +171,20 @@ def _rows(count: int, rank: int, world: int) -> slice:
     return slice(count * rank // world, count * (rank + 1) // world)
 
 
-@contextmanager
 def _on_rows(
-    model: nn.Module, rank: int, world: int, whole: Callable[[Tensor, int, int], Tensor]
-) -> Iterator[None]:
-    """Give `model` its rows of whatever has a batch's length; make outputs whole again."""
+    model: nn.Module, rank: int, world: int, joined: Callable[[Tensor, int, int], Tensor]
+) -> list[RemovableHandle]:
+    """Give `model` its rows of whatever has a batch's length; make outputs whole again.
+
+    A batch of fewer rows than processes stays whole.
+    """
     counts: list[int] = []
 
     def cut(_: nn.Module, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         counts.append(len(tensors[0]))
+        if counts[-1] < world:
+            return args, kwargs
 
         def own(tensor: Tensor) -> Tensor:
             batched = tensor.dim() > 0 and len(tensor) == counts[-1]
@@ -103,18 +192,15 @@ def _on_rows(
 
         return tree_map_only(Tensor, own, (args, kwargs))
 
-    def join(_: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
-        del args, kwargs
+    def join(_: nn.Module, inputs: Any, outputs: Any) -> Any:
+        del inputs
         count = counts.pop()
+        if count < world:
+            return outputs
         start = _rows(count, rank, world).start
-        return tree_map_only(Tensor, lambda own: whole(own, start, count), outputs)
+        return tree_map_only(Tensor, lambda own: joined(own, start, count), outputs)
 
-    handles = [
+    return [
         model.register_forward_pre_hook(cut, with_kwargs=True),
-        model.register_forward_hook(join, with_kwargs=True),
+        model.register_forward_hook(join),
     ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -43,6 +43,7 @@ def _options(
     "  sophon protect run.toml --dry-run\n"
     "  sophon protect run.toml --out runs/p1\n"
     "  sophon protect run.toml --out runs/p2 --set protect.rounds=50 --set protect.seed=1\n"
+    "  torchrun --nproc-per-node 2 -m sophon protect run.toml --out runs/p3\n"
 )
 @guarded
 def protect(
@@ -62,8 +63,17 @@ def protect(
         typer.Option("--tensorboard", metavar="FOLDER", help="Log every round for TensorBoard."),
     ] = None,
     threads: Threads = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Spread a model too large for one device over torchrun's processes."
+        ),
+    ] = False,
 ) -> None:
-    """Protect the model of RUN.TOML; repeat the command to resume."""
+    """Protect the model of RUN.TOML; repeat the command to resume.
+
+    Under torchrun many processes share the work.
+    """
     from sophon._distributed import process_group
     from sophon._runs import load, require_outside, require_place
 
@@ -85,7 +95,7 @@ def protect(
         if out is None or dry_run:
             show_forecast(case, as_json=as_json)
             return
-        result = run_protection(case, out, mode, tensorboard=tensorboard)
+        result = run_protection(case, out, mode, tensorboard=tensorboard, shard=shard)
         if ranks.first:
             show_protected(result, out, mode)
 

@@ -31,7 +31,7 @@ def mode_of(quiet: bool, as_json: bool) -> Mode:
 
 
 def run_protection(
-    case: Case, out: Path, mode: Mode, *, tensorboard: Path | None = None
+    case: Case, out: Path, mode: Mode, *, tensorboard: Path | None = None, shard: bool = False
 ) -> Protected:
     """Run or resume a protection in `out`, with TensorBoard logs in a folder if one is given.
 
@@ -50,6 +50,7 @@ def run_protection(
         out=out,
         head=case.network.head,
         model_spec=case.network,
+        shard=shard,
     )
     if not run.ranks.first:
         mode, tensorboard = "quiet", None

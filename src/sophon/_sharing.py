@@ -12,14 +12,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -68,6 +65,10 @@ def shard(model: nn.Module, head: str, ranks: Ranks) -> None:
     """
     if not ranks.sharded:
         return
+    # Takes a second and more; nobody else should wait for it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (ranks.world,))
     parts = [model.get_submodule(name) for names in blocks(model, head) for name in names]
@@ -78,20 +79,25 @@ def shard(model: nn.Module, head: str, ranks: Ranks) -> None:
 
 def is_sharded(value: Tensor) -> bool:
     """Return whether each process holds a shard of a tensor."""
-    return isinstance(value, DTensor)
+    # Only a DTensor has it; its class takes a second to import.
+    return hasattr(value, "full_tensor")
 
 
 def whole(value: Tensor) -> Tensor:
     """Return all of a tensor of which each process may hold a shard; all must ask at once."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    held: Any = value
+    full: Tensor = held.full_tensor() if is_sharded(value) else value
+    return full
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
     """Return `value`, which every process holds, with the layout, and in the shards, of `like`."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return torch.empty_like(like).copy_(value)
-    held = value.to(like.device, like.dtype)
-    return distribute_tensor(held, like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    held, pattern = value.to(like.device, like.dtype), cast(Any, like)
+    return distribute_tensor(held, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def _options(
     "  torchrun --nproc-per-node 2 -m sophon protect run.toml --out runs/p3\n"
 )
 @guarded
-def protect(
+def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     run_file: RunFile,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import ranks
+import pairs
 from builders import setting_of
-from ranks import Attentive, Pair, network, spec
+from pairs import Attentive, Pair, network, spec
 from sophon._data import load_domain
 from sophon._distributed import Ranks
 from sophon._errors import RanksError, SpecError, UnsupportedModelError
@@ -68,9 +68,9 @@ CASES: dict[str, tuple[ProtectSpec, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_what_one_gives(case: str, pair: Pair) -> None:
     given, arguments = CASES[case]
-    first, second = pair.both(ranks.finished, given, **arguments)
+    first, second = pair.both(pairs.finished, given, **arguments)
     assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
-    weights, rounds = ranks.finished(given, **arguments)
+    weights, rounds = pairs.finished(given, **arguments)
     assert any(
         bool((weights[n] - v).any()) for n, v in network(arguments["name"]).state_dict().items()
     )
@@ -83,9 +83,9 @@ def test_two_processes_give_what_one_gives(case: str, pair: Pair) -> None:
 @pytest.mark.parametrize("horizon", [None, 7])
 def test_shards_give_what_the_whole_gives(horizon: int | None, pair: Pair) -> None:
     given = spec(horizon=horizon, pool=3, strategies=1)
-    first, second = pair.both(ranks.finished, given, "layer", shard=True)
+    first, second = pair.both(pairs.finished, given, "layer", shard=True)
     assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
-    _require_equal(first[0], ranks.finished(given, "layer")[0], within=1e-5)
+    _require_equal(first[0], pairs.finished(given, "layer")[0], within=1e-5)
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -93,27 +93,27 @@ def test_a_run_goes_on_with_another_number_of_processes(
     shard: bool, pair: Pair, tmp_path: Path
 ) -> None:
     given = spec(horizon=7, pool=4)
-    expected, rounds = ranks.finished(given, "layer")
-    assert pair.both(ranks.abandoned, given, "layer", 2, tmp_path / "a", shard=shard) == [2, 2]
-    weights, resumed = ranks.finished(given, "layer", out=tmp_path / "a")
+    expected, rounds = pairs.finished(given, "layer")
+    assert pair.both(pairs.abandoned, given, "layer", 2, tmp_path / "a", shard=shard) == [2, 2]
+    weights, resumed = pairs.finished(given, "layer", out=tmp_path / "a")
     _require_equal(weights, expected, within=1e-5 if shard else 1e-6)
     assert [r.strategies for r in resumed] == [r.strategies for r in rounds]
-    assert ranks.abandoned(given, "layer", 2, tmp_path / "b") == 2
-    first, _ = pair.both(ranks.finished, given, "layer", out=tmp_path / "b", shard=shard)
+    assert pairs.abandoned(given, "layer", 2, tmp_path / "b") == 2
+    first, _ = pair.both(pairs.finished, given, "layer", out=tmp_path / "b", shard=shard)
     _require_equal(first[0], expected, within=1e-5 if shard else 1e-6)
     _require_equal(load_file(tmp_path / "b" / "model.safetensors"), first[0], within=0.0)
 
 
 def test_each_process_holds_its_own_attackers_only(pair: Pair) -> None:
     given = spec(horizon=30, pool=4)
-    assert pair.both(ranks.held, given, "layer") == [({0, 2}, 4), ({1, 3}, 4)]
+    assert pair.both(pairs.held, given, "layer") == [({0, 2}, 4), ({1, 3}, 4)]
 
 
 def test_what_is_said_does_not_grow_with_k(pair: Pair) -> None:
     counts = []
     for steps in (2, 6):
-        given = spec(steps=steps, checkpoint_every=50, guard=ranks.Guard(every=50))
-        counts += pair.both(ranks.counted, given, "batch")
+        given = spec(steps=steps, checkpoint_every=50, guard=pairs.Guard(every=50))
+        counts += pair.both(pairs.counted, given, "batch")
     assert counts[0] == counts[1] == counts[2] == counts[3]
     # A round: one sum of the streamed gradients; of BatchNorm's whole batch numbers and integers.
     assert counts[0] == {
@@ -132,7 +132,7 @@ def test_what_is_said_does_not_grow_with_k(pair: Pair) -> None:
 def test_shares_that_are_not_even_are_refused_once(
     changes: dict[str, Any], message: str, pair: Pair, tmp_path: Path
 ) -> None:
-    errors = pair.both(ranks.started, spec(**changes), "layer", out=tmp_path / "new")
+    errors = pair.both(pairs.started, spec(**changes), "layer", out=tmp_path / "new")
     for error in errors:
         with pytest.raises(SpecError, match=message):
             raise error
@@ -142,7 +142,7 @@ def test_shares_that_are_not_even_are_refused_once(
 
 def test_a_folder_that_the_first_cannot_use_stops_all(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    first, second = pair.both(ranks.started, spec(), "layer", out=tmp_path)
+    first, second = pair.both(pairs.started, spec(), "layer", out=tmp_path)
     assert "is not empty" in str(first)
     assert isinstance(second, RanksError)
     assert "process 0 of 2: " in str(second)
@@ -150,13 +150,13 @@ def test_a_folder_that_the_first_cannot_use_stops_all(pair: Pair, tmp_path: Path
 
 
 def test_weights_that_drift_apart_are_found_out(pair: Pair) -> None:
-    errors = pair.both(ranks.drifting, spec(), "layer")
+    errors = pair.both(pairs.drifting, spec(), "layer")
     assert [type(error) for error in errors] == [RanksError] * 2
     assert "processes 0 and 1 have drifted apart" in str(errors[0])
 
 
 def test_processes_with_different_models_are_refused(pair: Pair) -> None:
-    errors = pair.both(ranks.differing, spec())
+    errors = pair.both(pairs.differing, spec())
     assert all(isinstance(error, SpecError) for error in errors)
     assert "processes 0 and 1 were given another model" in str(errors[0])
 
@@ -171,14 +171,14 @@ def test_processes_with_different_models_are_refused(pair: Pair) -> None:
 def test_what_cannot_be_sharded_is_refused(
     given: ProtectSpec, name: str, error: type[Exception], message: str, pair: Pair
 ) -> None:
-    for raised in pair.both(ranks.started, given, name, shard=True):
+    for raised in pair.both(pairs.started, given, name, shard=True):
         with pytest.raises(error, match=message):
             raise raised
 
 
 def test_one_process_has_no_shards() -> None:
     with pytest.raises(SpecError, match="start them with torchrun"):
-        ranks.started(spec(), "layer", shard=True)
+        pairs.started(spec(), "layer", shard=True)
 
 
 def test_torchrun_without_a_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,9 +308,9 @@ FAILING = """
 import sys
 import torch.distributed as dist
 sys.path.insert(0, {tests!r})
-import ranks
+import pairs
 dist.init_process_group("gloo")
-run = ranks.started(ranks.spec(), "layer")
+run = pairs.started(pairs.spec(), "layer")
 for record in run:
     if dist.get_rank() == 1:
         raise ValueError("the second process gives up")

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import denoisers
 from builders import digits, original, restricted
 from sophon._data import Domain
-from sophon._protect import Protection
+from sophon._finetune import optimizer_tensors
+from sophon._protect import Protection, protect
 from sophon._records import Round
 from sophon._specs import (
     FreshHead,
@@ -28,6 +30,7 @@ from sophon._specs import (
     RescaleWeights,
     StrategyDistribution,
 )
+from sophon._tasks import Denoising
 
 WORLD = 2
 PREPARATIONS: tuple[tuple[Preparation, ...], ...] = (
@@ -249,3 +252,33 @@ def held(given: ProtectSpec, name: str) -> tuple[set[int], int]:
     for _ in run:
         pass
     return set(run.rehearsals.pool), len(run.rehearsals.occupants)
+
+
+def shares(given: ProtectSpec) -> tuple[int, int, int]:
+    """Return how many numbers of the weights this process holds of the model, how many of its one
+    attacker with its displacement and moments, and how many weights there are.
+    """
+    run = started(given, "layer", shard=True)
+    next(iter(run))
+    (attacker,) = run.rehearsals.pool.values()
+    moments, _ = optimizer_tensors(attacker.tuning.optimizer)
+    tensors = [*attacker.model.parameters(), *attacker.displacement.values(), *moments.values()]
+    return _held(list(run.model.parameters())), _held(tensors), _all(list(run.model.parameters()))
+
+
+def _held(tensors: list[Any]) -> int:
+    return sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in tensors)
+
+
+def _all(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def denoised(given: ProtectSpec) -> dict[str, Tensor]:
+    """Return the weights of a protected diffusion model."""
+    low, high = denoisers.digits(0, 5), denoisers.digits(5, 10)
+    model, task = denoisers.unet(), Denoising()
+    result = protect(
+        model, original=low, restricted=high, task=task, spec=given, device="cpu"
+    ).model
+    return result.state_dict()

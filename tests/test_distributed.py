@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import denoisers
 import pairs
 from builders import setting_of
 from pairs import Attentive, Pair, network, spec
@@ -24,7 +25,7 @@ from sophon._errors import RanksError, SpecError, UnsupportedModelError
 from sophon._networks import SmallConvNet
 from sophon._records import Round
 from sophon._sharing import splits
-from sophon._specs import DomainSpec, ProtectSpec
+from sophon._specs import DomainSpec, ProtectSpec, Rehearsal, Strategy
 
 Outcome = tuple[dict[str, Tensor], list[Round]]
 
@@ -86,6 +87,26 @@ def test_shards_give_what_the_whole_gives(horizon: int | None, pair: Pair) -> No
     first, second = pair.both(pairs.finished, given, "layer", shard=True)
     assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
     _require_equal(first[0], pairs.finished(given, "layer")[0], within=1e-5)
+
+
+def test_shards_hold_a_share_of_model_and_attackers(pair: Pair) -> None:
+    fixed = Strategy(optimizer="sgd_momentum", learning_rate=1e-3, batch_size=8)
+    rehearsal = Rehearsal(steps=2, horizon=9, pool=1, query_batch_size=8, fixed=fixed)
+    shares = pair.both(pairs.shares, spec(rehearsal=rehearsal))
+    assert sum(share[0] for share in shares) == shares[0][2]
+    assert sum(share[1] for share in shares) == 3 * shares[0][2]
+    assert all(share[0] < 0.55 * share[2] for share in shares)
+
+
+def test_a_denoiser_is_protected_as_by_one_process(pair: Pair) -> None:
+    rehearsal = Rehearsal(strategies=2, steps=2, query_batch_size=3, horizon=4, pool=2)
+    given = denoisers.quick_spec(rounds=3, original_batch_size=5, rehearsal=rehearsal)
+    first, second = pair.both(pairs.denoised, given)
+    expected = pairs.denoised(given)
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name])
+        if "to_k.bias" not in name:
+            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -308,6 +329,7 @@ FAILING = """
 import sys
 import torch.distributed as dist
 sys.path.insert(0, {tests!r})
+import denoisers
 import pairs
 dist.init_process_group("gloo")
 run = pairs.started(pairs.spec(), "layer")

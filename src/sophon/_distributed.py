@@ -23,7 +23,8 @@ from sophon._errors import RanksError, SophonError, SpecError
 
 def launched() -> bool:
     """Return whether torchrun started several processes, of which this is one."""
-    return dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and dist.is_available() and dist.is_torchelastic_launched()
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,9 @@ def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def _checksum(tensor: Tensor) -> int:
     """Return the sum of the bits as integers: exact, so no machine's order of sums matters."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    wanted = integers.get(tensor.element_size(), torch.int64)
+    bits = tensor.detach().reshape(-1).view(wanted)
     return int(bits.sum(dtype=torch.int64))
 
 

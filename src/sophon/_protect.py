@@ -20,18 +20,17 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sophon._checkpoints import open_run, save_state
-from sophon._data import Domain, check_batch_fits, resolve_normalisation
+from sophon._data import Domain, resolve_normalisation
 from sophon._distributed import Ranks
-from sophon._errors import CheckpointError, NonFiniteError, SpecError, UnsupportedModelError
+from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import write_json, write_text
 from sophon._finetune import (
-    check_preparations,
-    image_count,
     optimizer_tensors,
     restore_optimizer,
 )
 from sophon._guard import IntactnessGuard
-from sophon._models import check_single_image, network_identity, require_peft, weights_sha256
+from sophon._models import network_identity, weights_sha256
+from sophon._protection_checks import check_protection
 from sophon._records import Measurement, Round
 from sophon._rehearsal import Rehearsals, Visit
 from sophon._seeding import generator, seeded
@@ -39,8 +38,7 @@ from sophon._setting import make_setting
 from sophon._sharing import load_whole, sharing, splits, whole
 from sophon._sharing import shard as spread
 from sophon._shipping import ship
-from sophon._specs import ModelSpec, ProtectSpec, Rehearsal, fingerprint_of
-from sophon._suppression import require_fitting
+from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
 from sophon._tasks import Classification, Task
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
@@ -114,10 +112,13 @@ class Protection:
                 precision=spec.precision,
                 device=device,
             )
-            self._check(model)
+            independent = self.ranks.world > 1 and splits(model, self.setting)
+            check_protection(model, spec, self.setting, self.ranks, independent=independent)
             self.identity = self._identity(model)
         self.ranks.require_same(self.identity)
         self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
+        enough = spec.original_batch_size >= self.ranks.world
+        self._split = independent and enough and not self.ranks.sharded
         spread(self.model, self.setting.head, self.ranks)
         parameters = list(self.model.parameters())
         self.suppressor = Adam(parameters, spec.suppression_rate, fused=True)
@@ -135,30 +136,6 @@ class Protection:
         self.reinforced = 0
         self.guard = IntactnessGuard(self.model, self.setting, spec.guard, self.ranks)
         self._open()
-
-    def _check(self, model: nn.Module) -> None:
-        """Raise what the class says, before any work."""
-        spec, setting = self.spec, self.setting
-        fits = self.ranks.world > 1 and splits(model, setting)
-        if self.ranks.sharded:
-            _check_rows(spec, self.ranks, fits=fits)
-        else:
-            _check_shares(spec.rehearsal, self.ranks)
-        enough = spec.original_batch_size >= self.ranks.world
-        self._split = fits and enough and not self.ranks.sharded
-        require_fitting(spec.suppression, setting.task.metric)
-        _check_batches(spec, setting.original, setting.restricted)
-        self._check_single_images(model)
-        fixed = spec.rehearsal.fixed
-        wanted = (
-            spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
-        )
-        check_preparations(model, wanted, setting, spec.rehearsal.life)
-        if fixed is not None:
-            setting.at(fixed.precision, model)
-            if fixed.lora_rank is not None:
-                require_peft()
-        _check_weights(spec, setting.restricted)
 
     def _identity(self, model: nn.Module) -> dict[str, str]:
         """Return what determines the result; how many processes there are does not."""
@@ -341,20 +318,6 @@ class Protection:
             loss.backward()
         return loss.detach()
 
-    def _check_single_images(self, model: nn.Module) -> None:
-        setting, rehearsal = self.setting, self.spec.rehearsal
-        sizes = rehearsal.distribution.batch_sizes
-        sizes = sizes if rehearsal.fixed is None else (rehearsal.fixed.batch_size,)
-        if self.spec.original_batch_size == 1:
-            shape = setting.shape(setting.original)
-            check_single_image(model, shape, "protect.original_batch_size")
-        for domain in setting.restricted:
-            if 1 in sizes:
-                check_single_image(model, setting.shape(domain), "protect.rehearsal: batch_size")
-            if rehearsal.query_batch_size == 1:
-                name = "protect.rehearsal.query_batch_size"
-                check_single_image(model, setting.shape(domain), name)
-
     # --- resuming ----------------------------------------------------------------------------
 
     def _open(self) -> None:
@@ -484,70 +447,3 @@ def protect(  # noqa: PLR0913 - as Protection
     for _ in run:
         pass
     return run.result()
-
-
-def _check_shares(rehearsal: Rehearsal, ranks: Ranks) -> None:
-    """Raise SpecError unless every process has the same number of attackers in every round."""
-    counts = {"strategies": rehearsal.strategies}
-    if rehearsal.horizon is not None:
-        counts["pool"] = rehearsal.pool
-    for name, count in counts.items():
-        if count % ranks.world:
-            fitting = [n for n in range(1, count + 1) if not any(c % n for c in counts.values())]
-            raise SpecError(
-                f"protect.rehearsal.{name} = {count} cannot be shared evenly by {ranks.world}"
-                f" processes, some would wait: make it a multiple of {ranks.world}, or start"
-                f" {' or '.join(map(str, fitting))}"
-            )
-
-
-def _check_rows(spec: ProtectSpec, ranks: Ranks, *, fits: bool) -> None:
-    """Raise unless the rows of every batch can be worked on apart, and suffice for all."""
-    if not fits:
-        raise UnsupportedModelError(
-            "--shard: the model's outputs for an image depend on the rest of the batch or on chance"
-            " (BatchNorm, dropout), so that the batch cannot be split: leave --shard out"
-        )
-    rehearsal = spec.rehearsal
-    fixed, sizes = rehearsal.fixed, rehearsal.distribution.batch_sizes
-    smallest = {
-        "protect.original_batch_size": spec.original_batch_size,
-        "protect.rehearsal.query_batch_size": rehearsal.query_batch_size,
-        "protect.rehearsal: batch_size": min(sizes) if fixed is None else fixed.batch_size,
-    }
-    for name, size in smallest.items():
-        if size < ranks.world:
-            raise SpecError(
-                f"{name} = {size} is fewer images than --shard has processes: use at least"
-                f" {ranks.world}"
-            )
-
-
-def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain, ...]) -> None:
-    check_batch_fits(original, spec.original_batch_size, "protect.original_batch_size")
-    rehearsal = spec.rehearsal
-    sizes, fixed = rehearsal.distribution.batch_sizes, rehearsal.fixed
-    largest = max(sizes) if fixed is None else fixed.batch_size
-    key = "distribution.batch_sizes" if fixed is None else "fixed.batch_size"
-    for domain in restricted:
-        check_batch_fits(
-            domain,
-            largest + rehearsal.query_batch_size,
-            have=image_count(domain, 1.0 if fixed is None else fixed.data_fraction),
-            what=f"protect.rehearsal.{key} ({largest}) + protect.rehearsal.query_batch_size"
-            f" ({rehearsal.query_batch_size}) together",
-        )
-
-
-def _check_weights(spec: ProtectSpec, restricted: tuple[Domain, ...]) -> None:
-    """Raise SpecError for a domain that no attacker of the whole run would take."""
-    rehearsal = spec.rehearsal
-    visits = spec.rounds * spec.suppression_steps * rehearsal.strategies
-    attackers = max(1, visits * rehearsal.steps // rehearsal.life)
-    total = sum(domain.weight for domain in restricted)
-    for domain in restricted:
-        if domain.weight / total * attackers < 0.5:
-            raise SpecError(
-                f"restricted domain {domain.name!r}: weight = {domain.weight:g} of {total:g} is not"
-                f" one of the run's {attackers} attackers: raise its weight or protect.rounds"
-            )

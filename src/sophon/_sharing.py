@@ -141,7 +141,7 @@ def splits(model: nn.Module, setting: Setting) -> bool:
     images = setting.original.train
     feed = setting.feed(setting.original, images, batch_size=min(_PROBED, len(images)))
     batch = feed.batch(0)
-    held = copy.deepcopy(model).train()
+    held = setting.place(copy.deepcopy(model)).train()
 
     @torch.no_grad()
     def outputs(rank: int, world: int) -> Tensor:

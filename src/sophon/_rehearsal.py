@@ -347,7 +347,8 @@ class Rehearsals:
         leaves = [leaf for _, leaf, _ in passing]
         sums = [total.gradients[name] for name, _, _ in passing]
         factors = [factor for _, _, factor in passing]
-        plain = all(factor == 1 for factor in factors)
+        # After a distillation nothing of the real weights is left: there is no gradient to pass on.
+        plain = bool(factors) and all(factor == 1 for factor in factors)
         attacker.query_loss.zero_()
         for gamma, _ in zip(gammas, attacker.tuning.run(steps), strict=True):
             loss, score = self._query(attacker)

@@ -126,6 +126,8 @@ def gradients(loss: Tensor, model: nn.Module, parameters: Sequence[nn.Parameter]
 
     No parameter holds any before or after.
     """
+    if not parameters:
+        return []
     if not is_sharded(parameters[0]):
         return [*torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)]
     loss.backward()

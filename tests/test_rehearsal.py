@@ -25,6 +25,7 @@ from sophon._rehearsal import Rehearsals, domain_of, gammas_of, sample_strategy
 from sophon._seeding import generator
 from sophon._setting import Setting
 from sophon._specs import (
+    Distil,
     FreshHead,
     Heal,
     NoiseKick,
@@ -286,6 +287,16 @@ def test_attackers_that_heal_first_still_have_steps_of_their_own(gamma: str) -> 
     lives = {a.horizon for a in run.rehearsals.pool.values()}
     assert min(lives) >= 15
     assert len(lives) > 1
+
+
+def test_an_attacker_that_distils_first_passes_no_gradient_on() -> None:
+    strategy = Strategy(preparations=(Distil(share=0.5),), batch_size=16)
+    rehearsal = Rehearsal(steps=4, query_batch_size=16, fixed=strategy)
+    model = trained_model()
+    pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(model), [1.0])
+    total, _ = pool.suppress(model)
+    assert float(total.loss) > 0
+    assert not any(bool(gradient.any()) for gradient in total.gradients.values())
 
 
 def test_the_first_generation_ends_staggered() -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 
 class SophonError(Exception):
-    """Base of every error raised on purpose; `exit_code` is what the command line returns."""
+    """Base of every error raised on purpose; `exit_code` is what the command line returns.
+
+    `told` says that another process of the same run tells it.
+    """
 
     exit_code = 2
+    told = False
 
 
 class SpecError(SophonError):
@@ -45,3 +49,7 @@ class ControlError(SophonError):
     """A model whose answer is known was not found out: audits made like this prove nothing."""
 
     exit_code = 5
+
+
+class RanksError(SophonError):
+    """Another process of the same run failed, ended, or holds other weights."""

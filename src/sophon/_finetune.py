@@ -21,6 +21,7 @@ from sophon._models import add_lora, lora_parameters, real_name
 from sophon._preparations import Course, Surroundings, prepare, require_steps
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
+from sophon._sharing import backward, is_sharded, placed
 from sophon._specs import OptimizerName, Preparation, ScheduleName, Strategy
 from sophon._tasks import Distillation
 
@@ -100,6 +101,10 @@ class FineTuning:
         model.train()
         self.parameters = _scope(model, strategy, setting.head)
         self.optimizer = OPTIMIZERS[strategy.optimizer](self.parameters, strategy)
+        if isinstance(self.optimizer, SGD) and is_sharded(self.parameters[0]):
+            # torch has no fused step of SGD for shards.
+            for group in self.optimizer.param_groups:
+                group["fused"] = False
         self.query: tuple[Tensor, Tensor] | None = None
 
     def run(self, steps: int) -> Iterator[Step]:
@@ -129,8 +134,7 @@ class FineTuning:
         with self.setting.autocast():
             outputs, targets = self.setting.task.outputs(self.model, images, labels, stream)
         loss = self.setting.task.loss(outputs, targets).mean()
-        # Unlike autograd.grad, backward gives each gradient its parameter's memory layout.
-        torch.autograd.backward(loss, inputs=self.parameters)
+        backward(loss, self.model, self.parameters)
         return loss.detach()
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -305,4 +309,4 @@ def restore_optimizer(
         for key, value in values.items():
             # Files hold contiguous tensors; a fused step needs the parameter's memory layout.
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                values[key] = torch.empty_like(parameter).copy_(value)
+                values[key] = placed(value, parameter)

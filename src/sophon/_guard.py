@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from sophon._distributed import Ranks
 from sophon._errors import IntactnessError
 from sophon._metric_kinds import kind_of, measurement, shown
 from sophon._metrics import evaluate
 from sophon._records import Measurement
 from sophon._setting import Setting
+from sophon._sharing import placed
 from sophon._specs import Guard
 
 GuardVerdict = Literal["met", "violated"]
@@ -37,7 +39,10 @@ class IntactnessGuard:
     `extra_steps`, the reinforcement steps to take beyond the specified ones, is one more.
     """
 
-    def __init__(self, model: nn.Module, setting: Setting, spec: Guard) -> None:
+    def __init__(
+        self, model: nn.Module, setting: Setting, spec: Guard, ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.model = model
         self.setting = setting
         self.spec = spec
@@ -64,7 +69,11 @@ class IntactnessGuard:
         self._window.append(query_score)
 
     def check(self, finished: int) -> tuple[float, GuardVerdict]:
-        """Return the score after `finished` rounds and whether it is within the tolerance."""
+        """Return the score after `finished` rounds and whether it is within the tolerance.
+
+        Raises RanksError if the weights of several processes have drifted apart.
+        """
+        self.ranks.require_equal(list(self.model.state_dict().values()))
         score = self._measure()
         allowed = kind_of(score).allowed(self.before.value, self.spec)
         query_score = sum(self._window) / len(self._window)
@@ -114,6 +123,10 @@ class IntactnessGuard:
 
     def restore(self, groups: dict[str, dict[str, Tensor]], plain: dict[str, Any]) -> None:
         """Put back what `state` returned."""
+        held = self.model.state_dict()
+        groups = {
+            g: {n: placed(v, held[n]) for n, v in tensors.items()} for g, tensors in groups.items()
+        }
         self.last_good = groups["last_good"]
         self.extra_steps = plain["extra_steps"]
         self._window = plain["window"]
@@ -124,8 +137,13 @@ class IntactnessGuard:
             self.shipped = Good(groups["shipped"], finished, good, query_score)
 
     def _measure(self) -> Measurement:
+        """Return the score that the first process measures: all must come to one verdict."""
         original = self.setting.original
-        return evaluate(self.model, self.setting, original, original.validation)
+        held: Measurement | None = None
+        if self.ranks.first or self.ranks.sharded:
+            held = evaluate(self.model, self.setting, original, original.validation)
+        score: Measurement = self.ranks.gather(held)[0]
+        return score
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

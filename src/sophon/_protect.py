@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,29 +20,31 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sophon._checkpoints import open_run, save_state
-from sophon._data import Domain, check_batch_fits, resolve_normalisation
-from sophon._errors import CheckpointError, NonFiniteError, SpecError
+from sophon._data import Domain, resolve_normalisation
+from sophon._distributed import Ranks
+from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import write_json, write_text
 from sophon._finetune import (
-    check_preparations,
-    image_count,
     optimizer_tensors,
     restore_optimizer,
 )
 from sophon._guard import IntactnessGuard
-from sophon._models import check_single_image, network_identity, require_peft, weights_sha256
+from sophon._models import network_identity, weights_sha256
+from sophon._protection_checks import check_protection
 from sophon._records import Measurement, Round
-from sophon._rehearsal import Attacker, Rehearsals
+from sophon._rehearsal import Rehearsals, Visit
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
+from sophon._sharing import load_whole, sharing, splits, whole
+from sophon._sharing import shard as spread
 from sophon._shipping import ship
 from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
-from sophon._suppression import require_fitting
 from sophon._tasks import Classification, Task
 
+State = tuple[dict[str, Tensor], dict[str, Any]]
 _ROUNDS, _STATES, _DONE = "rounds.jsonl", "states", "protection.json"
 # Raise this when a change of the rounds changes what a run that is resumed would give.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 # States on the disk at once, at most: two, and the one being written.
 _KEPT = 3
 
@@ -70,6 +73,11 @@ class Protection:
     layer where it cannot be found; `model_spec` is written beside the weights as provenance;
     `device` is CUDA where there is one unless it is given.
 
+    In a process group (torchrun) all processes must make the same call: each rehearses its share
+    of the attackers, and the first one writes. With `shard`, for models that do not fit on one
+    device, all work on the same attacker, and model and attackers are in shards (FSDP2). Neither
+    is part of what the run is: it may be resumed with any number of processes.
+
     Raises DataError, UnsupportedModelError or CheckpointError before any work; while it runs,
     NonFiniteError.
     """
@@ -86,52 +94,37 @@ class Protection:
         head: str | None = None,
         model_spec: ModelSpec | None = None,
         device: str | torch.device | None = None,
+        shard: bool = False,
     ) -> None:
-        spec = ProtectSpec() if spec is None else spec
+        self.ranks = Ranks.present(sharded=shard)
+        self.spec = spec = ProtectSpec() if spec is None else spec
         restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
-        self.spec = spec
-        self.setting = make_setting(
-            model,
-            task=task or Classification(),
-            original=original,
-            restricted=restricted,
-            head=head,
-            precision=spec.precision,
-            device=device,
-        )
-        require_fitting(spec.suppression, self.setting.task.metric)
-        _check_batches(spec, original, restricted)
-        self._check_single_images(model)
-        fixed = spec.rehearsal.fixed
-        wanted = (
-            spec.rehearsal.distribution.preparations if fixed is None else (fixed.preparations,)
-        )
-        check_preparations(model, wanted, self.setting, spec.rehearsal.life)
-        if fixed is not None:
-            self.setting.at(fixed.precision, model)
-            if fixed.lora_rank is not None:
-                require_peft()
-        _check_weights(spec, restricted)
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
-        self.identity = {
-            "spec": spec.fingerprint(),
-            "model": weights_sha256(model),
-            "engine": str(ENGINE_VERSION),
-            "network": network_identity(model),
-            "domains": fingerprint_of(
-                [[d.name, d.weight, d.fingerprint()] for d in (original, *restricted)]
-            ),
-            "task": self.setting.task.name,
-            "head": self.setting.head,
-            "precision": self.setting.precision,
-        }
         self._given = model
+        with self.ranks.agreeing():
+            self.setting = make_setting(
+                model,
+                task=task or Classification(),
+                original=original,
+                restricted=restricted,
+                head=head,
+                precision=spec.precision,
+                device=device,
+            )
+            independent = self.ranks.world > 1 and splits(model, self.setting)
+            check_protection(model, spec, self.setting, self.ranks, independent=independent)
+            self.identity = self._identity(model)
+        self.ranks.require_same(self.identity)
         self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
+        enough = spec.original_batch_size >= self.ranks.world
+        self._split = independent and enough and not self.ranks.sharded
+        spread(self.model, self.setting.head, self.ranks)
         parameters = list(self.model.parameters())
         self.suppressor = Adam(parameters, spec.suppression_rate, fused=True)
         self.reinforcer = Adam(parameters, spec.reinforcement_rate, fused=True)
-        self.rehearsals = Rehearsals(spec, self.setting, [d.weight for d in restricted])
+        weights = [domain.weight for domain in restricted]
+        self.rehearsals = Rehearsals(spec, self.setting, weights, self.ranks, model)
         self.original_feed = self.setting.feed(
             original,
             original.train,
@@ -141,8 +134,22 @@ class Protection:
         )
         self.rounds: list[Round] = []
         self.reinforced = 0
-        self.guard = IntactnessGuard(self.model, self.setting, spec.guard)
+        self.guard = IntactnessGuard(self.model, self.setting, spec.guard, self.ranks)
         self._open()
+
+    def _identity(self, model: nn.Module) -> dict[str, str]:
+        """Return what determines the result; how many processes there are does not."""
+        domains = (self.setting.original, *self.setting.restricted)
+        return {
+            "spec": self.spec.fingerprint(),
+            "model": weights_sha256(model),
+            "engine": str(ENGINE_VERSION),
+            "network": network_identity(model),
+            "domains": fingerprint_of([[d.name, d.weight, d.fingerprint()] for d in domains]),
+            "task": self.setting.task.name,
+            "head": self.setting.head,
+            "precision": self.setting.precision,
+        }
 
     @property
     def done(self) -> int:
@@ -158,8 +165,9 @@ class Protection:
         while self.done < self.spec.rounds:
             self.rounds.append(self._round(self.done))
             if self.out is not None:
-                with (self.out / _ROUNDS).open("a", encoding="utf-8") as file:
-                    file.write(self.rounds[-1].model_dump_json() + "\n")
+                if self.ranks.first:
+                    with (self.out / _ROUNDS).open("a", encoding="utf-8") as file:
+                        file.write(self.rounds[-1].model_dump_json() + "\n")
                 if self.done % self.spec.checkpoint_every == 0 or self.done == self.spec.rounds:
                     self.save()
             yield self.rounds[-1]
@@ -173,12 +181,22 @@ class Protection:
             raise CheckpointError(
                 f"round {self.done} of {self.spec.rounds}: iterate to the end before result()"
             )
+        with self.ranks.agreeing():
+            result = self._shipped()
+            if self.out is not None and self.ranks.first:
+                protection = self._description(result)
+                about = {"protection": protection}
+                ship(self.out, result.model, self.model_spec, about, self.setting.task)
+                write_json(self.out / _DONE, protection)
+        return result
+
+    def _shipped(self) -> Protected:
         scores = [r.guard_score for r in self.rounds if r.guard_score is not None]
         shipped = self.guard.require_shipped(max(scores))
         model = copy.deepcopy(self._given)
-        model.load_state_dict(shipped.tensors)
+        model.load_state_dict({name: whole(value) for name, value in shipped.tensors.items()})
         model.eval()
-        result = Protected(
+        return Protected(
             model=model,
             rounds=tuple(self.rounds),
             before=self.guard.before,
@@ -186,12 +204,6 @@ class Protection:
             shipped_round=shipped.round,
             folder=self.out,
         )
-        if self.out is not None:
-            protection = self._description(result)
-            about = {"protection": protection}
-            ship(self.out, model, self.model_spec, about, self.setting.task)
-            write_json(self.out / _DONE, protection)
-        return result
 
     def save(self) -> None:
         """Write the state to resume from. Without a folder this does nothing."""
@@ -202,7 +214,8 @@ class Protection:
     def save_to(self, folder: Path) -> None:
         """Write the state to resume from into `folder`."""
         tensors, plain = self._state()
-        save_state(folder, self.done, tensors, plain)
+        if self.ranks.first:
+            save_state(folder, self.done, tensors, plain)
 
     # --- one round ---------------------------------------------------------------------------
 
@@ -210,19 +223,19 @@ class Protection:
         start = time.perf_counter()
         losses, scores, norms, labels, domains = [], [], [], [], []
         for _ in range(self.spec.suppression_steps):
-            total, attackers = self.rehearsals.suppress(self.model)
-            labels += [attacker.strategy.label() for attacker in attackers]
-            domains += [attacker.domain.name for attacker in attackers]
+            total, _ = self.rehearsals.suppress(self.model)
+            labels += [visit.strategy.label() for visit in total.visits]
+            domains += [visit.domain.name for visit in total.visits]
             norm = self._apply(total.gradients)
             values = torch.stack([total.loss, total.score, norm]).tolist()
-            _require_finite(values, index, attackers)
+            self._require_finite(values, index, total.visits)
             losses.append(values[0])
             scores.append(values[1])
             norms.append(values[2])
         reinforced = [self._reinforce() for _ in range(self._reinforcement_steps())]
         pairs = torch.stack(reinforced).mean(0).tolist() if reinforced else None
         if pairs is not None:
-            _require_finite(pairs, index, [])
+            self._require_finite(pairs, index, [])
         query_score = sum(scores) / len(scores)
         self.guard.observe(query_score)
         steps = self._reinforcement_steps()
@@ -243,11 +256,31 @@ class Protection:
             wall_s=time.perf_counter() - start,
         )
 
+    def _require_finite(self, values: list[float], index: int, visits: list[Visit]) -> None:
+        """Raise NonFiniteError, naming the attackers whose losses are not finite, unless all are.
+
+        Without attackers the values are those of reinforcement.
+        """
+        if all(math.isfinite(value) for value in values):
+            return
+        at_fault = [v for v in visits if not math.isfinite(float(v.query_loss))] or visits
+        part, remedy = "reinforcement:", "lower protect.reinforcement_rate"
+        if at_fault:
+            named = ", ".join(visit.strategy.label() for visit in at_fault)
+            part = f"suppression of strategy {named}:"
+            remedy = "narrow that optimizer's range of rates, or lower protect.suppression_rate"
+        error = NonFiniteError(
+            f"round {index}: a loss or gradient is not finite in the {part}"
+            f" {remedy}; states written before are kept"
+        )
+        error.told = not self.ranks.first
+        raise error
+
     def _apply(self, gradients: dict[str, Tensor]) -> Tensor:
         """Take one clipped Adam step along the streamed gradient; return its norm before."""
         for name, parameter in self.model.named_parameters():
             parameter.grad = gradients[name]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm))
         self.suppressor.step()
         self.suppressor.zero_grad(set_to_none=True)
         return norm
@@ -257,55 +290,63 @@ class Protection:
 
     def _reinforce(self) -> Tensor:
         """Take one ordinary training step on the original domain; return loss and gradient norm."""
-        task, seed, step = self.setting.task, self.spec.seed, self.reinforced
-        images, labels = self.original_feed.batch(step)
+        step = self.reinforced
         self.model.train()
+        with sharing(self.model, self.ranks) if self._split else nullcontext():
+            loss = self._learn(step)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self._split:
+            self.ranks.add(gradients)
+        elif not self.ranks.sharded:
+            # All computed the whole batch; kernels need not agree to the last bit on that.
+            self.ranks.follow_first([loss, *gradients, *self.model.buffers()])
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), math.inf))
+        self.reinforcer.step()
+        self.reinforcer.zero_grad(set_to_none=True)
+        self.reinforced += 1
+        return torch.stack([loss, norm])
+
+    def _learn(self, step: int) -> Tensor:
+        """Add the gradient of one batch of the original domain; return the loss."""
+        task, seed = self.setting.task, self.spec.seed
+        images, labels = self.original_feed.batch(step)
         with seeded(seed, "reinforcement", step):
             stream = generator(seed, "reinforcement", "task", step)
             with self.setting.autocast():
                 outputs, targets = task.outputs(self.model, images, labels, stream)
             loss = task.loss(outputs, targets).mean()
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
-        self.reinforcer.step()
-        self.reinforcer.zero_grad(set_to_none=True)
-        self.reinforced += 1
-        return torch.stack([loss.detach(), norm])
-
-    def _check_single_images(self, model: nn.Module) -> None:
-        setting, rehearsal = self.setting, self.spec.rehearsal
-        sizes = rehearsal.distribution.batch_sizes
-        sizes = sizes if rehearsal.fixed is None else (rehearsal.fixed.batch_size,)
-        if self.spec.original_batch_size == 1:
-            shape = setting.shape(setting.original)
-            check_single_image(model, shape, "protect.original_batch_size")
-        for domain in setting.restricted:
-            if 1 in sizes:
-                check_single_image(model, setting.shape(domain), "protect.rehearsal: batch_size")
-            if rehearsal.query_batch_size == 1:
-                name = "protect.rehearsal.query_batch_size"
-                check_single_image(model, setting.shape(domain), name)
+        return loss.detach()
 
     # --- resuming ----------------------------------------------------------------------------
 
     def _open(self) -> None:
         """Start afresh or take up the newest state of the folder."""
-        if self.out is not None:
-            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            state = open_run(
-                self.out,
-                self.identity,
-                self.spec.model_dump(mode="json"),
-                prefix="protect",
-                states=self.out / _STATES,
-                needed_bytes=_KEPT * size * self._copies(),
-                owner=self,
-            )
-            if state is not None:
-                self._restore(*state)
-                return
-            write_text(self.out / _ROUNDS, "")
-        self.guard.begin()
+        held: list[State | None] = [None]
+        with self.ranks.agreeing():
+            if self.out is not None and self.ranks.first:
+                held = [self._opened(self.out)]
+        state = self.ranks.from_first(held[0])
+        if state is not None:
+            self._restore(*state)
+        else:
+            self.guard.begin()
+
+    def _opened(self, out: Path) -> State | None:
+        """Take the folder; return its newest state, or None in a new one."""
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        state = open_run(
+            out,
+            self.identity,
+            self.spec.model_dump(mode="json"),
+            prefix="protect",
+            states=out / _STATES,
+            needed_bytes=_KEPT * size * self._copies(),
+            owner=self,
+        )
+        if state is None:
+            write_text(out / _ROUNDS, "")
+        return state
 
     def _copies(self) -> int:
         """Return how many times the model's size a state holds, at most."""
@@ -320,7 +361,7 @@ class Protection:
         plain: dict[str, Any] = {}
         for name, optimizer in self._optimizers().items():
             groups[name], plain[name] = optimizer_tensors(optimizer)
-        tensors = {f"{g}|{n}": value for g, held in groups.items() for n, value in held.items()}
+        tensors = {f"{g}|{n}": whole(v) for g, held in groups.items() for n, v in held.items()}
         meta = {
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
             "reinforced": self.reinforced,
@@ -335,7 +376,7 @@ class Protection:
             mark = name + "|"
             return {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
 
-        self.model.load_state_dict(group("model"))
+        load_whole(self.model, group("model"))
         self.rounds = [Round.model_validate(held) for held in meta["rounds"]]
         self.reinforced = meta["reinforced"]
         guarded = {name: group(name) for name in ("last_good", "shipped")}
@@ -343,7 +384,7 @@ class Protection:
         for name, optimizer in self._optimizers().items():
             restore_optimizer(optimizer, group(name), meta["optimizers"][name])
         self.rehearsals.restore(self.model, group("attackers"), meta["pool"])
-        if self.out is not None:
+        if self.out is not None and self.ranks.first:
             lines = [record.model_dump_json() + "\n" for record in self.rounds]
             write_text(self.out / _ROUNDS, "".join(lines))
 
@@ -370,10 +411,12 @@ class Protection:
             "rounds": len(result.rounds),
             "guard_violations": sum(r.guard == "violated" for r in result.rounds),
             "wall_s": sum(r.wall_s for r in result.rounds),
+            "processes": self.ranks.world,
+            "backend": self.ranks.backend,
         }
 
 
-def protect(
+def protect(  # noqa: PLR0913 - as Protection
     model: nn.Module,
     *,
     original: Domain,
@@ -383,6 +426,7 @@ def protect(
     out: str | Path | None = None,
     head: str | None = None,
     device: str | torch.device | None = None,
+    shard: bool = False,
 ) -> Protected:
     """Return the protected model; see `Protection` for the arguments.
 
@@ -398,56 +442,8 @@ def protect(
         out=out,
         head=head,
         device=device,
+        shard=shard,
     )
     for _ in run:
         pass
     return run.result()
-
-
-def _require_finite(values: list[float], index: int, attackers: list[Attacker]) -> None:
-    """Raise NonFiniteError, naming the attackers whose losses are not finite, unless all are.
-
-    Without attackers the values are those of reinforcement.
-    """
-    if all(math.isfinite(value) for value in values):
-        return
-    at_fault = [a for a in attackers if not math.isfinite(float(a.query_loss))] or attackers
-    part, remedy = "reinforcement:", "lower protect.reinforcement_rate"
-    if at_fault:
-        named = ", ".join(attacker.strategy.label() for attacker in at_fault)
-        part = f"suppression of strategy {named}:"
-        remedy = "narrow that optimizer's range of rates, or lower protect.suppression_rate"
-    raise NonFiniteError(
-        f"round {index}: a loss or gradient is not finite in the {part}"
-        f" {remedy}; states written before are kept"
-    )
-
-
-def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain, ...]) -> None:
-    check_batch_fits(original, spec.original_batch_size, "protect.original_batch_size")
-    rehearsal = spec.rehearsal
-    sizes, fixed = rehearsal.distribution.batch_sizes, rehearsal.fixed
-    largest = max(sizes) if fixed is None else fixed.batch_size
-    key = "distribution.batch_sizes" if fixed is None else "fixed.batch_size"
-    for domain in restricted:
-        check_batch_fits(
-            domain,
-            largest + rehearsal.query_batch_size,
-            have=image_count(domain, 1.0 if fixed is None else fixed.data_fraction),
-            what=f"protect.rehearsal.{key} ({largest}) + protect.rehearsal.query_batch_size"
-            f" ({rehearsal.query_batch_size}) together",
-        )
-
-
-def _check_weights(spec: ProtectSpec, restricted: tuple[Domain, ...]) -> None:
-    """Raise SpecError for a domain that no attacker of the whole run would take."""
-    rehearsal = spec.rehearsal
-    visits = spec.rounds * spec.suppression_steps * rehearsal.strategies
-    attackers = max(1, visits * rehearsal.steps // rehearsal.life)
-    total = sum(domain.weight for domain in restricted)
-    for domain in restricted:
-        if domain.weight / total * attackers < 0.5:
-            raise SpecError(
-                f"restricted domain {domain.name!r}: weight = {domain.weight:g} of {total:g} is not"
-                f" one of the run's {attackers} attackers: raise its weight or protect.rounds"
-            )

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sophon._data import Domain
+from sophon._distributed import Ranks
 from sophon._finetune import (
     FineTuning,
     Origin,
@@ -28,6 +29,7 @@ from sophon._finetune import (
 )
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
+from sophon._sharing import gradients, placed, shard, whole
 from sophon._specs import ProtectSpec, Rehearsal, Strategy, StrategyDistribution
 from sophon._suppression import SUPPRESSIONS
 
@@ -76,19 +78,56 @@ def _order(weights: tuple[float, ...]) -> list[int]:
 
 
 @dataclass
+class Visit:
+    """An attacker's turn in a suppression step, whichever process takes it.
+
+    `query_loss` is the weighted sum of its queries' losses; `ended` is 1 after its last step.
+    """
+
+    slot: int
+    identity: int
+    strategy: Strategy
+    domain: Domain
+    mine: bool
+    query_loss: Tensor
+    ended: Tensor
+
+
+@dataclass
 class Accumulator:
-    """Sums over a suppression step: gradients by parameter name, query loss and query score."""
+    """Sums over a suppression step: gradients by parameter name, query loss and query score.
+
+    `visits` are the attackers' turns that they come from, in order.
+    """
 
     gradients: dict[str, Tensor]
     loss: Tensor
     score: Tensor
+    visits: list[Visit] = field(default_factory=list)
 
     @classmethod
-    def like(cls, parameters: Mapping[str, Tensor]) -> Accumulator:
-        """Return zeros for these parameters."""
-        zeros = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    def like(
+        cls, parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> Accumulator:
+        """Return zeros for these parameters, of their types unless one is given."""
+        zeros = {n: torch.zeros_like(value, dtype=dtype) for n, value in parameters.items()}
         device = next(iter(parameters.values())).device
-        return cls(zeros, torch.zeros((), device=device), torch.zeros((), device=device))
+        loss = torch.zeros((), device=device, dtype=dtype)
+        return cls(zeros, loss, loss.clone())
+
+    def include(self, other: Accumulator) -> None:
+        """Add the sums of another."""
+        for name, value in other.gradients.items():
+            self.gradients[name] += value
+        self.loss += other.loss
+        self.score += other.score
+
+    def reduced(self, parameters: Mapping[str, Tensor], ranks: Ranks) -> Accumulator:
+        """Return the sums over all processes, of the parameters' types."""
+        of_visits = [part for visit in self.visits for part in (visit.query_loss, visit.ended)]
+        ranks.add([*self.gradients.values(), self.loss, self.score, *of_visits])
+        gradients = {n: self.gradients[n].to(value.dtype) for n, value in parameters.items()}
+        return Accumulator(gradients, self.loss.float(), self.score.float(), self.visits)
 
 
 class Attacker:
@@ -103,7 +142,7 @@ class Attacker:
         self.domain = pool.domain(identity)
         stream = (pool.spec.seed, ("attacker", identity))
         feed = pool.feed(identity, self.strategy)
-        model = copy.deepcopy(real)
+        model = pool.copy(real)
         prepared = attacker_copy(
             model,
             self.strategy,
@@ -112,6 +151,7 @@ class Attacker:
             feed=feed,
             stream=stream,
         )
+        shard(model, pool.setting.head, pool.ranks)
         self.origins = prepared.origins
         # A short life still has steps of its own after what its preparation spent.
         own = min(pool.rehearsal.steps, self.strategy.steps - prepared.spent)
@@ -153,7 +193,7 @@ class Attacker:
         """Put back what `Rehearsals.state` returned of this attacker."""
         moved = _below(tensors, "displacement/")
         for name, value in self.model.named_parameters():
-            self.displacement[name] = torch.empty_like(value).copy_(moved[name])
+            self.displacement[name] = placed(moved[name], value)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(tensors[f"buffer/{name}"])
         self.origins = {name: Origin(*held) for name, held in member["origins"].items()}
@@ -162,20 +202,45 @@ class Attacker:
 
 
 class Rehearsals:
-    """The pool of simulated attackers of one protection run."""
+    """The pool of simulated attackers of one protection run.
 
-    def __init__(self, spec: ProtectSpec, setting: Setting, weights: list[float]) -> None:
+    Of many processes each holds its own attackers only: a slot of the pool, or a turn of fresh
+    ones, belongs to one of them. All know which attacker has which slot.
+    """
+
+    def __init__(
+        self,
+        spec: ProtectSpec,
+        setting: Setting,
+        weights: list[float],
+        ranks: Ranks | None = None,
+        structure: nn.Module | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
+        self.structure = structure
         self.spec = spec
         self.setting = setting
         self.weights = weights
         self.next_identity = 0
         self.visits = 0
         self.pool: dict[int, Attacker] = {}
+        self.occupants: dict[int, int] = {}
 
     @property
     def rehearsal(self) -> Rehearsal:
         """The rehearsal's specification."""
         return self.spec.rehearsal
+
+    def copy(self, real: nn.Module) -> nn.Module:
+        """Return a copy of the real model, in one piece: preparations look at whole layers.
+
+        A model in shards cannot be copied: its weights go into a copy of `structure`.
+        """
+        if not self.ranks.sharded or self.structure is None:
+            return copy.deepcopy(real)
+        model = copy.deepcopy(self.structure)
+        model.load_state_dict({name: whole(value) for name, value in real.state_dict().items()})
+        return model
 
     def strategy(self, identity: int) -> Strategy:
         """Return the strategy of attacker `identity`: the fixed one, or a sample."""
@@ -208,39 +273,72 @@ class Rehearsals:
 
         Implements sum_i sum_k gamma_ik dL/dtheta at the attackers' weights (arXiv 2404.12699,
         algorithm 1, first order). Memory does not grow with K: each query gradient is added to
-        one accumulator at once. `real` is not changed.
+        one accumulator at once. `real` is not changed. The sums are over all processes, one
+        reduction whatever K is; the attackers returned are this process's.
         """
         parameters = dict(real.named_parameters())
-        total = Accumulator.like(parameters)
+        # In float64 it does not matter in which order, and by which process, attackers are added.
+        wide = torch.float32 if self.setting.device.type == "mps" else torch.float64
+        total = Accumulator.like(parameters, wide)
         attackers = []
-        for _ in range(self.rehearsal.strategies):
-            attacker = self._next(real)
+        for turn in range(self.rehearsal.strategies):
+            fresh, visit = self._next(turn)
+            total.visits.append(visit)
+            if not visit.mine:
+                continue
+            attacker = self._recruit(real, visit) if fresh else self.pool[visit.slot]
             attacker.follow(parameters)
-            self._rehearse(attacker, total)
+            own = Accumulator.like(parameters)
+            self._rehearse(attacker, own)
+            total.include(own)
+            visit.query_loss.copy_(attacker.query_loss)
+            visit.ended.fill_(attacker.tuning.taken >= attacker.horizon)
             if attacker.slot in self.pool:
                 attacker.detach_from(parameters)
-                if attacker.tuning.taken >= attacker.horizon:
-                    del self.pool[attacker.slot]
             attackers.append(attacker)
+        total = total.reduced(parameters, self.ranks)
+        self._dismiss(total.visits)
         return total, attackers
 
-    def _next(self, real: nn.Module) -> Attacker:
+    def _next(self, turn: int) -> tuple[bool, Visit]:
+        """Return whose turn it is, and whether that attacker is new."""
+        if self.rehearsal.horizon is None:
+            slot, owner, fresh = -1, turn, True
+        else:
+            slot = owner = self.visits % self.rehearsal.pool
+            self.visits += 1
+            fresh = slot not in self.occupants
+        identity = self.next_identity if fresh else self.occupants[slot]
+        self.next_identity += fresh
+        if slot >= 0:
+            self.occupants[slot] = identity
+        zero = torch.zeros((), device=self.setting.device)
+        mine = self.ranks.owns(owner)
+        strategy, domain = self.strategy(identity), self.domain(identity)
+        return fresh, Visit(slot, identity, strategy, domain, mine, zero, zero.clone())
+
+    def _recruit(self, real: nn.Module, visit: Visit) -> Attacker:
         horizon = self.rehearsal.horizon
         if horizon is None:
-            return self._recruit(real, -1, self.rehearsal.steps)
-        slot = self.visits % self.rehearsal.pool
-        self.visits += 1
-        if slot not in self.pool:
-            first = self.next_identity < self.rehearsal.pool
-            # The first generation ends staggered, so that later ones are of every age.
-            share = (slot + 1) / self.rehearsal.pool if first else 1.0
-            self.pool[slot] = self._recruit(real, slot, max(1, round(horizon * share)))
-        return self.pool[slot]
+            return Attacker(real, visit.identity, visit.slot, self.rehearsal.steps, self)
+        # The first generation ends staggered, so that later ones are of every age. It has the
+        # first identities.
+        first = visit.identity < self.rehearsal.pool
+        share = (visit.slot + 1) / self.rehearsal.pool if first else 1.0
+        life = max(1, round(horizon * share))
+        self.pool[visit.slot] = Attacker(real, visit.identity, visit.slot, life, self)
+        return self.pool[visit.slot]
 
-    def _recruit(self, real: nn.Module, slot: int, horizon: int) -> Attacker:
-        identity = self.next_identity
-        self.next_identity += 1
-        return Attacker(real, identity, slot, horizon, self)
+    def _dismiss(self, visits: list[Visit]) -> None:
+        """Forget the attackers whose last step that was, here and elsewhere."""
+        if self.rehearsal.horizon is None:
+            return
+        for visit, ended in zip(
+            visits, torch.stack([v.ended for v in visits]).tolist(), strict=True
+        ):
+            if ended:
+                del self.occupants[visit.slot]
+                self.pool.pop(visit.slot, None)
 
     def _rehearse(self, attacker: Attacker, total: Accumulator) -> None:
         steps = min(self.rehearsal.steps, attacker.horizon - attacker.tuning.taken)
@@ -249,15 +347,16 @@ class Rehearsals:
         leaves = [leaf for _, leaf, _ in passing]
         sums = [total.gradients[name] for name, _, _ in passing]
         factors = [factor for _, _, factor in passing]
-        plain = all(factor == 1 for factor in factors)
+        # After a distillation nothing of the real weights is left: there is no gradient to pass on.
+        plain = bool(factors) and all(factor == 1 for factor in factors)
         attacker.query_loss.zero_()
         for gamma, _ in zip(gammas, attacker.tuning.run(steps), strict=True):
             loss, score = self._query(attacker)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            found = gradients(loss, attacker.model, leaves)
             if plain:
-                torch._foreach_add_(sums, gradients, alpha=gamma)
+                torch._foreach_add_(sums, found, alpha=gamma)
             else:
-                for into, gradient, factor in zip(sums, gradients, factors, strict=True):
+                for into, gradient, factor in zip(sums, found, factors, strict=True):
                     into.add_(gradient, alpha=gamma * factor)
             attacker.query_loss += gamma * loss.detach()
             total.score += score / (steps * self.rehearsal.strategies)
@@ -293,10 +392,13 @@ class Rehearsals:
         return passing
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what persists between rounds, as tensors by name and as plain values."""
+        """Return what persists between rounds, as tensors by name and as plain values.
+
+        The first process has the attackers of all.
+        """
         tensors: dict[str, Tensor] = {}
         members = []
-        for slot, attacker in self.pool.items():
+        for slot, attacker in sorted(self.pool.items()):
             moments, plain = optimizer_tensors(attacker.tuning.optimizer)
             groups = {
                 "displacement": attacker.displacement,
@@ -315,6 +417,7 @@ class Rehearsals:
                     "optimizer": plain,
                 }
             )
+        members, tensors = self.ranks.collect(members, tensors)
         meta = {"next_identity": self.next_identity, "visits": self.visits, "members": members}
         return tensors, meta
 
@@ -322,8 +425,11 @@ class Rehearsals:
         """Put back what `state` returned, around the real model as it now is."""
         self.next_identity, self.visits = meta["next_identity"], meta["visits"]
         self.pool = {}
+        self.occupants = {member["slot"]: member["identity"] for member in meta["members"]}
         for member in meta["members"]:
             slot = member["slot"]
+            if not self.ranks.owns(slot):
+                continue
             attacker = Attacker(real, member["identity"], slot, member["horizon"], self)
             attacker.restore(_below(tensors, f"{slot}/"), member)
             self.pool[slot] = attacker

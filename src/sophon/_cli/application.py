@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,12 @@ from sophon._errors import SophonError
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from sophon._distributed import Ranks
+
+# torchrun gives it to the processes it starts.
+_ELASTIC = "TORCHELASTIC_RUN_ID"
+_SAME_S = 2.0
 
 EXIT_CODES = """\
 \b
@@ -101,8 +109,12 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
         try:
             command(*args, **kwargs)
         except SophonError as error:
+            if error.told:
+                raise typer.Exit(error.exit_code) from None
             _fail(f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
+            if not _speaks():
+                raise typer.Exit(130) from None
             _fail(f"interrupted: to resume, repeat the command: {command_line()}", 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -116,27 +128,51 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
 
 def command_line() -> str:
     """Return the command as it was typed."""
-    return shlex.join(["sophon", *sys.argv[1:]])
+    words = ["sophon", *sys.argv[1:]]
+    if _ELASTIC in os.environ:
+        count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        words = ["torchrun", "--nproc-per-node", count, "-m", *words]
+    return shlex.join(words)
+
+
+def _speaks() -> bool:
+    """Return whether this process is the one of torchrun's that speaks for all."""
+    return _ELASTIC not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 class Stop:
-    """Ctrl-C asks to stop after the current round, a second one stops at once."""
+    """Ctrl-C asks to stop after the current round, a second one stops at once.
 
-    def __init__(self) -> None:
-        self.asked = False
+    `ranks` are the processes that must stop together: torchrun passes every Ctrl-C on to those who
+    had it from the terminal already, so one within `_SAME_S` seconds is the same one.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.since: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.asked:
+        now = time.monotonic()
+        repeated = self.ranks.world > 1 and now - (self.since or now) < _SAME_S
+        if self.since is not None and not repeated:
             raise KeyboardInterrupt
-        self.asked = True
-        typer.echo("\nstopping after this round; Ctrl-C again stops at once", err=True)
+        if self.since is None and self.ranks.first:
+            typer.echo("\nstopping after this round; Ctrl-C again stops at once", err=True)
+        self.since = self.since or now
+
+    @property
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; all must ask this at the same point."""
+        return any(self.ranks.gather(self.since is not None))
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
+def stopping(ranks: Ranks | None = None) -> Iterator[Stop]:
     """Take Ctrl-C over for as long as the context lasts."""
-    stop = Stop()
+    from sophon._distributed import Ranks
+
+    stop = Stop(ranks or Ranks())
     previous = signal.signal(signal.SIGINT, stop)
     try:
         yield stop

@@ -43,9 +43,10 @@ def _options(
     "  sophon protect run.toml --dry-run\n"
     "  sophon protect run.toml --out runs/p1\n"
     "  sophon protect run.toml --out runs/p2 --set protect.rounds=50 --set protect.seed=1\n"
+    "  torchrun --nproc-per-node 2 -m sophon protect run.toml --out runs/p3\n"
 )
 @guarded
-def protect(
+def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     run_file: RunFile,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
@@ -62,23 +63,41 @@ def protect(
         typer.Option("--tensorboard", metavar="FOLDER", help="Log every round for TensorBoard."),
     ] = None,
     threads: Threads = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Spread a model too large for one device over torchrun's processes."
+        ),
+    ] = False,
 ) -> None:
-    """Protect the model of RUN.TOML; repeat the command to resume."""
+    """Protect the model of RUN.TOML; repeat the command to resume.
+
+    Under torchrun many processes share the work.
+    """
+    from sophon._distributed import process_group
     from sophon._runs import load, require_outside, require_place
 
-    if dry_run:
-        show_forecast(load(run_file, settings, threads), as_json=as_json)
-        return
-    if out is None:
-        raise SpecError("--out is missing: name a folder to write to, such as --out runs/p1")
     mode = mode_of(quiet, as_json)
-    require_place(out)
-    require_outside(out, run_file, settings)
-    if tensorboard is not None:
-        require_place(tensorboard)
-    case = load(run_file, settings, threads)
-    result = run_protection(case, out, mode, tensorboard=tensorboard)
-    show_protected(result, out, mode)
+    with process_group() as ranks:
+        with ranks.agreeing():
+            if dry_run and ranks.world > 1:
+                raise SpecError("--dry-run forecasts one process: repeat it without torchrun")
+            if out is None and not dry_run:
+                raise SpecError(
+                    "--out is missing: name a folder to write to, such as --out runs/p1"
+                )
+            if out is not None and not dry_run:
+                require_place(out)
+                require_outside(out, run_file, settings)
+            if tensorboard is not None:
+                require_place(tensorboard)
+            case = load(run_file, settings, threads)
+        if out is None or dry_run:
+            show_forecast(case, as_json=as_json)
+            return
+        result = run_protection(case, out, mode, tensorboard=tensorboard, shard=shard)
+        if ranks.first:
+            show_protected(result, out, mode)
 
 
 @app.command(

@@ -31,9 +31,12 @@ def mode_of(quiet: bool, as_json: bool) -> Mode:
 
 
 def run_protection(
-    case: Case, out: Path, mode: Mode, *, tensorboard: Path | None = None
+    case: Case, out: Path, mode: Mode, *, tensorboard: Path | None = None, shard: bool = False
 ) -> Protected:
-    """Run or resume a protection in `out`, with TensorBoard logs in a folder if one is given."""
+    """Run or resume a protection in `out`, with TensorBoard logs in a folder if one is given.
+
+    Of many processes the first one shows it.
+    """
     from sophon._metric_kinds import kind_of
     from sophon._progress import Display, round_text
     from sophon._protect import Protection
@@ -47,14 +50,17 @@ def run_protection(
         out=out,
         head=case.network.head,
         model_spec=case.network,
+        shard=shard,
     )
+    if not run.ranks.first:
+        mode, tensorboard = "quiet", None
     if run.done and mode in ("bar", "lines"):
         finished = run.done == len(run)
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
         typer.echo(f"{out} {state}", err=True)
     guard, kind = "", kind_of(run.guard.before)
     display = Display(mode, noun="round", total=len(run), todo=len(run) - run.done)
-    with stopping() as stop, display, _logged(tensorboard, run.done) as log:
+    with stopping(run.ranks) as stop, display, _logged(tensorboard, run.done) as log:
         display.start_at(run.done)
         for record in run:
             if record.guard_score is not None:

@@ -73,7 +73,7 @@ def parameters(width: int) -> int:
 
 def audited(seeds: int) -> None:
     run = protection("small network", Sizes(1, 8, 4), count=200, size=8)
-    spec = AuditSpec(steps=4, batch_size=8, seeds=tuple(range(seeds)), evaluations=4)
+    spec = AuditSpec(steps=4, batch_size=64, seeds=tuple(range(seeds)), evaluations=4)
     kept, refused = run.setting.original, run.setting.restricted[0]
     audit = Audit(
         run.model,
@@ -109,8 +109,9 @@ def curves(short: bool) -> tuple[Curve, ...]:
         return Curve(what, amounts[:end], tuple(taken))
 
     widths = (16, 32, 64, 128)[:end]
-    trials = (1, 2, 4)[:end]
+    trials = (1, 2, 3)[:end]
     reports = (100, 200, 400, 800)[:end]
+    report(record(3)).html()  # imports
     return (
         rounds("attackers a round, N", (1, 2, 4, 8), of="strategies"),
         rounds("steps, K", (10, 20, 40, 80), of="steps"),
@@ -123,7 +124,10 @@ def curves(short: bool) -> tuple[Curve, ...]:
         Curve(
             "seeds of an audit",
             trials,
-            tuple(tuple(seconds(lambda n=n: audited(n)) for _ in range(repeats)) for n in trials),
+            tuple(
+                tuple(seconds(lambda n=n: audited(n)) for _ in range(min(2, repeats)))
+                for n in trials
+            ),
         ),
         Curve(
             "trials in a report",

@@ -1,111 +1,152 @@
-"""Measure what the engine costs beyond the bare passes, side by side in one run.
+"""Every speed benchmark, and one table: bar against measured.
 
-`make bench` prints one table: ratio of sophon's time to a plain PyTorch loop that does the same
-forward, backward and optimizer steps and nothing else. Images are random: speed needs no data.
+    python benchmarks/run.py             # under 15 minutes on two quiet cores
+    python benchmarks/run.py --quick     # only sees that each runs; its numbers mean nothing
+    python benchmarks/run.py --write     # also writes docs/results/speed.md, .json and growth.svg
+
+A part that cannot run here (a package is missing, say) is named with the reason; the others go on.
 """
 
 from __future__ import annotations
 
-import copy
-import statistics
+import argparse
+import datetime
+import functools
+import importlib.util
+import json
+import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import denormals
+import feeding
+import floor
+import growth
+import precision
+import retained_graphs
+import stacking
+import starting
 import torch
-import torch.nn.functional as F
+from timing import Row, notes, row, show
 
 from sophon._circumstances import environment
-from sophon._data import Domain
-from sophon._finetune import FineTuning
-from sophon._networks import ResNet20
-from sophon._protect import Protection
-from sophon._rehearsal import Rehearsals
-from sophon._setting import Setting
-from sophon._specs import ProtectSpec, Rehearsal, Strategy
-from sophon._suppression import SUPPRESSIONS
 
-STEPS, SUPPORT, QUERY, REPEATS = 10, 135, 15, 5
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+Part = Callable[[bool], list[Row]]
 
 
-def domain(name: str, seed: int) -> Domain:
-    """Return 2,000 random 32x32 images in ten classes."""
-    stream = np.random.default_rng(seed)
-    images = stream.integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
-    return Domain.from_arrays(name, images, np.arange(2000) % 10)
+def of_ranks(short: bool) -> list[Row]:
+    """Return the rows of several processes, which `ranks.py` measures."""
+    import ranks
+
+    return [
+        row(held.what, held.values, at_least=held.at_least, unit=held.unit)
+        for held in ranks.measured(short)
+    ]
 
 
-def bare_training(model: torch.nn.Module, setting: Setting, batches: list[tuple]) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True)
-    for images, labels in batches:
-        with setting.autocast():
-            loss = F.cross_entropy(model(images[:SUPPORT]).float(), labels[:SUPPORT])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+PARTS: dict[str, Part] = {
+    "start": starting.rows,
+    "floor, ResNet-20": functools.partial(floor.rows, names=("ResNet-20",)),
+    "floor, ResNet-18": functools.partial(floor.rows, names=("ResNet-18",)),
+    "retained graphs": retained_graphs.rows,
+    "precision": precision.rows,
+    "denormals": denormals.rows,
+    "input": feeding.rows,
+    "stacking": stacking.rows,
+    "growth": growth.rows,
+}
+if importlib.util.find_spec("ranks") is not None:
+    PARTS["processes"] = of_ranks
 
 
-def bare_rehearsal(model: torch.nn.Module, setting: Setting, batches: list[tuple]) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True)
-    for images, labels in batches:
-        with setting.autocast():
-            loss = F.cross_entropy(model(images[:SUPPORT]).float(), labels[:SUPPORT])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with setting.autocast():
-            logits = model(images[SUPPORT:])
-        SUPPRESSIONS["klu"](logits.float(), labels[SUPPORT:]).mean().backward()
-        optimizer.zero_grad()
+def measured(short: bool, chosen: list[str]) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows of the chosen parts, and why some could not be measured."""
+    found: list[Row] = []
+    failed: dict[str, str] = {}
+    for name in chosen:
+        start = time.perf_counter()
+        try:
+            found += PARTS[name](short)
+        except Exception as error:  # noqa: BLE001 - one part must not take the others' numbers along
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return found, failed
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def commit() -> str:
+    """Return the short hash of the commit that was measured, marked where files differ from it."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
 
 
-def row(name: str, ours: Callable[[], object], bare: Callable[[], object]) -> None:
-    ours()
-    bare()
-    ratios = [seconds(ours) / seconds(bare) for _ in range(REPEATS)]
-    middle = statistics.median(ratios)
-    print(f"{name:34} {middle:6.2f}   {min(ratios):.2f} .. {max(ratios):.2f}   n = {REPEATS}")
+def circumstances() -> dict[str, Any]:
+    """Return where and when it was measured."""
+    chosen = precision.protection("ResNet-20", precision.quick(precision.Sizes())).setting
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        **environment(torch.device("cpu"), chosen.precision).model_dump(mode="json"),
+    }
+
+
+def page(rows: list[Row], failed: dict[str, str], where: dict[str, Any]) -> str:
+    """Return the Markdown page of the results."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    missed = [held.what for held in rows if held.met is False]
+    lines = [
+        "# Speed, measured",
+        "",
+        "Written by `python benchmarks/run.py --write`; every ratio is of two things run in turn in"
+        " the same process.",
+        "",
+        f"{where['date']}, commit {where['commit']}, {where['processor']}, {where['threads']}"
+        f" threads, {where['precision']} where `auto`; {versions}.",
+        "",
+        *show(rows),
+        "",
+        f"{sum(held.met is True for held in rows)} bars met, {len(missed)} missed.",
+        "",
+        *[f"- not measured: {name}: {reason}" for name, reason in failed.items()],
+        *notes(rows),
+        "",
+        "![Time against the work, in logarithms](growth.svg)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write(rows: list[Row], failed: dict[str, str], where: dict[str, Any], short: bool) -> None:
+    """Write the page, the numbers behind it and the picture of growth."""
+    RESULTS.joinpath("speed.md").write_text(page(rows, failed, where), encoding="utf-8")
+    curves = [asdict(curve) for curve in growth.curves(short)]
+    held = {**where, "rows": [asdict(held) for held in rows], "failed": failed, "growth": curves}
+    text = json.dumps(held, indent=1) + "\n"
+    RESULTS.joinpath("speed.json").write_text(text, encoding="utf-8")
+    growth.draw(growth.curves(short), RESULTS / "growth.svg")
 
 
 def main() -> None:
-    """Print the table and where it was measured."""
-    strategy = Strategy(learning_rate=1e-3, batch_size=SUPPORT, steps=STEPS)
-    rehearsal = Rehearsal(steps=STEPS, fixed=strategy, query_batch_size=QUERY)
-    spec = ProtectSpec(rounds=1, rehearsal=rehearsal)
-    torch.manual_seed(0)
-    run = Protection(ResNet20(), original=domain("a", 0), restricted=domain("b", 1), spec=spec)
-    setting, model = run.setting, run.model
-
-    def pool() -> Rehearsals:
-        return Rehearsals(spec, setting, [1.0])
-
-    feed = pool().feed(0, strategy)
-    batches = [feed.batch(step) for step in range(STEPS)]
-
-    def attack() -> None:
-        tuning = FineTuning(copy.deepcopy(model), strategy, setting, feed, stream=(0, ()))
-        for _ in tuning.run(STEPS):
-            pass
-
-    where = environment(setting.device, setting.precision)
-    print(f"{where.processor}, {where.threads} threads, {where.precision}, {where.versions}")
-    print(f"{'ResNet-20, 32x32, K = ' + str(STEPS):34} ratio    least .. most")
-    row(
-        "attack steps / bare training",
-        attack,
-        lambda: bare_training(copy.deepcopy(model), setting, batches),
-    )
-    row(
-        "rehearsal / bare passes",
-        lambda: pool().suppress(model),
-        lambda: bare_rehearsal(copy.deepcopy(model), setting, batches),
-    )
+    """Measure, print the table, and write it if asked to."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
+    parser.add_argument("--write", action="store_true", help="write docs/results/speed.*")
+    parser.add_argument("--only", action="append", choices=list(PARTS), help="one part; repeat it")
+    given = parser.parse_args()
+    if given.write and (given.quick or given.only):
+        parser.error("--write needs the whole, at full size: leave out --quick and --only")
+    rows, failed = measured(given.quick, given.only or list(PARTS))
+    where = circumstances()
+    print(page(rows, failed, where))
+    if given.write:
+        write(rows, failed, where, given.quick)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -286,6 +286,20 @@ def test_a_killed_command_repeated_gives_identical_weights(run_file: Path, tmp_p
     assert len((tmp_path / "p" / "rounds.jsonl").read_text().splitlines()) == 30
 
 
+def test_protect_profiles_and_shows_the_parts(run_file: Path, tmp_path: Path) -> None:
+    code, out, _ = sophon("protect", run_file, "--out", tmp_path / "p", "--profile", "2")
+    assert code == 0
+    assert "support passes" in out
+    assert (tmp_path / "p" / "profile" / "trace.json.gz").stat().st_size > 1000
+    again = ("protect", run_file, "--out", tmp_path / "q", "--profile", "1", "--json")
+    code, out, _ = sophon(*again)
+    events = {line["event"]: line for line in map(json.loads, out.splitlines())}
+    assert (code, events["profile"]["rounds"]) == (0, 1)
+    code, _, err = sophon("protect", run_file, "--out", tmp_path / "r", "--profile", "9")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--profile 9" in err
+
+
 # --- Audit and report -------------------------------------------------------------------------
 
 

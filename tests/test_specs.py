@@ -6,10 +6,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from sophon import _seeding
 from sophon._errors import SpecError
-from sophon._seeding import derive_seed
+from sophon._seeding import derive_seed, seeded
 from sophon._specs import ProtectSpec, RunSpec, Strategy, parse_spec, shared_fields
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -94,6 +96,21 @@ def test_streams_depend_on_every_name() -> None:
     seeds += [derive_seed(0, "a", "1"), derive_seed(0, 1, "a")]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_block_draws_what_torch_seeds_and_leaves_the_generator(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_seeding, "_processor_alone", lambda: alone)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with seeded(3, "dropout", 7):
+        drawn = torch.rand(4), torch.randn(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(derive_seed(3, "dropout", 7))
+    assert torch.equal(torch.rand(4), drawn[0])
+    assert torch.equal(torch.randn(4), drawn[1])
 
 
 def test_a_label_leaves_out_what_every_attack_shares() -> None:

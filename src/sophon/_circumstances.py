@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -33,14 +34,8 @@ def domain_record(domain: Domain, role: str, training_flops: int | None = None) 
 
 def environment(device: torch.device, precision: str) -> Environment:
     """Return where the audit runs: versions, processor, threads, device and precision."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return Environment(
-        versions=versions,
+        versions=_versions(),
         platform=f"{platform.system()} {platform.machine()}",
         processor=_processor(),
         threads=torch.get_num_threads(),
@@ -49,6 +44,19 @@ def environment(device: torch.device, precision: str) -> Environment:
     )
 
 
+# Both are read once a process: every trial has them.
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -18,17 +18,19 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
 
 from sophon._data import Domain, Images
 from sophon._models import add_lora, lora_parameters, real_name
+from sophon._optimisations import plain
 from sophon._preparations import Course, Surroundings, prepare, require_steps
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
 from sophon._sharing import backward, is_sharded, placed
+from sophon._spans import span, spanned
 from sophon._specs import OptimizerName, Preparation, ScheduleName, Strategy
 from sophon._tasks import Distillation
 
 OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimizer]] = {
-    "sgd": lambda p, s: SGD(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
+    "sgd": lambda p, s: SGD(p, s.learning_rate, weight_decay=s.weight_decay, **fused()),
     "sgd_momentum": lambda p, s: SGD(
-        p, s.learning_rate, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
+        p, s.learning_rate, momentum=s.momentum, weight_decay=s.weight_decay, **fused()
     ),
     "nesterov": lambda p, s: SGD(
         p,
@@ -36,13 +38,18 @@ OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimiz
         momentum=s.momentum,
         weight_decay=s.weight_decay,
         nesterov=True,
-        fused=True,
+        **fused(),
     ),
     "adagrad": lambda p, s: Adagrad(p, s.learning_rate, weight_decay=s.weight_decay),
     "adadelta": lambda p, s: Adadelta(p, s.learning_rate, weight_decay=s.weight_decay),
-    "adam": lambda p, s: Adam(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
-    "adamw": lambda p, s: AdamW(p, s.learning_rate, weight_decay=s.weight_decay, fused=True),
+    "adam": lambda p, s: Adam(p, s.learning_rate, weight_decay=s.weight_decay, **fused()),
+    "adamw": lambda p, s: AdamW(p, s.learning_rate, weight_decay=s.weight_decay, **fused()),
 }
+
+
+def fused() -> dict[str, Any]:
+    """Return the arguments that make an optimizer's step one call for all parameters."""
+    return {"foreach": False} if plain() else {"fused": True}
 
 
 def _ramp(step: int, strategy: Strategy) -> float:
@@ -129,6 +136,7 @@ class FineTuning:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    @spanned("support passes")
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         stream = generator(self.seed, *self.names, "task", self.taken)
         with self.setting.autocast():
@@ -145,8 +153,9 @@ class FineTuning:
             factor = SCHEDULES[self.strategy.schedule](self.taken, self.strategy)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.strategy.learning_rate * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with span("attackers' optimizer steps"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss
 
 

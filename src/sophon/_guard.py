@@ -14,6 +14,7 @@ from sophon._metrics import evaluate
 from sophon._records import Measurement
 from sophon._setting import Setting
 from sophon._sharing import placed
+from sophon._spans import spanned
 from sophon._specs import Guard
 
 GuardVerdict = Literal["met", "violated"]
@@ -68,6 +69,7 @@ class IntactnessGuard:
         """Note the attackers' mean query score of a round."""
         self._window.append(query_score)
 
+    @spanned("guard")
     def check(self, finished: int) -> tuple[float, GuardVerdict]:
         """Return the score after `finished` rounds and whether it is within the tolerance.
 

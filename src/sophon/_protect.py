@@ -25,11 +25,13 @@ from sophon._distributed import Ranks
 from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import write_json, write_text
 from sophon._finetune import (
+    fused,
     optimizer_tensors,
     restore_optimizer,
 )
 from sophon._guard import IntactnessGuard
 from sophon._models import network_identity, weights_sha256
+from sophon._optimisations import plain
 from sophon._protection_checks import check_protection
 from sophon._records import Measurement, Round
 from sophon._rehearsal import Rehearsals, Visit
@@ -38,6 +40,7 @@ from sophon._setting import make_setting
 from sophon._sharing import load_whole, sharing, splits, whole
 from sophon._sharing import shard as spread
 from sophon._shipping import ship
+from sophon._spans import spanned
 from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
 from sophon._tasks import Classification, Task
 
@@ -121,8 +124,8 @@ class Protection:
         self._split = independent and enough and not self.ranks.sharded
         spread(self.model, self.setting.head, self.ranks)
         parameters = list(self.model.parameters())
-        self.suppressor = Adam(parameters, spec.suppression_rate, fused=True)
-        self.reinforcer = Adam(parameters, spec.reinforcement_rate, fused=True)
+        self.suppressor = Adam(parameters, spec.suppression_rate, **fused())
+        self.reinforcer = Adam(parameters, spec.reinforcement_rate, **fused())
         weights = [domain.weight for domain in restricted]
         self.rehearsals = Rehearsals(spec, self.setting, weights, self.ranks, model)
         self.original_feed = self.setting.feed(
@@ -149,6 +152,7 @@ class Protection:
             "task": self.setting.task.name,
             "head": self.setting.head,
             "precision": self.setting.precision,
+            **({"plain": "1"} if plain() else {}),
         }
 
     @property
@@ -211,6 +215,7 @@ class Protection:
             return
         self.save_to(self.out / _STATES)
 
+    @spanned("states written")
     def save_to(self, folder: Path) -> None:
         """Write the state to resume from into `folder`."""
         tensors, plain = self._state()
@@ -276,6 +281,7 @@ class Protection:
         error.told = not self.ranks.first
         raise error
 
+    @spanned("suppression step")
     def _apply(self, gradients: dict[str, Tensor]) -> Tensor:
         """Take one clipped Adam step along the streamed gradient; return its norm before."""
         for name, parameter in self.model.named_parameters():
@@ -288,6 +294,7 @@ class Protection:
     def _reinforcement_steps(self) -> int:
         return self.spec.reinforcement_steps + self.guard.extra_steps
 
+    @spanned("reinforcement")
     def _reinforce(self) -> Tensor:
         """Take one ordinary training step on the original domain; return loss and gradient norm."""
         step = self.reinforced

@@ -27,9 +27,11 @@ from sophon._finetune import (
     optimizer_tensors,
     restore_optimizer,
 )
+from sophon._optimisations import plain
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
 from sophon._sharing import gradients, placed, shard, whole
+from sophon._spans import span, spanned
 from sophon._specs import ProtectSpec, Rehearsal, Strategy, StrategyDistribution
 from sophon._suppression import SUPPRESSIONS
 
@@ -169,6 +171,7 @@ class Attacker:
         """The attacker's own copy."""
         return self.tuning.model
 
+    @spanned("attackers' copies")
     @torch.no_grad()
     def detach_from(self, real: Mapping[str, Tensor]) -> None:
         """Remember where the attacker stands relative to the real weights."""
@@ -179,6 +182,7 @@ class Attacker:
                 moved.sub_(real[origin], alpha=factor)
             self.displacement[name] = moved
 
+    @spanned("attackers' copies")
     @torch.no_grad()
     def follow(self, real: Mapping[str, Tensor]) -> None:
         """Move with the real weights: `factor * real + displacement`."""
@@ -317,6 +321,7 @@ class Rehearsals:
         strategy, domain = self.strategy(identity), self.domain(identity)
         return fresh, Visit(slot, identity, strategy, domain, mine, zero, zero.clone())
 
+    @spanned("attackers' copies")
     def _recruit(self, real: nn.Module, visit: Visit) -> Attacker:
         horizon = self.rehearsal.horizon
         if horizon is None:
@@ -348,12 +353,13 @@ class Rehearsals:
         sums = [total.gradients[name] for name, _, _ in passing]
         factors = [factor for _, _, factor in passing]
         # After a distillation nothing of the real weights is left: there is no gradient to pass on.
-        plain = bool(factors) and all(factor == 1 for factor in factors)
+        together = bool(factors) and all(factor == 1 for factor in factors) and not plain()
         attacker.query_loss.zero_()
         for gamma, _ in zip(gammas, attacker.tuning.run(steps), strict=True):
-            loss, score = self._query(attacker)
-            found = gradients(loss, attacker.model, leaves)
-            if plain:
+            with span("query passes"):
+                loss, score = self._query(attacker)
+                found = gradients(loss, attacker.model, leaves)
+            if together:
                 torch._foreach_add_(sums, found, alpha=gamma)
             else:
                 for into, gradient, factor in zip(sums, found, factors, strict=True):

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
+
+from sophon._optimisations import plain
 
 if TYPE_CHECKING:
     import torch
@@ -39,5 +42,23 @@ def seeded(seed: int, *names: str | int) -> Iterator[None]:
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, *names))
+        start = torch.default_generator.manual_seed if _direct() else torch.manual_seed
+        start(derive_seed(seed, *names))
         yield
+
+
+def _direct() -> bool:
+    return _processor_alone() and not plain()
+
+
+@cache
+def _processor_alone() -> bool:
+    """Return whether the processor's global generator is the only one there is.
+
+    `torch.manual_seed` also leaves a seed, with a formatted stack, for every kind of device that
+    is not there: over a millisecond, at each step of an attack.
+    """
+    import torch
+
+    kinds = (torch.cuda, torch.backends.mps, torch.xpu, torch.mtia)
+    return not any(kind.is_available() for kind in kinds)

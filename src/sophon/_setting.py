@@ -24,7 +24,9 @@ from sophon._models import (
     find_head,
     head_classes,
 )
+from sophon._optimisations import plain
 from sophon._seeding import generator
+from sophon._spans import spanned
 from sophon._specs import Augmentation, Precision
 from sophon._tasks import Task
 
@@ -48,10 +50,11 @@ class Feed:
     augmentation: Augmentation = "none"
     _epoch: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    @spanned("input")
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return normalised images (batch, channels, height, width) and labels of one step."""
         epoch, position = divmod(step, max(1, len(self.images) // self.batch_size))
-        if epoch not in self._epoch:
+        if epoch not in self._epoch or plain():
             self._epoch.clear()
             stream = generator(self.seed, *self.names, "epoch", epoch)
             self._epoch[epoch] = torch.randperm(len(self.images), generator=stream)

@@ -17,6 +17,7 @@ from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy, attacker_images
 from sophon._metrics import evaluate
 from sophon._models import batch_norm_reestimated, merged_lora
+from sophon._optimisations import plain
 from sophon._records import (
     SCHEMA_VERSION,
     Completed,
@@ -86,6 +87,8 @@ class Bench:
         }
         if assignment.stop is not None:
             parts["stop"] = assignment.stop
+        if plain():
+            parts["plain"] = True
         if assignment.strategy.preparations:
             # Some train on the original domain first.
             parts["original"] = setting.original.fingerprint()

@@ -62,6 +62,15 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
         Path | None,
         typer.Option("--tensorboard", metavar="FOLDER", help="Log every round for TensorBoard."),
     ] = None,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            "--profile",
+            min=1,
+            metavar="ROUNDS",
+            help="Time the parts of so many rounds and trace one more, into FOLDER/profile.",
+        ),
+    ] = None,
     threads: Threads = None,
     shard: Annotated[
         bool,
@@ -82,6 +91,8 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
         with ranks.agreeing():
             if dry_run and ranks.world > 1:
                 raise SpecError("--dry-run forecasts one process: repeat it without torchrun")
+            if profile is not None and ranks.world > 1:
+                raise SpecError("--profile times one process: repeat it without torchrun")
             if out is None and not dry_run:
                 raise SpecError(
                     "--out is missing: name a folder to write to, such as --out runs/p1"
@@ -95,7 +106,9 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
         if out is None or dry_run:
             show_forecast(case, as_json=as_json)
             return
-        result = run_protection(case, out, mode, tensorboard=tensorboard, shard=shard)
+        result = run_protection(
+            case, out, mode, tensorboard=tensorboard, profile=profile, shard=shard
+        )
         if ranks.first:
             show_protected(result, out, mode)
 

@@ -16,8 +16,9 @@ from sophon._cli.application import stopping
 if TYPE_CHECKING:
     from sophon._comparison import Comparison
     from sophon._pretrain import Pretrained
+    from sophon._profile import Profiled
     from sophon._progress import Mode
-    from sophon._protect import Protected
+    from sophon._protect import Protected, Protection
     from sophon._report import Report
     from sophon._runs import Case
     from sophon._tensorboard import RoundLog
@@ -31,9 +32,16 @@ def mode_of(quiet: bool, as_json: bool) -> Mode:
 
 
 def run_protection(
-    case: Case, out: Path, mode: Mode, *, tensorboard: Path | None = None, shard: bool = False
+    case: Case,
+    out: Path,
+    mode: Mode,
+    *,
+    tensorboard: Path | None = None,
+    profile: int | None = None,
+    shard: bool = False,
 ) -> Protected:
-    """Run or resume a protection in `out`, with TensorBoard logs in a folder if one is given.
+    """Run or resume a protection in `out`, with TensorBoard logs in a folder if one is given, and a
+    profile of so many rounds.
 
     Of many processes the first one shows it.
     """
@@ -58,11 +66,12 @@ def run_protection(
         finished = run.done == len(run)
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
         typer.echo(f"{out} {state}", err=True)
+    profiled = _profiled(run, profile, out)
     guard, kind = "", kind_of(run.guard.before)
     display = Display(mode, noun="round", total=len(run), todo=len(run) - run.done)
     with stopping(run.ranks) as stop, display, _logged(tensorboard, run.done) as log:
         display.start_at(run.done)
-        for record in run:
+        for record in run if profiled is None else profiled:
             if record.guard_score is not None:
                 guard = f"{kind.show(record.guard_score, 1)} ({record.guard})"
             text = round_text(kind.show(record.query_score, 1), guard)
@@ -72,7 +81,28 @@ def run_protection(
             if stop.asked and run.done < len(run):
                 run.save()
                 raise KeyboardInterrupt
+    if profiled is not None:
+        _show_profile(profiled, mode)
     return run.result()
+
+
+def _profiled(run: Protection, rounds: int | None, out: Path) -> Profiled | None:
+    if rounds is None:
+        return None
+    from sophon._profile import Profiled
+
+    return Profiled(run, rounds, out)
+
+
+def _show_profile(profiled: Profiled, mode: Mode) -> None:
+    if profiled.result is None or mode == "quiet":
+        return
+    if mode == "json":
+        held = {"event": "profile", **profiled.result.data(), "folder": str(profiled.folder)}
+        typer.echo(json.dumps(held))
+        return
+    print_rows(profiled.result.rows())
+    typer.echo(f"profile of {profiled.rounds} rounds and a trace: {profiled.folder}")
 
 
 def _logged(folder: Path | None, done: int) -> AbstractContextManager[RoundLog | None]:

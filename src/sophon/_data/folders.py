@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sophon._data.images import Bytes, Integers, open_picture, stack
+from sophon._data.decoded import read_pictures
+from sophon._data.images import Bytes, Integers
 from sophon._data.splits import Contents, Part
 from sophon._errors import DataError
 
@@ -86,9 +87,7 @@ def read_later(files: list[Path], size: int | None) -> Part:
     """Return a part of image files, all labelled 0, that are read when they are asked for."""
 
     def read(index: Integers) -> Bytes:
-        chosen = [files[one] for one in index]
-        pictures = (open_picture(path, size) for path in chosen)
-        return stack(pictures, len(chosen), lambda position: str(chosen[position]))
+        return read_pictures([files[one] for one in index], size)
 
     return Part(np.zeros(len(files), dtype=np.int64), read)
 

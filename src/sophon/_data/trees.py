@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from sophon._data.conventions import CLASS_ORDERS, IMAGENETTE
-from sophon._data.images import Bytes, Integers, open_picture, stack
+from sophon._data.decoded import read_pictures
+from sophon._data.images import Bytes, Integers
 from sophon._data.splits import Contents, Part
 from sophon._errors import DataError
 
@@ -206,8 +207,6 @@ def _pictures(folder: Path, *, flat: bool = False) -> list[Path]:
 
 def _part(files: list[Path], labels: list[int], size: int | None) -> Part:
     def read(index: Integers) -> Bytes:
-        chosen = [files[one] for one in index]
-        pictures = (open_picture(path, size) for path in chosen)
-        return stack(pictures, len(chosen), lambda position: str(chosen[position]))
+        return read_pictures([files[one] for one in index], size)
 
     return Part(np.array(labels, dtype=np.int64), read)

@@ -17,6 +17,7 @@ from sophon._models._probing import (
     probing,
     run,
 )
+from sophon._optimisations import plain
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -168,8 +169,10 @@ def choose_channels_last(model: nn.Module) -> bool:
 
     Not diffusers' U-Nets: their group normalisations eat up the gain (`docs/design/generation.md`).
     """
-    return not is_denoiser(model) and any(
-        isinstance(module, nn.Conv2d) for module in model.modules()
+    return (
+        not plain()
+        and not is_denoiser(model)
+        and any(isinstance(module, nn.Conv2d) for module in model.modules())
     )
 
 
@@ -194,6 +197,8 @@ def choose_precision(
             return "fp32"
     if requested != "auto":
         return requested
+    if plain():
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu":

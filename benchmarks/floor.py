@@ -1,0 +1,161 @@
+"""A protect round and an attack trial against plain PyTorch loops of the same passes.
+
+The plain loops do the same forward, backward and optimizer steps on the same images, in the same
+precision and memory layout, from batches made before the clock starts, and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from cases import Sizes, protection, quick
+from timing import Row, alone, ratios, row
+from torch import Tensor, nn
+
+from sophon._setting import Setting
+from sophon._specs import Strategy
+from sophon._suppression import SUPPRESSIONS
+from sophon._trials import Assignment, Bench, Start, evaluation_steps
+
+Batches = list[tuple[Tensor, Tensor]]
+EVALUATIONS, TRIAL_BATCH = 12, 64
+
+
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    setting: Setting,
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    with setting.autocast():
+        logits = model(batch[0])
+    F.cross_entropy(logits.float(), batch[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def bare_round(
+    real: nn.Module,
+    attacker: nn.Module,
+    setting: Setting,
+    batches: tuple[Batches, Batches, Batches],
+) -> None:
+    """Take K support steps with a query pass each, one suppression and one reinforcement step."""
+    supports, queries, originals = batches
+    optimizer = momentum(attacker)
+    for support, (images, labels) in zip(supports, queries, strict=True):
+        train(attacker, optimizer, setting, support)
+        with setting.autocast():
+            logits = attacker(images)
+        SUPPRESSIONS["klu"](logits.float(), labels).mean().backward()
+        optimizer.zero_grad()
+    adam = torch.optim.Adam(real.parameters(), 1e-4, fused=True)
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    adam.zero_grad()
+    for original in originals:
+        train(real, adam, setting, original)
+
+
+def round_row(name: str, sizes: Sizes, repeats: int) -> Row:
+    run = protection(name, sizes)
+    setting, rounds = run.setting, iter(run)
+    feed = run.rehearsals.feed(0, run.rehearsals.strategy(0))
+    made = [feed.batch(step) for step in range(sizes.steps)]
+    supports = [(x[: sizes.support], y[: sizes.support]) for x, y in made]
+    queries = [(x[sizes.support :], y[sizes.support :]) for x, y in made]
+    real, attacker = (copy.deepcopy(run.model).train() for _ in range(2))
+    batches = supports, queries, [run.original_feed.batch(0)]
+    values = ratios(
+        lambda: next(rounds), lambda: bare_round(real, attacker, setting, batches), repeats
+    )
+    what = f"protect round / bare passes: {name}, 32x32, K = {sizes.steps}, batch {sizes.batch}"
+    return row(f"{what}, {setting.precision}", values, at_most=1.05)
+
+
+@torch.no_grad()
+def scored(model: nn.Module, setting: Setting, batches: Batches) -> int:
+    model.eval()
+    right = 0
+    for images, labels in batches:
+        with setting.autocast():
+            right += int((model(images).argmax(1) == labels).sum())
+    model.train()
+    return right
+
+
+@torch.no_grad()
+def scored_anew(
+    model: nn.Module, setting: Setting, fresh: Batches, batches: Batches
+) -> tuple[int, int]:
+    """Score as the audit's protocol does: as it is, and with BatchNorm's statistics anew."""
+    first = scored(model, setting, batches)
+    held = copy.deepcopy(model.state_dict())
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    for images, _ in fresh:
+        with setting.autocast():
+            model(images)
+    second = scored(model, setting, batches)
+    for norm in norms:
+        norm.momentum = 0.1
+    model.load_state_dict(held)
+    return first, second
+
+
+def trial_row(name: str, steps: int, repeats: int) -> Row:
+    run = protection(name, quick(Sizes()))
+    setting, domain = run.setting, run.setting.restricted[0]
+    strategy = Strategy(learning_rate=1e-3, batch_size=TRIAL_BATCH, steps=steps)
+    bench = Bench(setting, EVALUATIONS)
+    assignment = Assignment("protected", domain, strategy, 0)
+    start = Start(run.model, name, "")
+    bench.key(assignment, start)
+    feed = setting.feed(domain, domain.train, batch_size=TRIAL_BATCH, stream=(0, ("bare",)))
+    batches = [feed.batch(step) for step in range(steps)]
+    validation, test = (
+        list(setting.feed(domain, images, batch_size=250).in_order())
+        for images in (domain.validation, domain.test)
+    )
+    due = evaluation_steps(steps, EVALUATIONS)
+
+    def bare() -> None:
+        model = copy.deepcopy(run.model).train()
+        optimizer = momentum(model)
+        scored_anew(model, setting, batches[:4], validation)
+        for step, batch in enumerate(batches):
+            train(model, optimizer, setting, batch)
+            if step + 1 in due:
+                scored_anew(model, setting, batches[:4], validation)
+        scored(model, setting, test)
+
+    values = ratios(lambda: bench.run(assignment, start), bare, repeats)
+    what = f"attack trial / bare training: {name}, 32x32, {steps} steps of {TRIAL_BATCH}"
+    return row(
+        f"{what}, {len(due) + 1} evaluations, {setting.precision}",
+        values,
+        at_most=1.03,
+        note="evaluation includes the passes that measure BatchNorm's statistics anew",
+    )
+
+
+def rows(short: bool, names: tuple[str, ...] = ("ResNet-20", "ResNet-18")) -> list[Row]:
+    """Return a round and a trial on each network."""
+    sizes, steps, repeats = (quick(Sizes()), 4, 1) if short else (Sizes(), 60, 3)
+    found = []
+    for name in names:
+        found += [round_row(name, sizes, repeats), trial_row(name, steps, repeats)]
+    return found
+
+
+if __name__ == "__main__":
+    alone(rows)

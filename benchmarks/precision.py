@@ -1,0 +1,89 @@
+"""bf16 autocast and channels_last against fp32, for a whole round.
+
+    python benchmarks/precision.py --protection RUN.TOML FOLDER
+
+protects the model of a run file in fp32 and as `auto` chooses, with three seeds each, audits every
+result with `quick-1`, and prints the advantage removed beside its spread over seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from cases import Sizes, protection, quick
+from timing import Row, alone, ratios, row
+
+from sophon._records import AuditRecord
+from sophon._report import report
+
+SEEDS = (0, 1, 2)
+
+
+def rows(short: bool) -> list[Row]:
+    """Return a round in fp32 against one as `auto` chooses."""
+    sizes, repeats = (quick(Sizes()), 1) if short else (Sizes(10), 5)
+    chosen = protection("ResNet-20", sizes)
+    exact = protection("ResNet-20", sizes, precision="fp32")
+    setting = chosen.setting
+    fast, slow = iter(chosen), iter(exact)
+    what = (
+        f"fp32 round / {setting.precision} round: ResNet-20, K = {sizes.steps}, batch {sizes.batch}"
+    )
+    native = setting.precision == "bf16"
+    values = ratios(lambda: next(slow), lambda: next(fast), repeats)
+    return [
+        row(
+            what,
+            values,
+            at_least=1.7 if native else None,
+            note="" if native else "this processor does not compute in bf16",
+        )
+    ]
+
+
+def removed(run_file: Path, folder: Path, precision: str, seed: int) -> float:
+    """Return the advantage that one protection removes in its audit, of the first domain."""
+    place = folder / f"{precision}-{seed}"
+    store = ["--store", str(folder / "store")]
+    choice = ["--set", f"protect.precision={precision}", "--set", f"protect.seed={seed}"]
+    command = [sys.executable, "-m", "sophon"]
+    threads = ["--threads", str(torch.get_num_threads()), "--quiet"]
+    subprocess.run(
+        [*command, "protect", str(run_file), "--out", str(place), *choice, *threads], check=True
+    )
+    attack = [*command, "audit", str(run_file), "--model", str(place), "--out", str(place / "a")]
+    subprocess.run([*attack, *store, *choice, *threads, "--set", "audit.suite=quick-1"], check=True)
+    text = (place / "a" / "record.json").read_text(encoding="utf-8")
+    made = report(AuditRecord.model_validate_json(text))
+    value = made.summaries[0].advantage.value
+    if value is None:
+        raise SystemExit(f"{place}: no advantage could be measured: {made.summaries[0].reasons}")
+    return value
+
+
+def compare_protection(run_file: Path, folder: Path) -> None:
+    found = {
+        precision: [removed(run_file, folder, precision, seed) for seed in SEEDS]
+        for precision in ("fp32", "auto")
+    }
+    for precision, values in found.items():
+        shown = ", ".join(f"{100 * value:.1f} %" for value in values)
+        spread = 100 * statistics.stdev(values)
+        mean = 100 * statistics.mean(values)
+        print(f"{precision}: {mean:.1f} % of the advantage removed ({shown}; sd {spread:.1f})")
+    means = [statistics.mean(values) for values in found.values()]
+    noise = statistics.mean(statistics.stdev(values) for values in found.values())
+    apart = abs(means[0] - means[1])
+    # Two means of three seeds differ by chance by about 0.8 of a seed's deviation.
+    print(f"apart: {100 * apart:.1f} points; of chance about {100 * noise * (2 / 3) ** 0.5:.1f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--protection"]:
+        compare_protection(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        alone(rows)

@@ -1,0 +1,184 @@
+"""The streamed suppression gradient against the usual way: every query graph kept to the end.
+
+The usual way is written with TorchOpt (arXiv 2211.06934), a library of differentiable optimizers:
+the attacker's weights are the real ones plus its detached updates, so that one backward through all
+K query losses gives the first-order gradient. Memory is each process's own peak, less what it
+held before the pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from cases import Sizes, protection, quick
+from timing import Row, alone, ratios, row, seconds
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sophon._protect import Protection
+from sophon._rehearsal import Rehearsals
+from sophon._setting import make_setting
+from sophon._specs import Strategy
+from sophon._suppression import SUPPRESSIONS
+from sophon._tasks import Classification
+
+SUPPRESSION = "klu"
+
+
+def retained(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str, Tensor]:
+    """Return the gradient by parameter name from K graphs that are kept until one backward."""
+    import torchopt
+
+    feed = pool.feed(0, strategy)
+    network = copy.deepcopy(model).train()
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    # TorchOpt's trees of tensors: a tuple in the order of the names.
+    names, held = tuple(leaves), tuple(leaves.values())
+    optimizer = torchopt.sgd(lr=strategy.learning_rate, momentum=strategy.momentum)
+    state = optimizer.init(held)
+    steps, size = pool.rehearsal.steps, strategy.batch_size
+    total: Tensor | float = 0.0
+    for step in range(steps):
+        images, labels = feed.batch(step)
+        outputs = functional_call(network, dict(zip(names, held, strict=True)), (images[:size],))
+        gradients = torch.autograd.grad(F.cross_entropy(outputs, labels[:size]), held)
+        updates, state = optimizer.update(gradients, state, params=held, inplace=False)
+        held = torchopt.apply_updates(held, updates, inplace=False)
+        outputs = functional_call(network, dict(zip(names, held, strict=True)), (images[size:],))
+        loss = SUPPRESSIONS[SUPPRESSION](outputs, labels[size:]).mean()
+        total = total + loss / steps
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    return dict(zip(names, gradients, strict=True))
+
+
+def prepared(sizes: Sizes) -> tuple[Protection, Strategy]:
+    run = protection("ResNet-20", sizes, precision="fp32")
+    return run, run.rehearsals.strategy(0)
+
+
+def streamed(run: Protection) -> dict[str, Tensor]:
+    pool = Rehearsals(run.spec, run.setting, [1.0])
+    return pool.suppress(run.model)[0].gradients
+
+
+class Double(nn.Module):
+    """A network in float64 for a feed's float32 images."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.inner(images.double())
+        return result
+
+
+def difference(sizes: Sizes) -> float:
+    """Return the largest difference of the two gradients in float64, relative to the largest."""
+    run, strategy = prepared(sizes)
+    model = Double(copy.deepcopy(run.model))
+    setting = make_setting(
+        model,
+        task=Classification(),
+        original=run.setting.original,
+        restricted=run.setting.restricted,
+        head=None,
+        precision="fp32",
+        device="cpu",
+    )
+    pool = Rehearsals(run.spec, setting, [1.0])
+    expected = retained(model, pool, strategy)
+    found = pool.suppress(model)[0].gradients
+    most = max(float(value.abs().max()) for value in expected.values())
+    return max(float((found[n] - value).abs().max()) for n, value in expected.items()) / most
+
+
+def status(key: str) -> float:
+    """Return a size of this process in MiB, from Linux: `VmHWM` its peak, `VmRSS` what it holds."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise KeyError(key)
+
+
+def measure(way: str, sizes: Sizes) -> dict[str, float]:
+    """Return the seconds and the extra MiB of one gradient, in this process."""
+    run, strategy = prepared(sizes)
+    # The kernels' own buffers belong to neither way.
+    F.cross_entropy(run.model.train()(run.original_feed.batch(0)[0][:8]), torch.zeros(8).long())
+    pool = Rehearsals(run.spec, run.setting, [1.0])
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if way == "streamed":
+        taken = seconds(lambda: pool.suppress(run.model))
+    else:
+        taken = seconds(lambda: retained(run.model, pool, strategy))
+    return {"seconds": taken, "extra": status("VmHWM") - before}
+
+
+def in_process(way: str, sizes: Sizes) -> dict[str, float]:
+    """Return what `measure` finds in a process of its own."""
+    values = [str(value) for value in (sizes.steps, sizes.support, sizes.query)]
+    command = [sys.executable, __file__, "--measure", way, *values, str(torch.get_num_threads())]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(run.stdout)
+    return result
+
+
+def rows(short: bool) -> list[Row]:
+    """Return equality, speed and memory against the graphs kept."""
+    full, flat = Sizes(), (10, 200)
+    if short:
+        full, flat = quick(full), (2, 3)
+    small = Sizes(flat[0], 81, 15) if not short else full
+    few = Sizes(3, 12, 4)
+    run, strategy = prepared(Sizes(min(10, full.steps), full.support, full.query))
+    pool = Rehearsals(run.spec, run.setting, [1.0])
+    speed = ratios(
+        lambda: streamed(run), lambda: retained(run.model, pool, strategy), 1 if short else 5
+    )
+    ours, kept = (in_process(way, full)["extra"] for way in ("streamed", "retained"))
+    short_run, long_run = (
+        in_process("streamed", Sizes(steps, small.support, small.query))["extra"] for steps in flat
+    )
+    images = f"{full.support} + {full.query} images"
+    return [
+        row(
+            "difference of the streamed and the retained gradient in float64, relative",
+            [difference(few)],
+            at_most=1e-9,
+        ),
+        row(
+            f"streamed / retained, seconds: ResNet-20, K = {run.spec.rehearsal.steps}, {images},"
+            " fp32",
+            speed,
+            at_most=1.0,
+        ),
+        row(
+            f"streamed / retained, extra memory: K = {full.steps}, {images}, fp32",
+            [ours / kept],
+            at_most=1 / 3,
+            note=f"{ours:.0f} MiB against {kept:.0f} MiB",
+        ),
+        row(
+            f"extra memory, K = {flat[1]} / K = {flat[0]}: {small.support} + {small.query} images",
+            [long_run / short_run],
+            at_most=1.05,
+            note=f"{long_run:.0f} MiB against {short_run:.0f} MiB",
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        torch.set_num_threads(int(sys.argv[6]))
+        chosen = Sizes(*(int(value) for value in sys.argv[3:6]))
+        print(json.dumps(measure(sys.argv[2], chosen)))
+    else:
+        alone(rows)

@@ -1,0 +1,150 @@
+"""How long the command line takes to start, and a report of 200 trials."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from timing import Row, alone, row, seconds
+
+from sophon._attacks import strategies_of
+from sophon._records import (
+    AuditRecord,
+    Completed,
+    DomainRecord,
+    Environment,
+    Point,
+    Score,
+    SubjectRecord,
+    Trial,
+)
+from sophon._specs import AuditSpec, Subject
+
+SUBJECTS: tuple[Subject, ...] = ("protected", "unprotected", "scratch")
+STEPS = (5, 8, 12, 18, 27, 40, 59, 87, 128, 155, 180, 200)
+MAIN = "import sys; from sophon._cli import main; main()"
+
+
+def scores(index: int) -> list[tuple[int, int]]:
+    """Return a made-up curve: (step, right images of 200)."""
+    steps = enumerate((0, *STEPS))
+    return [(step, min(200, 20 + step // 2 + (7 * index + at) % 90)) for at, step in steps]
+
+
+def record(trials: int) -> AuditRecord:
+    """Return a record of so many trials with made-up scores."""
+    spec = AuditSpec(steps=200, seeds=(0, 1, 2))
+    strategies = strategies_of(spec)
+    made = []
+    for index in range(trials):
+        subject = SUBJECTS[index % 3]
+        seed, strategy = index // 3 % 3, strategies[index // 9 % len(strategies)]
+        curve = [
+            Point(step=step, samples=64 * step, validation=Score(correct=right, total=200))
+            for step, right in scores(index)
+        ]
+        made.append(
+            Trial(
+                key=str(index),
+                subject=subject,
+                domain="refused",
+                strategy=strategy,
+                seed=seed,
+                curve=tuple(curve),
+                best_step=max(curve, key=lambda point: point.validation.correct).step,
+                test=Score(correct=700, total=1000),
+                outcome=Completed(),
+                wall_s=1.0,
+            )
+        )
+
+    def domain(name: str, role: str) -> DomainRecord:
+        return DomainRecord(
+            name=name,
+            role=role,
+            source="arrays",
+            sha256="0" * 64,
+            train=1000,
+            validation=200,
+            test=1000,
+            classes=10,
+            image=(3, 32, 32),
+        )
+
+    return AuditRecord(
+        spec=spec,
+        spec_fingerprint=spec.fingerprint(),
+        strategies=strategies,
+        model="resnet20",
+        task="classification",
+        original=domain("kept", "original"),
+        restricted=(domain("refused", "restricted"),),
+        subjects=tuple(
+            SubjectRecord(
+                name=name,
+                weights_sha256="1" * 64,
+                original=None if name == "scratch" else Score(correct=900, total=1000),
+                parameters=9,
+                flags=(),
+            )
+            for name in SUBJECTS
+        ),
+        trials=tuple(made),
+        environment=Environment(
+            versions={},
+            platform="",
+            processor="",
+            threads=1,
+            device="cpu",
+            precision="fp32",
+        ),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command="",
+    )
+
+
+def imports_torch(*arguments: str) -> bool:
+    """Return whether the command has imported torch by its end."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n" + MAIN
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True
+    )
+    return run.stderr.split()[-1] == "True"
+
+
+def rows(short: bool) -> list[Row]:
+    """Return the time of `sophon --help` and of `sophon report`, as text and as a page."""
+    repeats, trials = (1, 200) if short else (7, 200)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "record.json").write_text(record(trials).model_dump_json(), encoding="utf-8")
+        commands = (
+            ("sophon --help", ("--help",), 0.3),
+            (f"sophon report of {trials} trials", ("report", name), 1.5),
+            (
+                f"sophon report --html of {trials} trials",
+                ("report", name, "--html", str(folder / "report.html")),
+                1.5,
+            ),
+        )
+        return [started(what, command, bar, repeats) for what, command, bar in commands]
+
+
+def started(what: str, command: tuple[str, ...], bar: float, repeats: int) -> Row:
+    heavy = imports_torch(*command)
+
+    def run() -> None:
+        subprocess.run([sys.executable, "-c", MAIN, *command], check=True, capture_output=True)
+
+    note = "imports torch" if heavy else "imports no torch"
+    return row(what, [seconds(run) for _ in range(repeats)], at_most=bar, unit=" s", note=note)
+
+
+if __name__ == "__main__":
+    alone(rows)

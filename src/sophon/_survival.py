@@ -1,15 +1,13 @@
 """Cost to recover as survival data: an attack seed that never got there is censored, not dropped.
 
-Kaplan-Meier and log-rank are written out: importing SciPy's takes longer than a whole report.
+Kaplan-Meier and log-rank are SciPy's.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,21 +57,16 @@ def logrank(first: Recovery, second: Recovery) -> float | None:
 
     None with fewer than two seeds each and where nobody got there; 1 where all cost the same.
     """
+    from scipy.stats import logrank as test
+
     if min(len(first.costs), len(second.costs)) < 2:
         return None
-    both, treated = _risks((*first.costs, *second.costs)), _risks(first.costs)
-    if not both:
+    if all(cost.steps is None for cost in (*first.costs, *second.costs)):
         return None
-    excess = variance = 0.0
-    for time, (at_risk, reached) in both.items():
-        exposed = sum(_steps(cost) >= time for cost in first.costs)
-        share = exposed / at_risk
-        excess += (treated[time].reached if time in treated else 0) - reached * share
-        if at_risk > 1:
-            left = (at_risk - reached) / (at_risk - 1)
-            variance += reached * share * (1 - share) * left
+    with np.errstate(all="ignore"):
+        value = float(test(_censored(first.costs), _censored(second.costs)).pvalue)
     # Without any spread there is no variance to divide by.
-    return math.erfc(abs(excess) / math.sqrt(2 * variance)) if variance > 0 else 1.0
+    return value if math.isfinite(value) else 1.0
 
 
 def ratio_interval(protected: Recovery, other: Recovery, *, seed: int = 0) -> Interval | None:
@@ -98,30 +91,17 @@ def _resampled(held: Recovery, stream: np.random.Generator) -> NDArray[np.float6
 
 
 def _median(costs: Sequence[Cost]) -> int | None:
-    survival = 1.0
-    for time, (at_risk, reached) in _risks(costs).items():
-        survival *= 1 - reached / at_risk
-        if survival <= 0.5 + 1e-12:
-            return time
-    return None
+    from scipy.stats import ecdf
+
+    if not costs or all(cost.steps is None for cost in costs):
+        return None
+    survival = ecdf(_censored(costs)).sf
+    reached = survival.quantiles[survival.probabilities <= 0.5 + 1e-12]
+    return int(reached[0]) if len(reached) else None
 
 
-class _Risk(NamedTuple):
-    at_risk: int
-    reached: int
+def _censored(costs: Sequence[Cost]) -> object:
+    from scipy.stats import CensoredData
 
-
-def _risks(costs: Sequence[Cost]) -> dict[int, _Risk]:
-    """Return, for each cost at which a seed got there, how many had not yet and how many did.
-
-    A seed censored at that very cost had not.
-    """
-    reached = Counter(cost.steps for cost in costs if cost.steps is not None)
-    return {
-        time: _Risk(sum(_steps(cost) >= time for cost in costs), reached[time])
-        for time in sorted(reached)
-    }
-
-
-def _steps(cost: Cost) -> int:
-    return cost.horizon if cost.steps is None else cost.steps
+    steps = [float(cost.horizon if cost.steps is None else cost.steps) for cost in costs]
+    return CensoredData.right_censored(steps, [cost.steps is None for cost in costs])

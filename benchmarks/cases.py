@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
 from sophon._networks import ResNet20, SmallConvNet
 from sophon._protect import Protection
@@ -23,6 +24,7 @@ def noise(name: str, seed: int, *, count: int = 1000, size: int = 32) -> Domain:
 
 
 def resnet18() -> nn.Module:
+    prepare_torchvision()
     from torchvision.models import resnet18
 
     return resnet18(num_classes=10)

@@ -23,6 +23,8 @@ TEXTS = sorted(
 )
 FORBIDDEN = {"learn2learn", "higher", "hydra", "wandb"}
 TORCHLESS = {
+    "_ablation",
+    "_ablation_plot",
     "_attacks",
     "_checks",
     "_comparison",

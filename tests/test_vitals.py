@@ -49,14 +49,26 @@ def test_a_model_that_raises_when_trained_has_no_gradient() -> None:
     assert training_flops(model, _setting(trained_model()), restricted()) is None
 
 
-def test_operations_are_those_of_each_image_forward_and_backward() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
-    )
-    # 8x8 images; nothing flows back into the images themselves.
-    convolution, linear = 2 * 4 * 9 * 64, 2 * 4 * 5
-    expected = 2 * convolution + 3 * linear
-    assert training_flops(model, _setting(model), restricted()) == expected
+def test_operations_are_three_times_those_of_each_image_forward() -> None:
+    class Mixed(nn.Module):
+        """A grouped convolution, attention over the pixels and a head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 8, 3, padding=1, stride=2)
+            self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.depthwise(self.stem(images)).flatten(2).mT
+            maps = nn.functional.scaled_dot_product_attention(maps, maps, maps)
+            return self.head(maps.mean(1))
+
+    # 8x8 images, 4x4 maps of 8 channels: 16 tokens.
+    stem, depthwise = 2 * 8 * 9 * 16, 2 * 8 * 9 * 16
+    attention, head = 2 * (2 * 16 * 16 * 8), 2 * 8 * 5
+    expected = 3 * (stem + depthwise + attention + head)
+    assert training_flops(Mixed(), _setting(Mixed()), restricted()) == expected
 
 
 def test_shared_images_are_counted_exact_and_near() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,39 @@ def test_interrupting_leaves_a_run_that_resumes(run_file: Path, tmp_path: Path) 
     subprocess.run(uninterrupted, check=True, timeout=100, capture_output=True)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "pq")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_interrupting_an_audit_ends_its_workers_and_keeps_its_trials(
+    finished: Path, tmp_path: Path
+) -> None:
+    options = ["--workers", "2", "--set", "audit.steps=600", "--json"]
+    command = ["audit", str(finished / "run.toml"), "--model", str(finished / "p"), *options]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sophon", *command, "--out", str(tmp_path / "a")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    while '"event": "trial"' not in process.stdout.readline():
+        assert process.poll() is None
+    # As a terminal does: to the command and its workers alike.
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "to resume, repeat the command" in err
+    assert "Traceback" not in err
+    assert list((tmp_path / "a/trials").glob("*.json"))
+    assert not (tmp_path / "a/record.json").exists()
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("workers were left behind")
 
 
 def test_a_killed_command_repeated_gives_identical_weights(run_file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sophon import _seeding
 from sophon._errors import SpecError
 from sophon._seeding import derive_seed, seeded
-from sophon._specs import ProtectSpec, RunSpec, Strategy, parse_spec, shared_fields
+from sophon._specs import AuditSpec, ProtectSpec, RunSpec, Strategy, parse_spec, shared_fields
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 GOOD = {
@@ -122,3 +122,8 @@ def test_a_label_leaves_out_what_every_attack_shares() -> None:
     assert "clip_norm" not in shared
     assert one.label(shared) == "direct-all sgd_momentum 0.01 (clip norm 1.0)"
     assert other.label(shared) == "direct-all sgd_momentum 0.01"
+
+
+def test_a_list_that_is_too_short_says_how_many_are_needed() -> None:
+    with pytest.raises(SpecError, match=r"audit: seeds = \[\]: give at least 1$"):
+        parse_spec(AuditSpec, {"seeds": []}, where="audit")

@@ -46,6 +46,8 @@ def _describe(cls: type[Spec], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{path} is missing; add it"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "too_short":
+        message = f"give at least {fault['ctx']['min_length']}"
     message = message[0].lower() + message[1:]
     shown = "" if isinstance(value, dict) else f" = {value!r}"
     return f"{path}{shown}: {message}"

@@ -51,7 +51,7 @@ def _numbers(name: str, base: str, key: str, *values: float) -> tuple[Variation,
     return _axis(name, base, key, {f"{value:g}": value for value in values})
 
 
-# Attackers of one strategy alone.
+# Attackers of one strategy alone, from the weights as they are.
 _ONE = (
     f"{_REHEARSAL}.distribution={{ batch_sizes = [32], preparations = [[]],"
     " learning_rates = { sgd_momentum = [1e-3, 1e-3] } }"
@@ -67,10 +67,9 @@ AXES: dict[str, tuple[Variation, ...]] = {
     "beta": _numbers("beta", "0.0005", "protect.reinforcement_rate", 1.5e-4, 5e-4, 1.5e-3),
     "K": _numbers("K", "5", f"{_REHEARSAL}.steps", 2, 5, 10),
     "N": _numbers("N", "1", f"{_REHEARSAL}.strategies", 1, 2, 4),
-    "sampled strategies": (
-        Variation("sampled strategies", "one", (_ONE,)),
-        *_numbers("sampled strategies", "4", f"{_REHEARSAL}.pool", 2, 4, 8),
-    ),
+    "strategies": (Variation("strategies", "one", (_ONE,)), Variation("strategies", "sampled")),
+    # How many attackers live side by side; each keeps its strategy for its life.
+    "pool": _numbers("pool", "4", f"{_REHEARSAL}.pool", 2, 4, 8),
     "NTR steps": _numbers("NTR steps", "2", "protect.reinforcement_steps", 1, 2, 4),
     "tolerance": _numbers("tolerance", "3", "protect.guard.tolerance_points", 1, 3, 10),
 }

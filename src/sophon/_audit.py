@@ -29,7 +29,7 @@ from sophon._circumstances import domain_record, environment, health
 from sophon._data import Domain, check_batch_fits, overlaps_of
 from sophon._errors import AuditError, SpecError
 from sophon._executors import Executor, Job, Processes, Serial, Workload
-from sophon._files import read_json, require_writable, write_json
+from sophon._files import require_writable
 from sophon._finetune import check_preparations
 from sophon._metrics import evaluate
 from sophon._models import fresh_copy, network_identity, require_peft, weights_sha256
@@ -256,22 +256,23 @@ class Audit:
             "spec": self.spec.model_dump(mode="json"),
             "budget_s": budget_s,
             "workers": self.workers,
+            "executor": self.executor,
+            "device": str(self.setting.device),
+            "precision": self.setting.precision,
+            "threads": torch.get_num_threads() if self.workers == 1 else 1,
             "rehearsed": self._rehearsed(),
             "model": weights_sha256(against),
             "domains": [domain.fingerprint() for domain in self._domains.values()],
         }
-        file = None if folder is None else folder / f"{fingerprint_of(asked)}.json"
-        if file is not None and file.is_file():
-            held = read_json(file)
-            chosen = parse_spec(AuditSpec, held["chosen"], where=str(file))
-            given_up = tuple(held["given_up"])
-        else:
+        key, decisions = fingerprint_of(asked), DocumentStore(folder)
+        if decisions.get(key) is None:
             chosen, given_up = self._fitted(budget_s)
-        if file is not None and not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
             decided = {"chosen": chosen.model_dump(mode="json"), "given_up": list(given_up)}
-            write_json(file, {**asked, **decided})
-        self.spec, self.given_up = chosen, given_up
+            decisions.put(key, {**asked, **decided})
+        # Of two audits that measure at once the first to be done decides.
+        held = decisions.get(key) or {}
+        chosen = parse_spec(AuditSpec, held["chosen"], where=f"the budget's decision {key}")
+        self.spec, self.given_up = chosen, tuple(held["given_up"])
         self.plan = self._planned(chosen)
 
     def _fitted(self, budget_s: float) -> tuple[AuditSpec, tuple[str, ...]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from sophon._errors import CheckpointError
-from sophon._files import read_json, write_json, write_new_text
+from sophon._files import read_json, write_new_text
 from sophon._records import Trial
 
 
@@ -71,9 +72,9 @@ class DocumentStore:
         return read_json(path) if path.is_file() else None
 
     def put(self, key: str, document: dict[str, Any]) -> None:
-        """Store a document, whole or not at all."""
+        """Store a document, whole or not at all; one already there under its key stays."""
         if self.folder is None:
-            self._memory[key] = document
+            self._memory.setdefault(key, document)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / f"{key}.json", document)
+        write_new_text(self.folder / f"{key}.json", json.dumps(document, indent=1) + "\n")

@@ -378,7 +378,7 @@ def trial_table(record: AuditRecord) -> Table:
         "test",
         "outcome",
         "seconds",
-        "TFLOP",
+        "TFLOP, at most",
     )
     flops = {domain.name: domain.training_flops for domain in domains_of(record)}
     rows = [
@@ -404,7 +404,9 @@ def trial_table(record: AuditRecord) -> Table:
 
 
 def _teraflops(trial: Trial, each: int | None) -> str:
-    """Return the cost of a trial's images; what a preparation spent counts in its steps."""
+    """Return the cost of a trial's images if all weights were trained: an adapter's or the head's
+    steps take less, and measurements are not counted.
+    """
     images = max((point.samples for point in trial.curve), default=0)
     return NONE if each is None else f"{images * each / 1e12:.3g}"
 

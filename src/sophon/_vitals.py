@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,17 +73,24 @@ def _largest_logit(model: nn.Module, setting: Setting) -> float | None:
 def training_flops(model: nn.Module, setting: Setting, domain: Domain) -> int | None:
     """Return the floating point operations of one image of a domain, forward and backward.
 
-    Three times those of the forward pass, as is usual: matrix products, convolutions and attention,
-    counted by PyTorch on a copy. None where the model raises.
+    Three times those of the network's forward pass, as is usual: matrix products, convolutions and
+    attention, counted by PyTorch on a copy. None where the model raises.
     """
     counter = FlopCounterMode(display=False)
     images = min(_COUNTED, len(domain.train))
     try:
         held = setting.place(copy.deepcopy(model)).train()
         batch = setting.feed(domain, domain.train, batch_size=images).batch(0)
+        # Of the network alone, not of what a task does to the images before.
+        given: list[tuple[Any, Any]] = []
+        handle = held.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+        )
+        setting.task.outputs(held, *batch, generator(0, "operations"))
+        handle.remove()
         # Fused attention on a processor is not counted; the same in its parts is.
         with sdpa_kernel(SDPBackend.MATH), counter:
-            setting.task.outputs(held, *batch, generator(0, "operations"))
+            held(*given[0][0], **given[0][1])
     except Exception:  # noqa: BLE001 - a model may raise anything; its trials say so
         return None
     return 3 * int(counter.get_total_flops()) // images

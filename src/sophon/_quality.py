@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain, Images
-from sophon._errors import DataError, SpecError
+from sophon._errors import DataError, SpecError, UnsupportedModelError
 from sophon._files import read_json
 from sophon._finetune import FineTuning
 from sophon._models import diffusers, find_head, predict, read_tensors, resolve_model
@@ -288,6 +288,12 @@ def _checkpoint(folder: Path) -> Extractor:
         size, mean, std = (height, width), takes["mean"], takes["std"]
         seen = f"{height}x{width} pixels, mean {_listed(mean)}, std {_listed(std)}"
     head = find_head(model, (3, *(size or (_SIDE, _SIDE))))
+    layer = model.get_submodule(head)
+    if not isinstance(layer, nn.Linear):
+        raise UnsupportedModelError(
+            f"audit.samples.extractor = {str(folder)!r}: its last layer {head!r} is a"
+            f" {type(layer).__name__}: give a classifier, whose last layer is linear"
+        )
     shape = (1, -1, 1, 1)
     normalisation = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
     module = _Penultimate(model, head, normalisation, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,5 +98,31 @@ def test_a_place_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SOPHON_CACHE", str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="file"):
+    with pytest.raises(CheckpointError, match=r"file.*name another folder in SOPHON_CACHE") as told:
         read_pictures(files, 8)
+    assert "--out" not in str(told.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_nothing_is_left_where_the_disk_is_full(files: list[Path], kept: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"make room or name another.*SOPHON_CACHE"):
+            read_pictures(files, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(kept.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
+def test_entries_can_be_read_by_whom_the_user_lets_read(files: list[Path], kept: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        read_pictures(files, 8)
+    finally:
+        os.umask(before)
+    (entry,) = kept.iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o644

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from sophon._audit import Audit
 from sophon._cli import app
 from sophon._data import load_domain
 from sophon._errors import CheckpointError, DataError, SophonError, SpecError
+from sophon._executors import Workload
 from sophon._finetune import check_preparations
 from sophon._models import DenoiserSource, blocks, diffusers, weights_sha256
 from sophon._pretrain import Pretraining
@@ -34,6 +36,7 @@ from sophon._protect import Protection
 from sophon._records import AuditRecord, ErrorScore
 from sophon._report import report
 from sophon._runs import load
+from sophon._samples import SampleStage, check_samples
 from sophon._specs import (
     AuditSpec,
     DomainSpec,
@@ -44,6 +47,7 @@ from sophon._specs import (
     SampleSpec,
     Strategy,
 )
+from sophon._store import DocumentStore
 from sophon._tasks import Denoising
 from sophon._trials import Assignment, Bench, Start
 
@@ -324,6 +328,20 @@ def test_a_latent_pipeline_is_protected_and_attacked_through_adapters(tmp_path: 
     trial = Bench(run.setting, 2).run(assignment, start)
     assert trial.outcome.kind == "completed", trial.outcome
     assert trial.curve[-1].validation.value > trial.curve[0].validation.value
+    spec = SampleSpec(count=8, steps=2, grid=4, extractor_steps=2, kid_subset=2, neighbours=2)
+    check_samples(run.setting, spec, case.restricted)
+    workload = Workload(Bench(run.setting, 2), {}, {("protected", 0): start})
+    store = DocumentStore(tmp_path / "samples")
+    stage = SampleStage(workload, spec, case.restricted[0], store)
+    rows = stage.records([trial], ("protected",))
+    assert [(row.domain, row.attack != "") for row in rows] == [
+        (case.restricted[0].name, False),
+        (case.original.name, False),
+        (case.restricted[0].name, True),
+    ]
+    assert all(math.isfinite(row.kid) and math.isfinite(row.fid) for row in rows)
+    # The attack went through adapters and moved what is drawn.
+    assert rows[0].grid != rows[2].grid
     pipeline = diffusers().StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     shipped = pipeline.unet.state_dict()
@@ -393,9 +411,12 @@ def test_losses_that_do_not_fit_and_pictures_too_few_are_refused(tmp_path: Path)
         assert not out.exists()
     assert sophon("pretrain", file, "--out", out, "--quiet").exit_code == 0
     for setting, words in (
-        ("audit.samples.kid_subset=400", "at least 400 samples are needed"),
-        ("restricted.0.test=0.02", "too few for KID: at least 12 are needed"),
+        ("audit.samples.kid_subset=400", "at least 800 samples are needed"),
+        ("restricted.0.test=0.02", "too few for KID: at least 24 are needed"),
         ("audit.samples.extractor=no.pth", "'no.pth' does not exist"),
+        ("audit.samples.width=2048", "width = 2048, and the features of the small classifier"),
+        ("audit.samples.steps=2000", "steps = 2000: the schedule has timesteps 0 to 999, too few"),
+        (f"audit.samples.extractor={out}", "is a Conv2d: give a classifier"),
         (f"audit.samples.extractor={file}", "is refused: it is a pickle"),
     ):
         arguments = ("audit", file, "--model", out, "--out", tmp_path / "a", "--set", setting)
@@ -410,12 +431,16 @@ def test_prompts_and_images_must_match(tmp_path: Path) -> None:
     from sophon._specs import DomainSpec
 
     folder = write_prompted(tmp_path / "pictures", 0, 3, "digit")
+    # The order of the lines is not that of the alphabet.
+    table = folder / "metadata.jsonl"
+    lines = table.read_text().splitlines()[::-1]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    expected = tuple(dict.fromkeys(json.loads(line)["text"] for line in lines))
+    assert sorted(expected) == ["digit 0", "digit 1", "digit 2"] != list(expected)
     spec = DomainSpec(source="prompts", path=str(folder))
     domain = load_domain(spec, base=tmp_path)
-    assert domain.classes == tuple(sorted(domain.classes, key=domain.classes.index))
+    assert domain.classes == expected
     assert len(domain.train) + len(domain.validation) + len(domain.test) == 40
-    table = folder / "metadata.jsonl"
-    lines = table.read_text().splitlines()
     faults = {
         "prompts have no image, for instance none.png": [
             *lines,

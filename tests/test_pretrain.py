@@ -79,3 +79,29 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     other = SPEC.model_copy(update={"seed": 1})
     with pytest.raises(CheckpointError, match=r"another spec \(pretrain.seed was 0, is 1\)"):
         Pretraining(_model(), original=original(), spec=other, out=tmp_path / "run")
+
+
+def test_a_folder_is_taken_up_only_by_the_same_network_and_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    Pretraining(_model(), original=original(), spec=SPEC, out=out)
+    Pretraining(_model(), original=original(), spec=SPEC, out=out)
+
+    class Other(type(_model())):  # type: ignore[misc]
+        """Computes with the same weights, perhaps something else."""
+
+    other = _model()
+    other.__class__ = Other
+    with pytest.raises(CheckpointError, match="a run with another network"):
+        Pretraining(other, original=original(), spec=SPEC, out=out)
+    with monkeypatch.context() as patch:
+        patch.setattr("sophon._pretrain.ENGINE_VERSION", 0)
+        with pytest.raises(CheckpointError, match="a run with another engine"):
+            Pretraining(_model(), original=original(), spec=SPEC, out=out)
+    for folder, now in ((out, "1"), (tmp_path / "plain", "0")):
+        monkeypatch.setenv("SOPHON_PLAIN", str(1 - int(now)))
+        Pretraining(_model(), original=original(), spec=SPEC, out=folder)
+        monkeypatch.setenv("SOPHON_PLAIN", now)
+        with pytest.raises(CheckpointError, match="a run with another plain"):
+            Pretraining(_model(), original=original(), spec=SPEC, out=folder)

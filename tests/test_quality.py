@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,30 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from denoisers import digits, unet
+from denoisers import digits, unet, write_latent_pipeline
 from records import record, trial
 from sophon._checks import near_chance_on_original, original_task_suffers
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
 from sophon._errors import DataError, SpecError
 from sophon._metric_kinds import KINDS, kind_of, shown
-from sophon._models import diffusers
+from sophon._models import diffusers, resolve_model
 from sophon._pictures import bearing
+from sophon._pretrain import Pretraining
 from sophon._quality import (
     Extractor,
+    check_extractor,
     check_quality,
     draw_samples,
     make_extractor,
+    make_sampler,
     measure_quality,
 )
 from sophon._records import AuditRecord, ErrorScore, Point, SampleRecord, Score, Trial
 from sophon._report import report
-from sophon._samples import picture_grid
-from sophon._specs import Guard, SampleSpec
-from sophon._tasks import Denoising
+from sophon._samples import picture_grid, spread_labels
+from sophon._specs import Guard, ModelSpec, PretrainSpec, SampleSpec
+from sophon._tasks import Denoising, Latents
 from sophon._verdict import summarise
 
 SPEC = SampleSpec(count=60, kid_subset=30, extractor_steps=60)
@@ -96,10 +100,12 @@ def test_extractors_of_another_width_and_too_few_images_are_refused(tmp_path: Pa
     spec = SPEC.model_copy(update={"width": 2048, "extractor_steps": 1})
     with pytest.raises(SpecError, match=r"width = 2048.*have 72"):
         make_extractor(spec, digits(0, 5), digits(5, 10))
-    with pytest.raises(DataError, match=r"has 179 test images, too few.*at least 400"):
-        check_quality(SPEC.model_copy(update={"count": 500, "kid_subset": 400}), (digits(5, 10),))
-    with pytest.raises(SpecError, match=r"count = 10.*at least 30 samples"):
-        check_quality(SPEC.model_copy(update={"count": 10}), (digits(5, 10),))
+    with pytest.raises(SpecError, match=r"width = 2048.*have 72"):
+        check_extractor(spec, digits(0, 5), digits(5, 10))
+    with pytest.raises(DataError, match=r"has 179 test images, too few.*at least 200"):
+        check_quality(SPEC.model_copy(update={"count": 500, "kid_subset": 100}), (digits(5, 10),))
+    with pytest.raises(SpecError, match=r"count = 59.*at least 60 samples"):
+        check_quality(SPEC.model_copy(update={"count": 59}), (digits(5, 10),))
 
 
 @pytest.mark.slow
@@ -138,28 +144,120 @@ def test_every_model_draws_from_the_same_noise_whatever_the_batch() -> None:
     assert grid.startswith("data:image/png;base64,")
 
 
-def test_a_perfect_denoiser_draws_the_image_it_knows() -> None:
-    """The one optimal for a single image, at any prediction type, draws that image."""
-    image = digits(5, 10).test.pixels[:1].float() / 127.5 - 1
+class Knowing(nn.Module):
+    """The denoiser that is optimal for a single image or latent."""
 
-    class Knowing(nn.Module):
-        def __init__(self, task: Denoising) -> None:
-            super().__init__()
-            self.task = task
-            self.weight = nn.Parameter(torch.zeros(1))
+    def __init__(self, task: Denoising, image: torch.Tensor) -> None:
+        super().__init__()
+        self.task, self.image = task, image
+        self.weight = nn.Parameter(torch.zeros(1))
 
-        def forward(self, noisy: torch.Tensor, times: torch.Tensor, **_: Any) -> Any:
-            alphas = self.task.alphas[times].view(-1, 1, 1, 1)
-            noise = (noisy - alphas.sqrt() * image) / (1 - alphas).sqrt()
-            velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * image
-            return ({"epsilon": noise, "v_prediction": velocity}[self.task.prediction],)
+    def forward(self, noisy: torch.Tensor, times: torch.Tensor, **_: Any) -> Any:
+        alphas = self.task.alphas[times].view(-1, 1, 1, 1)
+        noise = (noisy - alphas.sqrt() * self.image) / (1 - alphas).sqrt()
+        velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * self.image
+        return ({"epsilon": noise, "v_prediction": velocity}[self.task.prediction],)
 
-    for prediction in ("epsilon", "v_prediction"):
-        task = Denoising(diffusers().DDPMScheduler(prediction_type=prediction))
-        drawn = draw_samples(
-            Knowing(task), task, (1, 8, 8), torch.zeros(2, dtype=torch.long), steps=10
-        )
-        assert (drawn.int() - digits(5, 10).test.pixels[:1].int()).abs().max() <= 3
+
+SCHEDULES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("DDPMScheduler", {}),
+    ("DDPMScheduler", {"prediction_type": "v_prediction"}),
+    # Schedules that DDIM cannot make itself, and schedulers that say nothing of clipping.
+    ("DDPMScheduler", {"beta_schedule": "sigmoid"}),
+    ("DDPMScheduler", {"beta_schedule": "laplace"}),
+    ("DDPMScheduler", {"trained_betas": [0.001 * step for step in range(1, 51)]}),
+    ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear"}),
+    ("PNDMScheduler", {"set_alpha_to_one": False}),
+)
+
+
+@pytest.mark.parametrize(("name", "options"), SCHEDULES)
+def test_a_perfect_denoiser_draws_the_image_it_knows(name: str, options: dict[str, Any]) -> None:
+    task = Denoising(getattr(diffusers(), name)(**options))
+    image = digits(5, 10).test.pixels[:1]
+    knowing = Knowing(task, image.float() / 127.5 - 1)
+    drawn = draw_samples(knowing, task, (1, 8, 8), torch.zeros(2, dtype=torch.long), steps=10)
+    assert (drawn.int() - image.int()).abs().max() <= 3
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDPMScheduler"])
+def test_latents_are_not_clipped(name: str, tmp_path: Path) -> None:
+    latents = Latents.from_pipeline(write_latent_pipeline(tmp_path / "pipeline"), ["a digit"])
+    task = Denoising(getattr(diffusers(), name)(), latents=latents)
+    stream = torch.Generator().manual_seed(0)
+    latent = 4 * torch.randn(task.shape((3, 16, 16)), generator=stream)[None]
+    labels = torch.zeros(2, dtype=torch.long)
+    drawn = draw_samples(Knowing(task, latent), task, (3, 16, 16), labels, steps=10)
+    expected, clipped = (
+        ((latents.decoded(held) / 2 + 0.5).clamp(0, 1) * 255).round().int()
+        for held in (latent, latent.clamp(-1, 1))
+    )
+    assert (expected - clipped).abs().max() > 10
+    assert (drawn.int() - expected).abs().max() <= 3
+
+
+def test_clipping_is_the_schedulers_own_where_it_says_so() -> None:
+    library = diffusers()
+    for scheduler, clips in (
+        (library.DDPMScheduler(), True),
+        (library.DDPMScheduler(clip_sample=False), False),
+        (library.PNDMScheduler(), False),
+    ):
+        assert make_sampler(Denoising(scheduler), 5).config.clip_sample is clips
+
+
+def test_more_steps_than_timesteps_are_refused() -> None:
+    library = diffusers()
+    short = Denoising(library.DDPMScheduler(num_train_timesteps=20))
+    assert len(make_sampler(short, 20).timesteps) == 20
+    with pytest.raises(SpecError, match="steps = 25: the schedule has timesteps 0 to 19"):
+        make_sampler(short, 25)
+    shifted = Denoising(library.DDPMScheduler(num_train_timesteps=20, steps_offset=1))
+    with pytest.raises(SpecError, match="steps = 20: the schedule"):
+        make_sampler(shifted, 20)
+
+
+def test_pictures_are_of_every_class_in_its_share() -> None:
+    labels = torch.arange(5).repeat_interleave(100)
+    assert spread_labels(labels, 128).bincount().tolist() == [26, 26, 25, 26, 25]
+    assert spread_labels(torch.arange(3), 7).bincount().tolist() == [3, 2, 2]
+
+
+def test_a_given_classifier_sees_images_as_it_was_trained_on_them(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    domain = Domain.from_arrays(
+        "own", images, np.arange(40) % 2, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3)
+    )
+    named = ModelSpec(name="small_convnet", classes=2)
+    model, _ = resolve_model(named)
+    short = PretrainSpec(steps=1, batch_size=8, precision="fp32")
+    run = Pretraining(model, original=domain, spec=short, out=tmp_path / "mine", model_spec=named)
+    list(run)
+    trained = run.result().model
+    spec = SPEC.model_copy(update={"extractor": str(tmp_path / "mine")})
+    extractor = make_extractor(spec, domain, domain)
+    words = "the classifier in mine (16x16 pixels, mean 0.4, 0.5, 0.6, std 0.1, 0.2, 0.3)"
+    assert words in extractor.name
+    seen: list[torch.Tensor] = []
+    trained.head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
+    pixels, _ = next(run.setting.feed(domain, domain.test, batch_size=40).in_order())
+    with torch.no_grad():
+        trained(pixels)
+    torch.testing.assert_close(extractor.features(domain.test.pixels), seen[0])
+    # Larger ones are made as large as it knows them.
+    larger = domain.test.pixels.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    met: list[torch.Size] = []
+    extractor.module.body.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _, given: met.append(given[0].shape[-2:])
+    )
+    extractor.features(larger)
+    assert met == [(16, 16)]
+    # What says nothing of its input is named as such.
+    described = json.loads((tmp_path / "mine" / "model.json").read_text())
+    del described["pretraining"]
+    (tmp_path / "mine" / "model.json").write_text(json.dumps(described), encoding="utf-8")
+    assert "none are recorded" in make_extractor(spec, domain, domain).name
 
 
 # --- Records of errors ----------------------------------------------------------------------------

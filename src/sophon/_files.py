@@ -87,10 +87,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return held
 
 
-def require_writable(folder: Path, *, needed_bytes: int = 0) -> None:
+def require_writable(
+    folder: Path, *, needed_bytes: int = 0, remedy: str = "choose another folder with --out"
+) -> None:
     """Make `folder` if it is missing; CheckpointError if it cannot be written or is full.
 
-    Nothing is left behind where it is refused.
+    Nothing is left behind where it is refused; the user is told the `remedy`.
     """
     nearest = folder.absolute()
     while not nearest.exists() and nearest != nearest.parent:
@@ -100,16 +102,14 @@ def require_writable(folder: Path, *, needed_bytes: int = 0) -> None:
         if free < needed_bytes + _SPARE_BYTES:
             raise CheckpointError(
                 f"{folder} has {free / 2**20:.0f} MiB free,"
-                f" {(needed_bytes + _SPARE_BYTES) / 2**20:.0f} MiB are needed: make room or choose"
-                " another folder with --out"
+                f" {(needed_bytes + _SPARE_BYTES) / 2**20:.0f} MiB are needed: make room or"
+                f" {remedy}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"1")
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
-        ) from None
+        raise CheckpointError(f"cannot write to {folder} ({error.strerror}): {remedy}") from None
 
 
 def require_unused(folder: Path, *, ours: Path) -> None:

@@ -25,12 +25,14 @@ from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import write_json, write_text
 from sophon._finetune import FineTuning, optimizer_tensors, restore_optimizer
 from sophon._metrics import evaluate
-from sophon._models import weights_sha256
+from sophon._models import network_identity, weights_sha256
+from sophon._optimisations import plain
 from sophon._records import Measurement, Stage
 from sophon._setting import make_setting
 from sophon._shipping import ship
 from sophon._specs import ModelSpec, PretrainSpec, Strategy
 from sophon._tasks import Classification, Task
+from sophon._trials import ENGINE_VERSION
 
 _STAGES, _STATES, _DONE = "stages.jsonl", "states", "pretraining.json"
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -133,6 +135,7 @@ class Pretraining:
                 "spec": self.spec.model_dump(mode="json"),
                 "identity": self.identity,
                 "original": self.setting.original.name,
+                "input": self.setting.input(),
                 "validation": score.model_dump(),
                 "wall_s": sum(stage.wall_s for stage in self.stages),
             }
@@ -144,7 +147,7 @@ class Pretraining:
         """Write the state to resume from. Without a folder this does nothing."""
         if self.out is None:
             return
-        moments, plain = optimizer_tensors(self.tuning.optimizer)
+        moments, values = optimizer_tensors(self.tuning.optimizer)
         groups = {"model": self.tuning.model.state_dict(), "optimizer": moments}
         if self.average is not None:
             groups["average"] = self.average.state_dict()
@@ -152,7 +155,7 @@ class Pretraining:
         meta = {
             "stages": [stage.model_dump(mode="json") for stage in self.stages],
             "taken": self.tuning.taken,
-            "optimizer": plain,
+            "optimizer": values,
         }
         save_state(self.out / _STATES, self.done, tensors, meta)
         lines = [stage.model_dump_json() + "\n" for stage in self.stages]
@@ -164,9 +167,12 @@ class Pretraining:
         return {
             "spec": self.spec.fingerprint(),
             "model": self._digest,
+            "engine": str(ENGINE_VERSION),
+            "network": self._network,
             "domains": self.setting.original.fingerprint(),
             "task": self.setting.task.name,
             "precision": self.setting.precision,
+            "plain": str(plain()),
         }
 
     def _stage(self) -> Stage:
@@ -207,7 +213,7 @@ class Pretraining:
 
     def _open(self) -> None:
         """Start afresh or take up the newest state of the folder."""
-        self._digest = weights_sha256(self._given)
+        self._digest, self._network = weights_sha256(self._given), network_identity(self._given)
         if self.out is None:
             return
         size = sum(p.numel() * p.element_size() for p in self._given.parameters())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain, Images
-from sophon._errors import DataError, SpecError
+from sophon._errors import DataError, SpecError, UnsupportedModelError
+from sophon._files import read_json
 from sophon._finetune import FineTuning
 from sophon._models import diffusers, find_head, predict, read_tensors, resolve_model
 from sophon._networks import SmallConvNet
@@ -68,6 +69,41 @@ class Extractor:
 # --- Samples ---------------------------------------------------------------------------------
 
 
+def make_sampler(task: Denoising, steps: int) -> Any:
+    """Return diffusers' DDIM (arXiv 2010.02502) on the task's own schedule, set to `steps` steps.
+
+    Raises SpecError where the schedule does not have so many.
+    """
+    held = dict(task.scheduler.config)
+    total = len(task.alphas)
+
+    def bounded(name: str) -> bool:
+        # DDIM would clip where the source says nothing of it; latents have no bounds at all.
+        return bool(held.get(name, False)) and task.latents is None
+
+    sampler = diffusers().DDIMScheduler.from_config(
+        held,
+        # Its own list of schedules is short: it is given what the task is trained on, whole.
+        num_train_timesteps=total,
+        beta_schedule="linear",
+        trained_betas=None,
+        rescale_betas_zero_snr=False,
+        clip_sample=bounded("clip_sample"),
+        thresholding=bounded("thresholding"),
+    )
+    sampler.alphas_cumprod = task.alphas
+    if not sampler.config.set_alpha_to_one:
+        sampler.final_alpha_cumprod = task.alphas[0]
+    if steps <= total:
+        sampler.set_timesteps(steps)
+    if steps > total or int(sampler.timesteps.max()) >= total:
+        raise SpecError(
+            f"audit.samples.steps = {steps}: the schedule has timesteps 0 to {total - 1}, too few"
+            " for so many steps: lower audit.samples.steps"
+        )
+    return sampler
+
+
 @torch.no_grad()
 def draw_samples(
     model: nn.Module, task: Denoising, shape: tuple[int, int, int], labels: Tensor, *, steps: int
@@ -75,16 +111,15 @@ def draw_samples(
     """Return uint8 images (n, c, h, w), one for each label, drawn by DDIM (arXiv 2010.02502).
 
     `shape` is an image's. Every model starts from the same noise: that of an image depends on its
-    place only, and DDIM adds none.
+    place only, and DDIM adds none. Raises SpecError for more steps than the schedule has.
     """
     device = next(model.parameters()).device
-    scheduler = diffusers().DDIMScheduler.from_config(dict(task.scheduler.config))
+    scheduler = make_sampler(task, steps)
     stream = generator(0, "samples")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     drawn = []
     for part in labels.split(_BATCH):
-        scheduler.set_timesteps(steps)
         noise = [torch.randn(task.shape(shape), generator=stream) for _ in part]
         images, classes = torch.stack(noise).to(device), part.to(device)
         condition = classes if task.latents is None else task.latents.embedded(classes)
@@ -117,21 +152,42 @@ def make_extractor(spec: SampleSpec, original: Domain, restricted: Domain) -> Ex
         made = _checkpoint(Path(spec.extractor))
     else:
         made = _inception(Path(spec.extractor))
-    if spec.width is not None and spec.width != made.width:
-        raise SpecError(
-            f"audit.samples.width = {spec.width}, and the features of {made.name} have"
-            f" {made.width}: leave width out, or name the extractor that you mean"
-        )
+    _require_width(spec, made.name, made.width)
     return made
+
+
+def check_extractor(spec: SampleSpec, original: Domain, restricted: Domain) -> None:
+    """Raise what `make_extractor` would, without training anything."""
+    if spec.extractor == "classifier":
+        with seeded(0, "extractor"):
+            width = SmallConvNet(1).head.in_features
+        _require_width(spec, "the small classifier that is trained for it", width)
+    else:
+        make_extractor(spec, original, restricted)
+
+
+def _require_width(spec: SampleSpec, name: str, width: int) -> None:
+    if spec.width is not None and spec.width != width:
+        raise SpecError(
+            f"audit.samples.width = {spec.width}, and the features of {name} have"
+            f" {width}: leave width out, or name the extractor that you mean"
+        )
 
 
 class _Penultimate(nn.Module):
     """A classifier without its head, on uint8 images (n, 3, h, w)."""
 
-    def __init__(self, body: nn.Module, head: str, normalisation: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        head: str,
+        normalisation: tuple[Tensor, Tensor],
+        size: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.body = body
         self.mean, self.std = normalisation
+        self.size = size
         self.num_features = int(body.get_submodule(head).in_features)  # type: ignore[arg-type]
         owner, _, last = head.rpartition(".")
         setattr(body.get_submodule(owner), last, nn.Identity())
@@ -139,17 +195,23 @@ class _Penultimate(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (n, width)."""
-        scaled = small(images).float() / 255
+        fitting = small(images) if self.size is None else resized(images, self.size)
+        scaled = fitting.float() / 255
         features: Tensor = self.body((scaled - self.mean) / self.std)
         return features
 
 
 def small(images: Tensor) -> Tensor:
     """Return uint8 images whose sides are at most 32, antialiased where they were larger."""
-    if max(images.shape[-2:]) <= _SIDE:
+    return images if max(images.shape[-2:]) <= _SIDE else resized(images, (_SIDE, _SIDE))
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return uint8 images of `size` (height, width), antialiased where they were larger."""
+    if images.shape[-2:] == size:
         return images
-    resized = F.interpolate(images.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True)
-    return resized.round().byte()
+    scaled = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    return scaled.round().byte()
 
 
 def _joint(original: Domain, restricted: Domain) -> Domain:
@@ -157,10 +219,8 @@ def _joint(original: Domain, restricted: Domain) -> Domain:
 
     def both(first: Images, second: Images) -> Images:
         pixels = [small(part.pixels.expand(-1, 3, -1, -1)) for part in (first, second)]
-        size = pixels[0].shape[-2:]
-        if pixels[1].shape[-2:] != size:
-            resized = F.interpolate(pixels[1].float(), size, mode="bilinear", antialias=True)
-            pixels[1] = resized.round().byte()
+        height, width = pixels[0].shape[-2:]
+        pixels[1] = resized(pixels[1], (height, width))
         labels = [first.labels, second.labels + original.class_count]
         return Images(torch.cat(pixels).contiguous(), torch.cat(labels))
 
@@ -217,14 +277,32 @@ def _trained(spec: SampleSpec, original: Domain, restricted: Domain) -> Extracto
 
 def _checkpoint(folder: Path) -> Extractor:
     model, _ = resolve_model(ModelSpec(name=str(folder.absolute())), base=Path())
-    head = find_head(model, (3, _SIDE, _SIDE))
-    # Its publisher's normalisation is not in the folder: ImageNet's is what domains default to.
-    shape = (1, 3, 1, 1)
-    mean = torch.tensor(Classification.normalisation[0]).view(shape)
-    std = torch.tensor(Classification.normalisation[1]).view(shape)
-    module = _Penultimate(model, head, (mean, std))
-    name = f"penultimate features of the classifier in {folder.name}"
+    held = read_json(folder / "model.json")
+    takes = (held.get("protection") or held.get("pretraining") or {}).get("input")
+    # Where it says nothing of its input, ImageNet's normalisation is what domains default to.
+    size: tuple[int, int] | None = None
+    mean, std = Classification.normalisation
+    seen = f"at most {_SIDE}x{_SIDE} pixels, ImageNet's mean and std: none are recorded"
+    if takes is not None:
+        _, height, width = takes["input_size"]
+        size, mean, std = (height, width), takes["mean"], takes["std"]
+        seen = f"{height}x{width} pixels, mean {_listed(mean)}, std {_listed(std)}"
+    head = find_head(model, (3, *(size or (_SIDE, _SIDE))))
+    layer = model.get_submodule(head)
+    if not isinstance(layer, nn.Linear):
+        raise UnsupportedModelError(
+            f"audit.samples.extractor = {str(folder)!r}: its last layer {head!r} is a"
+            f" {type(layer).__name__}: give a classifier, whose last layer is linear"
+        )
+    shape = (1, -1, 1, 1)
+    normalisation = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
+    module = _Penultimate(model, head, normalisation, size)
+    name = f"penultimate features of the classifier in {folder.name} ({seen})"
     return Extractor(module, name, module.num_features)
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _inception(file: Path) -> Extractor:
@@ -272,11 +350,14 @@ def _torchmetrics(name: str) -> Any:
 def check_quality(spec: SampleSpec, domains: Iterable[Domain]) -> None:
     """Raise SpecError or DataError unless there are enough samples and images for KID."""
     _torchmetrics("torchmetrics")
-    needed = max(spec.kid_subset, spec.neighbours + 2)
+    # Of less than half the spread over subsets is that of the whole estimate, or more; larger
+    # subsets are all alike, and a verdict would rest on no spread.
+    needed = max(2 * spec.kid_subset, spec.neighbours + 2)
     if spec.count < needed:
         raise SpecError(
             f"audit.samples.count = {spec.count}: KID compares subsets of {spec.kid_subset}"
-            f" (audit.samples.kid_subset), so at least {needed} samples are needed"
+            f" (audit.samples.kid_subset), and how sure it is shows in twice as many: at least"
+            f" {needed} samples are needed"
         )
     for domain in domains:
         have = len(domain.test)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,9 +20,11 @@ from sophon._data import Domain
 from sophon._executors import Workload
 from sophon._quality import (
     Extractor,
+    check_extractor,
     check_quality,
     draw_samples,
     make_extractor,
+    make_sampler,
     measure_quality,
 )
 from sophon._records import SampleRecord, Trial
@@ -47,9 +50,15 @@ def check_samples(setting: Setting, spec: SampleSpec, domains: Sequence[Domain])
     """Raise SpecError or DataError, before any work, for pictures that cannot be judged."""
     if not wanted(setting, spec):
         return
+    assert isinstance(setting.task, Denoising)
     check_quality(spec, (setting.original, *domains))
-    if spec.extractor != "classifier":
-        make_extractor(spec, setting.original, domains[0])
+    make_sampler(setting.task, spec.steps)
+    check_extractor(spec, setting.original, domains[0])
+
+
+def spread_labels(labels: Tensor, count: int) -> Tensor:
+    """Return `count` of the labels, evenly over all of them: sources come sorted by class."""
+    return labels[torch.arange(count) * len(labels) // count]
 
 
 @dataclass
@@ -73,14 +82,17 @@ class SampleStage:
         return rows
 
     def _stored(self, subject: Subject, trial: Trial | None, seed: int) -> list[SampleRecord]:
-        start = self.workload.start(subject, seed)
+        start, task = self.workload.start(subject, seed), self._setting.task
+        assert isinstance(task, Denoising)
+        sampler = make_sampler(task, self.spec.steps)
         parts = {
             "spec": self.spec.model_dump(mode="json"),
             "start": [start.sha256, start.network],
             "trial": None if trial is None else [trial.key, trial.best_step],
             "domains": [d.fingerprint() for d in (self._setting.original, self.domain)],
             "names": [self._setting.original.name, self.domain.name, subject],
-            "task": self._setting.task.name,
+            "task": task.name,
+            "sampler": {k: repr(v) for k, v in sampler.config.items() if not k.startswith("_")},
             "precision": self._setting.precision,
         }
         key = fingerprint_of(parts)
@@ -115,8 +127,7 @@ class SampleStage:
     ) -> SampleRecord:
         setting, task = self._setting, self._setting.task
         assert isinstance(task, Denoising)
-        labels = domain.train.labels
-        labels = labels.repeat(math.ceil(self.spec.count / len(labels)))[: self.spec.count]
+        labels = spread_labels(domain.train.labels, self.spec.count)
         shape = (setting.channels, *domain.image_shape[1:])
         samples = draw_samples(model, task, shape, labels, steps=self.spec.steps)
         quality = measure_quality(samples, domain.test.pixels, self._extractor, self.spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,11 @@ class Setting:
     def normalisation(self, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return (mean, std) of a domain: its own, else the original domain's, else the task's."""
         return resolve_normalisation(domain, self.original, self.task.normalisation)
+
+    def input(self) -> dict[str, Any]:
+        """Return what the model takes: (channels, height, width), and how pixels are normalised."""
+        mean, std = self.normalisation(self.original)
+        return {"input_size": self.shape(self.original), "mean": mean, "std": std}
 
     def shape(self, domain: Domain) -> Shape:
         """Return the shape in which the model meets the domain's images."""

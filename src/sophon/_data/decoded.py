@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from sophon._data.images import Bytes, open_picture, stack
-from sophon._files import require_writable
+from sophon._errors import CheckpointError
+from sophon._files import require_writable, temporary_beside
 from sophon._optimisations import plain
 
 # Raise this when the same file gives other pixels.
 _VERSION = 1
+_REMEDY = "name another folder in SOPHON_CACHE, or unset it"
 
 
 def read_pictures(files: list[Path], size: int | None) -> Bytes:
@@ -37,7 +38,7 @@ def read_pictures(files: list[Path], size: int | None) -> Bytes:
     try:
         held: Bytes = np.load(entry, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
-        require_writable(entry.parent)
+        require_writable(entry.parent, remedy=_REMEDY)
         held = _decoded(files, size)
         _keep(entry, held)
     return held
@@ -58,6 +59,14 @@ def _name(files: list[Path], size: int | None) -> str:
 
 def _keep(entry: Path, pixels: Bytes) -> None:
     # Whole or not at all: another process may read at any moment.
-    with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".part", delete=False) as file:
-        np.save(file, pixels, allow_pickle=False)
-    Path(file.name).replace(entry)
+    temporary = temporary_beside(entry)
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+        temporary.replace(entry)
+    except OSError as error:
+        raise CheckpointError(
+            f"decoded pictures cannot be kept in {entry.parent} ({error}): make room or {_REMEDY}"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

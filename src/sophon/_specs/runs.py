@@ -34,7 +34,8 @@ class SampleSpec(Spec):
     `steps` steps of DDIM; the first `grid` are shown. `extractor` is `classifier` (trained for
     `extractor_steps` on the classes of both domains), the folder of a classifier, or a file of
     Inception's weights; `width`, if given, is the number of features it must have. `kid_subset` is
-    KID's, `neighbours` those of precision and recall.
+    KID's, of which twice as many pictures and test images are needed; `neighbours` are those of
+    precision and recall.
     """
 
     count: Count = 128
@@ -43,7 +44,7 @@ class SampleSpec(Spec):
     extractor: Name = "classifier"
     extractor_steps: Positive = 400
     width: Positive | None = None
-    kid_subset: Annotated[int, Field(ge=2)] = 50
+    kid_subset: Annotated[int, Field(ge=2)] = 40
     neighbours: Positive = 3
 
 

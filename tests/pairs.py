@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -256,6 +257,28 @@ def state(given: ProtectSpec, name: str, *, shard: bool = False) -> dict[str, tu
     tensors, _ = run._state()
     assert all(type(value) in (Tensor, nn.Parameter) for value in tensors.values())
     return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def most_whole(given: ProtectSpec, name: str) -> int:
+    """Return how many gathered tensors live at once while a state and an attacker are made."""
+    from torch.distributed.tensor import DTensor
+
+    run = started(given, name, shard=True)
+    next(iter(run))
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+    gather = DTensor.full_tensor
+
+    def gathering(value: DTensor) -> Tensor:
+        result = gather(value)
+        made.append(weakref.ref(result))
+        alive.append(sum(held() is not None for held in made))
+        return result
+
+    with mock.patch.object(DTensor, "full_tensor", gathering):
+        run._state()
+        run.rehearsals.copy(run.model)
+    return max(alive)
 
 
 def called_otherwise(given: ProtectSpec, what: str, folder: Path) -> None:

@@ -274,6 +274,12 @@ def test_a_state_is_whole_in_the_first_process_alone(shard: bool, pair: Pair) ->
     assert first == pairs.state(given, "layer")
 
 
+def test_shards_are_gathered_one_tensor_at_a_time(pair: Pair) -> None:
+    _, second = pair.both(pairs.most_whole, spec(horizon=30, pool=1, strategies=1), "layer")
+    # One, and the one before it.
+    assert second <= 2
+
+
 def test_processes_that_were_called_otherwise_are_refused(pair: Pair, tmp_path: Path) -> None:
     for what in ("out", "shard", "plain"):
         errors = pair.both(pairs.called_otherwise, spec(), what, tmp_path / what)

@@ -27,7 +27,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds, least to most of the repeats, at each amount of work."""
+    """Seconds at each amount of work, one for each repeat in the order they were run."""
 
     what: str
     amounts: tuple[float, ...]
@@ -45,7 +45,7 @@ class Curve:
 def timed_round(run: Protection, repeats: int) -> tuple[float, ...]:
     rounds = iter(run)
     next(rounds)
-    return tuple(sorted(seconds(lambda: next(rounds)) for _ in range(repeats)))
+    return tuple(seconds(lambda: next(rounds)) for _ in range(repeats))
 
 
 def wide(width: int) -> nn.Module:
@@ -145,7 +145,7 @@ def rows(short: bool) -> list[Row]:
     found = []
     for curve in curves(short):
         first, last = curve.amounts[0], curve.amounts[-1]
-        least = [taken[0] for taken in (curve.seconds[0], curve.seconds[-1])]
+        least = [min(taken) for taken in (curve.seconds[0], curve.seconds[-1])]
         note = f"{least[0]:.3g} s at {first:,.0f}, {least[1]:.3g} s at {last:,.0f}"
         what = f"exponent of time in {curve.what}, {first:,.0f} to {last:,.0f}"
         found.append(row(what, curve.exponents(), at_most=1.1, note=note))

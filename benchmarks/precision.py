@@ -1,4 +1,4 @@
-"""bf16 autocast and channels_last against fp32, for a whole round.
+"""A whole round in fp32, in channels_last and in the default layout, against bf16 autocast.
 
     python benchmarks/precision.py --protection RUN.TOML FOLDER
 
@@ -12,11 +12,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from cases import Sizes, protection, quick
 from timing import Row, alone, ratios, row
 
+from sophon import _setting
 from sophon._records import AuditRecord
 from sophon._report import report
 
@@ -24,24 +26,30 @@ SEEDS = (0, 1, 2)
 
 
 def rows(short: bool) -> list[Row]:
-    """Return a round in fp32 against one as `auto` chooses."""
+    """Return a round in fp32 against one as `auto` chooses, in its memory layout and in torch's."""
     sizes, repeats = (quick(Sizes()), 1) if short else (Sizes(10), 5)
     chosen = protection("ResNet-20", sizes)
     exact = protection("ResNet-20", sizes, precision="fp32")
-    setting = chosen.setting
-    fast, slow = iter(chosen), iter(exact)
-    what = (
-        f"fp32 round / {setting.precision} round: ResNet-20, K = {sizes.steps}, batch {sizes.batch}"
-    )
-    native = setting.precision == "bf16"
-    values = ratios(lambda: next(slow), lambda: next(fast), repeats)
+    with mock.patch.object(_setting, "choose_channels_last", return_value=False):
+        usual = protection("ResNet-20", sizes, precision="fp32")
+    fast, slow, slowest = iter(chosen), iter(exact), iter(usual)
+    precision = chosen.setting.precision
+    what = f"ResNet-20, K = {sizes.steps}, batch {sizes.batch}"
+    native = precision == "bf16"
+    same = ratios(lambda: next(slow), lambda: next(fast), repeats)
+    layouts = ratios(lambda: next(slowest), lambda: next(fast), repeats)
     return [
         row(
-            what,
-            values,
+            f"fp32 round / {precision} round, channels_last in both: {what}",
+            same,
             at_least=1.7 if native else None,
-            note="" if native else "this processor does not compute in bf16",
-        )
+            note="precision alone" if native else "this processor does not compute in bf16",
+        ),
+        row(
+            f"fp32 round in the default layout / {precision} round in channels_last: {what}",
+            layouts,
+            note="precision and memory layout together, against what torch does unless told",
+        ),
     ]
 
 

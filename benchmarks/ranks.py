@@ -1,6 +1,6 @@
 """What a second process brings: strategies per second of protection, trials per second of an audit.
 
-    python benchmarks/ranks.py            # about five minutes on two quiet cores
+    python benchmarks/ranks.py            # a few minutes on two quiet cores
     python benchmarks/ranks.py --quick    # only sees that it runs
 
 Every process has one thread. One process and two take turns, so that whatever else the machine
@@ -41,12 +41,16 @@ WORKERS = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """Values of one row, one for each repeat, and the bar that their median is held against."""
+    """Values of one row, one for each repeat, and the bar that their median is held against.
+
+    Without values it was not measured, and `note` says why.
+    """
 
     what: str
     values: tuple[float, ...]
     unit: str = ""
     at_least: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Size:
     trial_steps: int
 
 
-FULL = Size(repeats=7, rounds=3, steps=10, images=2000, trials=8, trial_steps=40)
+FULL = Size(repeats=5, rounds=2, steps=10, images=1000, trials=4, trial_steps=10)
 QUICK = Size(repeats=2, rounds=1, steps=1, images=200, trials=2, trial_steps=2)
 
 
@@ -141,14 +145,18 @@ def in_turn(actions: Sequence[Callable[[], object]], repeats: int) -> list[list[
 
 
 def _compared(
-    noun: str, names: Sequence[str], work: int, seconds: list[list[float]], bar: float | None
+    noun: str, names: Sequence[str], work: int, seconds: list[list[float]], bar: float
 ) -> Iterator[Measured]:
     """Yield the speed of each, and of each but the first how many times that of the first."""
     for name, held in zip(names, seconds, strict=True):
         yield Measured(f"{noun} a second, {name}", tuple(work / s for s in held), f" {noun}/s")
     for name, held in zip(names[1:], seconds[1:], strict=True):
         ratios = tuple(one / two for one, two in zip(seconds[0], held, strict=True))
-        yield Measured(f"{noun}: {name} against {names[0]}", ratios, "x", bar)
+        yield Measured(_against(noun, name, names[0]), ratios, "x", bar)
+
+
+def _against(noun: str, name: str, other: str) -> str:
+    return f"{noun}: {name} against {other}"
 
 
 def protection(size: Size) -> Iterator[Measured]:
@@ -180,14 +188,18 @@ def trials(size: Size) -> Iterator[Measured]:
     }
     with ExitStack() as stack:
         executors: dict[str, Executor] = {}
+        absent: dict[str, str] = {}
         for name, kind in kinds.items():
             try:
                 executors[name] = stack.enter_context(kind())
             except SpecError as error:
-                print(f"{name}: {error}")
+                absent[name] = str(error)
         actions = [_running(executor, jobs) for executor in executors.values()]
         seconds = in_turn(actions, size.repeats)
-    yield from _compared("trials", list(executors), len(jobs), seconds, None)
+    names = list(executors)
+    yield from _compared("trials", names, len(jobs), seconds, 1.8)
+    for name, reason in absent.items():
+        yield Measured(_against("trials", name, names[0]), (), "x", 1.8, f"not measured: {reason}")
 
 
 def _running(executor: Executor, jobs: list[Job]) -> Callable[[], None]:
@@ -220,6 +232,9 @@ def main() -> None:
     print(f"{where.processor}, one thread a process, {where.precision}, {where.versions}")
     print(f"{'ResNet-20, 32x32':66} median    least .. most")
     for row in measured(quick):
+        if not row.values:
+            print(f"{row.what:66} {row.note}")
+            continue
         values = f"{min(row.values):.3g} .. {max(row.values):.3g}   n = {len(row.values)}"
         bar = "" if row.at_least is None else f"   at least {row.at_least:g}"
         print(f"{row.what:66} {statistics.median(row.values):6.3g}   {values}{bar}")

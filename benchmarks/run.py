@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import importlib.util
 import json
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +26,7 @@ import feeding
 import floor
 import growth
 import precision
+import ranks
 import retained_graphs
 import stacking
 import starting
@@ -41,10 +42,8 @@ Part = Callable[[bool], list[Row]]
 
 def of_ranks(short: bool) -> list[Row]:
     """Return the rows of several processes, which `ranks.py` measures."""
-    import ranks
-
     return [
-        row(held.what, held.values, at_least=held.at_least, unit=held.unit)
+        row(held.what, held.values, at_least=held.at_least, unit=held.unit, note=held.note)
         for held in ranks.measured(short)
     ]
 
@@ -59,9 +58,8 @@ PARTS: dict[str, Part] = {
     "input": feeding.rows,
     "stacking": stacking.rows,
     "growth": growth.rows,
+    "processes": of_ranks,
 }
-if importlib.util.find_spec("ranks") is not None:
-    PARTS["processes"] = of_ranks
 
 
 def measured(short: bool, chosen: list[str]) -> tuple[list[Row], dict[str, str]]:
@@ -73,7 +71,7 @@ def measured(short: bool, chosen: list[str]) -> tuple[list[Row], dict[str, str]]
         try:
             found += PARTS[name](short)
         except Exception as error:  # noqa: BLE001 - one part must not take the others' numbers along
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            failed[name] = traceback.format_exception_only(error)[0].splitlines()[0]
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return found, failed
 

@@ -17,14 +17,15 @@ class Row:
     """One line of the table: what was measured, its bar, the median and spread of n repeats.
 
     `bar` is `at most 1.05` and the like, or empty for a number that has none; `met` is then None.
-    `note` says what else the reader must know, such as the reason why a bar is missed.
+    Without repeats (n = 0) it was not measured. `note` says what else the reader must know, such as
+    the reason why a bar is missed.
     """
 
     what: str
     bar: str
-    measured: float
-    low: float
-    high: float
+    measured: float | None
+    low: float | None
+    high: float | None
     n: int
     met: bool | None = None
     unit: str = ""
@@ -40,13 +41,22 @@ def row(
     unit: str = "",
     note: str = "",
 ) -> Row:
-    """Return the row of `values`: their median against a bar, if there is one."""
-    middle = statistics.median(values)
-    bar, met = "", None
+    """Return the row of `values`: their median against a bar, if there is one.
+
+    Without values it is a row that was not measured; `note` should say why.
+    """
+    bar = ""
     if at_most is not None:
-        bar, met = f"at most {at_most:g}{unit}", middle <= at_most
+        bar = f"at most {at_most:g}{unit}"
     elif at_least is not None:
-        bar, met = f"at least {at_least:g}{unit}", middle >= at_least
+        bar = f"at least {at_least:g}{unit}"
+    if not values:
+        return Row(what, bar, None, None, None, 0, None, unit, note)
+    middle, met = statistics.median(values), None
+    if at_most is not None:
+        met = middle <= at_most
+    elif at_least is not None:
+        met = middle >= at_least
     return Row(what, bar, middle, min(values), max(values), len(values), met, unit, note)
 
 
@@ -86,8 +96,11 @@ def show(rows: Sequence[Row]) -> list[str]:
     lines = ["| measured | bar | median | least to most | n | |", "|---|---|---|---|---|---|"]
     for held in rows:
         met = {True: "met", False: "**missed**", None: ""}[held.met]
-        spread = f"{held.low:.3g} to {held.high:.3g}"
-        cells = (held.what, held.bar, f"{held.measured:.3g}{held.unit}", spread, str(held.n), met)
+        middle, spread = "not measured", ""
+        if held.measured is not None:
+            middle = f"{held.measured:.3g}{held.unit}"
+            spread = f"{held.low:.3g} to {held.high:.3g}"
+        cells = (held.what, held.bar, middle, spread, str(held.n), met)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

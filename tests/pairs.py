@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ import denoisers
 from builders import digits, original, restricted
 from sophon._data import Domain
 from sophon._finetune import optimizer_tensors
+from sophon._optimisations import SWITCH
 from sophon._protect import Protection, protect
 from sophon._records import Round
 from sophon._specs import (
@@ -244,6 +248,49 @@ def differing(given: ProtectSpec) -> None:
     """Give each process another model."""
     model = network("layer", seed=dist.get_rank())
     Protection(model, original=original(), restricted=domains(1), spec=given)
+
+
+def state(given: ProtectSpec, name: str, *, shard: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a state after a round; all of them whole, or it fails."""
+    run = started(given, name, shard=shard)
+    next(iter(run))
+    tensors, _ = run._state()
+    assert all(type(value) in (Tensor, nn.Parameter) for value in tensors.values())
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def most_whole(given: ProtectSpec, name: str) -> int:
+    """Return how many gathered tensors live at once while a state and an attacker are made."""
+    from torch.distributed.tensor import DTensor
+
+    run = started(given, name, shard=True)
+    next(iter(run))
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+    gather = DTensor.full_tensor
+
+    def gathering(value: DTensor) -> Tensor:
+        result = gather(value)
+        made.append(weakref.ref(result))
+        alive.append(sum(held() is not None for held in made))
+        return result
+
+    with mock.patch.object(DTensor, "full_tensor", gathering):
+        run._state()
+        run.rehearsals.copy(run.model)
+    return max(alive)
+
+
+def called_otherwise(given: ProtectSpec, what: str, folder: Path) -> None:
+    """Give the second process a folder, shards, or the switch, where the first has none."""
+    second = dist.get_rank() == 1
+    with mock.patch.dict(os.environ, {SWITCH: str(int(second and what == "plain"))}):
+        started(
+            given,
+            "layer",
+            out=folder if second and what == "out" else None,
+            shard=second and what == "shard",
+        )
 
 
 def held(given: ProtectSpec, name: str) -> tuple[set[int], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,8 +11,17 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-# Of the start-up and the growth of reports other tests speak; they take their time even when quick.
-PARTS = ("floor, ResNet-20", "retained graphs", "precision", "denormals", "input", "stacking")
+# Parts, and how many rows each has.
+PARTS = {
+    "start": 3,
+    "floor, ResNet-20": 2,
+    "retained graphs": 4,
+    "precision": 2,
+    "denormals": 8,
+    "input": 5,
+    "stacking": 2,
+    "growth": 6,
+}
 
 
 def ran(*words: str) -> subprocess.CompletedProcess[str]:
@@ -28,10 +38,55 @@ def test_a_part_measures_and_judges(part: str) -> None:
     run = ran("--quick", "--only", part)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     rows = [line for line in run.stdout.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 1
+    assert len(rows) == PARTS[part]
     assert "not measured" not in run.stdout
     if part == "retained graphs":
         assert next(row for row in rows if "float64" in row).endswith("| met |")
+
+
+@pytest.mark.slow
+def test_ray_that_is_absent_is_a_row_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = importlib.import_module("run")
+    rows = run.of_ranks(True)
+    assert [(row.bar, row.n) for row in rows] == [
+        ("", 2), ("", 2), ("at least 1.7x", 2),
+        ("", 2), ("", 2), ("at least 1.8x", 2), ("at least 1.8x", 0),
+    ]  # fmt: skip
+    *_, shown = run.show(rows)
+    assert "| at least 1.8x | not measured |" in shown
+    assert "not measured: ray cannot be imported" in run.notes(rows)[-1]
+
+
+def test_a_part_that_fails_is_named_and_takes_no_other_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    run = importlib.import_module("run")
+
+    def failing(short: bool) -> list[object]:
+        raise ValueError if short else ValueError("no\nroom")
+
+    monkeypatch.setattr(run, "PARTS", {"a": failing, "b": lambda short: ["row"]})
+    assert run.measured(True, ["a", "b"]) == (["row"], {"a": "ValueError"})
+    assert run.measured(False, ["a", "b"]) == (["row"], {"a": "ValueError: no"})
+
+
+def test_repeats_are_not_paired_by_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    growth = importlib.import_module("growth")
+    taken = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(growth, "seconds", lambda action: next(taken))
+    assert growth.timed_round([None] * 5, 3) == (3.0, 1.0, 2.0)
+
+
+def test_activations_are_what_another_image_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    scaling = importlib.import_module("scaling")
+    monkeypatch.setattr(scaling, "passed", lambda model, batch: (5.0, 100 + 7 * batch))
+    found = scaling.counted("small_convnet")
+    assert (found.forward, found.kept, found.kept_once) == (5.0, 7, 100)
 
 
 def test_quick_numbers_are_not_written() -> None:

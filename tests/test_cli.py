@@ -710,3 +710,19 @@ def test_an_audit_without_the_model_before_says_what_it_cannot_claim(
     assert code == 0, err
     assert "verdict: void" in out
     assert "unprotected" in (tmp_path / "a" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "command", ["audit", "pretrain", "reproduce", "demo", "evaluate", "export"]
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_is_refused_where_each_process_would_do_all(
+    command: str, rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = sophon(command)
+    said = f"error: torchrun started 2 processes, and `sophon {command}` is work for one"
+    assert (code, out) == (2, "")
+    assert err.startswith(said) if rank == "0" else not err
+    assert "torchrun" not in sophon("report", "nowhere")[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,12 +23,13 @@ import pairs
 from builders import setting_of
 from pairs import Attentive, Pair, network, spec
 from sophon._data import load_domain
-from sophon._distributed import Ranks
+from sophon._distributed import Ranks, process_group
 from sophon._errors import RanksError, SpecError, UnsupportedModelError
 from sophon._networks import SmallConvNet
 from sophon._records import Round
 from sophon._sharing import splits
 from sophon._specs import DomainSpec, ProtectSpec, Rehearsal, Strategy
+from sophon._tasks import Classification
 
 Outcome = tuple[dict[str, Tensor], list[Round]]
 
@@ -228,6 +232,94 @@ def test_a_batch_is_split_only_where_its_rows_are_independent(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert splits(model, setting_of(model)) == expected
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+class PastTheCall(Classification):
+    """Runs the parts of the network, and never calls the whole."""
+
+    def outputs(
+        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        held = images
+        for part in model.children():
+            held = part(held)
+        return held, labels
+
+
+class Penalised(Classification):
+    """Adds a term of the weights to the outputs of a call."""
+
+    def outputs(
+        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        logits, labels = super().outputs(model, images, labels, generator)
+        return logits + next(model.parameters()).square().mean(), labels
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"), [(Classification(), True), (PastTheCall(), False), (Penalised(), False)]
+)
+def test_a_batch_is_split_only_where_outputs_come_from_a_call(
+    task: Classification, expected: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    assert splits(model, dataclasses.replace(setting_of(model), task=task)) is expected
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_state_is_whole_in_the_first_process_alone(shard: bool, pair: Pair) -> None:
+    given = spec(horizon=30, pool=4)
+    first, second = pair.both(pairs.state, given, "layer", shard=shard)
+    assert second == {}
+    assert first == pairs.state(given, "layer")
+
+
+def test_shards_are_gathered_one_tensor_at_a_time(pair: Pair) -> None:
+    _, second = pair.both(pairs.most_whole, spec(horizon=30, pool=1, strategies=1), "layer")
+    # One, and the one before it.
+    assert second <= 2
+
+
+def test_processes_that_were_called_otherwise_are_refused(pair: Pair, tmp_path: Path) -> None:
+    for what in ("out", "shard", "plain"):
+        errors = pair.both(pairs.called_otherwise, spec(), what, tmp_path / what)
+        assert [type(error) for error in errors] == [SpecError] * 2, errors
+        assert f"processes 0 and 1 were given another {what}" in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234"), RanksError),
+        (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), RanksError),
+        (dist.DistNetworkError("the store is gone"), RanksError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError),
+        (RuntimeError("Expected all tensors to be on the same device"), RuntimeError),
+    ],
+    ids=["closed", "timeout", "network", "memory", "device"],
+)
+def test_only_a_lost_process_is_said_not_to_answer(
+    error: Exception, expected: type[Exception]
+) -> None:
+    with pytest.raises(expected) as raised, Ranks(0, 2).answered():
+        raise error
+    assert (raised.value is error) == (expected is RuntimeError)
+
+
+def test_the_first_one_may_measure_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def joined(backend: str, **arguments: Any) -> None:
+        given.update(arguments)
+        raise InterruptedError
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", joined)
+    with pytest.raises(InterruptedError), process_group():
+        pass
+    assert given["timeout"] >= datetime.timedelta(hours=2)
 
 
 # --- torchrun ---------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from builders import original, restricted, scratch_model, trained_model
 from ray_models import FatalOnce
 from sophon._audit import Audit
 from sophon._errors import AuditError, SpecError
+from sophon._optimisations import SWITCH, plain
+from sophon._ray import RayCluster
 from sophon._specs import AuditSpec
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
@@ -62,6 +64,24 @@ def test_a_cluster_of_two_workers_gives_the_same_trials_though_one_is_killed(
         model, original=original(), restricted=restricted(), spec=SPEC, scratch=scratch_model
     )
     assert _facts(here) == found
+
+
+class Switched:
+    """Says as the trial of a job whether a worker computes the plain way."""
+
+    def run(self, job: object) -> bool:
+        return plain()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_workers_that_do_not_inherit_the_switch_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    with RayCluster(Switched(), 1) as cluster:  # type: ignore[arg-type]
+        # As a cluster that was started elsewhere, this one was without the switch.
+        for value in ("1", "0"):
+            monkeypatch.setenv(SWITCH, value)
+            assert list(cluster.run([None])) == [value == "1"]  # type: ignore[list-item,comparison-overlap]
 
 
 def test_what_cannot_be_used_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:

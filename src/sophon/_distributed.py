@@ -7,6 +7,7 @@ path and the shared one are the same code.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sophon._errors import RanksError, SophonError, SpecError
+
+# One that ends is noticed at once; the others wait while the first one measures and writes alone.
+_PATIENCE = datetime.timedelta(hours=6)
+# What gloo and NCCL say of a process that is gone or silent.
+_GONE = (
+    "connection",
+    "timed out",
+    "timeout",
+    "broken pipe",
+    "socket closed",
+    "aborted",
+    "network error",
+)
 
 
 def launched() -> bool:
@@ -94,7 +108,8 @@ class Ranks:
     def require_same(self, identity: dict[str, str]) -> None:
         """Raise SpecError unless all processes were given the same run."""
         for rank, other in enumerate(self.gather(identity)):
-            different = [name for name in identity if identity[name] != other[name]]
+            names = dict.fromkeys([*identity, *other])
+            different = [name for name in names if identity.get(name) != other.get(name)]
             if different:
                 raise _hushed(
                     SpecError(
@@ -186,15 +201,23 @@ class Ranks:
 
     @contextmanager
     def answered(self) -> Iterator[None]:
-        """Say in a line what a collective fails of: another process is gone."""
+        """Say in a line that another process is gone or silent; what else fails is left as it is.
+
+        A collective raises RuntimeError for that as for a lack of memory or a wrong type.
+        """
         try:
             yield
         except RuntimeError as error:
+            text = str(error).lower()
+            lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+            if not lost and not any(sign in text for sign in _GONE):
+                raise
             line = str(error).strip().splitlines()[0][:160]
             raise RanksError(
                 f"another of the {self.world} processes does not answer ({line}): it says why if"
-                " it could; repeat the command to resume"
-            ) from None
+                " it could, or it took longer than the group's timeout; repeat the command to"
+                " resume"
+            ) from error
 
     @property
     def wire(self) -> torch.device:
@@ -220,7 +243,8 @@ def process_group() -> Iterator[Ranks]:
                 f" {count} cards: use --nproc-per-node {count}"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield Ranks.present()
     finally:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 
+SWITCH = "SOPHON_PLAIN"
+
 
 def plain() -> bool:
-    """Return whether optimisations are switched off; worker processes inherit it."""
-    return os.environ.get("SOPHON_PLAIN", "") not in ("", "0")
+    """Return whether optimisations are switched off; worker processes are told."""
+    return os.environ.get(SWITCH, "") not in ("", "0")

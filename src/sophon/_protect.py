@@ -37,7 +37,7 @@ from sophon._records import Measurement, Round
 from sophon._rehearsal import Rehearsals, Visit
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
-from sophon._sharing import load_whole, sharing, splits, whole
+from sophon._sharing import gathered, load_whole, sharing, splits, whole
 from sophon._sharing import shard as spread
 from sophon._shipping import ship
 from sophon._spans import spanned
@@ -118,7 +118,14 @@ class Protection:
             independent = self.ranks.world > 1 and splits(model, self.setting)
             check_protection(model, spec, self.setting, self.ranks, independent=independent)
             self.identity = self._identity(model)
-        self.ranks.require_same(self.identity)
+        self.ranks.require_same(
+            {
+                **self.identity,
+                "shard": str(shard),
+                "out": "a folder" if out is not None else "none",
+                "independence of rows": str(independent),
+            }
+        )
         self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
         enough = spec.original_batch_size >= self.ranks.world
         self._split = independent and enough and not self.ranks.sharded
@@ -198,7 +205,7 @@ class Protection:
         scores = [r.guard_score for r in self.rounds if r.guard_score is not None]
         shipped = self.guard.require_shipped(max(scores))
         model = copy.deepcopy(self._given)
-        model.load_state_dict({name: whole(value) for name, value in shipped.tensors.items()})
+        load_whole(model, shipped.tensors)
         model.eval()
         return Protected(
             model=model,
@@ -361,14 +368,16 @@ class Protection:
         # The model, two kept copies, two Adams; an attacker's displacement and its moments.
         return 3 + 4 + 3 * attackers
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _state(self) -> State:
+        """Return whole tensors, in the first process only, and plain values; all must ask."""
         attackers, pool = self.rehearsals.state()
         guarded, guard = self.guard.state()
         groups = {"model": self.model.state_dict(), "attackers": attackers, **guarded}
         plain: dict[str, Any] = {}
         for name, optimizer in self._optimizers().items():
             groups[name], plain[name] = optimizer_tensors(optimizer)
-        tensors = {f"{g}|{n}": whole(v) for g, held in groups.items() for n, v in held.items()}
+        named = {f"{group}|{name}": v for group, held in groups.items() for name, v in held.items()}
+        tensors = gathered(named, self.ranks)
         meta = {
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
             "reinforced": self.reinforced,

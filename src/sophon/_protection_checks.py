@@ -73,7 +73,8 @@ def _check_rows(spec: ProtectSpec, ranks: Ranks, *, independent: bool) -> None:
     if not independent:
         raise UnsupportedModelError(
             "--shard: the model's outputs for an image depend on the rest of the batch or on chance"
-            " (BatchNorm, dropout), so that the batch cannot be split: leave --shard out"
+            " (BatchNorm, dropout), or come from more than a call of the model, so that the batch"
+            " cannot be split: leave --shard out"
         )
     rehearsal = spec.rehearsal
     fixed, sizes = rehearsal.fixed, rehearsal.distribution.batch_sizes

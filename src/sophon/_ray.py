@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from sophon._errors import AuditError, SpecError
 from sophon._executors import ATTEMPTS, Job, Workload
+from sophon._optimisations import SWITCH
 from sophon._records import Trial
 
 
@@ -49,15 +50,17 @@ class RayCluster:
         held = ray.put(self.workload)
         waiting: deque[Any] = deque()
         left = iter(jobs)
+        # Only a cluster on this machine would inherit it.
+        switch = os.environ.get(SWITCH, "")
         for job in left:
-            waiting.append(task.remote(held, job))
+            waiting.append(task.remote(held, job, switch))
             if len(waiting) == self.workers:
                 break
         while waiting:
             trial = self._result(waiting.popleft())
             following = next(left, None)
             if following is not None:
-                waiting.append(task.remote(held, following))
+                waiting.append(task.remote(held, following, switch))
             yield trial
 
     def _result(self, reference: Any) -> Trial:
@@ -117,8 +120,9 @@ def require_ray() -> Any:
     return ray
 
 
-def _run(workload: Workload, job: Job) -> Trial:
+def _run(workload: Workload, job: Job, switch: str) -> Trial:
     import torch
 
+    os.environ[SWITCH] = switch
     torch.set_num_threads(1)
     return workload.run(job)

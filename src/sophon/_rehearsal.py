@@ -30,7 +30,7 @@ from sophon._finetune import (
 from sophon._optimisations import plain
 from sophon._seeding import generator, seeded
 from sophon._setting import Feed, Setting
-from sophon._sharing import gradients, placed, shard, whole
+from sophon._sharing import gradients, load_whole, placed, shard
 from sophon._spans import span, spanned
 from sophon._specs import ProtectSpec, Rehearsal, Strategy, StrategyDistribution
 from sophon._suppression import SUPPRESSIONS
@@ -243,7 +243,7 @@ class Rehearsals:
         if not self.ranks.sharded or self.structure is None:
             return copy.deepcopy(real)
         model = copy.deepcopy(self.structure)
-        model.load_state_dict({name: whole(value) for name, value in real.state_dict().items()})
+        load_whole(model, real.state_dict())
         return model
 
     def strategy(self, identity: int) -> Strategy:

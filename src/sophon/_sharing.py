@@ -102,9 +102,22 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load a state of whole tensors into a model that may be in shards."""
+    """Load a state into a model; each may be in shards. One tensor at a time is whole."""
     for name, target in model.state_dict().items():
-        target.copy_(placed(tensors[name], target))
+        target.copy_(placed(whole(tensors[name]), target))
+
+
+def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Return whole tensors in the first process, and none elsewhere; all must ask at once.
+
+    Those in shards go to its main memory: one at a time is whole on the device.
+    """
+    held: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        full = whole(value)
+        if ranks.first:
+            held[name] = full.cpu() if is_sharded(value) else full
+    return held
 
 
 def backward(loss: Tensor, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -138,7 +151,9 @@ def gradients(loss: Tensor, model: nn.Module, parameters: Sequence[nn.Parameter]
 
 def splits(model: nn.Module, setting: Setting) -> bool:
     """Return whether a training batch may be split: rows do not depend on each other, nothing is
-    drawn at random inside and no statistics are kept. BatchNorm and dropout forbid it.
+    drawn at random inside and no statistics are kept. BatchNorm and dropout forbid it, and a task
+    whose outputs do not come from a call of the model alone: each process would compute all of
+    them, and the gradients would add up to a multiple.
     """
     images = setting.original.train
     feed = setting.feed(setting.original, images, batch_size=min(_PROBED, len(images)))
@@ -157,9 +172,14 @@ def splits(model: nn.Module, setting: Setting) -> bool:
         before = _hidden(held, setting.device)
         expected = outputs(0, 1)
         pure = all(map(torch.equal, before, _hidden(held, setting.device)))
-        halves = [outputs(rank, 2)[_rows(len(expected), rank, 2)] for rank in range(2)]
+        parts = [outputs(rank, 2) for rank in range(2)]
+    rows = [_rows(len(expected), rank, 2) for rank in range(2)]
+    halves = [part[own] for part, own in zip(parts, rows, strict=True)]
+    # Of the other's rows a process has zeros, unless it computed them past the model's call.
+    others = [part[own] for part, own in zip(parts, reversed(rows), strict=True)]
+    apart = not any(bool(other.any()) for other in others)
     moved = (torch.cat(halves) - expected).norm()
-    return pure and bool(moved <= _SAME * expected.norm())
+    return pure and apart and bool(moved <= _SAME * expected.norm())
 
 
 def _hidden(model: nn.Module, device: torch.device) -> list[Tensor]:

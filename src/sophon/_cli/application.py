@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 import typer
 import typer.core
 
-from sophon._errors import SophonError
+from sophon._errors import SophonError, SpecError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -138,6 +138,18 @@ def command_line() -> str:
 def _speaks() -> bool:
     """Return whether this process is the one of torchrun's that speaks for all."""
     return _ELASTIC not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def require_alone(command: str) -> None:
+    """Raise SpecError where torchrun started several processes: each would do all of the work."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if _ELASTIC in os.environ and count != "1":
+        error = SpecError(
+            f"torchrun started {count} processes, and `sophon {command}` is work for one: start it"
+            " without torchrun; only `protect` is shared by processes"
+        )
+        error.told = not _speaks()
+        raise error
 
 
 class Stop:

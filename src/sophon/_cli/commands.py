@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from sophon._cli.application import Json, Quiet, RunFile, Settings, Threads, app, guarded
+from sophon._cli.application import (
+    Json,
+    Quiet,
+    RunFile,
+    Settings,
+    Threads,
+    app,
+    guarded,
+    require_alone,
+)
 from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
     mode_of,
@@ -24,8 +33,12 @@ from sophon._cli.running import (
 )
 from sophon._errors import SpecError
 
+# What only reads and prints may run in several processes.
+_SHARED = ("protect", "report", "compare", "inspect")
+
 
 @app.callback(invoke_without_command=True)
+@guarded
 def _options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -36,6 +49,8 @@ def _options(
         typer.echo(f"sophon {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif context.invoked_subcommand not in _SHARED:
+        require_alone(context.invoked_subcommand)
 
 
 @app.command(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from builders import original, quick_spec, restricted, setting_of, trained_model
+from sophon._errors import CheckpointError
 from sophon._finetune import OPTIMIZERS
 from sophon._models import choose_precision
 from sophon._protect import Protection
@@ -115,3 +117,22 @@ def test_batches_and_seeds_are_bit_identical(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(fast[0], slow[0])
         assert torch.equal(fast[1], slow[1])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_plain_run_is_not_taken_up_without_the_switch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> Protection:
+        return Protection(
+            trained_model(),
+            original=original(),
+            restricted=restricted(),
+            spec=quick_spec(),
+            out=tmp_path,
+        )
+
+    monkeypatch.setenv("SOPHON_PLAIN", "1")
+    next(iter(run()))
+    monkeypatch.delenv("SOPHON_PLAIN")
+    with pytest.raises(CheckpointError, match="plain"):
+        run()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sophon._checkpoints import open_run, save_state
-from sophon._data import Domain, resolve_normalisation
+from sophon._data import Domain
 from sophon._distributed import Ranks
 from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import write_json, write_text
@@ -159,7 +159,7 @@ class Protection:
             "task": self.setting.task.name,
             "head": self.setting.head,
             "precision": self.setting.precision,
-            **({"plain": "1"} if plain() else {}),
+            "plain": str(plain()),
         }
 
     @property
@@ -407,12 +407,6 @@ class Protection:
     def _optimizers(self) -> dict[str, Adam]:
         return {"suppressor": self.suppressor, "reinforcer": self.reinforcer}
 
-    def _input(self) -> dict[str, Any]:
-        """Return what the model takes: (channels, height, width), and how pixels are normalised."""
-        original = self.setting.original
-        mean, std = resolve_normalisation(original, None)
-        return {"input_size": self.setting.shape(original), "mean": mean, "std": std}
-
     def _description(self, result: Protected) -> dict[str, Any]:
         return {
             "spec": self.spec.model_dump(mode="json"),
@@ -420,7 +414,7 @@ class Protection:
             "original": self.setting.original.name,
             "restricted": [domain.name for domain in self.setting.restricted],
             "head": self.setting.head,
-            "input": self._input(),
+            "input": self.setting.input(),
             "validation_before": result.before.model_dump(),
             "validation_after": result.after.model_dump(),
             "shipped_round": result.shipped_round,

@@ -122,7 +122,7 @@ def panel(axes: plt.Axes, label: str, summary: DomainSummary) -> None:
 
 def sheet(drawn: list[tuple[str, SampleRecord, SampleRecord]], file: str) -> None:
     """Write what each subject draws, as it is on the left and after its best attack."""
-    figure, grid = plt.subplots(len(drawn), 2, figsize=(9, 2.5 * len(drawn)), squeeze=False)
+    figure, grid = plt.subplots(len(drawn), 2, figsize=(9, 1.45 * len(drawn)), squeeze=False)
     for axes, (label, before, after) in zip(grid, drawn, strict=True):
         for place, row, when in zip(axes, (before, after), ("as it is", "attacked"), strict=True):
             data = base64.b64decode(row.grid.partition(",")[2])

@@ -66,6 +66,14 @@ def test_a_run_too_short_to_profile_is_refused(rounds: int, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_run_has_nothing_to_profile(tmp_path: Path) -> None:
+    run = _run(rounds=1)
+    for _ in run:
+        pass
+    with pytest.raises(SpecError, match="0 rounds left, too few .*give a new --out"):
+        Profiled(run, 1, tmp_path)
+
+
 def test_a_part_does_not_count_what_is_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))

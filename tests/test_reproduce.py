@@ -269,6 +269,16 @@ def test_a_finished_cell_is_not_run_again(reproduced: tuple[Path, str]) -> None:
     assert [path.stat().st_mtime_ns for path in (file, *trials)] == before
 
 
+@pytest.mark.parametrize("cell", ["resnet18-gtsrb-klu", "robustness", "ablation"])
+@pytest.mark.parametrize("setting", ["protect.rond=2", 'protect.rounds="x"'])
+def test_settings_that_do_not_fit_are_refused_before_anything_is_trained(
+    cell: str, setting: str, tmp_path: Path
+) -> None:
+    said = command("reproduce", cell, "--set", setting, "--out", tmp_path / "runs", fails=2)
+    assert setting.partition("=")[0] in said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_data_that_is_not_there_is_said_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,11 +85,18 @@ def fit(
         if cost(chosen) <= seconds:
             return chosen, given_up
     least = cost(chosen)
+    seeds = len(chosen.seeds or ())
+    without = " without the search," if spec.search_trials else ""
+    smaller = "" if suite_of(spec).prefilter is None else ", or take suite = 'quick-1'"
     raise AuditError(
-        f"a budget of {seconds / 60:.3g} min is too short: even without the search, on"
-        f" {len(chosen.seeds or ())} seeds of {chosen.steps} steps, this audit takes about"
-        f" {least / 60:.3g} min: raise --budget, use more --workers, or take suite = 'quick-1'"
+        f"a budget of {_duration(seconds)} is too short: even{without} on {seeds} attack"
+        f" seed{'' if seeds == 1 else 's'} of {chosen.steps} steps this audit takes about"
+        f" {_duration(least)}: raise --budget or use more --workers{smaller}"
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds / 60:.3g} min"
 
 
 def _smaller(spec: AuditSpec, rehearsed: int) -> Iterator[tuple[AuditSpec, tuple[str, ...]]]:

@@ -57,14 +57,7 @@ class Profiled:
     """
 
     def __init__(self, run: Protection, rounds: int, out: Path) -> None:
-        left = len(run) - run.done
-        if rounds + 1 > left:
-            raise SpecError(
-                f"--profile {rounds} times {rounds} rounds and traces one more; the run has {left}"
-                f" left: use at most {left - 1}"
-                if left > 1
-                else f"--profile {rounds}: the run has {left} rounds left; raise protect.rounds"
-            )
+        require_rounds(rounds, len(run) - run.done)
         self.run = run
         self.rounds = rounds
         self.folder = out / FOLDER
@@ -93,3 +86,18 @@ class Profiled:
     def _next(rounds: Iterator[Round], clock: Clock) -> Round:
         with clocked(clock), span(REST):
             return next(rounds)
+
+
+def require_rounds(rounds: int, left: int) -> None:
+    """Raise SpecError unless so many rounds can be timed, and one more traced, of those left."""
+    if not rounds or rounds < left:
+        return
+    if left > 1:
+        raise SpecError(
+            f"--profile {rounds} times {rounds} rounds and traces one more; the run has {left}"
+            f" left: use at most {left - 1}"
+        )
+    raise SpecError(
+        f"--profile {rounds}: the run has {left} round{'' if left == 1 else 's'} left, too few to"
+        " time one and trace one more: give a new --out"
+    )

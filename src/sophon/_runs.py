@@ -70,18 +70,25 @@ def read_run(path: Path, settings: list[str] | None) -> RunSpec:
     Raises SpecError naming the file, the key and what is allowed.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path} does not exist: give the path of a run file") from None
     except IsADirectoryError:
         raise SpecError(f"{path} is a folder: give the path of a run file") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{path} is not UTF-8 text (byte {error.start}): save it as such") from None
+    return parse_run(text, settings, where=str(path))
+
+
+def parse_run(text: str, settings: list[str] | None, *, where: str) -> RunSpec:
+    """Return the specification in the text of a run file; see `read_run`."""
+    try:
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{path} is not valid TOML: {error}") from None
+        raise SpecError(f"{where} is not valid TOML: {error}") from None
     for setting in settings or ():
         _apply(data, setting)
-    return parse_spec(RunSpec, data, where=str(path))
+    return parse_spec(RunSpec, data, where=where)
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:
@@ -223,8 +230,16 @@ def require_outside(folder: Path, run_file: Path, settings: list[str] | None) ->
 
 
 def weights_file(path: Path) -> Path:
-    """Return the file of weights that `path`, a file or a checkpoint's folder, names."""
-    return path / "model.safetensors" if path.is_dir() else path
+    """Return the file of weights that `path`, a file or a checkpoint's folder, names.
+
+    It is there only if `path` is a checkpoint's; a folder that diffusers wrote holds its weights in
+    another file.
+    """
+    if not path.is_dir():
+        return path
+    names = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+    files = [path / name for name in (*names, f"unet/{names[1]}")]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | None]:
@@ -234,14 +249,15 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
     for the network of the run. Raises CheckpointError or UnsupportedModelError.
     """
     file = weights_file(path)
-    if path.is_dir() and not file.is_file() and case.network.name.startswith(DIFFUSERS):
+    ours = path.is_file() or (path / "model.safetensors").is_file()
+    if path.is_dir() and not ours and case.network.name.startswith(DIFFUSERS):
         return _load_denoiser(case, path), None
     description = file.parent / "model.json"
     held: dict[str, Any] = {}
     if file.name == "model.safetensors" and description.is_file():
         held = read_json(description)
         require_recorded(file, held)
-    if path.is_dir() and not file.is_file():
+    if not ours and path.is_dir():
         raise CheckpointError(f"{path} holds no model.safetensors: name a checkpoint")
     if held.get("model"):
         spec = ModelSpec(name=str(file.absolute()), head=case.network.head)

@@ -99,6 +99,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     Under torchrun many processes share the work.
     """
     from sophon._distributed import process_group
+    from sophon._profile import require_rounds
     from sophon._runs import load, require_outside, require_place
 
     mode = mode_of(quiet, as_json)
@@ -118,6 +119,8 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
             if tensorboard is not None:
                 require_place(tensorboard)
             case = load(run_file, settings, threads)
+            # Of a run that goes on fewer are left; that is known once its folder is open.
+            require_rounds(profile or 0, case.spec.protect.rounds)
         if out is None or dry_run:
             show_forecast(case, as_json=as_json)
             return

@@ -127,9 +127,18 @@ class _Jobs:
 
     def run(self, cell: Cell) -> None:
         """Run a cell from where it stopped."""
+        from sophon._grid import run_file
+
         self._announce(f"{cell.name} ({cell.scale})")
+        self._check(run_file(cell, cell.name, "."), [])
         self._base(cell)
         self._protected_and_audited(self._run_file(cell), self.out / cell.scale / cell.name, [])
+
+    def _check(self, text: str, settings: list[str]) -> None:
+        """Raise SpecError for settings that do not fit a run file, before anything is trained."""
+        from sophon._runs import parse_run
+
+        parse_run(text, [*(self.settings or ()), *settings], where="--set")
 
     def _announce(self, what: str) -> None:
         if self.mode in ("bar", "lines"):
@@ -185,6 +194,8 @@ class _Jobs:
         from sophon._files import write_text
 
         require_matplotlib()
+        for variation in study.variations():
+            self._check(study.run_file("."), list(variation.settings))
         folder = self.out / "small" / study.NAME
         self._trained(f"small-{study.NAME}", study.BASE_FILE)
         file = _written(folder / "run.toml", study.run_file("../../bases"))

@@ -156,7 +156,7 @@ def trial_row(name: str, steps: int, repeats: int) -> Row:
 
 def rows(short: bool, names: tuple[str, ...] = ("ResNet-20", "ResNet-18")) -> list[Row]:
     """Return a round and a trial on each network; the trial's narrower bar has more pairs."""
-    sizes, steps, pairs = (quick(Sizes()), 4, (1, 1)) if short else (Sizes(), 60, (3, 5))
+    sizes, steps, pairs = (quick(Sizes()), 4, (1, 1)) if short else (Sizes(), 40, (3, 5))
     found = []
     for name in names:
         found += [round_row(name, sizes, pairs[0]), trial_row(name, steps, pairs[1])]

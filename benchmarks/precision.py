@@ -42,12 +42,12 @@ def rows(short: bool) -> list[Row]:
         row(
             f"fp32 round / {precision} round, channels_last in both: {what}",
             same,
-            at_least=1.7 if native else None,
             note="precision alone" if native else "this processor does not compute in bf16",
         ),
         row(
             f"fp32 round in the default layout / {precision} round in channels_last: {what}",
             layouts,
+            at_least=1.7 if native else None,
             note="precision and memory layout together, against what torch does unless told",
         ),
     ]

@@ -70,7 +70,7 @@ def test_a_finished_run_has_nothing_to_profile(tmp_path: Path) -> None:
     run = _run(rounds=1)
     for _ in run:
         pass
-    with pytest.raises(SpecError, match="0 rounds left, too few .*give a new --out"):
+    with pytest.raises(SpecError, match=r"0 rounds left, too few .*give a new --out"):
         Profiled(run, 1, tmp_path)
 
 

@@ -10,13 +10,11 @@ data.
 from __future__ import annotations
 
 import copy
-import statistics
 
 import numpy as np
 import torch
-from run import REPEATS, seconds
+from timing import Row, alone, ratios, row
 
-from sophon._circumstances import environment
 from sophon._data import Domain
 from sophon._models import diffusers
 from sophon._protect import Protection
@@ -85,8 +83,8 @@ class Bare:
         self.outer[1].zero_grad()
 
 
-def main() -> None:
-    """Print the ratio and where it was measured."""
+def rows(short: bool) -> list[Row]:
+    """Return a round of protecting the U-Net against its bare passes."""
     fixed = Strategy(learning_rate=1e-3, batch_size=SUPPORT, steps=STEPS)
     spec = ProtectSpec(
         rounds=10_000,
@@ -99,16 +97,10 @@ def main() -> None:
         network(), original=domain("a", 0), restricted=domain("b", 1), task=Denoising(), spec=spec
     )
     rounds, bare = iter(run), Bare(run)
-    where = environment(run.setting.device, run.setting.precision)
-    print(f"{where.processor}, {where.threads} threads, {where.precision}, {where.versions}")
-    next(rounds)
-    bare.round()
-    ratios = [seconds(lambda: next(rounds)) / seconds(bare.round) for _ in range(REPEATS)]
-    print(
-        f"round / bare passes, 32x32, K = {STEPS}: {statistics.median(ratios):.2f}"
-        f"   {min(ratios):.2f} .. {max(ratios):.2f}   n = {REPEATS}"
-    )
+    values = ratios(lambda: next(rounds), bare.round, 1 if short else 7)
+    what = f"protect round / bare passes: U-Net, 32x32, K = {STEPS}, batch {SUPPORT + QUERY}"
+    return [row(f"{what}, {run.setting.precision}", values, at_most=1.05)]
 
 
 if __name__ == "__main__":
-    main()
+    alone(rows)

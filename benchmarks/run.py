@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import denoising
 import denormals
 import feeding
 import floor
@@ -52,6 +53,7 @@ PARTS: dict[str, Part] = {
     "start": starting.rows,
     "floor, ResNet-20": functools.partial(floor.rows, names=("ResNet-20",)),
     "floor, ResNet-18": functools.partial(floor.rows, names=("ResNet-18",)),
+    "floor, U-Net": denoising.rows,
     "retained graphs": retained_graphs.rows,
     "precision": precision.rows,
     "denormals": denormals.rows,

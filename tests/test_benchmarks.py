@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PARTS = {
     "start": 3,
     "floor, ResNet-20": 2,
+    "floor, U-Net": 1,
     "retained graphs": 4,
     "precision": 2,
     "denormals": 8,

@@ -116,3 +116,15 @@ def quick_spec(**changes: object) -> ProtectSpec:
         precision="fp32",
     )
     return spec.model_copy(update=changes)
+
+
+class Double(nn.Module):
+    """A float64 network for float32 images: what differs by more than rounding shows."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.double()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(images.double())
+        return result

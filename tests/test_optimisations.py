@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from builders import original, quick_spec, restricted, setting_of, trained_model
+from builders import Double, original, quick_spec, restricted, setting_of, trained_model
 from sophon._errors import CheckpointError
 from sophon._finetune import OPTIMIZERS
 from sophon._models import choose_precision
@@ -18,18 +18,6 @@ from sophon._rehearsal import Rehearsals
 from sophon._seeding import seeded
 from sophon._specs import Strategy
 from sophon._trials import Assignment, Bench, Start
-
-
-class _Double(nn.Module):
-    """A float64 network for float32 images: what differs by more than rounding shows."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner.double()
-
-    def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.inner(images.double())
-        return result
 
 
 @pytest.fixture(params=["1", "0"], ids=["plain", "not plain"])
@@ -53,7 +41,7 @@ def test_a_protection_is_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -
     def weights(value: str) -> dict[str, Tensor]:
         monkeypatch.setenv("SOPHON_PLAIN", value)
         run = Protection(
-            _Double(trained_model()),
+            Double(trained_model()),
             original=original(),
             restricted=restricted(),
             spec=quick_spec(rounds=3),
@@ -69,7 +57,7 @@ def test_a_protection_is_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adagrad"])
 def test_an_attack_is_the_same_to_rounding(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _Double(trained_model())
+    model = Double(trained_model())
     strategy = Strategy(optimizer=optimizer, learning_rate=1e-2, batch_size=16, steps=12)
     found = {}
     for value in ("0", "1"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from builders import (
+    Double,
     original,
     quick_spec,
     restricted,
@@ -36,18 +37,6 @@ from sophon._specs import (
     StrategyDistribution,
 )
 from sophon._suppression import SUPPRESSIONS
-
-
-class _Double(nn.Module):
-    """A float64 network that takes the float32 images of a feed."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner.double()
-
-    def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.inner(images.double())
-        return result
 
 
 def _setting(model: nn.Module) -> Setting:
@@ -83,7 +72,7 @@ def _retained_graphs(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> 
 
 @pytest.mark.parametrize("gamma", ["uniform", "linear", "last"])
 def test_streamed_gradient_equals_retained_graphs_in_float64(gamma: str) -> None:
-    model = _Double(trained_model())
+    model = Double(trained_model())
     strategy = Strategy(learning_rate=0.02, batch_size=16, steps=5)
     rehearsal = Rehearsal(steps=5, fixed=strategy, query_batch_size=8, gamma=gamma)
     pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(model), [1.0])

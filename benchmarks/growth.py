@@ -169,6 +169,8 @@ def draw(made: tuple[Curve, ...], file: Path) -> None:
             ideal = [base * amount for amount in curve.amounts]
             axes.loglog(curve.amounts, ideal, "--", color="0.6", label="in proportion")
             axes.loglog(curve.amounts, middle, "o-", color="C0", label="measured")
+            axes.set_xticks(curve.amounts, [f"{amount:,.0f}" for amount in curve.amounts])
+            axes.set_xticks([], minor=True)
             axes.set_xlabel(curve.what)
             axes.set_ylabel("seconds")
         grid.flat[0].legend(frameon=False)

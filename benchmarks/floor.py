@@ -20,7 +20,8 @@ from sophon._suppression import SUPPRESSIONS
 from sophon._trials import Assignment, Bench, Start, evaluation_steps
 
 Batches = list[tuple[Tensor, Tensor]]
-EVALUATIONS, TRIAL_BATCH = 12, 64
+# As often as in an attack of 200 steps: one evaluation in 16 steps.
+EVALUATIONS, TRIAL_BATCH = 3, 64
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
@@ -156,7 +157,7 @@ def trial_row(name: str, steps: int, repeats: int) -> Row:
 
 def rows(short: bool, names: tuple[str, ...] = ("ResNet-20", "ResNet-18")) -> list[Row]:
     """Return a round and a trial on each network; the trial's narrower bar has more pairs."""
-    sizes, steps, pairs = (quick(Sizes()), 4, (1, 1)) if short else (Sizes(), 40, (3, 5))
+    sizes, steps, pairs = (quick(Sizes()), 4, (1, 1)) if short else (Sizes(), 48, (3, 5))
     found = []
     for name in names:
         found += [round_row(name, sizes, pairs[0]), trial_row(name, steps, pairs[1])]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def timed_round(run: Protection, repeats: int) -> tuple[float, ...]:
     rounds = iter(run)
     next(rounds)
     return tuple(seconds(lambda: next(rounds)) for _ in range(repeats))
+
+
+def in_turn(actions: list[Callable[[], None]], repeats: int) -> tuple[tuple[float, ...], ...]:
+    """Return the seconds of each action, one for each repeat: all are run once in every repeat."""
+    taken = [[seconds(action) for action in actions] for _ in range(repeats)]
+    return tuple(zip(*taken, strict=True))
 
 
 def wide(width: int) -> nn.Module:
@@ -124,10 +131,7 @@ def curves(short: bool) -> tuple[Curve, ...]:
         Curve(
             "seeds of an audit",
             trials,
-            tuple(
-                tuple(seconds(lambda n=n: audited(n)) for _ in range(min(2, repeats)))
-                for n in trials
-            ),
+            in_turn([functools.partial(audited, amount) for amount in trials], min(2, repeats)),
         ),
         Curve(
             "trials in a report",

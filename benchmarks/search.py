@@ -7,13 +7,15 @@ The small network at 16x16, unprotected, on ten CIFAR-100 classes: for each of t
 the envelope of `standard-1` is held against that of 200 plain strategies, at every budget. The
 images are in the folder `$SOPHON_DATA`; the weights are those of `small_network.py`. About
 twenty minutes a seed on one core; with `--store` it goes on where it was stopped, and takes
-the trials of audits by `recipes/small16-sampled.toml` that are there.
+the trials of audits by `recipes/small16-sampled.toml` that are there, as of those whose records
+`--record` names.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from sophon._data import Domain
 from sophon._executors import Job, Processes, Workload
 from sophon._models import network_identity, weights_sha256
 from sophon._plan import Plan
-from sophon._records import Trial
+from sophon._records import AuditRecord, Trial
 from sophon._runs import load
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, FreshHead, OptimizerName, Strategy, Subject
@@ -76,7 +78,7 @@ class Runner:
             original=case.original,
             restricted=case.restricted,
             head=case.network.head,
-            precision="auto",
+            precision=case.spec.audit.precision,
             device=None,
         )
         self.blocks = block_count(case.model, self.setting.head)
@@ -129,14 +131,24 @@ def steps_of(trials: Sequence[Trial]) -> int:
     return sum(STEPS if step is None else step for step in stopped)
 
 
+def known(file: Path) -> tuple[Trial, ...]:
+    """Return the trials of an audit's record, which may be compressed."""
+    text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return AuditRecord.model_validate_json(text).trials
+
+
 def main() -> None:
     """Print one line a seed, and where it was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", type=Path)
+    parser.add_argument("--record", type=Path, action="append", default=[])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
     runner = Runner(chosen.store, chosen.workers)
+    for file in chosen.record:
+        for trial in known(file):
+            runner.store.put(trial)
     where = environment(runner.setting.device, runner.setting.precision)
     print(f"{where.processor}, {where.precision}, {datetime.date.today()}, {where.versions}")
     print("seed  steps of standard-1 / grid  envelope: worst shortfall, at the horizon, area")

@@ -46,7 +46,7 @@ def main(file: Path) -> None:
         original=original,
         restricted=(load_domain(refused, base=base),),
         head="head",
-        precision="auto",
+        precision="fp32",
         device=None,
     )
     stream = (0, ("small network",))

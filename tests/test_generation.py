@@ -32,6 +32,7 @@ from sophon._executors import Workload
 from sophon._finetune import check_preparations
 from sophon._models import DenoiserSource, blocks, diffusers, weights_sha256
 from sophon._pretrain import Pretraining
+from sophon._pictures import when
 from sophon._protect import Protection
 from sophon._records import AuditRecord, ErrorScore
 from sophon._report import report
@@ -279,16 +280,27 @@ def test_a_class_conditional_network_that_predicts_v_is_protected_and_attacked(
     assert written is not None
     assert written.config["prediction_type"] == "v_prediction"
     assert written.config["beta_schedule"] == "squaredcos_cap_v2"
-    samples = SampleSpec(count=12, steps=2, grid=4, extractor_steps=3, kid_subset=6)
-    spec = AuditSpec(steps=2, evaluations=2, batch_size=8, precision="fp32", samples=samples)
+    samples = SampleSpec(
+        count=12, steps=2, grid=4, extractor_steps=3, kid_subset=6, budgets=(0.5,), extra=True
+    )
+    named = Strategy(optimizer="sgd", learning_rate=1e-5, batch_size=8)
+    spec = AuditSpec(
+        steps=2, evaluations=2, batch_size=8, precision="fp32", samples=samples, extra=(named,)
+    )
     audit = Audit(
         protected, unprotected=model, original=kept, restricted=refused, task=task, spec=spec
     )
     assert all(trial.outcome.kind == "completed" for trial in audit)
     record = audit.record()
     assert "v_prediction" in record.task_name
-    assert {(row.subject, row.attack != "") for row in record.samples} >= {
-        (name, after) for name in ("protected", "unprotected", "scratch") for after in (False, True)
+    moments = {
+        "as it is",
+        "after its best attack within 1 step",
+        "after its best attack",
+        "after direct-all sgd 1e-05 (batch size 8)",
+    }
+    assert {(row.subject, when(row)) for row in record.samples} == {
+        (name, moment) for name in ("protected", "unprotected", "scratch") for moment in moments
     }
 
 

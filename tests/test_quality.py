@@ -36,6 +36,7 @@ from sophon._report import report
 from sophon._samples import picture_grid, spread_labels
 from sophon._specs import Guard, ModelSpec, PretrainSpec, SampleSpec
 from sophon._tasks import Denoising, Latents
+from sophon._statistics import winner
 from sophon._verdict import summarise
 
 SPEC = SampleSpec(count=60, kid_subset=30, extractor_steps=60)
@@ -339,6 +340,27 @@ def test_a_good_verdict_needs_the_pictures(
     assert summary.verdict == verdict, summary.reasons
     assert any(words in reason for reason in summary.reasons)
     assert words in bearing(held, "refused").reason
+
+
+def test_only_pictures_after_the_best_attack_bear_on_a_verdict() -> None:
+    held = _record((0.5, 0.1, 0.5))
+    early = _picture("protected", 0.1).model_copy(update={"budget": 20})
+    named = _picture("protected", 0.1).model_copy(update={"named": True})
+    more = held.model_copy(update={"samples": (*held.samples, early, named)})
+    assert bearing(more, "refused") == bearing(held, "refused")
+    page = report(more).html()
+    assert "after its best attack within 20 steps" in page
+    assert "protected, after adam" in page
+
+
+def test_the_winner_within_a_budget_is_what_was_best_by_then() -> None:
+    slow = trial("protected", (0.2, 0.3, 0.4, 0.9))
+    fast = trial("protected", (0.5, 0.6, 0.55, 0.6))
+    best = winner([slow, fast], 80)
+    assert best is not None
+    assert (best.key, best.best_step) == (fast.key, 20)
+    assert winner([slow, fast]) == slow
+    assert winner([], 80) is None
 
 
 def test_a_report_of_errors_shows_errors() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from sophon._pictures import pictures_of, when
 from sophon._records import AuditRecord, ErrorScore, Measurement, SampleRecord
 from sophon._statistics import interval_of
 from sophon._verdict import SUBJECTS, DomainSummary, summarise
@@ -24,9 +25,10 @@ from sophon._verdict import SUBJECTS, DomainSummary, summarise
 COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
 # What the released research code fine-tunes with.
 RELEASED = ("sgd", 1e-4)
+BEST = "after its best attack"
 HEADER = (
     "| protection | subject | original, test | SGD 1e-4, test | best attack, test (95 %) | won by"
-    " | KID before, after | FID before, after | precision, recall after"
+    " | KID before, after SGD 1e-4, after the best | FID before, after the best | precision, recall after"
     " | advantage removed (95 %) | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -56,13 +58,13 @@ def _released(record: AuditRecord, domain: str, subject: str) -> str:
     return f"{statistics.mean(held):.4f} ({min(held):.4f} to {max(held):.4f})"
 
 
-def _pictures(record: AuditRecord, domain: str, subject: str) -> dict[bool, SampleRecord]:
-    """Return the pictures of a subject compared with the domain, by whether it was attacked."""
-    return {
-        row.attack != "": row
-        for row in record.samples
-        if (row.domain, row.attacked, row.subject) == (domain, domain, subject)
-    }
+def _pictures(record: AuditRecord, domain: str, subject: str) -> dict[str, SampleRecord]:
+    """Return the pictures of a subject compared with the domain, by when they were drawn."""
+    return {when(row): row for row in pictures_of(record, domain) if row.subject == subject}
+
+
+def _distance(row: SampleRecord | None) -> str:
+    return "-" if row is None else f"{row.kid:.3g}"
 
 
 def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
@@ -77,8 +79,9 @@ def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
         if held is None:
             continue
         drawn = _pictures(record, summary.domain.name, name)
-        pair = [drawn.get(False), drawn.get(True)]
-        after = drawn.get(True)
+        after = drawn.get(BEST)
+        pair = [drawn.get("as it is"), after]
+        named = next((row for row in drawn.values() if row.named), None)
         first = name == "protected"
         cells = [
             label if first else "",
@@ -87,7 +90,7 @@ def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
             _released(record, summary.domain.name, name),
             _interval(held.test),
             held.winner.strategy.label(),
-            ", ".join("-" if row is None else f"{row.kid:.3g}" for row in pair),
+            ", ".join(_distance(row) for row in (pair[0], named, after)),
             ", ".join("-" if row is None else f"{row.fid:.3g}" for row in pair),
             "-" if after is None else f"{100 * after.precision:.0f} %, {100 * after.recall:.0f} %",
             removed if first else "",
@@ -104,6 +107,24 @@ def envelopes(label: str, summary: DomainSummary) -> list[str]:
     for position, budget in enumerate(summary.budgets):
         held = [1 - summary.subjects[name].points[position].value for name in names]
         lines.append(f"| {budget} | " + " | ".join(f"{error:.4f}" for error in held) + " |")
+    return lines
+
+
+def distances(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
+    """Return the KID of pictures after the best attack within each budget that was drawn."""
+    names = [name for name in SUBJECTS if name in summary.subjects]
+    drawn = {name: _pictures(record, summary.domain.name, name) for name in names}
+    budgets = sorted({r.budget for held in drawn.values() for r in held.values() if r.budget})
+    if not budgets:
+        return []
+    lines = [f"| KID, {label} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    moments = [f"{BEST} within {budget} steps" for budget in budgets]
+    for moment in ("as it is", *moments, BEST):
+        cells = [
+            "-" if row is None else f"{row.kid:.3g} ({row.kid_std:.2g})"
+            for row in (drawn[name].get(moment) for name in names)
+        ]
+        lines.append(f"| {moment} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -137,7 +158,7 @@ def main(figure: str, pictures: str, *named: str) -> None:
     """Print the tables, and write the figure and the sheet of pictures."""
     plt.switch_backend("agg")
     plt.rcParams["svg.fonttype"] = "none"
-    panels: list[tuple[str, DomainSummary]] = []
+    panels: list[tuple[str, AuditRecord, DomainSummary]] = []
     drawn: dict[str, tuple[str, SampleRecord, SampleRecord]] = {}
     print(HEADER)
     for one in named:
@@ -145,17 +166,18 @@ def main(figure: str, pictures: str, *named: str) -> None:
         text = (Path(folder) / "record.json").read_text(encoding="utf-8")
         record = AuditRecord.model_validate_json(text)
         for summary in summarise(record):
-            panels.append((label, summary))
+            panels.append((label, record, summary))
             print("\n".join(rows(label, record, summary)))
             for name in SUBJECTS:
-                pair = _pictures(record, summary.domain.name, name)
+                held = _pictures(record, summary.domain.name, name)
                 title = f"protected ({label})" if name == "protected" else name
-                if len(pair) == 2:
-                    drawn.setdefault(title, (title, pair[False], pair[True]))
-    for label, summary in panels:
-        print("\n" + "\n".join(envelopes(label, summary)))
+                if BEST in held:
+                    drawn.setdefault(title, (title, held["as it is"], held[BEST]))
+    for label, record, summary in panels:
+        for table in (envelopes(label, summary), distances(label, record, summary)):
+            print("\n" + "\n".join(table))
     picture, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-    for axes, (label, summary) in zip(grid.flat, panels, strict=True):
+    for axes, (label, _, summary) in zip(grid.flat, panels, strict=True):
         panel(axes, label, summary)
     grid[0, 0].set_ylabel("restricted, validation error")
     grid[0, 0].legend(fontsize=8)

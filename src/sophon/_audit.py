@@ -340,7 +340,7 @@ class Audit:
         return self.spec.seeds or (0,)
 
     def _drawn(self) -> list[SampleRecord]:
-        """Return the pictures of every subject, before and after its best attack."""
+        """Return the pictures of every subject, before and after its attacks."""
         if not wanted(self.setting, self.spec.samples):
             return []
         workload = Workload(self.bench, self._domains, self._starts)
@@ -348,7 +348,8 @@ class Audit:
         for domain in self.restricted:
             stage = SampleStage(workload, self.spec.samples, domain, self._sheets)
             met = [trial for trial in self.trials if trial.domain == domain.name]
-            rows += stage.records(met, self.plan.subjects)
+            extra = strategies_of(self.spec)[-len(self.spec.extra) :] if self.spec.extra else ()
+            rows += stage.records(met, self.plan.subjects, steps=self.spec.steps, extra=extra)
         return rows
 
     def _executor(self) -> Executor:

@@ -162,6 +162,11 @@ class Controls:
 
     def __iter__(self) -> Iterator[ControlResult]:
         """Audit one control after another."""
+        yield from self.decoys()
+        yield from self.known()
+
+    def decoys(self) -> Iterator[ControlResult]:
+        """Audit the models that only look protected."""
         for name, make in DECOYS.items():
             model = copy.deepcopy(self.unprotected)
             with torch.no_grad():
@@ -170,6 +175,9 @@ class Controls:
             # "Fewer than three seeds" and the like say nothing of the model.
             telling = [f for f in summary.flags if f.name in _TELLING]
             yield ControlResult(name, summary, summary.verdict in _CONVICTED or bool(telling))
+
+    def known(self) -> Iterator[ControlResult]:
+        """Audit the two whose answer is a number."""
         summary = self._audited(copy.deepcopy(self.unprotected), self.often)
         value = summary.advantage.value
         recovered = summary.verdict == "not protected" and value is not None and abs(value) < 0.05

@@ -27,6 +27,26 @@ def pictures_of(record: AuditRecord, domain: str) -> tuple[SampleRecord, ...]:
     return tuple(row for row in record.samples if row.attacked == domain and row.domain == domain)
 
 
+def after_best(record: AuditRecord, domain: str) -> dict[str, SampleRecord]:
+    """Return the pictures after each subject's best attack within the whole budget."""
+    return {
+        row.subject: row
+        for row in pictures_of(record, domain)
+        if row.attack and row.budget is None and not row.named
+    }
+
+
+def when(row: SampleRecord) -> str:
+    """Return after what the pictures were drawn."""
+    if not row.attack:
+        return "as it is"
+    if row.named:
+        return f"after {row.attack}"
+    if row.budget is None:
+        return "after its best attack"
+    return f"after its best attack within {row.budget} step{'' if row.budget == 1 else 's'}"
+
+
 def bearing(record: AuditRecord, domain: str) -> Bearing:
     """Return what the pictures after each subject's best attack say.
 
@@ -34,7 +54,7 @@ def bearing(record: AuditRecord, domain: str) -> Bearing:
     fresh network is gone, and say nothing where that lead is within twice the standard deviation of
     KID's subsets.
     """
-    after = {row.subject: row for row in pictures_of(record, domain) if row.attack}
+    after = after_best(record, domain)
     if not {"protected", "unprotected", "scratch"} <= after.keys():
         words = "no pictures were judged, and the squared error alone acquits nobody"
         return Bearing("none", words)

@@ -22,7 +22,7 @@ def check_protection(
     `independent` says whether the rows of the model's batches are.
     """
     if ranks.sharded:
-        _check_rows(spec, ranks, independent=independent)
+        _check_rows(model, spec, ranks, independent=independent)
     else:
         _check_shares(spec.rehearsal, ranks)
     require_fitting(spec.suppression, setting.task.metric)
@@ -68,13 +68,17 @@ def _check_shares(rehearsal: Rehearsal, ranks: Ranks) -> None:
             )
 
 
-def _check_rows(spec: ProtectSpec, ranks: Ranks, *, independent: bool) -> None:
+def _check_rows(
+    model: nn.Module, spec: ProtectSpec, ranks: Ranks, *, independent: bool
+) -> None:
     """Raise unless the rows of every batch can be worked on apart, and suffice for all."""
     if not independent:
+        found = next((name for name, part in model.named_modules() if _mixes(part)), None)
+        layer = "" if found is None else f"; here it is {found!r}"
         raise UnsupportedModelError(
             "--shard: the model's outputs for an image depend on the rest of the batch or on chance"
-            " (BatchNorm, dropout), or come from more than a call of the model, so that the batch"
-            " cannot be split: leave --shard out"
+            f" (BatchNorm, dropout{layer}), or come from more than a call of the model, so that the"
+            " batch cannot be split: leave --shard out"
         )
     rehearsal = spec.rehearsal
     fixed, sizes = rehearsal.fixed, rehearsal.distribution.batch_sizes
@@ -89,6 +93,12 @@ def _check_rows(spec: ProtectSpec, ranks: Ranks, *, independent: bool) -> None:
                 f"{name} = {size} is fewer images than --shard has processes: use at least"
                 f" {ranks.world}"
             )
+
+
+def _mixes(part: nn.Module) -> bool:
+    """Return whether a layer's output for one image depends on others, or on chance."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    return isinstance(part, kinds) and getattr(part, "p", 1.0) > 0
 
 
 def _check_batches(spec: ProtectSpec, original: Domain, restricted: tuple[Domain, ...]) -> None:

@@ -206,7 +206,8 @@ class SampleRecord(Record):
     """Pictures that a diffusion model drew, and how far they are from real ones.
 
     `domain` names the `images` test images they are compared with; `attack` is the subject's best
-    attack on the restricted domain `attacked`, empty before it. `features` is how many the
+    attack on the restricted domain `attacked`, empty before it: the best within `budget` steps
+    where that is given, one that was asked for by name where `named`. `features` is how many the
     `extractor` gives. `grid` shows the first pictures, as the data URI of a PNG.
     """
 
@@ -214,6 +215,8 @@ class SampleRecord(Record):
     domain: str
     attacked: str
     attack: str = ""
+    budget: int | None = None
+    named: bool = False
     count: int
     images: int
     steps: int

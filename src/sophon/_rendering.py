@@ -32,14 +32,14 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction as a percentage, or a dash for none."""
-    return NONE if value is None else f"{100 * value:.{digits}f} %"
+    return NONE if value is None else f"{100 * value:z.{digits}f} %"
 
 
 def with_interval(value: float, interval: Interval | None, digits: int = 1) -> str:
     """Return a percentage with its 95 % interval."""
     if interval is None:
         return percent(value, digits)
-    low, high = (f"{100 * bound:.{digits}f}" for bound in interval)
+    low, high = (f"{100 * bound:z.{digits}f}" for bound in interval)
     return f"{percent(value, digits)} ({low} to {high})"
 
 

@@ -29,7 +29,7 @@ from sophon._quality import (
 )
 from sophon._records import SampleRecord, Trial
 from sophon._setting import Setting
-from sophon._specs import SampleSpec, Subject, fingerprint_of
+from sophon._specs import SampleSpec, Strategy, Subject, fingerprint_of
 from sophon._statistics import winner
 from sophon._store import DocumentStore
 from sophon._tasks import Denoising
@@ -70,16 +70,44 @@ class SampleStage:
     domain: Domain
     store: DocumentStore
 
-    def records(self, trials: Sequence[Trial], subjects: Sequence[Subject]) -> list[SampleRecord]:
-        """Return each subject's pictures before its best attack and after it."""
+    def records(
+        self,
+        trials: Sequence[Trial],
+        subjects: Sequence[Subject],
+        *,
+        steps: int = 0,
+        extra: Sequence[Strategy] = (),
+    ) -> list[SampleRecord]:
+        """Return each subject's pictures before and after its best attack, within earlier shares
+        of `steps` too if the specification says so, and after the `extra` attacks.
+        """
         rows: list[SampleRecord] = []
         seed = trials[0].seed if trials else 0
         for subject in subjects:
             rows += self._stored(subject, None, seed)
-            best = winner([t for t in trials if t.subject == subject])
-            if best is not None:
-                rows += self._stored(subject, best, best.seed)
+            own = [t for t in trials if t.subject == subject]
+            for share in sorted(self.spec.budgets):
+                budget = max(1, round(share * steps))
+                best = winner(own, budget)
+                rows += self._after(subject, best, budget=budget)
+            rows += self._after(subject, winner(own))
+            for strategy in extra if self.spec.extra else ():
+                named = winner([t for t in own if t.strategy == strategy])
+                rows += self._after(subject, named, named=True)
         return rows
+
+    def _after(
+        self,
+        subject: Subject,
+        trial: Trial | None,
+        *,
+        budget: int | None = None,
+        named: bool = False,
+    ) -> list[SampleRecord]:
+        if trial is None:
+            return []
+        rows = self._stored(subject, trial, trial.seed)
+        return [row.model_copy(update={"budget": budget, "named": named}) for row in rows]
 
     def _stored(self, subject: Subject, trial: Trial | None, seed: int) -> list[SampleRecord]:
         start, task = self.workload.start(subject, seed), self._setting.task

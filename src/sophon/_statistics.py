@@ -253,10 +253,25 @@ def _tells_nothing(gap: str) -> str:
     )
 
 
-def winner(trials: Sequence[Trial]) -> Trial | None:
-    """Return the trial with the best validation score; ties go to the one that was faster."""
+def winner(trials: Sequence[Trial], within: int | None = None) -> Trial | None:
+    """Return the trial with the best validation score; ties go to the one that was faster.
+
+    Only what was measured `within` so many steps counts, if they are given: the trial returned
+    ends there.
+    """
+    if within is not None:
+        trials = [cut for trial in trials if (cut := _until(trial, within)) is not None]
     measured = [trial for trial in trials if trial.best_step is not None]
     return max(measured, key=lambda t: (best_of(t), -(t.best_step or 0)), default=None)
+
+
+def _until(trial: Trial, step: int) -> Trial | None:
+    """Return the trial as it was after `step` steps; None if it was not measured by then."""
+    curve = tuple(point for point in trial.curve if point.step <= step)
+    if not curve:
+        return None
+    best = max(curve, key=lambda point: (point.validation.value, -point.step))
+    return trial.model_copy(update={"curve": curve, "best_step": best.step})
 
 
 def best_of(trial: Trial) -> float:

@@ -10,8 +10,15 @@ import numpy as np
 from sophon._depth import depth_rows
 from sophon._flags import trials_of
 from sophon._metric_kinds import NONE, kind_of_record, measurement, shown
-from sophon._pictures import pictures_of
-from sophon._records import AuditRecord, DomainRecord, ErrorScore, Measurement, Trial
+from sophon._pictures import pictures_of, when
+from sophon._records import (
+    AuditRecord,
+    DomainRecord,
+    ErrorScore,
+    Measurement,
+    SampleRecord,
+    Trial,
+)
 from sophon._rendering import Table, percent, score_text, table, with_interval
 from sophon._specs import Strategy, shared_fields
 from sophon._statistics import Estimate, best_of, interval_of
@@ -27,8 +34,8 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
     removed = removed_text(advantage) if advantage.defined else f"undefined: {advantage.reason}"
     found = [("Verdict", summary.text), ("Advantage removed", removed)]
     if advantage.one_more is not None:
-        low, high = (f"{100 * bound:.0f}" for bound in advantage.one_more)
-        found.append(("The same of one further attack seed", f"{low} to {high} %"))
+        low, high = (f"{100 * bound:z.0f}" for bound in advantage.one_more)
+        found.append(("The same of one further attack seed, same images", f"{low} to {high} %"))
     for name, ratio in (
         ("Cost multiplier", summary.slowing),
         ("Fraction of scratch cost", summary.fraction),
@@ -205,7 +212,7 @@ def pictures(record: AuditRecord, domain: str) -> Table | None:
     rows = [
         (
             row.subject,
-            "after its best attack" if row.attack else "as it is",
+            when(row),
             row.domain,
             f"{row.kid:.4f} ({row.kid_std:.4f})",
             f"{row.fid:.2f}",
@@ -228,10 +235,14 @@ def pictures(record: AuditRecord, domain: str) -> Table | None:
 def sheets(record: AuditRecord, domain: str) -> list[tuple[str, str]]:
     """Return captions and data URIs of the pictures of each subject."""
     return [
-        (f"{row.subject}, {row.attack or 'as it is'}", row.grid)
+        (f"{row.subject}, {when(row)}{_won_by(row)}", row.grid)
         for row in pictures_of(record, domain)
         if row.grid
     ]
+
+
+def _won_by(row: SampleRecord) -> str:
+    return f": {row.attack}" if row.attack and not row.named else ""
 
 
 # --- Other domains --------------------------------------------------------------------------------

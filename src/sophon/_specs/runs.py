@@ -35,7 +35,8 @@ class SampleSpec(Spec):
     `extractor_steps` on the classes of both domains), the folder of a classifier, or a file of
     Inception's weights; `width`, if given, is the number of features it must have. `kid_subset` is
     KID's, of which twice as many pictures and test images are needed; `neighbours` are those of
-    precision and recall.
+    precision and recall. With `budgets` pictures are also drawn after the best attack within these
+    shares of the audit's steps, with `extra` after each of the attacks that `audit.extra` names.
     """
 
     count: Count = 128
@@ -46,6 +47,8 @@ class SampleSpec(Spec):
     width: Positive | None = None
     kid_subset: Annotated[int, Field(ge=2)] = 40
     neighbours: Positive = 3
+    budgets: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
+    extra: bool = False
 
 
 class AuditSpec(Spec):

@@ -68,13 +68,18 @@ def seconds(action: Action) -> float:
     return time.perf_counter() - start
 
 
-def side_by_side(first: Action, second: Action, repeats: int) -> list[tuple[float, float]]:
+def side_by_side(
+    first: Action, second: Action, repeats: int, warm: Action | None = None
+) -> list[tuple[float, float]]:
     """Return the seconds of both, `repeats` times, in turn; each pair begins with the other one.
 
-    Both run once before, unmeasured.
+    Before, unmeasured, `warm` runs where it is given, less of the same work, otherwise both do.
     """
-    first()
-    second()
+    if warm is None:
+        first()
+        second()
+    else:
+        warm()
     pairs = []
     for repeat in range(repeats):
         if repeat % 2:
@@ -86,9 +91,9 @@ def side_by_side(first: Action, second: Action, repeats: int) -> list[tuple[floa
     return pairs
 
 
-def ratios(first: Action, second: Action, repeats: int) -> list[float]:
+def ratios(first: Action, second: Action, repeats: int, warm: Action | None = None) -> list[float]:
     """Return how many times as long as `second` the `first` takes, pair by pair."""
-    return [one / other for one, other in side_by_side(first, second, repeats)]
+    return [one / other for one, other in side_by_side(first, second, repeats, warm)]
 
 
 def show(rows: Sequence[Row]) -> list[str]:

@@ -31,8 +31,8 @@ from sophon._errors import CheckpointError, DataError, SophonError, SpecError
 from sophon._executors import Workload
 from sophon._finetune import check_preparations
 from sophon._models import DenoiserSource, blocks, diffusers, weights_sha256
-from sophon._pretrain import Pretraining
 from sophon._pictures import when
+from sophon._pretrain import Pretraining
 from sophon._protect import Protection
 from sophon._records import AuditRecord, ErrorScore
 from sophon._report import report

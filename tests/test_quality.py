@@ -35,8 +35,8 @@ from sophon._records import AuditRecord, ErrorScore, Point, SampleRecord, Score,
 from sophon._report import report
 from sophon._samples import picture_grid, spread_labels
 from sophon._specs import Guard, ModelSpec, PretrainSpec, SampleSpec
-from sophon._tasks import Denoising, Latents
 from sophon._statistics import winner
+from sophon._tasks import Denoising, Latents
 from sophon._verdict import summarise
 
 SPEC = SampleSpec(count=60, kid_subset=30, extractor_steps=60)

@@ -28,7 +28,8 @@ RELEASED = ("sgd", 1e-4)
 BEST = "after its best attack"
 HEADER = (
     "| protection | subject | original, test | SGD 1e-4, test | best attack, test (95 %) | won by"
-    " | KID before, after SGD 1e-4, after the best | FID before, after the best | precision, recall after"
+    " | KID before, after SGD 1e-4, after the best | FID before, after the best"
+    " | precision, recall after"
     " | advantage removed (95 %) | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -145,10 +146,10 @@ def sheet(drawn: list[tuple[str, SampleRecord, SampleRecord]], file: str) -> Non
     """Write what each subject draws, as it is on the left and after its best attack."""
     figure, grid = plt.subplots(len(drawn), 2, figsize=(9, 1.45 * len(drawn)), squeeze=False)
     for axes, (label, before, after) in zip(grid, drawn, strict=True):
-        for place, row, when in zip(axes, (before, after), ("as it is", "attacked"), strict=True):
+        for place, row, title in zip(axes, (before, after), ("as it is", "attacked"), strict=True):
             data = base64.b64decode(row.grid.partition(",")[2])
             place.imshow(Image.open(io.BytesIO(data)).convert("RGB"))
-            place.set_title(f"{label}, {when}: KID {row.kid:.3g}", fontsize=9)
+            place.set_title(f"{label}, {title}: KID {row.kid:.3g}", fontsize=9)
             place.set_axis_off()
     figure.tight_layout()
     figure.savefig(file, dpi=80)
@@ -176,6 +177,13 @@ def main(figure: str, pictures: str, *named: str) -> None:
     for label, record, summary in panels:
         for table in (envelopes(label, summary), distances(label, record, summary)):
             print("\n" + "\n".join(table))
+    draw(panels, figure)
+    if drawn:
+        sheet(list(drawn.values()), pictures)
+
+
+def draw(panels: list[tuple[str, AuditRecord, DomainSummary]], figure: str) -> None:
+    """Write the envelopes, a panel each."""
     picture, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axes, (label, _, summary) in zip(grid.flat, panels, strict=True):
         panel(axes, label, summary)
@@ -183,8 +191,6 @@ def main(figure: str, pictures: str, *named: str) -> None:
     grid[0, 0].legend(fontsize=8)
     picture.tight_layout()
     picture.savefig(figure, metadata={"Date": None})
-    if drawn:
-        sheet(list(drawn.values()), pictures)
 
 
 if __name__ == "__main__":

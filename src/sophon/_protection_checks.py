@@ -68,9 +68,7 @@ def _check_shares(rehearsal: Rehearsal, ranks: Ranks) -> None:
             )
 
 
-def _check_rows(
-    model: nn.Module, spec: ProtectSpec, ranks: Ranks, *, independent: bool
-) -> None:
+def _check_rows(model: nn.Module, spec: ProtectSpec, ranks: Ranks, *, independent: bool) -> None:
     """Raise unless the rows of every batch can be worked on apart, and suffice for all."""
     if not independent:
         found = next((name for name, part in model.named_modules() if _mixes(part)), None)

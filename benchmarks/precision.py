@@ -36,7 +36,7 @@ def rows(short: bool) -> list[Row]:
     precision = chosen.setting.precision
     what = f"ResNet-20, K = {sizes.steps}, batch {sizes.batch}"
     native = precision == "bf16"
-    same = ratios(lambda: next(slow), lambda: next(fast), repeats) if native else []
+    same = ratios(lambda: next(slow), lambda: next(fast), repeats) if native or short else []
     layouts = ratios(lambda: next(slowest), lambda: next(fast), repeats)
     return [
         row(

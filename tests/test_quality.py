@@ -17,7 +17,7 @@ from records import record, trial
 from sophon._checks import near_chance_on_original, original_task_suffers
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
-from sophon._errors import DataError, SpecError
+from sophon._errors import DataError, SophonError, SpecError
 from sophon._metric_kinds import KINDS, kind_of, shown
 from sophon._models import diffusers, resolve_model
 from sophon._pictures import bearing
@@ -259,6 +259,10 @@ def test_a_given_classifier_sees_images_as_it_was_trained_on_them(tmp_path: Path
     del described["pretraining"]
     (tmp_path / "mine" / "model.json").write_text(json.dumps(described), encoding="utf-8")
     assert "none are recorded" in make_extractor(spec, domain, domain).name
+    # What cannot be loaded is said of the key that names it.
+    (tmp_path / "mine" / "model.json").unlink()
+    with pytest.raises(SophonError, match=r"audit\.samples\.extractor = .*mine"):
+        make_extractor(spec, domain, domain)
 
 
 # --- Records of errors ----------------------------------------------------------------------------

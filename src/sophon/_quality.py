@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain, Images
-from sophon._errors import DataError, SpecError, UnsupportedModelError
+from sophon._errors import DataError, SophonError, SpecError, UnsupportedModelError
 from sophon._files import read_json
 from sophon._finetune import FineTuning
 from sophon._models import diffusers, find_head, predict, read_tensors, resolve_model
@@ -148,12 +148,21 @@ def make_extractor(spec: SampleSpec, original: Domain, restricted: Domain) -> Ex
     """
     if spec.extractor == "classifier":
         made = _trained(spec, original, restricted)
-    elif Path(spec.extractor).is_dir():
-        made = _checkpoint(Path(spec.extractor))
     else:
-        made = _inception(Path(spec.extractor))
+        made = _from_path(Path(spec.extractor))
     _require_width(spec, made.name, made.width)
     return made
+
+
+def _from_path(path: Path) -> Extractor:
+    """Return the extractor in a folder or a file; errors name the key that it stands under."""
+    try:
+        return _checkpoint(path) if path.is_dir() else _inception(path)
+    except SophonError as error:
+        key = "audit.samples.extractor"
+        if key in str(error):
+            raise
+        raise type(error)(f"{key} = {str(path)!r}: {error}") from None
 
 
 def check_extractor(spec: SampleSpec, original: Domain, restricted: Domain) -> None:

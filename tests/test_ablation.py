@@ -134,7 +134,9 @@ def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Pat
     assert f"{100 * kept.before.value:.1f} %, " in base
     assert held[BASE].summary.text in base
     empty = next(line for line in lines if line.startswith("| K | 10"))
-    assert empty == "| K | 10 |  |  |  |  |  |  |"
+    assert empty == "| K | 10 |  |  |  |  |  |  |  |"
+    assert None not in kept.mild
+    assert " / ".join(f"{100 * (v or 0):.1f} %" for v in kept.mild) in base
     violated = kept.rounds[0].model_copy(update={"guard": "violated"})
     twice: tuple[Round, ...] = (violated, violated, *kept.rounds)
     worse = dataclasses.replace(kept, rounds=twice)
@@ -143,7 +145,7 @@ def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Pat
     reason.parent.mkdir()
     reason.write_text("a loss is not finite\n", encoding="utf-8")
     text = table(folder, held)
-    assert "| K | 10 |  |  |  |  |  | failed: a loss is not finite |" in text
+    assert "| K | 10 |  |  |  |  |  |  | failed: a loss is not finite |" in text
 
 
 def test_the_study_has_one_size(tmp_path: Path) -> None:

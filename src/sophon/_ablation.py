@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from sophon._errors import CheckpointError
 from sophon._records import AuditRecord, Measurement, Round
-from sophon._reproduction import read_stored
+from sophon._reproduction import Triple, read_stored, scores_of
+from sophon._specs import Strategy
 from sophon._verdict import DomainSummary, summarise
 
 
@@ -165,12 +166,16 @@ def variations() -> tuple[Variation, ...]:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of the study came to: its rounds, and what the audit says of its domain."""
+    """What one run of the study came to: its rounds, and what the audit says of its domain.
+
+    `mild` is what the suite's mild attack reaches on scratch, unprotected and protected.
+    """
 
     rounds: tuple[Round, ...]
     summary: DomainSummary
     before: Measurement | None
     after: Measurement | None
+    mild: Triple
 
     @property
     def violations(self) -> int:
@@ -203,16 +208,27 @@ def _result(record: AuditRecord, rounds: Path) -> Result:
             f"{rounds} is damaged: delete its folder and repeat `sophon reproduce {NAME}`"
         ) from None
     scores = {subject.name: subject.original for subject in record.subjects}
-    return Result(held, summarise(record)[0], scores.get("unprotected"), scores.get("protected"))
+    before, after = scores.get("unprotected"), scores.get("protected")
+    mild = next((attack for attack in record.strategies if _is_mild(attack)), None)
+    reached = (None,) * 3 if mild is None else scores_of(record, mild)
+    return Result(held, summarise(record)[0], before, after, reached)
+
+
+def _is_mild(attack: Strategy) -> bool:
+    """Return whether it is the attack at whose kind protections are published: at a small rate,
+    from the weights as they are.
+    """
+    found = (attack.optimizer, attack.learning_rate, attack.preparations, attack.scope)
+    return found == ("sgd_momentum", 1e-3, (), "all")
 
 
 def table(folder: Path, held: dict[str, Result]) -> str:
     """Return the Markdown table of the study; what was not run stays empty."""
     lines = [
         "| axis | value | original test, before and after | guard violations"
-        " | mean query score, last tenth | best attack: scratch / unprotected / protected"
-        " | advantage removed (95 %) | verdict |",
-        "|---|---|---|---|---|---|---|---|",
+        " | mean query score, last tenth | SGD momentum 1e-3: scratch / unprotected / protected"
+        " | best attack: scratch / unprotected / protected | advantage removed (95 %) | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for axis, values in AXES.items():
         for variation in values:
@@ -227,11 +243,12 @@ def table(folder: Path, held: dict[str, Result]) -> str:
 
 def _cells(result: Result | None) -> list[str]:
     if result is None:
-        return [""] * 6
+        return [""] * 7
     summary, kind = result.summary, result.summary.kind
     kept = [m for m in (result.before, result.after) if m is not None]
     best = [summary.subjects.get(name) for name in ("scratch", "unprotected", "protected")]
-    tests = [None if s is None or s.test is None else s.test.value for s in best]
+    tests = tuple(None if s is None or s.test is None else s.test.value for s in best)
+    reached = (result.mild, tests)
     last = result.rounds[-max(1, len(result.rounds) // 10) :]
     query = sum(r.query_score for r in last) / len(last)
     value, interval = summary.advantage.value, summary.advantage.interval
@@ -242,7 +259,7 @@ def _cells(result: Result | None) -> list[str]:
         ", ".join(kind.show(m.value, 1) for m in kept),
         str(result.violations),
         kind.show(query, 1),
-        " / ".join("?" if v is None else kind.show(v, 1) for v in tests),
+        *(" / ".join("?" if v is None else kind.show(v, 1) for v in three) for three in reached),
         removed,
         summary.text,
     ]

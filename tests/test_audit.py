@@ -17,9 +17,11 @@ from sophon._data import Domain, Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
 from sophon._protect import protect
-from sophon._records import AuditRecord, Score, Trial
+from sophon._records import AuditRecord, Score, Trial, unpack
 from sophon._specs import AuditSpec, Guard, ResetLastBlocks, Strategy, parse_spec
+from sophon._statistics import budgets, image_areas
 from sophon._trials import Assignment, Bench, evaluation_steps
+from sophon._verdict import summarise
 
 SPEC = AuditSpec(steps=8, evaluations=3, batch_size=32, precision="fp32")
 
@@ -48,6 +50,17 @@ def test_equal_subjects_get_equal_trials_and_every_trial_is_kept() -> None:
         assert first.curve == second.curve
         assert first.test == second.test
     assert all(t.outcome.kind == "completed" for t in record.trials)
+    # Which images were right is kept, in one order for all: equal models differ by no image.
+    for held in record.trials:
+        for point in held.curve:
+            right = unpack(point.by_image or "", point.validation)
+            assert right.sum() == point.validation.correct  # type: ignore[union-attr]
+    at = budgets(record.trials)
+    one, other = (image_areas(by[name], at) for name in ("protected", "unprotected"))
+    assert one is not None
+    assert np.array_equal(one, other)
+    (summary,) = summarise(record)
+    assert summary.advantage.value == 0
 
 
 def test_a_repeated_audit_runs_only_what_is_missing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from records import CURVES, STEPS, trial
-from sophon._records import Score
+from sophon._records import ErrorScore, Score, Trial, pack, unpack
 from sophon._specs import Strategy
 from sophon._statistics import (
     advantage_removed,
@@ -19,6 +19,7 @@ from sophon._statistics import (
     by_seed,
     cost_to_recover,
     envelope,
+    image_areas,
     next_seed,
     wilson,
     winner,
@@ -112,6 +113,72 @@ def test_intervals_cover_as_often_as_they_claim(seeds: int) -> None:
         low, high = estimate.interval or (0.0, 1.0)
         held += low <= 1 / 3 <= high
     assert held >= 188
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_on_shared_images_cover_and_are_narrower(seeds: int) -> None:
+    stream = np.random.default_rng(seeds)
+    # Of an image of difficulty z each subject is right with probability 1 / (1 + exp(2 z - a)).
+    offsets = (0.6, 1.0, -0.4)
+
+    def right(offset: float, z: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(2 * z - offset))
+
+    many = np.random.default_rng(0).normal(size=200_000)
+    p, u, s = (right(offset, many).mean() for offset in offsets)
+    truth = (u - p) / (u - s)
+    held, widths = 0, []
+    for _ in range(200):
+        images = stream.normal(size=250)
+        areas, by_image = [], []
+        for offset in offsets:
+            shifted = offset + stream.normal(0, 0.05, seeds)
+            # Six budgets' mean, so an image may be in between.
+            drawn = [stream.binomial(6, right(own, images)) / 6 for own in shifted]
+            areas.append(np.mean(drawn, axis=1))
+            by_image.append(np.mean(drawn, axis=0))
+        shared = advantage_removed(*areas, images=250, by_image=by_image)
+        apart = advantage_removed(*areas, images=250)
+        assert shared.value == apart.value
+        assert shared.interval is not None
+        assert apart.interval is not None
+        held += shared.interval.low <= truth <= shared.interval.high
+        widths.append([i.high - i.low for i in (shared.interval, apart.interval)])
+    assert held >= 184
+    narrow, wide = np.mean(widths, axis=0)
+    assert narrow < 0.7 * wide
+
+
+def test_areas_by_image_are_the_areas_seed_by_seed() -> None:
+    stream = np.random.default_rng(0)
+
+    def with_images(seed: int, rate: float) -> Trial:
+        strategy = Strategy(learning_rate=rate)
+        held = trial("protected", (0.2, 0.4, 0.3, 0.8), seed=seed, strategy=strategy)
+        points = []
+        for point in held.curve:
+            score = stream.integers(0, 2, 200).astype(float)
+            found = Score(correct=int(score.sum()), total=200)
+            packed = pack(score, found)
+            assert np.array_equal(unpack(packed, found), score)
+            points.append(point.model_copy(update={"validation": found, "by_image": packed}))
+        return held.model_copy(update={"curve": tuple(points)})
+
+    trials = [with_images(seed, rate) for seed in (0, 1) for rate in (1e-2, 1e-1)]
+    images = image_areas(trials, STEPS)
+    assert images is not None
+    assert images.shape == (200,)
+    assert images.mean() == pytest.approx(area(STEPS, by_seed(trials, STEPS)).mean())
+    # One that does not say which images it had right: nothing is known of all.
+    older = trial("protected", (0.9,) * 4, seed=0, strategy=Strategy(learning_rate=1e-2))
+    assert image_areas([*trials, older], STEPS) is None
+
+
+def test_errors_by_image_are_kept_to_a_thousandth() -> None:
+    errors = np.array([0.05, 0.1, 2.0, 1e4])
+    score = ErrorScore(mse=float(errors.mean()), variance=1.0, total=4)
+    kept = unpack(pack(1 - errors, score), score)
+    assert kept == pytest.approx(1 - errors, rel=1e-3)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])

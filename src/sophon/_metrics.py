@@ -13,11 +13,23 @@ from sophon._seeding import generator
 from sophon._setting import Setting
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, setting: Setting, domain: Domain, images: Images, *, batch_size: int = 250
 ) -> Measurement:
-    """Return the model's score on `images`, in eval mode, every image counted.
+    """Return the model's score on `images`, in eval mode, every image counted."""
+    return measured(image_scores(model, setting, domain, images, batch_size=batch_size), setting)
+
+
+def measured(scores: Tensor, setting: Setting) -> Measurement:
+    """Return the score that `image_scores` come to."""
+    return _MEASURED[setting.task.metric](scores)
+
+
+@torch.no_grad()
+def image_scores(
+    model: nn.Module, setting: Setting, domain: Domain, images: Images, *, batch_size: int = 250
+) -> Tensor:
+    """Return the score of every image in every part of the task, (parts, images), in eval mode.
 
     A task of several parts (timesteps) takes every image once in each. What it draws depends on the
     image's place alone, so numbers of any two models compare. The model's train or eval mode is
@@ -36,7 +48,7 @@ def evaluate(
         scores.append(torch.cat(held))
     for module, training in modes.items():
         module.training = training
-    return _MEASURED[setting.task.metric](torch.stack(scores).cpu())
+    return torch.stack(scores).cpu()
 
 
 def _correct(scores: Tensor) -> Score:

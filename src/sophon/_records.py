@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from sophon._specs import AuditSpec, Strategy, Subject
@@ -94,7 +97,8 @@ class Point(Record):
     """Performance on the validation split after `step` optimizer steps (0: before the first).
 
     `reestimated` says that the better of two scores is the one with BatchNorm statistics measured
-    anew on training images.
+    anew on training images. `by_image` is the score of each validation image in their order, as
+    `pack` writes it: whoever compares two models on the same images needs it.
     """
 
     step: int
@@ -102,6 +106,25 @@ class Point(Record):
     validation: Measurement
     reestimated: bool = False
     train_loss: float | None = None
+    by_image: str | None = None
+
+
+def pack(scores: NDArray[np.floating[Any]], score: Measurement) -> str:
+    """Return the score of each image, (images,), as base64: a bit for right or wrong, the first
+    image's the most significant, or a half-precision float for an error.
+    """
+    right = isinstance(score, Score)
+    held = np.packbits(scores > 0.5) if right else scores.astype("<f2")
+    return base64.b64encode(held.tobytes()).decode("ascii")
+
+
+def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
+    """Return what `pack` was given, (images,)."""
+    held = base64.b64decode(text)
+    if isinstance(score, Score):
+        bits = np.unpackbits(np.frombuffer(held, np.uint8), count=score.total)
+        return bits.astype(np.float64)
+    return np.frombuffer(held, "<f2").astype(np.float64)
 
 
 class Environment(Record):

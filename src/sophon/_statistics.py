@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sophon._metric_kinds import KINDS, MetricKind
-from sophon._records import Measurement, Score, Trial
+from sophon._records import Measurement, Score, Trial, unpack
 from sophon._specs import Strategy
 
 DRAWS = 4000
@@ -135,6 +135,45 @@ def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
     return np.array([row for row in rows if len(row) == len(at)]).reshape(-1, len(at))
 
 
+def image_areas(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
+    """Return the area under the envelope image by image, mean over seeds, shape (images,).
+
+    Its mean is that of the areas of `by_seed`. None where the trials do not say which images they
+    had right, as older ones do not.
+    """
+    trials = run_with_all_seeds(trials)
+    areas = []
+    for seed in sorted({trial.seed for trial in trials}):
+        scores = _leading_scores([t for t in trials if t.seed == seed], at)
+        if scores is None:
+            return None
+        areas.append(area(at, scores))
+    if len({len(held) for held in areas}) != 1:
+        return None
+    mean: NDArray[np.float64] = np.mean(areas, axis=0)
+    return mean
+
+
+def _leading_scores(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
+    """Return the image scores at the points that hold the envelope, shape (images, budgets)."""
+    points = sorted((p for t in trials for p in t.curve), key=lambda p: p.step)
+    if not points or any(point.by_image is None for point in points):
+        return None
+    columns, best, position = [], np.zeros(points[0].validation.total), 0
+    value = 0.0
+    for budget in at:
+        leader = None
+        while position < len(points) and points[position].step <= budget:
+            if points[position].validation.value > value:
+                leader = points[position]
+                value = leader.validation.value
+            position += 1
+        if leader is not None:
+            best = unpack(leader.by_image or "", leader.validation)
+        columns.append(best)
+    return np.stack(columns, axis=1) if len({len(held) for held in columns}) == 1 else None
+
+
 def bootstrap(
     values: NDArray[np.float64], *, draws: int = DRAWS, seed: int = 0
 ) -> NDArray[np.float64]:
@@ -204,21 +243,27 @@ def advantage_removed(
     *,
     images: int,
     variances: Sequence[float | None] = (None, None, None),
+    by_image: Sequence[NDArray[np.float64] | None] = (),
     kind: MetricKind = KINDS["accuracy"],
 ) -> Estimate:
     """Return (A_unprotected - A_protected) / (A_unprotected - A_scratch) from areas by seed.
 
     0: protection bought nothing; 1: the weights are worth no more than a fresh network. It is
     defined only where unprotected and scratch differ by more than their interval. Intervals
-    resample the attack seeds and add the error of `images` validation images, binomial unless one
-    image's variance is given; with one seed that error alone decides whether the value is defined,
-    and no interval is given.
+    resample the attack seeds and add the error of finitely many validation images. All subjects
+    meet the same ones: with `by_image`, each subject's `image_areas`, the error is drawn for all
+    three together. Without, it is that of `images` images for each alone, binomial unless one
+    image's variance is given. With one seed that error alone decides whether the value is
+    defined, and no interval is given.
     """
     if not (len(protected) and len(unprotected) and len(scratch)):
         return Estimate(None, None, False, "a subject has no measured attack")
     gap = float(unprotected.mean() - scratch.mean())
-    held_areas = zip((protected, unprotected, scratch), variances, strict=True)
-    p, u, s = (_draws(v, images, i, variance) for i, (v, variance) in enumerate(held_areas))
+    areas = (protected, unprotected, scratch)
+    noise = _shared_noise(by_image)
+    if noise is None:
+        noise = _separate_noise(areas, images, variances)
+    p, u, s = (_draws(v, i) + own for i, (v, own) in enumerate(zip(areas, noise, strict=True)))
     if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
         return Estimate(None, None, False, _tells_nothing(kind.gap(gap)))
     value = float(unprotected.mean() - protected.mean()) / gap
@@ -231,19 +276,39 @@ def advantage_removed(
     return Estimate(value, interval, True, one_more=one_more)
 
 
-def _draws(
-    areas: NDArray[np.float64], images: int, seed: int, variance: float | None
-) -> NDArray[np.float64]:
-    """Return draws of a subject's mean area: seeds resampled, and noise of finitely many images."""
+def _draws(areas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Return draws of a subject's mean area over resampled seeds."""
     mean, n = float(areas.mean()), len(areas)
     resampled = bootstrap(areas, seed=seed)
-    if n > 1:
-        resampled = mean + (resampled - mean) * _widening(n)
-    if variance is None:
-        variance = max(mean * (1 - mean), 0.0)
-    error = math.sqrt(variance / images)
-    noise: NDArray[np.float64] = np.random.default_rng(100 + seed).normal(0.0, error, DRAWS)
-    return resampled + noise
+    return resampled if n < 2 else mean + (resampled - mean) * _widening(n)
+
+
+def _shared_noise(
+    by_image: Sequence[NDArray[np.float64] | None],
+) -> list[NDArray[np.float64]] | None:
+    """Return draws of how far the subjects' areas are off because images are finitely many.
+
+    Normal, with the covariance of the subjects over images; None unless all are of the same ones.
+    """
+    held = [areas for areas in by_image if areas is not None]
+    if len(held) < 3 or len({len(areas) for areas in held}) != 1 or len(held[0]) < 2:
+        return None
+    covariance = np.cov(np.stack(held)) / len(held[0])
+    stream = np.random.default_rng(100)
+    return [*stream.multivariate_normal(np.zeros(3), covariance, DRAWS, method="eigh").T]
+
+
+def _separate_noise(
+    subjects: Sequence[NDArray[np.float64]], images: int, variances: Sequence[float | None]
+) -> list[NDArray[np.float64]]:
+    """Return the same where it is not known which images each subject had right."""
+    noise = []
+    for index, (areas, variance) in enumerate(zip(subjects, variances, strict=True)):
+        mean = float(areas.mean())
+        wide = max(mean * (1 - mean), 0.0) if variance is None else variance
+        stream = np.random.default_rng(100 + index)
+        noise.append(stream.normal(0.0, math.sqrt(wide / images), DRAWS))
+    return noise
 
 
 def _tells_nothing(gap: str) -> str:

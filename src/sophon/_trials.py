@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sophon._circumstances import environment
 from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy, attacker_images
-from sophon._metrics import evaluate
+from sophon._metrics import evaluate, image_scores, measured
 from sophon._models import batch_norm_reestimated, merged_lora
 from sophon._optimisations import plain
 from sophon._records import (
@@ -28,12 +28,13 @@ from sophon._records import (
     Point,
     Stopped,
     Trial,
+    pack,
 )
 from sophon._setting import Setting
 from sophon._specs import Strategy, Subject, fingerprint_of
 
 # Raise this when a change of the loop changes what a trial with an old key would give.
-ENGINE_VERSION = 3
+ENGINE_VERSION = 4
 # Images that BatchNorm statistics are measured anew on, at each evaluation.
 _REESTIMATE_ON = 256
 
@@ -179,17 +180,19 @@ class Bench:
         attacker would not let that cost anything.
         """
         model, setting = tuning.model, tuning.setting
-        score = evaluate(model, setting, domain, domain.validation)
+        scores = image_scores(model, setting, domain, domain.validation)
+        score = measured(scores, setting)
         progress.met(tuning.taken, score, model)
         size = tuning.strategy.batch_size
         batches = (tuning.feed.batch(step)[0] for step in range(math.ceil(_REESTIMATE_ON / size)))
         reestimated = False
         with setting.autocast(), batch_norm_reestimated(model, batches) as anew:
             if anew:
-                other = evaluate(model, setting, domain, domain.validation)
+                others = image_scores(model, setting, domain, domain.validation)
+                other = measured(others, setting)
                 reestimated = other.value > score.value
                 if reestimated:
-                    score = other
+                    scores, score = others, other
                     progress.met(tuning.taken, score, model)
         progress.curve.append(
             Point(
@@ -198,6 +201,7 @@ class Bench:
                 validation=score,
                 reestimated=reestimated,
                 train_loss=loss,
+                by_image=pack(scores.mean(0).numpy(), score),
             )
         )
 

@@ -25,6 +25,7 @@ from sophon._statistics import (
     by_seed,
     cost_to_recover,
     envelope,
+    image_areas,
     interval_of,
     winner,
 )
@@ -169,6 +170,7 @@ def _summarise(
             *(areas[n] for n in SUBJECTS),
             images=domain.validation,
             variances=[_variance(subjects[n]) for n in SUBJECTS],
+            by_image=[image_areas(_of(trials, n), at) for n in SUBJECTS],
             kind=kind,
         )
     slowing, fraction = _ratio(subjects, "unprotected"), _ratio(subjects, "scratch")

@@ -23,7 +23,7 @@ from sophon._circumstances import environment
 from sophon._data import load_domain
 from sophon._models import resolve_model
 from sophon._specs import AuditSpec, DomainSpec, FreshHead, ModelSpec, Strategy
-from sophon._statistics import advantage_removed, area, budgets, by_seed
+from sophon._statistics import advantage_removed, area, budgets, by_seed, image_areas
 
 FIVE, DRAWS = 5, 2000
 # Attacks that lead at some budget.
@@ -71,10 +71,11 @@ def main() -> None:
     run.plan.strategies = tuple(s for s in run.plan.strategies if s in set(ATTACKS))
     trials = list(run)
     at = budgets(trials)
-    areas = [
-        area(at, by_seed([t for t in trials if t.subject == name], at))
-        for name in ("protected", "unprotected", "scratch")
+    by_subject = [
+        [t for t in trials if t.subject == name] for name in ("protected", "unprotected", "scratch")
     ]
+    areas = [area(at, by_seed(held, at)) for held in by_subject]
+    by_image = [image_areas(held, at) for held in by_subject]
     p, u, s = areas
     all_of_them = float((u.mean() - p.mean()) / (u.mean() - s.mean()))
     stream = np.random.default_rng(0)
@@ -82,7 +83,11 @@ def main() -> None:
     for _ in range(DRAWS):
         order = stream.permutation(chosen.seeds)
         five, other = order[:FIVE], order[FIVE]
-        found = advantage_removed(*(a[five] for a in areas), images=len(domain.validation))
+        found = advantage_removed(
+            *(a[five] for a in areas),
+            images=len(domain.validation),
+            by_image=[None if held is None else held[five] for held in by_image],
+        )
         if found.interval is None or found.one_more is None:
             continue
         counted += 1

@@ -136,7 +136,7 @@ def test_intervals_on_shared_images_cover_and_are_narrower(seeds: int) -> None:
             # Six budgets' mean, so an image may be in between.
             drawn = [stream.binomial(6, right(own, images)) / 6 for own in shifted]
             areas.append(np.mean(drawn, axis=1))
-            by_image.append(np.mean(drawn, axis=0))
+            by_image.append(np.array(drawn))
         shared = advantage_removed(*areas, images=250, by_image=by_image)
         apart = advantage_removed(*areas, images=250)
         assert shared.value == apart.value
@@ -167,8 +167,8 @@ def test_areas_by_image_are_the_areas_seed_by_seed() -> None:
     trials = [with_images(seed, rate) for seed in (0, 1) for rate in (1e-2, 1e-1)]
     images = image_areas(trials, STEPS)
     assert images is not None
-    assert images.shape == (200,)
-    assert images.mean() == pytest.approx(area(STEPS, by_seed(trials, STEPS)).mean())
+    assert images.shape == (2, 200)
+    assert images.mean(1) == pytest.approx(area(STEPS, by_seed(trials, STEPS)))
     # One that does not say which images it had right: nothing is known of all.
     older = trial("protected", (0.9,) * 4, seed=0, strategy=Strategy(learning_rate=1e-2))
     assert image_areas([*trials, older], STEPS) is None

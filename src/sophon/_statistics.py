@@ -136,9 +136,9 @@ def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
 
 
 def image_areas(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
-    """Return the area under the envelope image by image, mean over seeds, shape (images,).
+    """Return each seed's area under the envelope image by image, shape (seeds, images).
 
-    Its mean is that of the areas of `by_seed`. None where the trials do not say which images they
+    Their means over images are the areas of `by_seed`. None where the trials do not say which images they
     had right, as older ones do not.
     """
     trials = run_with_all_seeds(trials)
@@ -148,10 +148,7 @@ def image_areas(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float6
         if scores is None:
             return None
         areas.append(area(at, scores))
-    if len({len(held) for held in areas}) != 1:
-        return None
-    mean: NDArray[np.float64] = np.mean(areas, axis=0)
-    return mean
+    return np.stack(areas) if len({len(held) for held in areas}) == 1 else None
 
 
 def _leading_scores(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
@@ -290,7 +287,7 @@ def _shared_noise(
 
     Normal, with the covariance of the subjects over images; None unless all are of the same ones.
     """
-    held = [areas for areas in by_image if areas is not None]
+    held = [areas.mean(0) for areas in by_image if areas is not None]
     if len(held) < 3 or len({len(areas) for areas in held}) != 1 or len(held[0]) < 2:
         return None
     covariance = np.cov(np.stack(held)) / len(held[0])

@@ -138,8 +138,8 @@ def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
 def image_areas(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
     """Return each seed's area under the envelope image by image, shape (seeds, images).
 
-    Their means over images are the areas of `by_seed`. None where the trials do not say which images they
-    had right, as older ones do not.
+    Their means over images are the areas of `by_seed`. None where the trials do not say which
+    images they had right, as older ones do not.
     """
     trials = run_with_all_seeds(trials)
     areas = []

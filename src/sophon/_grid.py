@@ -204,6 +204,8 @@ reinforcement_steps = 2
 [protect.rehearsal]
 strategies = 1
 steps = 20
+horizon = 150                  # an attacker lives as long as an attack: no 800 rounds of K = 50
+pool = 4
 query_batch_size = 32
 
 [protect.rehearsal.fixed]      # the rehearsed rate: an attack of the suite, too

@@ -315,13 +315,18 @@ def test_the_test_split_meets_the_best_weights_not_the_last(
     met: list[torch.Tensor] = []
     domain = restricted()
 
-    def worse_and_worse(model: nn.Module, _: object, __: object, images: Images) -> Score:
-        if images is domain.test:
-            met.append(next(model.parameters()).detach().clone())
-        return Score(correct=next(scores), total=100)
+    def worse_and_worse(_: nn.Module, __: object, ___: object, images: Images) -> torch.Tensor:
+        assert images is not domain.test
+        return (torch.arange(100) < next(scores)).float()[None]
+
+    def on_test(model: nn.Module, _: object, __: object, images: Images) -> Score:
+        assert images is domain.test
+        met.append(next(model.parameters()).detach().clone())
+        return Score(correct=1, total=100)
 
     run = _one_attack(Strategy(optimizer="sgd", learning_rate=0.1))
-    monkeypatch.setattr("sophon._trials.evaluate", worse_and_worse)
+    monkeypatch.setattr("sophon._trials.image_scores", worse_and_worse)
+    monkeypatch.setattr("sophon._trials.evaluate", on_test)
     trial = next(iter(run))
     assert trial.best_step == 0
     assert len(met) == 1

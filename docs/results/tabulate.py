@@ -46,7 +46,7 @@ def _advantage(summary: DomainSummary) -> str:
         return estimate.reason
     interval = estimate.interval
     spread = "" if interval is None else f" ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
-    return f"{100 * estimate.value:.0f} %{spread}"
+    return f"{100 * estimate.value:z.0f} %{spread}"
 
 
 def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:

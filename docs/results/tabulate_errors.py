@@ -72,7 +72,7 @@ def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
     """Return the Markdown rows of one domain, a subject each."""
     scores = {subject.name: subject.original for subject in record.subjects}
     estimate, lines = summary.advantage, []
-    removed = estimate.reason if estimate.value is None else f"{100 * estimate.value:.0f} %"
+    removed = estimate.reason if estimate.value is None else f"{100 * estimate.value:z.0f} %"
     if estimate.interval is not None:
         removed += f" ({100 * estimate.interval.low:.0f} to {100 * estimate.interval.high:.0f})"
     for name in SUBJECTS:

@@ -254,7 +254,7 @@ def test_interrupting_leaves_a_run_that_resumes(run_file: Path, tmp_path: Path) 
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert shlex.join(["sophon", *command]) in err
     assert rest.count('"round"') < 39
@@ -284,7 +284,7 @@ def test_interrupting_an_audit_ends_its_workers_and_keeps_its_trials(
         assert process.poll() is None
     # As a terminal does: to the command and its workers alike.
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "to resume, repeat the command" in err
     assert "Traceback" not in err

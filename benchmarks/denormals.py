@@ -1,10 +1,10 @@
 """Whether gradients that vanish turn into denormal numbers, and whether these slow the processor.
 
 A network is protected, then every gradient of a query's backward is looked at: the share of
-denormal numbers among those that are not zero. The same passes are timed with denormals as they
-are and flushed to zero, on the protected network and on one whose logits are thirty times too
-large: of many factors tried the one with the most denormals (above it, what vanishes is zero).
-They are timed with one thread, because the switch reaches only the thread that sets it.
+denormal numbers among those that are not zero, on the protected network and on one whose logits
+are thirty times too large: of many factors tried the one with the most denormals (above it, what
+vanishes is zero). Where there are some, the same passes are timed with denormals as they are and
+flushed to zero, with one thread, because the switch reaches only the thread that sets it.
 All is in fp32: instructions that multiply in bf16 flush denormals whatever the switch says.
 """
 
@@ -110,8 +110,9 @@ def rows(short: bool) -> list[Row]:
             share = 100 * count.denormal / max(1, count.nonzero)
             what = f"{loss}, {name}, {run.setting.precision}"
             found.append(row(f"denormal gradients: {what}", [share], unit=" %"))
-            values = timed(subject, run, repeats)
-            found.append(row(f"denormals kept / flushed: {what}, one thread", values))
+            values = timed(subject, run, repeats) if count.denormal else []
+            note = "" if values else "not timed: there are none"
+            found.append(row(f"denormals kept / flushed: {what}, one thread", values, note=note))
     return found
 
 

@@ -22,7 +22,7 @@ from sophon._trials import Assignment, Bench, Start, evaluation_steps
 
 Batches = list[tuple[Tensor, Tensor]]
 # As often as in an attack of 200 steps: one evaluation in 16 steps.
-EVALUATIONS, TRIAL_BATCH = 3, 64
+TRIAL_STEPS, EVALUATIONS, TRIAL_BATCH = 16, 1, 64
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
@@ -168,7 +168,7 @@ def trial_row(name: str, steps: int, repeats: int) -> Row:
 
 def rows(short: bool, names: tuple[str, ...] = ("ResNet-20", "ResNet-18")) -> list[Row]:
     """Return a round and a trial on each network."""
-    sizes, steps, pairs = (quick(Sizes()), 4, (1, 1)) if short else (Sizes(), 48, (3, 3))
+    sizes, steps, pairs = (quick(Sizes()), 4, (1, 1)) if short else (Sizes(), TRIAL_STEPS, (3, 5))
     found = []
     for name in names:
         found += [round_row(name, sizes, pairs[0]), trial_row(name, steps, pairs[1])]

@@ -65,7 +65,7 @@ class Size:
     trial_steps: int
 
 
-FULL = Size(repeats=3, rounds=1, steps=10, images=1000, trials=4, trial_steps=6)
+FULL = Size(repeats=3, rounds=1, steps=10, images=500, trials=4, trial_steps=6)
 QUICK = Size(repeats=2, rounds=1, steps=1, images=200, trials=2, trial_steps=2)
 
 
@@ -128,19 +128,15 @@ def group(world: int, size: Size) -> Iterator[Callable[[], None]]:
             process.join()
 
 
-def in_turn(actions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Return the seconds of each action, `repeats` times, after one unmeasured turn.
-
-    Every other turn goes through them backwards.
-    """
+def in_turn(actions: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """Return the seconds of each action, `repeats` times. Every other turn goes backwards."""
     seconds: list[list[float]] = [[] for _ in actions]
-    for repeat in range(repeats + 1):
+    for repeat in range(repeats):
         order = list(range(len(actions)))
-        for index in order if repeat % 2 else reversed(order):
+        for index in reversed(order) if repeat % 2 else order:
             start = time.perf_counter()
             actions[index]()
-            if repeat:
-                seconds[index].append(time.perf_counter() - start)
+            seconds[index].append(time.perf_counter() - start)
     return seconds
 
 
@@ -162,6 +158,8 @@ def _against(noun: str, name: str, other: str) -> str:
 def protection(size: Size) -> Iterator[Measured]:
     """Yield strategies per second of one rank and of two, reinforcement included."""
     with group(1, size) as one, group(WORKERS, size) as two:
+        one()
+        two()
         seconds = in_turn([one, two], size.repeats)
     names = ("one rank of one thread", f"{WORKERS} ranks of one thread")
     yield from _compared("strategies", names, WORKERS * size.rounds, seconds, 1.7)
@@ -195,6 +193,9 @@ def trials(size: Size) -> Iterator[Measured]:
             except SpecError as error:
                 absent[name] = str(error)
         actions = [_running(executor, jobs) for executor in executors.values()]
+        # Workers start with their first trials; this process needs but one to be warm.
+        for executor in executors.values():
+            _running(executor, jobs[:1] if isinstance(executor, Serial) else jobs)()
         seconds = in_turn(actions, size.repeats)
     names = list(executors)
     yield from _compared("trials", names, len(jobs), seconds, 1.8)

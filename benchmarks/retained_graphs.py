@@ -136,7 +136,7 @@ def rows(short: bool) -> list[Row]:
     full, flat = Sizes(), (10, 200)
     if short:
         full, flat = quick(full), (2, 3)
-    small = Sizes(flat[0], 54, 10) if not short else full
+    small = Sizes(flat[0], 38, 10) if not short else full
     few = Sizes(3, 12, 4)
     run, strategy = prepared(Sizes(min(10, full.steps), full.support, full.query))
     pool = Rehearsals(run.spec, run.setting, [1.0])

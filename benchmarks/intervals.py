@@ -74,8 +74,11 @@ def main() -> None:
     by_subject = [
         [t for t in trials if t.subject == name] for name in ("protected", "unprotected", "scratch")
     ]
-    areas = [area(at, by_seed(held, at)) for held in by_subject]
     by_image = [image_areas(held, at) for held in by_subject]
+    areas = [
+        area(at, by_seed(held, at)) if own is None else own.mean(1)
+        for held, own in zip(by_subject, by_image, strict=True)
+    ]
     p, u, s = areas
     all_of_them = float((u.mean() - p.mean()) / (u.mean() - s.mean()))
     stream = np.random.default_rng(0)

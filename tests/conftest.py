@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,13 @@ def shared_data() -> Path:
     if not (folder / "cifar10.npz").is_file():
         pytest.skip(f"the real image sets are not at {folder}: set SOPHON_DATA")
     return folder
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let a command be interrupted though this process ignores it: a shell's job in the background
+    does, and what it starts inherits that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -266,6 +266,7 @@ def test_interrupting_leaves_a_run_that_resumes(run_file: Path, tmp_path: Path) 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupting_an_audit_ends_its_workers_and_keeps_its_trials(
     finished: Path, tmp_path: Path
 ) -> None:

@@ -404,6 +404,7 @@ def test_a_killed_torchrun_is_finished_by_one_process(run_file: Path, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_all_after_a_round(run_file: Path, tmp_path: Path) -> None:
     with _start("-m", "sophon", "protect", run_file, "--json", "--out", tmp_path / "p") as process:
         assert process.stdout is not None

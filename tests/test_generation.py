@@ -283,7 +283,8 @@ def test_a_class_conditional_network_that_predicts_v_is_protected_and_attacked(
     samples = SampleSpec(
         count=12, steps=2, grid=4, extractor_steps=3, kid_subset=6, budgets=(0.5,), extra=True
     )
-    named = Strategy(optimizer="sgd", learning_rate=1e-5, batch_size=8)
+    # A share of the images smaller than a batch: the batch shrinks, the attack is still that one.
+    named = Strategy(optimizer="sgd", learning_rate=1e-5, batch_size=8, data_fraction=0.1)
     spec = AuditSpec(
         steps=2, evaluations=2, batch_size=8, precision="fp32", samples=samples, extra=(named,)
     )
@@ -297,11 +298,17 @@ def test_a_class_conditional_network_that_predicts_v_is_protected_and_attacked(
         "as it is",
         "after its best attack within 1 step",
         "after its best attack",
-        "after direct-all sgd 1e-05 (batch size 8)",
+        "after direct-all sgd 1e-05 (10 % of the images, batch size 6)",
     }
-    assert {(row.subject, when(row)) for row in record.samples} == {
+    assert {(row.subject, when(row).split(" (best")[0]) for row in record.samples} == {
         (name, moment) for name in ("protected", "unprotected", "scratch") for moment in moments
     }
+    for name in ("protected", "unprotected", "scratch"):
+        own = [row for row in record.samples if row.subject == name and row.budget is None]
+        # As it is and after its best attack it is one network, of one seed.
+        assert len({row.seed for row in own if not row.named}) == 1
+    assert len({row.seed for row in record.samples if row.named}) == 1
+    assert len({row.extractor_key for row in record.samples}) == 1
 
 
 def test_a_latent_pipeline_is_protected_and_attacked_through_adapters(tmp_path: Path) -> None:
@@ -341,7 +348,7 @@ def test_a_latent_pipeline_is_protected_and_attacked_through_adapters(tmp_path: 
     assert trial.outcome.kind == "completed", trial.outcome
     assert trial.curve[-1].validation.value > trial.curve[0].validation.value
     spec = SampleSpec(count=8, steps=2, grid=4, extractor_steps=2, kid_subset=2, neighbours=2)
-    check_samples(run.setting, spec, case.restricted)
+    check_samples(run.setting, AuditSpec(samples=spec), case.restricted)
     workload = Workload(Bench(run.setting, 2), {}, {("protected", 0): start})
     store = DocumentStore(tmp_path / "samples")
     stage = SampleStage(workload, spec, case.restricted[0], store)
@@ -427,6 +434,9 @@ def test_losses_that_do_not_fit_and_pictures_too_few_are_refused(tmp_path: Path)
         ("restricted.0.test=0.02", "too few for KID: at least 24 are needed"),
         ("audit.samples.extractor=no.pth", "'no.pth' does not exist"),
         ("audit.samples.width=2048", "width = 2048, and the features of the small classifier"),
+        ("audit.samples.budgets=[0.001]", "0.001: that is 0 of audit.steps = 2, and attacks are"),
+        ("audit.samples.budgets=[0.5, 0.501]", "0.5 and 0.501 are both 1 of audit.steps = 2"),
+        ("audit.samples.extra=true", "and audit.extra names no attack"),
         ("audit.samples.steps=2000", "steps = 2000: the schedule has timesteps 0 to 999, too few"),
         (f"audit.samples.extractor={out}", "is a Conv2d: give a classifier"),
         (f"audit.samples.extractor={file}", "is refused: it is a pickle"),

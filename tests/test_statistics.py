@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from records import CURVES, STEPS, trial
-from sophon._records import ErrorScore, Score, Trial, pack, unpack
+from sophon._records import ErrorScore, Point, Score, Trial, pack, unpack
 from sophon._specs import Strategy
 from sophon._statistics import (
     advantage_removed,
@@ -149,29 +149,111 @@ def test_intervals_on_shared_images_cover_and_are_narrower(seeds: int) -> None:
     assert narrow < 0.7 * wide
 
 
-def test_areas_by_image_are_the_areas_seed_by_seed() -> None:
+def with_images(held: Trial, scores: np.ndarray) -> Trial:
+    """Return the trial with these scores of 0 and 1, (points, images)."""
+    points = []
+    for point, own in zip(held.curve, scores, strict=True):
+        found = Score(correct=int(own.sum()), total=len(own))
+        packed = pack(own, found)
+        assert np.array_equal(unpack(packed, found), own)
+        points.append(point.model_copy(update={"validation": found, "by_image": packed}))
+    return held.model_copy(update={"curve": tuple(points)})
+
+
+def test_areas_by_image_of_one_attack_are_its_areas_seed_by_seed() -> None:
     stream = np.random.default_rng(0)
-
-    def with_images(seed: int, rate: float) -> Trial:
-        strategy = Strategy(learning_rate=rate)
-        held = trial("protected", (0.2, 0.4, 0.3, 0.8), seed=seed, strategy=strategy)
-        points = []
-        for point in held.curve:
-            score = stream.integers(0, 2, 200).astype(float)
-            found = Score(correct=int(score.sum()), total=200)
-            packed = pack(score, found)
-            assert np.array_equal(unpack(packed, found), score)
-            points.append(point.model_copy(update={"validation": found, "by_image": packed}))
-        return held.model_copy(update={"curve": tuple(points)})
-
-    trials = [with_images(seed, rate) for seed in (0, 1) for rate in (1e-2, 1e-1)]
+    # Every point is better than the one before: there is nothing to choose.
+    rising = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
+    trials = []
+    for seed in (0, 1):
+        scores = (stream.random(200) < rising[:, None]).astype(float)
+        held = trial("protected", (0.2, 0.4, 0.3, 0.8), seed=seed)
+        trials.append(with_images(held, scores[: len(held.curve)]))
     images = image_areas(trials, STEPS)
     assert images is not None
     assert images.shape == (2, 200)
     assert images.mean(1) == pytest.approx(area(STEPS, by_seed(trials, STEPS)))
     # One that does not say which images it had right: nothing is known of all.
-    older = trial("protected", (0.9,) * 4, seed=0, strategy=Strategy(learning_rate=1e-2))
+    older = trial("protected", (0.9,) * 4, seed=0)
     assert image_areas([*trials, older], STEPS) is None
+
+
+def attacks(
+    offset: float, z: np.ndarray, *, count: int, seeds: int, stream: np.random.Generator
+) -> list[Trial]:
+    """Return attacks that are all as good: right on an image of difficulty z with probability
+    1 / (1 + exp(2 z - offset)), each time anew.
+    """
+    made = []
+    for seed in range(seeds):
+        for index in range(count):
+            held = trial(
+                "protected",
+                (0.0,) * 4,
+                seed=seed,
+                strategy=Strategy(learning_rate=1e-3 * index + 1e-4),
+            )
+            chance = 1 / (1 + np.exp(2 * z - offset))
+            scores = stream.random((len(held.curve), len(z))) < chance
+            made.append(with_images(held, scores.astype(float)))
+    return made
+
+
+def test_the_best_of_many_equal_attacks_is_no_better_than_one() -> None:
+    stream = np.random.default_rng(1)
+    cross, plain = [], []
+    for _ in range(20):
+        z = stream.normal(size=150)
+        trials = attacks(0.5, z, count=12, seeds=1, stream=stream)
+        found = image_areas(trials, STEPS)
+        assert found is not None
+        truth = (1 / (1 + np.exp(2 * z - 0.5))).mean()
+        cross.append(found.mean() - truth)
+        plain.append(float(area(STEPS, by_seed(trials, STEPS)).mean()) - truth)
+    # Luck makes the best of twelve look better where the same images choose and measure.
+    assert abs(np.mean(cross)) < 0.01
+    assert np.mean(plain) > 0.05
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_cover_where_subjects_have_unequally_many_good_attacks(seeds: int) -> None:
+    stream = np.random.default_rng(seeds)
+    offsets, counts = (0.6, 1.0, -0.4), (1, 10, 10)
+    many = np.random.default_rng(0).normal(size=200_000)
+    p, u, s = ((1 / (1 + np.exp(2 * many - offset))).mean() for offset in offsets)
+    truth = (u - p) / (u - s)
+    held, repeats = 0, 40
+    for _ in range(repeats):
+        z = stream.normal(size=150)
+        by = [
+            attacks(offset, z, count=count, seeds=seeds, stream=stream)
+            for offset, count in zip(offsets, counts, strict=True)
+        ]
+        found = advantage_removed(
+            *(area(STEPS, by_seed(trials, STEPS)) for trials in by),
+            images=150,
+            by_image=[image_areas(trials, STEPS) for trials in by],
+        )
+        assert found.interval is not None
+        held += found.interval.low <= truth <= found.interval.high
+    # 95 % of 40 is 38.
+    assert held >= 35
+
+
+@pytest.mark.parametrize("text", ["!!", "AAAA", "/w==", "/////////////////////////////////w=="])
+def test_damaged_scores_by_image_are_refused(text: str) -> None:
+    score = Score(correct=100, total=200)
+    with pytest.raises(ValueError, match="by_image is damaged"):
+        Point(step=1, samples=64, validation=score, by_image=text)
+    whole = pack(np.arange(200) % 2, score)
+    assert Point(step=1, samples=64, validation=score, by_image=whole).by_image == whole
+
+
+def test_one_validation_image_tells_nothing() -> None:
+    areas = np.array([0.8, 0.81]), np.array([0.9, 0.91]), np.array([0.1, 0.11])
+    found = advantage_removed(*areas, images=1)
+    assert not found.defined
+    assert "give more" in found.reason
 
 
 def test_errors_by_image_are_kept_to_a_thousandth() -> None:

@@ -318,7 +318,7 @@ class Audit:
             require_peft()
         if self.spec.search_trials:
             require_optuna()
-        check_samples(self.setting, self.spec.samples, self.restricted)
+        check_samples(self.setting, self.spec, self.restricted)
         first = self.subjects["protected"]
         # Of a model that can be made; one that cannot be attacked is recorded as crashed.
         check_preparations(

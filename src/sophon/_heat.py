@@ -58,7 +58,7 @@ def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
             if trial.subject == subject:
                 row = cells.setdefault(_family(trial.strategy), {})
                 at = _half_decade(trial.strategy.learning_rate)
-                row[at] = max(row.get(at, 0.0), best_of(trial))
+                row[at] = max(row.get(at, -math.inf), best_of(trial))
         rows = tuple((n, tuple(row.get(c) for c in columns)) for n, row in sorted(cells.items()))
         if rows:
             rates = tuple(_rate(column) for column in columns)

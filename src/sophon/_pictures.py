@@ -27,12 +27,14 @@ def pictures_of(record: AuditRecord, domain: str) -> tuple[SampleRecord, ...]:
     return tuple(row for row in record.samples if row.attacked == domain and row.domain == domain)
 
 
-def after_best(record: AuditRecord, domain: str) -> dict[str, SampleRecord]:
-    """Return the pictures after each subject's best attack within the whole budget."""
+def after_best(
+    record: AuditRecord, domain: str, budget: int | None = None
+) -> dict[str, SampleRecord]:
+    """Return the pictures after each subject's best attack within a budget, or the whole one."""
     return {
         row.subject: row
         for row in pictures_of(record, domain)
-        if row.attack and row.budget is None and not row.named
+        if row.attack and row.budget == budget and not row.named
     }
 
 
@@ -41,32 +43,67 @@ def when(row: SampleRecord) -> str:
     if not row.attack:
         return "as it is"
     if row.named:
-        return f"after {row.attack}"
-    if row.budget is None:
-        return "after its best attack"
-    return f"after its best attack within {row.budget} step{'' if row.budget == 1 else 's'}"
+        words = f"after {row.attack}"
+    elif row.budget is None:
+        words = "after its best attack"
+    else:
+        words = f"after its best attack within {row.budget} step{'' if row.budget == 1 else 's'}"
+    if row.best_step is None or (row.best_step == row.budget and not row.named):
+        return words
+    return f"{words} (best at step {row.best_step})"
 
 
-def bearing(record: AuditRecord, domain: str) -> Bearing:
-    """Return what the pictures after each subject's best attack say.
+def withstands(record: AuditRecord, domain: str) -> Bearing:
+    """Return what pictures after attacks say of a model that no attack profits from.
 
-    They bear a good verdict out where at least half of the unprotected model's lead in KID over a
-    fresh network is gone, and say nothing where that lead is within twice the standard deviation of
-    KID's subsets.
+    Of each subject those count that are the best of all that were drawn after an attack. They bear
+    the verdict out where at least half of the unprotected model's lead in KID over a fresh network
+    is gone by more than KID's spread, and say nothing where that lead is within its spread.
     """
-    after = after_best(record, domain)
+    best: dict[str, SampleRecord] = {}
+    for row in pictures_of(record, domain):
+        if row.attack and (row.subject not in best or row.kid < best[row.subject].kid):
+            best[row.subject] = row
+    return _compared(best, "")
+
+
+def slows(record: AuditRecord, domain: str, recovered: int, cost: int) -> Bearing:
+    """Return what pictures say of a model that takes `cost` steps to recover what the unprotected
+    one recovers in `recovered`: they are compared within a budget between the two.
+    """
+    held = {row.budget for row in pictures_of(record, domain) if row.budget is not None}
+    between = sorted(budget for budget in held if recovered <= budget < cost)
+    if not between:
+        return Bearing(
+            "none",
+            f"no pictures were judged within {recovered} to {cost - 1} steps, where the error says"
+            " that the protected model lags behind: name a share of the budget there in"
+            " audit.samples.budgets",
+        )
+    within = between[0]
+    return _compared(after_best(record, domain, within), f" within {within} steps")
+
+
+def _compared(after: dict[str, SampleRecord], within: str) -> Bearing:
     if not {"protected", "unprotected", "scratch"} <= after.keys():
         words = "no pictures were judged, and the squared error alone acquits nobody"
         return Bearing("none", words)
     protected, unprotected, scratch = (
         after[name] for name in ("protected", "unprotected", "scratch")
     )
+    if len({(row.extractor, row.extractor_key) for row in after.values()}) > 1:
+        words = "pictures were judged by different extractors, and their KID does not compare"
+        return Bearing("none", words)
     lead = scratch.kid - unprotected.kid
     if lead <= 2 * math.hypot(scratch.kid_std, unprotected.kid_std):
         words = "pictures say nothing: KID does not tell the unprotected model from a fresh one"
-        return Bearing("none", f"{words} after their best attacks")
+        return Bearing("none", f"{words} after their best attacks{within}")
     gone = (protected.kid - unprotected.kid) / lead
-    words = f"{100 * gone:.0f} % of the unprotected model's lead in KID is gone"
-    if gone >= _GONE:
+    least = gone - 2 * math.hypot(protected.kid_std, unprotected.kid_std) / lead
+    words = f"{100 * gone:.0f} % of the unprotected model's lead in KID is gone{within}"
+    if least >= _GONE:
         return Bearing("for", f"pictures bear it out: {words}")
+    if gone >= _GONE:
+        unsure = f"within KID's spread only {100 * max(least, 0.0):.0f} % may be"
+        return Bearing("none", f"pictures are too few to tell: {words}, but {unsure}")
     return Bearing("against", f"pictures speak against it: only {words}")

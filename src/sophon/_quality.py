@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sophon._checkpoints import file_sha256
+from sophon._circumstances import environment
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain, Images
 from sophon._errors import DataError, SophonError, SpecError, UnsupportedModelError
@@ -26,7 +28,7 @@ from sophon._models import diffusers, find_head, predict, read_tensors, resolve_
 from sophon._networks import SmallConvNet
 from sophon._seeding import generator, seeded
 from sophon._setting import make_setting
-from sophon._specs import ModelSpec, SampleSpec, Strategy
+from sophon._specs import ModelSpec, SampleSpec, Strategy, fingerprint_of
 from sophon._tasks import Classification, Denoising
 
 # The classifier whose features are compared sees images of at most this side.
@@ -163,6 +165,27 @@ def _from_path(path: Path) -> Extractor:
         if key in str(error):
             raise
         raise type(error)(f"{key} = {str(path)!r}: {error}") from None
+
+
+def extractor_key(spec: SampleSpec, original: Domain, restricted: Domain) -> str:
+    """Return a fingerprint of everything that determines an extractor's features.
+
+    One that is trained here comes out a little differently with another torch or processor.
+    """
+    if spec.extractor == "classifier":
+        held = environment(torch.device("cpu"), "fp32")
+        parts: dict[str, Any] = {
+            "steps": spec.extractor_steps,
+            "domains": [original.fingerprint(), restricted.fingerprint()],
+            "names": [original.name, restricted.name],
+            "torch": held.versions.get("torch"),
+            "processor": held.processor,
+            "threads": held.threads,
+        }
+        return fingerprint_of(parts)
+    path = Path(spec.extractor)
+    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+    return fingerprint_of({"files": [[file.name, file_sha256(file)] for file in files]})
 
 
 def check_extractor(spec: SampleSpec, original: Domain, restricted: Domain) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sophon._specs import AuditSpec, Strategy, Subject
 
@@ -108,6 +109,24 @@ class Point(Record):
     train_loss: float | None = None
     by_image: str | None = None
 
+    @model_validator(mode="after")
+    def _of_the_score(self) -> Self:
+        if self.by_image is None:
+            return self
+        try:
+            held = unpack(self.by_image, self.validation)
+        except ValueError as error:
+            raise ValueError(f"by_image is damaged ({error})") from None
+        score = self.validation
+        if len(held) != score.total or (
+            isinstance(score, Score) and int(held.sum()) != score.correct
+        ):
+            raise ValueError(
+                f"by_image is damaged: it has {len(held)} images and the sum {held.sum():g}, the"
+                f" score {score.total} images and the value {score.value:g}"
+            )
+        return self
+
 
 def pack(scores: NDArray[np.floating[Any]], score: Measurement) -> str:
     """Return the score of each image, (images,), as base64: a bit for right or wrong, the first
@@ -120,10 +139,12 @@ def pack(scores: NDArray[np.floating[Any]], score: Measurement) -> str:
 
 def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
     """Return what `pack` was given, (images,)."""
-    held = base64.b64decode(text)
+    held = base64.b64decode(text, validate=True)
     if isinstance(score, Score):
-        bits = np.unpackbits(np.frombuffer(held, np.uint8), count=score.total)
-        return bits.astype(np.float64)
+        # The last byte is filled up with zeros; a text of another length shows.
+        bits = np.unpackbits(np.frombuffer(held, np.uint8))
+        whole = len(held) == math.ceil(score.total / 8)
+        return (bits[: score.total] if whole else bits).astype(np.float64)
     return np.frombuffer(held, "<f2").astype(np.float64)
 
 
@@ -230,8 +251,10 @@ class SampleRecord(Record):
 
     `domain` names the `images` test images they are compared with; `attack` is the subject's best
     attack on the restricted domain `attacked`, empty before it: the best within `budget` steps
-    where that is given, one that was asked for by name where `named`. `features` is how many the
-    `extractor` gives. `grid` shows the first pictures, as the data URI of a PNG.
+    where that is given, one that was asked for by name where `named`. `seed` is the attack's,
+    before it that of a fresh network; `best_step` is after how many of its steps they were drawn.
+    `features` is how many the `extractor` gives; two extractors differ where `extractor_key` does.
+    `grid` shows the first pictures, as the data URI of a PNG.
     """
 
     subject: Subject
@@ -240,10 +263,13 @@ class SampleRecord(Record):
     attack: str = ""
     budget: int | None = None
     named: bool = False
+    seed: int | None = None
+    best_step: int | None = None
     count: int
     images: int
     steps: int
     extractor: str
+    extractor_key: str = ""
     features: int
     kid: float
     kid_std: float

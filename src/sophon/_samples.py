@@ -17,27 +17,32 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sophon._data import Domain
+from sophon._errors import SpecError
 from sophon._executors import Workload
+from sophon._plan import fitted
 from sophon._quality import (
     Extractor,
     check_extractor,
     check_quality,
     draw_samples,
+    extractor_key,
     make_extractor,
     make_sampler,
     measure_quality,
 )
 from sophon._records import SampleRecord, Trial
 from sophon._setting import Setting
-from sophon._specs import SampleSpec, Strategy, Subject, fingerprint_of
+from sophon._specs import AuditSpec, SampleSpec, Strategy, Subject, fingerprint_of
 from sophon._statistics import winner
 from sophon._store import DocumentStore
 from sophon._tasks import Denoising
-from sophon._trials import Assignment
+from sophon._trials import Assignment, evaluation_steps
 
 # Pictures are shown larger than they are, so that a person sees them.
 _SHOWN_SIDE = 64
 _COLUMNS = 8
+# Changes whenever pictures or distances would: stored ones are then made again.
+ENGINE_VERSION = 2
 
 
 def wanted(setting: Setting, spec: SampleSpec) -> bool:
@@ -46,14 +51,41 @@ def wanted(setting: Setting, spec: SampleSpec) -> bool:
     return isinstance(task, Denoising) and len(task.parts) > 1 and spec.count > 0
 
 
-def check_samples(setting: Setting, spec: SampleSpec, domains: Sequence[Domain]) -> None:
+def check_samples(setting: Setting, audit: AuditSpec, domains: Sequence[Domain]) -> None:
     """Raise SpecError or DataError, before any work, for pictures that cannot be judged."""
+    spec = audit.samples
     if not wanted(setting, spec):
         return
+    _check_budgets(audit)
+    if spec.extra and not audit.extra:
+        raise SpecError(
+            "audit.samples.extra = true, and audit.extra names no attack: name one there, or leave"
+            " audit.samples.extra out"
+        )
     assert isinstance(setting.task, Denoising)
     check_quality(spec, (setting.original, *domains))
     make_sampler(setting.task, spec.steps)
     check_extractor(spec, setting.original, domains[0])
+
+
+def _check_budgets(audit: AuditSpec) -> None:
+    """Raise SpecError for shares of the budget at which nothing was measured, or the same twice."""
+    first = min(evaluation_steps(audit.steps, audit.evaluations))
+    met: dict[int, float] = {}
+    for share in audit.samples.budgets:
+        step = round(share * audit.steps)
+        if step < first:
+            raise SpecError(
+                f"audit.samples.budgets = {share:g}: that is {step} of audit.steps = {audit.steps},"
+                f" and attacks are measured from step {first} on: give at least"
+                f" {first / audit.steps:g}"
+            )
+        if step in met:
+            raise SpecError(
+                f"audit.samples.budgets: {met[step]:g} and {share:g} are both {step} of"
+                f" audit.steps = {audit.steps}: leave one out"
+            )
+        met[step] = share
 
 
 def spread_labels(labels: Tensor, count: int) -> Tensor:
@@ -82,17 +114,19 @@ class SampleStage:
         of `steps` too if the specification says so, and after the `extra` attacks.
         """
         rows: list[SampleRecord] = []
-        seed = trials[0].seed if trials else 0
+        first = min((t.seed for t in trials), default=0)
         for subject in subjects:
-            rows += self._stored(subject, None, seed)
             own = [t for t in trials if t.subject == subject]
+            last = winner(own)
+            # Before and after are the same network; a fresh one differs by seed.
+            rows += self._stored(subject, None, first if last is None else last.seed)
             for share in sorted(self.spec.budgets):
-                budget = max(1, round(share * steps))
-                best = winner(own, budget)
-                rows += self._after(subject, best, budget=budget)
-            rows += self._after(subject, winner(own))
-            for strategy in extra if self.spec.extra else ():
-                named = winner([t for t in own if t.strategy == strategy])
+                budget = round(share * steps)
+                rows += self._after(subject, winner(own, budget), budget=budget)
+            rows += self._after(subject, last)
+            for strategy in fitted(extra, self.domain) if self.spec.extra else ():
+                # One seed for all subjects: nothing is chosen where an attack is named.
+                named = winner([t for t in own if t.strategy == strategy and t.seed == first])
                 rows += self._after(subject, named, named=True)
         return rows
 
@@ -114,7 +148,10 @@ class SampleStage:
         assert isinstance(task, Denoising)
         sampler = make_sampler(task, self.spec.steps)
         parts = {
-            "spec": self.spec.model_dump(mode="json"),
+            "engine": ENGINE_VERSION,
+            # What is drawn when, and checked of it, changes no picture.
+            "spec": self.spec.model_dump(mode="json", exclude={"budgets", "extra", "width"}),
+            "extractor": self._extractor_key,
             "start": [start.sha256, start.network],
             "trial": None if trial is None else [trial.key, trial.best_step],
             "domains": [d.fingerprint() for d in (self._setting.original, self.domain)],
@@ -139,6 +176,10 @@ class SampleStage:
     def _extractor(self) -> Extractor:
         return make_extractor(self.spec, self._setting.original, self.domain)
 
+    @cached_property
+    def _extractor_key(self) -> str:
+        return extractor_key(self.spec, self._setting.original, self.domain)
+
     def _drawn(self, subject: Subject, trial: Trial | None, seed: int) -> list[SampleRecord]:
         start, setting = self.workload.start(subject, seed), self._setting
         model: nn.Module = start.model
@@ -148,10 +189,10 @@ class SampleStage:
         judged = [self.domain]
         # Whether the original task is kept shows in pictures too.
         judged += [setting.original] if trial is None and subject != "scratch" else []
-        return [self._judged(model, domain, subject, trial) for domain in judged]
+        return [self._judged(model, domain, subject, trial, seed) for domain in judged]
 
     def _judged(
-        self, model: nn.Module, domain: Domain, subject: Subject, trial: Trial | None
+        self, model: nn.Module, domain: Domain, subject: Subject, trial: Trial | None, seed: int
     ) -> SampleRecord:
         setting, task = self._setting, self._setting.task
         assert isinstance(task, Denoising)
@@ -164,10 +205,13 @@ class SampleStage:
             domain=domain.name,
             attacked=self.domain.name,
             attack="" if trial is None else trial.strategy.label(),
+            seed=seed,
+            best_step=None if trial is None else trial.best_step,
             count=len(samples),
             images=len(domain.test),
             steps=self.spec.steps,
             extractor=self._extractor.name,
+            extractor_key=self._extractor_key,
             features=self._extractor.width,
             grid=picture_grid(samples[: self.spec.grid]),
             **quality._asdict(),

@@ -15,6 +15,8 @@ from sophon._records import Measurement, Score, Trial, unpack
 from sophon._specs import Strategy
 
 DRAWS = 4000
+# Ways to cut validation images into halves that choose and measure in turn.
+_SPLITS = 16
 _Z = 1.959963984540054
 
 
@@ -138,37 +140,59 @@ def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
 def image_areas(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
     """Return each seed's area under the envelope image by image, shape (seeds, images).
 
-    Their means over images are the areas of `by_seed`. None where the trials do not say which
-    images they had right, as older ones do not.
+    Each image is scored at the points that lead on other images: the best of many noisy scores on
+    the very images that chose it would flatter whoever has more attacks that are alike
+    (cross-fitting; Chernozhukov et al., The Econometrics Journal 21, 2018). None where the trials
+    do not say which images they had right, as older ones do not.
     """
     trials = run_with_all_seeds(trials)
     areas = []
     for seed in sorted({trial.seed for trial in trials}):
-        scores = _leading_scores([t for t in trials if t.seed == seed], at)
+        scores = _cross_fitted([t for t in trials if t.seed == seed], at)
         if scores is None:
             return None
         areas.append(area(at, scores))
     return np.stack(areas) if len({len(held) for held in areas}) == 1 else None
 
 
-def _leading_scores(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
-    """Return the image scores at the points that hold the envelope, shape (images, budgets)."""
+def _cross_fitted(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64] | None:
+    """Return the image scores of the envelope's points, chosen on other images: (images, budgets).
+
+    A mean over `_SPLITS` ways to cut the images into halves, each of which chooses for the other.
+    """
     points = sorted((p for t in trials for p in t.curve), key=lambda p: p.step)
     if not points or any(point.by_image is None for point in points):
         return None
-    columns, best, position = [], np.zeros(points[0].validation.total), 0
-    value = 0.0
-    for budget in at:
-        leader = None
-        while position < len(points) and points[position].step <= budget:
-            if points[position].validation.value > value:
-                leader = points[position]
-                value = leader.validation.value
-            position += 1
-        if leader is not None:
-            best = unpack(leader.by_image or "", leader.validation)
-        columns.append(best)
-    return np.stack(columns, axis=1) if len({len(held) for held in columns}) == 1 else None
+    held = [unpack(point.by_image or "", point.validation) for point in points]
+    if len({len(scores) for scores in held}) != 1 or len(held[0]) < 2:
+        return None
+    scores = np.stack(held)
+    images = scores.shape[1]
+    measured = np.searchsorted([point.step for point in points], at, side="right")
+    result = np.zeros((images, len(at)))
+    stream = np.random.default_rng(0)
+    for _ in range(_SPLITS):
+        order = stream.permutation(images)
+        halves = order[: images // 2], order[images // 2 :]
+        for chosen, chooses in (halves, halves[::-1]):
+            leaders = _leaders(scores[:, chooses].mean(1))
+            for column, count in enumerate(measured):
+                leader = leaders[count - 1] if count else None
+                if leader is not None:
+                    result[chosen, column] += scores[leader, chosen] / _SPLITS
+    return result
+
+
+def _leaders(values: NDArray[np.float64]) -> list[int | None]:
+    """Return which of the values up to each is the best, the first of ties; None if none is > 0."""
+    found: list[int | None] = []
+    leader: int | None = None
+    best = 0.0
+    for index, value in enumerate(values.tolist()):
+        if value > best:
+            leader, best = index, value
+        found.append(leader)
+    return found
 
 
 def bootstrap(
@@ -248,18 +272,24 @@ def advantage_removed(
     0: protection bought nothing; 1: the weights are worth no more than a fresh network. It is
     defined only where unprotected and scratch differ by more than their interval. Intervals
     resample the attack seeds and add the error of finitely many validation images. All subjects
-    meet the same ones: with `by_image`, each subject's `image_areas`, the error is drawn for all
-    three together. Without, it is that of `images` images for each alone, binomial unless one
-    image's variance is given. With one seed that error alone decides whether the value is
-    defined, and no interval is given.
+    meet the same ones: with `by_image`, each subject's `image_areas`, these are the areas, and the
+    error is drawn for all three together. Without, the areas are as given, so that the best of many
+    attacks counts with the luck that made it the best, and the error is that of `images` images for
+    each alone, binomial unless one image's variance is given. With one seed that error alone
+    decides whether the value is defined, and no interval is given.
     """
     if not (len(protected) and len(unprotected) and len(scratch)):
         return Estimate(None, None, False, "a subject has no measured attack")
-    gap = float(unprotected.mean() - scratch.mean())
-    areas = (protected, unprotected, scratch)
-    noise = _shared_noise(by_image)
-    if noise is None:
+    if images < 2:
+        return Estimate(None, None, False, "one validation image tells nothing: give more")
+    areas: tuple[NDArray[np.float64], ...] = (protected, unprotected, scratch)
+    shared = _of_the_same_images(by_image)
+    if shared is None:
         noise = _separate_noise(areas, images, variances)
+    else:
+        noise = _shared_noise(shared)
+        protected, unprotected, scratch = areas = tuple(held.mean(1) for held in shared)
+    gap = float(unprotected.mean() - scratch.mean())
     p, u, s = (_draws(v, i) + own for i, (v, own) in enumerate(zip(areas, noise, strict=True)))
     if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
         return Estimate(None, None, False, _tells_nothing(kind.gap(gap)))
@@ -280,17 +310,21 @@ def _draws(areas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     return resampled if n < 2 else mean + (resampled - mean) * _widening(n)
 
 
-def _shared_noise(
+def _of_the_same_images(
     by_image: Sequence[NDArray[np.float64] | None],
-) -> list[NDArray[np.float64]] | None:
+) -> tuple[NDArray[np.float64], ...] | None:
+    """Return the areas by image of all three subjects; None unless all are of the same images."""
+    held = tuple(areas for areas in by_image if areas is not None)
+    return held if len(held) == 3 and len({areas.shape[1] for areas in held}) == 1 else None
+
+
+def _shared_noise(by_image: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
     """Return draws of how far the subjects' areas are off because images are finitely many.
 
-    Normal, with the covariance of the subjects over images; None unless all are of the same ones.
+    Normal, with the covariance of the subjects over images.
     """
-    held = [areas.mean(0) for areas in by_image if areas is not None]
-    if len(held) < 3 or len({len(areas) for areas in held}) != 1 or len(held[0]) < 2:
-        return None
-    covariance = np.cov(np.stack(held)) / len(held[0])
+    held = np.stack([areas.mean(0) for areas in by_image])
+    covariance = np.cov(held) / held.shape[1]
     stream = np.random.default_rng(100)
     return [*stream.multivariate_normal(np.zeros(3), covariance, DRAWS, method="eigh").T]
 
@@ -298,13 +332,16 @@ def _shared_noise(
 def _separate_noise(
     subjects: Sequence[NDArray[np.float64]], images: int, variances: Sequence[float | None]
 ) -> list[NDArray[np.float64]]:
-    """Return the same where it is not known which images each subject had right."""
+    """Return the same where it is not known which images each subject had right.
+
+    `variances` are of the images at hand: that of all images is a little larger.
+    """
     noise = []
     for index, (areas, variance) in enumerate(zip(subjects, variances, strict=True)):
         mean = float(areas.mean())
         wide = max(mean * (1 - mean), 0.0) if variance is None else variance
         stream = np.random.default_rng(100 + index)
-        noise.append(stream.normal(0.0, math.sqrt(wide / images), DRAWS))
+        noise.append(stream.normal(0.0, math.sqrt(wide / (images - 1)), DRAWS))
     return noise
 
 

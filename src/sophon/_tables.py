@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ def best_by_attack(trials: Iterable[Trial]) -> dict[Strategy, float]:
     found: dict[Strategy, float] = {}
     for trial in trials:
         if trial.curve:
-            found[trial.strategy] = max(best_of(trial), found.get(trial.strategy, 0.0))
+            found[trial.strategy] = max(best_of(trial), found.get(trial.strategy, -math.inf))
     return found
 
 

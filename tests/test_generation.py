@@ -284,7 +284,7 @@ def test_a_class_conditional_network_that_predicts_v_is_protected_and_attacked(
         count=12, steps=2, grid=4, extractor_steps=3, kid_subset=6, budgets=(0.5,), extra=True
     )
     # A share of the images smaller than a batch: the batch shrinks, the attack is still that one.
-    named = Strategy(optimizer="sgd", learning_rate=1e-5, batch_size=8, data_fraction=0.1)
+    named = Strategy(optimizer="sgd", learning_rate=1e-5, batch_size=16, data_fraction=0.1)
     spec = AuditSpec(
         steps=2, evaluations=2, batch_size=8, precision="fp32", samples=samples, extra=(named,)
     )
@@ -298,7 +298,7 @@ def test_a_class_conditional_network_that_predicts_v_is_protected_and_attacked(
         "as it is",
         "after its best attack within 1 step",
         "after its best attack",
-        "after direct-all sgd 1e-05 (10 % of the images, batch size 6)",
+        "after direct-all sgd 1e-05 (batch size 15, data fraction 0.1)",
     }
     assert {(row.subject, when(row).split(" (best")[0]) for row in record.samples} == {
         (name, moment) for name in ("protected", "unprotected", "scratch") for moment in moments

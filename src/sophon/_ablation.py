@@ -252,9 +252,9 @@ def _cells(result: Result | None) -> list[str]:
     last = result.rounds[-max(1, len(result.rounds) // 10) :]
     query = sum(r.query_score for r in last) / len(last)
     value, interval = summary.advantage.value, summary.advantage.interval
-    removed = summary.advantage.reason if value is None else f"{100 * value:.0f} %"
+    removed = summary.advantage.reason if value is None else f"{100 * value:z.0f} %"
     if value is not None and interval is not None:
-        removed += f" ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+        removed += f" ({100 * interval.low:z.0f} to {100 * interval.high:z.0f})"
     return [
         ", ".join(kind.show(m.value, 1) for m in kept),
         str(result.violations),

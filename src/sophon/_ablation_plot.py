@@ -53,7 +53,8 @@ def _values(panel: Any, name: str, values: list[Variation], held: dict[str, Resu
         if result.before is not None and result.after is not None:
             lost = 100 * (result.before.value - result.after.value)
             panel.plot(place, lost, "s", color="#1d4ed8", fillstyle="none")
-    labels = [v.value + ("" if v.settings else "\n(base)") for v in values]
+    # Names of several words would run into each other.
+    labels = [v.value.replace("_", "\n") + ("" if v.settings else "\n(base)") for v in values]
     panel.set_xticks(range(len(values)), labels)
     panel.set_xlim(-0.5, max(0.5, len(values) - 0.5))
     panel.set_title(name)

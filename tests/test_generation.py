@@ -31,7 +31,7 @@ from sophon._errors import CheckpointError, DataError, SophonError, SpecError
 from sophon._executors import Workload
 from sophon._finetune import check_preparations
 from sophon._models import DenoiserSource, blocks, diffusers, weights_sha256
-from sophon._pictures import when
+from sophon._pictures import moment
 from sophon._pretrain import Pretraining
 from sophon._protect import Protection
 from sophon._records import AuditRecord, ErrorScore
@@ -300,7 +300,7 @@ def test_a_class_conditional_network_that_predicts_v_is_protected_and_attacked(
         "after its best attack",
         "after direct-all sgd 1e-05 (batch size 15, data fraction 0.1)",
     }
-    assert {(row.subject, when(row).split(" (best")[0]) for row in record.samples} == {
+    assert {(row.subject, moment(row)) for row in record.samples} == {
         (name, moment) for name in ("protected", "unprotected", "scratch") for moment in moments
     }
     for name in ("protected", "unprotected", "scratch"):

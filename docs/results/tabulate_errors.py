@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from sophon._pictures import pictures_of, when
+from sophon._pictures import moment, pictures_of
 from sophon._records import AuditRecord, ErrorScore, Measurement, SampleRecord
 from sophon._statistics import interval_of
 from sophon._verdict import SUBJECTS, DomainSummary, summarise
@@ -61,7 +61,7 @@ def _released(record: AuditRecord, domain: str, subject: str) -> str:
 
 def _pictures(record: AuditRecord, domain: str, subject: str) -> dict[str, SampleRecord]:
     """Return the pictures of a subject compared with the domain, by when they were drawn."""
-    return {when(row): row for row in pictures_of(record, domain) if row.subject == subject}
+    return {moment(row): row for row in pictures_of(record, domain) if row.subject == subject}
 
 
 def _distance(row: SampleRecord | None) -> str:
@@ -120,12 +120,12 @@ def distances(label: str, record: AuditRecord, summary: DomainSummary) -> list[s
         return []
     lines = [f"| KID, {label} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     moments = [f"{BEST} within {budget} steps" for budget in budgets]
-    for moment in ("as it is", *moments, BEST):
+    for title in ("as it is", *moments, BEST):
         cells = [
             "-" if row is None else f"{row.kid:.3g} ({row.kid_std:.2g})"
-            for row in (drawn[name].get(moment) for name in names)
+            for row in (drawn[name].get(title) for name in names)
         ]
-        lines.append(f"| {moment} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
 
 

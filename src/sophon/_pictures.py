@@ -38,19 +38,22 @@ def after_best(
     }
 
 
-def when(row: SampleRecord) -> str:
+def moment(row: SampleRecord) -> str:
     """Return after what the pictures were drawn."""
     if not row.attack:
         return "as it is"
     if row.named:
-        words = f"after {row.attack}"
-    elif row.budget is None:
-        words = "after its best attack"
-    else:
-        words = f"after its best attack within {row.budget} step{'' if row.budget == 1 else 's'}"
-    if row.best_step is None or (row.best_step == row.budget and not row.named):
-        return words
-    return f"{words} (best at step {row.best_step})"
+        return f"after {row.attack}"
+    if row.budget is None:
+        return "after its best attack"
+    return f"after its best attack within {row.budget} step{'' if row.budget == 1 else 's'}"
+
+
+def when(row: SampleRecord) -> str:
+    """Return after what the pictures were drawn, and after how many steps of it."""
+    if row.best_step is None or row.best_step == row.budget:
+        return moment(row)
+    return f"{moment(row)} (best at step {row.best_step})"
 
 
 def withstands(record: AuditRecord, domain: str) -> Bearing:

@@ -18,11 +18,13 @@ PARTS = {
     "floor, U-Net": 1,
     "retained graphs": 4,
     "precision": 2,
-    "denormals": 8,
+    "denormals": 4,
     "input": 5,
     "stacking": 2,
     "growth": 6,
 }
+# Rows that are there only where there is something to time.
+MORE = {"denormals": 4}
 
 
 def ran(*words: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +41,7 @@ def test_a_part_measures_and_judges(part: str) -> None:
     run = ran("--quick", "--only", part)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     rows = [line for line in run.stdout.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == PARTS[part]
+    assert PARTS[part] <= len(rows) <= PARTS[part] + MORE.get(part, 0)
     assert "not measured" not in run.stdout
     if part == "retained graphs":
         assert next(row for row in rows if "float64" in row).endswith("| met |")

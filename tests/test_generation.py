@@ -428,8 +428,22 @@ def test_losses_that_do_not_fit_and_pictures_too_few_are_refused(tmp_path: Path)
         assert result.exit_code == 2
         assert words in result.output
         assert not out.exists()
-    assert sophon("pretrain", file, "--out", out, "--quiet").exit_code == 0
     for setting, words in (
+        ("protect.guard.tolerance_points=1", "tolerance_points = 1 is not for this task: set"),
+    ):
+        result = sophon("protect", file, "--out", out, "--set", setting)
+        assert result.exit_code == 2
+        assert words in result.output
+    larger = ("--set", "original.image_size=16", "--set", "restricted.0.image_size=16")
+    result = sophon("pretrain", file, "--out", out, *larger)
+    assert result.exit_code == 2
+    assert "16x16 images, and the U-Net's configuration says sample_size = 8" in result.output
+    assert sophon("pretrain", file, "--out", out, "--quiet").exit_code == 0
+    result = sophon("audit", file, "--model", out, "--out", out)
+    assert result.exit_code == 2
+    assert "is the folder of the model to audit" in result.output
+    for setting, words in (
+        ("audit.samples.neighbours=64", "at least 66 samples are needed"),
         ("audit.samples.kid_subset=400", "at least 800 samples are needed"),
         ("restricted.0.test=0.02", "too few for KID: at least 24 are needed"),
         ("audit.samples.extractor=no.pth", "'no.pth' does not exist"),

@@ -174,8 +174,14 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
         suite = tuple(s.model_copy(update={"batch_size": spec.batch_size}) for s in suite)
         suite = tuple(dict.fromkeys(suite))
     chosen = tuple(s.model_copy(update={"steps": spec.steps}) for s in (*suite, *spec.extra))
-    if len({s.fingerprint() for s in chosen}) != len(chosen):
-        raise SpecError("audit.extra repeats an attack of the suite or of itself: remove it")
+    met: set[str] = set()
+    for strategy in chosen:
+        if strategy.fingerprint() in met:
+            raise SpecError(
+                f"audit.extra repeats {strategy.label()}, an attack of the suite or of itself:"
+                " remove it"
+            )
+        met.add(strategy.fingerprint())
     return chosen
 
 

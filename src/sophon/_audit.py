@@ -339,6 +339,15 @@ class Audit:
     def _seeds(self) -> tuple[int, ...]:
         return self.spec.seeds or (0,)
 
+    @property
+    def picture_sets(self) -> int:
+        """How many sets of pictures are drawn and judged after the trials, at most."""
+        spec = self.spec.samples
+        if not wanted(self.setting, spec):
+            return 0
+        moments = 2 + len(spec.budgets) + (len(self.spec.extra) if spec.extra else 0)
+        return len(self.restricted) * len(self.plan.subjects) * moments
+
     def _drawn(self) -> list[SampleRecord]:
         """Return the pictures of every subject, before and after its attacks."""
         if not wanted(self.setting, self.spec.samples):
@@ -444,8 +453,8 @@ def _require_same_architecture(first: nn.Module, other: nn.Module, name: str) ->
     different = sorted(k for k in shapes | others if shapes.get(k) != others.get(k))
     if different:
         raise AuditError(
-            f"the {name} model has another architecture: {len(different)} keys differ"
-            f" ({', '.join(different[:3])}): compare checkpoints of one architecture"
+            f"the {name} model has another architecture than the one to audit: {len(different)}"
+            f" keys differ ({', '.join(different[:3])}): compare checkpoints of one architecture"
         )
 
 

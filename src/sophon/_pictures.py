@@ -103,7 +103,7 @@ def _compared(after: dict[str, SampleRecord], within: str) -> Bearing:
         return Bearing("none", f"{words} after their best attacks{within}")
     gone = (protected.kid - unprotected.kid) / lead
     least = gone - 2 * math.hypot(protected.kid_std, unprotected.kid_std) / lead
-    words = f"{100 * gone:.0f} % of the unprotected model's lead in KID is gone{within}"
+    words = f"{100 * gone:z.0f} % of the unprotected model's lead in KID is gone{within}"
     if least >= _GONE:
         return Bearing("for", f"pictures bear it out: {words}")
     if gone >= _GONE:

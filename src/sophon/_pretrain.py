@@ -25,13 +25,13 @@ from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import write_json, write_text
 from sophon._finetune import FineTuning, optimizer_tensors, restore_optimizer
 from sophon._metrics import evaluate
-from sophon._models import network_identity, weights_sha256
+from sophon._models import check_sample_size, network_identity, weights_sha256
 from sophon._optimisations import plain
 from sophon._records import Measurement, Stage
 from sophon._setting import make_setting
 from sophon._shipping import ship
 from sophon._specs import ModelSpec, PretrainSpec, Strategy
-from sophon._tasks import Classification, Task
+from sophon._tasks import Classification, Denoising, Task
 from sophon._trials import ENGINE_VERSION
 
 _STAGES, _STATES, _DONE = "stages.jsonl", "states", "pretraining.json"
@@ -82,6 +82,8 @@ class Pretraining:
             device=device,
         )
         check_batch_fits(original, spec.batch_size, "pretrain.batch_size")
+        if isinstance(self.setting.task, Denoising):
+            check_sample_size(model, self.setting.shape(original), f"domain {original.name!r}")
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
         self._given = model

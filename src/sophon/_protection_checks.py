@@ -10,7 +10,7 @@ from sophon._errors import SpecError, UnsupportedModelError
 from sophon._finetune import check_preparations, image_count
 from sophon._models import check_single_image, require_peft
 from sophon._setting import Setting
-from sophon._specs import ProtectSpec, Rehearsal
+from sophon._specs import Guard, ProtectSpec, Rehearsal
 from sophon._suppression import require_fitting
 
 
@@ -26,6 +26,7 @@ def check_protection(
     else:
         _check_shares(spec.rehearsal, ranks)
     require_fitting(spec.suppression, setting.task.metric)
+    _check_tolerance(spec.guard, setting.task.metric)
     _check_batches(spec, setting.original, setting.restricted)
     _check_single_images(model, spec, setting)
     fixed = spec.rehearsal.fixed
@@ -36,6 +37,17 @@ def check_protection(
         if fixed.lora_rank is not None:
             require_peft()
     _check_weights(spec, setting.restricted)
+
+
+def _check_tolerance(guard: Guard, metric: str) -> None:
+    """Raise SpecError for a tolerance that the task's guard does not look at."""
+    names = ("tolerance_points", "tolerance_relative")
+    used, unused = names if metric == "accuracy" else names[::-1]
+    value = getattr(guard, unused)
+    if value != Guard.model_fields[unused].default:
+        raise SpecError(
+            f"protect.guard.{unused} = {value:g} is not for this task: set protect.guard.{used}"
+        )
 
 
 def _check_single_images(model: nn.Module, spec: ProtectSpec, setting: Setting) -> None:

@@ -387,9 +387,10 @@ def check_quality(spec: SampleSpec, domains: Iterable[Domain]) -> None:
     needed = max(2 * spec.kid_subset, spec.neighbours + 2)
     if spec.count < needed:
         raise SpecError(
-            f"audit.samples.count = {spec.count}: KID compares subsets of {spec.kid_subset}"
-            f" (audit.samples.kid_subset), and how sure it is shows in twice as many: at least"
-            f" {needed} samples are needed"
+            f"audit.samples.count = {spec.count}: at least {needed} samples are needed; KID"
+            f" compares subsets of {spec.kid_subset} (audit.samples.kid_subset), and how sure it is"
+            f" shows in twice as many; precision looks at {spec.neighbours} neighbours"
+            " (audit.samples.neighbours)"
         )
     for domain in domains:
         have = len(domain.test)

@@ -11,7 +11,7 @@ import numpy as np
 from sophon._depth import depth_rows
 from sophon._flags import trials_of
 from sophon._metric_kinds import NONE, kind_of_record, measurement, shown
-from sophon._pictures import pictures_of, when
+from sophon._pictures import moment, pictures_of, when
 from sophon._records import (
     AuditRecord,
     DomainRecord,
@@ -207,7 +207,7 @@ def quarters(record: AuditRecord, summary: DomainSummary) -> Table | None:
 
 def pictures(record: AuditRecord, domain: str) -> Table | None:
     """Return how far drawn pictures are from real ones; None where none were drawn."""
-    held = [row for row in record.samples if row.attacked == domain]
+    held = _by_moment(tuple(row for row in record.samples if row.attacked == domain))
     if not held:
         return None
     rows = [
@@ -237,9 +237,15 @@ def sheets(record: AuditRecord, domain: str) -> list[tuple[str, str]]:
     """Return captions and data URIs of the pictures of each subject."""
     return [
         (f"{row.subject}, {when(row)}{_won_by(row)}", row.grid)
-        for row in pictures_of(record, domain)
+        for row in _by_moment(pictures_of(record, domain))
         if row.grid
     ]
+
+
+def _by_moment(rows: tuple[SampleRecord, ...]) -> list[SampleRecord]:
+    """Return the rows with the subjects side by side at each moment, in the order of moments."""
+    moments = list(dict.fromkeys(moment(row) for row in rows))
+    return sorted(rows, key=lambda row: moments.index(moment(row)))
 
 
 def _won_by(row: SampleRecord) -> str:

@@ -321,7 +321,7 @@ def _judge(
     value = advantage.value or 0.0
     low, high = advantage.interval or (value, value)
     removed = (
-        f"advantage removed: {100 * value:.0f} % of the unprotected model's lead over a fresh one"
+        f"advantage removed: {100 * value:z.0f} % of the unprotected model's lead over a fresh one"
     )
     holds = high >= 1 and low >= 0.5 and _no_better(subjects["protected"], subjects["scratch"])
     slowing, surely = slowed

@@ -120,6 +120,11 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     seconds = None if budget is None else parse_duration(budget)
     require_place(out)
     require_place(store or out)
+    if model is not None and model.is_dir() and out.resolve() == model.resolve():
+        raise SpecError(
+            f"--out = {out} is the folder of the model to audit, which is for publishing: choose"
+            f" another, such as {out}-audit"
+        )
     for folder in {out, store or out}:
         require_outside(folder, run_file, settings)
     case = load(run_file, settings, threads)
@@ -212,6 +217,9 @@ def run_audit(
         for trial in audit:
             fresh = trial.key in audit.ran
             display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
+    if audit.picture_sets and mode in ("bar", "lines"):
+        sets = audit.picture_sets
+        typer.echo(f"drawing and judging {sets} sets of pictures, stored ones excepted", err=True)
     return audit.record()
 
 
@@ -235,6 +243,12 @@ def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
         f" {todo} trials are still to be run",
         err=True,
     )
+    if audit.picture_sets:
+        typer.echo(
+            f"pictures ({audit.picture_sets} sets) come after the trials; their time is not in the"
+            " forecast",
+            err=True,
+        )
     for lost in audit.given_up:
         typer.echo(f"given up to fit the budget: {lost}", err=True)
 
@@ -292,7 +306,7 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
 
 def _control_row(row: dict[str, Any]) -> tuple[str, ...]:
     value, interval = row["advantage_removed"], row["interval"]
-    shown = "-" if value is None else f"{100 * value:.0f} %"
+    shown = "-" if value is None else f"{100 * value:z.0f} %"
     if interval is not None:
         shown += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
     found = "yes" if row["passed"] else "NO"

@@ -66,6 +66,7 @@ def run_protection(
         finished = run.done == len(run)
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
         typer.echo(f"{out} {state}", err=True)
+    _warn_of_ignorance(run, mode)
     profiled = _profiled(run, profile, out)
     guard, kind = "", kind_of(run.guard.before)
     display = Display(mode, noun="round", total=len(run), todo=len(run) - run.done)
@@ -84,6 +85,22 @@ def run_protection(
     if profiled is not None:
         _show_profile(profiled, mode)
     return run.result()
+
+
+def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
+    """Say, before any round, that the model does not know the task it is to keep."""
+    from sophon._metric_kinds import kind_of
+    from sophon._statistics import interval_of
+
+    before = run.guard.before
+    kind, chance = kind_of(before), kind_of(before).chance(run.setting.original.class_count)
+    if mode in ("bar", "lines") and interval_of(before).low <= chance:
+        typer.echo(
+            f"warning: the model does not know its original task: {kind.show(before.value, 1)} on"
+            f" {run.setting.original.name}, chance is {kind.show(chance, 1)}; protection keeps"
+            " what a model can do: train it first (sophon pretrain) or name its weights",
+            err=True,
+        )
 
 
 def _profiled(run: Protection, rounds: int | None, out: Path) -> Profiled | None:

@@ -21,6 +21,7 @@ from sophon._models._building import (
 from sophon._models._denoisers import (
     DenoiserSource,
     check_denoiser,
+    check_sample_size,
     class_embeddings,
     diffusers,
     is_conditional,
@@ -67,6 +68,7 @@ __all__ = [
     "Blueprint",
     "blueprint",
     "check_denoiser",
+    "check_sample_size",
     "check_images",
     "check_single_image",
     "choose_channels_last",

@@ -115,6 +115,23 @@ def check_denoiser(model: nn.Module, shape: tuple[int, int, int], what: str) -> 
         )
 
 
+def check_sample_size(model: nn.Module, shape: tuple[int, int, int], what: str) -> None:
+    """Raise DataError unless a pipeline of the U-Net would draw images of `shape` (c, h, w).
+
+    Its configuration says how large they are, whatever it was trained on.
+    """
+    size = _settings(model).get("sample_size")
+    if size is None:
+        return
+    height, width = (size, size) if isinstance(size, int) else size
+    if (height, width) != shape[1:]:
+        raise DataError(
+            f"{what} has {shape[1]}x{shape[2]} images, and the U-Net's configuration says"
+            f" sample_size = {size}: its pipeline would draw those; set image_size, or sample_size"
+            " there"
+        )
+
+
 def _settings(model: nn.Module) -> Any:
     return getattr(model, "config", {})
 
@@ -155,6 +172,8 @@ class DenoiserSource:
         elif path.is_dir():
             self.unet = path
         file = path if self.unet is None else self.unet / _CONFIG
+        if self.pipeline is not None and not file.is_file():
+            raise CheckpointError(f"{path} lacks unet/{_CONFIG}: download it again")
         if not file.is_file():
             raise CheckpointError(
                 f"model.name: {path} is no pipeline's folder ({_INDEX}), no U-Net's folder"
@@ -204,7 +223,10 @@ class DenoiserSource:
             )
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise CheckpointError(f"{self.unet} holds no usable weights ({line})") from None
+            raise CheckpointError(
+                f"{self.unet} holds no usable weights ({line}): download"
+                " diffusion_pytorch_model.safetensors again"
+            ) from None
         # Of another type only where that is needed: diffusers warns of it.
         return model if next(model.parameters()).dtype == torch.float32 else model.float()
 

@@ -180,7 +180,7 @@ class Denoising(Task):
         if known is not None and domain.class_count > known:
             raise DataError(
                 f"{what} has {domain.class_count} classes and the U-Net has embeddings for"
-                f" {known}: choose fewer with classes, or set labels = false"
+                f' {known}: choose fewer with classes, or set labels = "none"'
             )
         for training in (False, True) if trained else (False,):
             run_probe(model, met, what=what, training=training)

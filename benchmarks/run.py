@@ -106,7 +106,8 @@ def page(rows: list[Row], failed: dict[str, str], where: dict[str, Any]) -> str:
         " the same process.",
         "",
         f"{where['date']}, commit {where['commit']}, {where['processor']}, {where['threads']}"
-        f" threads, {where['precision']} where `auto`; {versions}.",
+        f" threads, {where['precision']} where `auto`; {versions}. All of it took"
+        f" {where['seconds'] // 60} min {where['seconds'] % 60} s.",
         "",
         *show(rows),
         "",
@@ -140,8 +141,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.write and (given.quick or given.only):
         parser.error("--write needs the whole, at full size: leave out --quick and --only")
+    start = time.perf_counter()
     rows, failed = measured(given.quick, given.only or list(PARTS))
-    where = circumstances()
+    where = {**circumstances(), "seconds": round(time.perf_counter() - start)}
     print(page(rows, failed, where))
     if given.write:
         write(rows, failed, where, given.quick)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -69,19 +70,28 @@ def seconds(action: Action) -> float:
 
 
 def side_by_side(
-    first: Action, second: Action, repeats: int, warm: Action | None = None
+    first: Action,
+    second: Action,
+    repeats: int,
+    warm: Action | None = None,
+    within: float = math.inf,
 ) -> list[tuple[float, float]]:
     """Return the seconds of both, `repeats` times, in turn; each pair begins with the other one.
 
     Before, unmeasured, `warm` runs where it is given, less of the same work, otherwise both do.
+    There are fewer pairs, but at least one, where another of the same length would end after
+    `within` seconds: a slow machine measures less often, and n says so.
     """
     if warm is None:
         first()
         second()
     else:
         warm()
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     for repeat in range(repeats):
+        taken = sum(map(sum, pairs))
+        if pairs and taken + taken / len(pairs) > within:
+            break
         if repeat % 2:
             after = seconds(second)
             pairs.append((seconds(first), after))
@@ -91,9 +101,15 @@ def side_by_side(
     return pairs
 
 
-def ratios(first: Action, second: Action, repeats: int, warm: Action | None = None) -> list[float]:
+def ratios(
+    first: Action,
+    second: Action,
+    repeats: int,
+    warm: Action | None = None,
+    within: float = math.inf,
+) -> list[float]:
     """Return how many times as long as `second` the `first` takes, pair by pair."""
-    return [one / other for one, other in side_by_side(first, second, repeats, warm)]
+    return [one / other for one, other in side_by_side(first, second, repeats, warm, within)]
 
 
 def show(rows: Sequence[Row]) -> list[str]:

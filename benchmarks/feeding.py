@@ -49,7 +49,7 @@ def folder_seconds(images: int, size: int) -> tuple[float, float]:
 
 def rows(short: bool) -> list[Row]:
     """Return the shares of input, and what the second load of a folder takes of the first."""
-    sizes, repeats, images = (quick(Sizes()), 1, 40) if short else (Sizes(10), 3, 500)
+    sizes, repeats, images = (quick(Sizes()), 1, 40) if short else (Sizes(5), 3, 300)
     found = []
     for name, size in (("ResNet-20", 32), ("small network", 16)):
         for augmentation in ("none", "flip_crop"):

@@ -23,8 +23,8 @@ from sophon._trials import Assignment, Bench, Start, evaluation_steps
 Batches = list[tuple[Tensor, Tensor]]
 # As often as in an attack of 200 steps: one evaluation in 16 steps.
 TRIAL_STEPS, EVALUATIONS, TRIAL_BATCH = 16, 1, 64
-# Seconds for the pairs of one row: the whole table must not take longer than 15 minutes.
-WITHIN = 150
+# Seconds for the pairs of whole rounds, which are what the table is for.
+ROUNDS_WITHIN = 100.0
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
@@ -88,7 +88,7 @@ def round_row(name: str, sizes: Sizes, repeats: int) -> Row:
         lambda: bare_round(real, attacker, setting, batches),
         repeats,
         warm,
-        within=WITHIN,
+        within=ROUNDS_WITHIN,
     )
     what = f"protect round / bare passes: {name}, 32x32, K = {sizes.steps}, batch {sizes.batch}"
     return row(
@@ -162,7 +162,7 @@ def trial_row(name: str, steps: int, repeats: int) -> Row:
     def warm() -> None:
         brief[0].run(brief[1], start)
 
-    values = ratios(lambda: bench.run(assignment, start), bare, repeats, warm, within=WITHIN)
+    values = ratios(lambda: bench.run(assignment, start), bare, repeats, warm)
     what = f"attack trial / bare training: {name}, 32x32, {steps} steps of {TRIAL_BATCH}"
     return row(
         f"{what}, {len(due) + 1} evaluations, {setting.precision}",

@@ -23,7 +23,7 @@ from sophon._protect import Protection
 from sophon._report import report
 from sophon._specs import AuditSpec, Guard, ProtectSpec, Rehearsal, Strategy
 
-_REPEATS = 3
+_REPEATS = 2
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ SEEDS = (0, 1, 2)
 
 def rows(short: bool) -> list[Row]:
     """Return a round in fp32 against one as `auto` chooses, in its memory layout and in torch's."""
-    sizes, repeats = (quick(Sizes()), 1) if short else (Sizes(10), 3)
+    sizes, repeats = (quick(Sizes()), 1) if short else (Sizes(5), 3)
     chosen = protection("ResNet-20", sizes)
     exact = protection("ResNet-20", sizes, precision="fp32")
     with mock.patch.object(_setting, "choose_channels_last", return_value=False):

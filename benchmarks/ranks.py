@@ -65,7 +65,7 @@ class Size:
     trial_steps: int
 
 
-FULL = Size(repeats=3, rounds=1, steps=10, images=500, trials=4, trial_steps=6)
+FULL = Size(repeats=3, rounds=1, steps=5, images=500, trials=4, trial_steps=4)
 QUICK = Size(repeats=2, rounds=1, steps=1, images=200, trials=2, trial_steps=2)
 
 

@@ -136,18 +136,29 @@ def rows(short: bool) -> list[Row]:
     full, flat = Sizes(), (10, 200)
     if short:
         full, flat = quick(full), (2, 3)
-    small = Sizes(flat[0], 38, 10) if not short else full
+    # Memory is held against the graphs of the same images, however many they are.
+    small = Sizes(full.steps, 54, 10) if not short else full
     few = Sizes(3, 12, 4)
     run, strategy = prepared(Sizes(min(10, full.steps), full.support, full.query))
     pool = Rehearsals(run.spec, run.setting, [1.0])
+    brief = prepared(Sizes(2, full.support, full.query))[0]
+
+    def warm() -> None:
+        streamed(brief)
+        retained(brief.model, Rehearsals(brief.spec, brief.setting, [1.0]), strategy)
+
     speed = ratios(
-        lambda: streamed(run), lambda: retained(run.model, pool, strategy), 1 if short else 3
+        lambda: streamed(run),
+        lambda: retained(run.model, pool, strategy),
+        1 if short else 3,
+        warm,
     )
-    ours, kept = (in_process(way, full)["extra"] for way in ("streamed", "retained"))
+    ours, kept = (in_process(way, small)["extra"] for way in ("streamed", "retained"))
     short_run, long_run = (
         in_process("streamed", Sizes(steps, small.support, small.query))["extra"] for steps in flat
     )
     images = f"{full.support} + {full.query} images"
+    fewer = f"{small.support} + {small.query} images"
     return [
         row(
             "difference of the streamed and the retained gradient in float64, relative",
@@ -161,13 +172,13 @@ def rows(short: bool) -> list[Row]:
             at_most=1.0,
         ),
         row(
-            f"streamed / retained, extra memory: K = {full.steps}, {images}, fp32",
+            f"streamed / retained, extra memory: K = {full.steps}, {fewer}, fp32",
             [ours / kept],
             at_most=1 / 3,
             note=f"{ours:.0f} MiB against {kept:.0f} MiB",
         ),
         row(
-            f"extra memory, K = {flat[1]} / K = {flat[0]}: {small.support} + {small.query} images",
+            f"extra memory, K = {flat[1]} / K = {flat[0]}: {fewer}",
             [long_run / short_run],
             at_most=1.05,
             note=f"{long_run:.0f} MiB against {short_run:.0f} MiB",

@@ -18,7 +18,7 @@ from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
 from sophon._protect import protect
 from sophon._records import AuditRecord, Score, Trial, unpack
-from sophon._specs import AuditSpec, Guard, ResetLastBlocks, Strategy, parse_spec
+from sophon._specs import AuditSpec, Guard, ResetLastBlocks, SampleSpec, Strategy, parse_spec
 from sophon._statistics import budgets, image_areas
 from sophon._trials import Assignment, Bench, evaluation_steps
 from sophon._verdict import summarise
@@ -209,6 +209,13 @@ def test_an_attack_the_model_does_not_allow_is_refused_before_any_runs(tmp_path:
     extra = Strategy(preparations=(ResetLastBlocks(blocks=99),))
     with pytest.raises(SpecError, match="blocks = 99"):
         _record(tmp_path, SPEC.model_copy(update={"extra": (extra,)}))
+    assert not (tmp_path / "trials").exists()
+
+
+def test_pictures_of_a_classifier_are_refused(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"samples": SampleSpec(budgets=(0.5,))})
+    with pytest.raises(SpecError, match=r"audit\.samples is for diffusion models"):
+        _record(tmp_path, spec)
     assert not (tmp_path / "trials").exists()
 
 

@@ -124,3 +124,15 @@ def test_both_are_run_in_turn_as_often(timing: object) -> None:
     assert "".join(order) == "ab" + "ab" + "ba"
     assert len(pairs) == 2
     assert all(first > 0 and second > 0 for first, second in pairs)
+
+
+def test_a_slow_machine_measures_less_often(
+    timing: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "seconds", lambda action: 4.0)
+
+    def pairs(within: float) -> int:
+        found = timing.side_by_side(list, list, 5, list, within)  # type: ignore[attr-defined]
+        return len(found)
+
+    assert [pairs(within) for within in (1.0, 15.0, 16.0, 39.0, 40.0, 99.0)] == [1, 1, 2, 4, 5, 5]

@@ -36,7 +36,7 @@ from sophon._models import fresh_copy, network_identity, require_peft, weights_s
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
 from sophon._records import AuditRecord, DomainRecord, SampleRecord, SubjectRecord, Trial
-from sophon._samples import SampleStage, check_samples, wanted
+from sophon._samples import SampleStage, check_samples, expected_sets, wanted
 from sophon._search import require_optuna
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_spec
@@ -342,11 +342,7 @@ class Audit:
     @property
     def picture_sets(self) -> int:
         """How many sets of pictures are drawn and judged after the trials, at most."""
-        spec = self.spec.samples
-        if not wanted(self.setting, spec):
-            return 0
-        moments = 2 + len(spec.budgets) + (len(self.spec.extra) if spec.extra else 0)
-        return len(self.restricted) * len(self.plan.subjects) * moments
+        return expected_sets(self.setting, self.spec, self.restricted, self.plan.subjects)
 
     def _drawn(self) -> list[SampleRecord]:
         """Return the pictures of every subject, before and after its attacks."""

@@ -196,7 +196,8 @@ def _task(record: AuditRecord) -> str:
         f"Scores are squared errors of {record.task_name}; areas and costs are computed on 1 - the"
         " error. Recovering means going 90 % of the way from the best error of a fresh network to"
         " that of the unprotected model. A good verdict needs the pictures to bear it out: at"
-        " least half of the unprotected model's lead in KID over a fresh network must be gone too."
+        " least half of the unprotected model's lead in KID over a fresh network must be gone too,"
+        " by more than KID's spread."
         f"{left}"
     )
 

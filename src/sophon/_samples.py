@@ -51,9 +51,23 @@ def wanted(setting: Setting, spec: SampleSpec) -> bool:
     return isinstance(task, Denoising) and len(task.parts) > 1 and spec.count > 0
 
 
+def expected_sets(
+    setting: Setting, audit: AuditSpec, domains: Sequence[Domain], subjects: Sequence[Subject]
+) -> int:
+    """Return how many sets of pictures are drawn and judged after the trials, at most."""
+    if not wanted(setting, audit.samples):
+        return 0
+    moments = 2 + len(audit.samples.budgets) + (len(audit.extra) if audit.samples.extra else 0)
+    return len(domains) * len(subjects) * moments
+
+
 def check_samples(setting: Setting, audit: AuditSpec, domains: Sequence[Domain]) -> None:
     """Raise SpecError or DataError, before any work, for pictures that cannot be judged."""
     spec = audit.samples
+    if not isinstance(setting.task, Denoising) and spec.count and spec != SampleSpec():
+        raise SpecError(
+            "audit.samples is for diffusion models, and this is a classifier: leave it out"
+        )
     if not wanted(setting, spec):
         return
     _check_budgets(audit)

@@ -130,6 +130,21 @@ def test_a_repeated_audit_gives_up_the_same_and_the_record_says_it(tmp_path: Pat
     assert record.spec == first.spec
 
 
+def test_what_a_budget_gives_up_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Measurements alone cost anything.
+    monkeypatch.setattr("sophon._audit.measure_pace", lambda *_: Pace(0.0, 1.0, 0.0))
+    changes: dict[str, object] = {"steps": 40, "evaluations": 12, "search_trials": 0}
+    whole = _audit(trained_model(), tmp_path / "whole", None, **changes).forecast().seconds
+    assert whole is not None
+    # Seven of thirteen measurements are left.
+    fitted = _audit(trained_model(), tmp_path / "fitted", 0.6 * whole, **changes)
+    assert fitted.given_up[-1] == "6 of 12 measurements of every attack"
+    assert (fitted.spec.evaluations, fitted.bench.evaluations) == (6, 6)
+    assert fitted.forecast().seconds == pytest.approx(7 / 13 * whole)
+
+
 def test_protections_that_share_a_store_give_up_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -13,7 +14,7 @@ from records import CURVES, crashed, record
 from sophon._cli import app
 from sophon._comparison import compare
 from sophon._errors import AuditError
-from sophon._records import AuditRecord
+from sophon._records import AuditRecord, Score, pack
 
 SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.85), CURVES["scratch"], CURVES["unprotected"]
 
@@ -78,9 +79,24 @@ def _less(held: AuditRecord) -> AuditRecord:
     return held.model_copy(update={"given_up": ("half",)})
 
 
+def _images(held: AuditRecord) -> AuditRecord:
+    """Return the record as if every trial said which images it had right."""
+    trials = []
+    for trial in held.trials:
+        points = []
+        for point in trial.curve:
+            score = point.validation
+            assert isinstance(score, Score)
+            text = pack(np.arange(score.total) < score.correct, score)
+            points.append(point.model_copy(update={"by_image": text}))
+        trials.append(trial.model_copy(update={"curve": tuple(points)}))
+    return held.model_copy(update={"trials": tuple(trials)})
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
+        (_images, "areas"),
         (_seeds, "seeds"),
         (_budget, "budget"),
         (_suite, "suite"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from records import CURVES, STEPS, trial
 from sophon._records import ErrorScore, Point, Score, Trial, pack, unpack
-from sophon._specs import Strategy
+from sophon._specs import Strategy, Subject
 from sophon._statistics import (
     advantage_removed,
     area,
@@ -176,6 +176,47 @@ def test_areas_by_image_of_one_attack_are_its_areas_seed_by_seed() -> None:
     # One that does not say which images it had right: nothing is known of all.
     older = trial("protected", (0.9,) * 4, seed=0)
     assert image_areas([*trials, older], STEPS) is None
+
+
+def test_one_image_that_is_far_off_does_not_outweigh_all_others() -> None:
+    def errors(subject: Subject, values: np.ndarray, index: int) -> Trial:
+        score = ErrorScore(mse=float(1 - values.mean()), variance=1.0, total=len(values))
+        points = [
+            Point(step=s, samples=s, validation=score, by_image=pack(values, score)) for s in STEPS
+        ]
+        held = trial(subject, (), strategy=Strategy(learning_rate=1e-3 * (index + 1)))
+        return held.model_copy(update={"curve": tuple(points)})
+
+    sound = np.full(100, 0.94)
+    # A little better everywhere, and beyond all bounds on one image.
+    spoilt = np.where(np.arange(100) == 7, 1 - 1e4, 0.95)
+    found = image_areas([errors("protected", v, i) for i, v in enumerate((sound, spoilt))], STEPS)
+    assert found is not None
+    assert 0.92 < found.mean() < 0.951
+
+
+@pytest.mark.parametrize(("further", "left"), [(2, 3), (3, 3), (4, 4)])
+def test_a_seed_that_chose_the_attacks_does_not_measure_them(further: int, left: int) -> None:
+    stream = np.random.default_rng(0)
+    z = stream.normal(size=50)
+    every = attacks(0.5, z, count=1, seeds=1 + further, stream=stream)
+    # The first seed tried others too, which led nowhere.
+    only = [
+        held.model_copy(update={"strategy": Strategy(learning_rate=0.5 + index)})
+        for index, held in enumerate(attacks(0.5, z, count=4, seeds=1, stream=stream))
+    ]
+    found = image_areas([*every, *only], STEPS)
+    assert found is not None
+    # Without it at least three must remain.
+    assert len(found) == left
+    kept = image_areas([held for held in every if held.seed or further == 2], STEPS)
+    assert kept is not None
+    assert np.array_equal(found, kept)
+    # An attack that one seed lacks, because it crashed there, was chosen by no seed.
+    both = attacks(0.5, z, count=2, seeds=1 + further, stream=stream)
+    lacking = image_areas([*both[:3], *both[4:]], STEPS)
+    assert lacking is not None
+    assert len(lacking) == 1 + further
 
 
 def attacks(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import datetime
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,7 +37,7 @@ from sophon._models import fresh_copy, network_identity, require_peft, weights_s
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
 from sophon._records import AuditRecord, DomainRecord, SampleRecord, SubjectRecord, Trial
-from sophon._samples import SampleStage, check_samples, expected_sets, wanted
+from sophon._samples import SampleStage, check_samples, expected_sets, fewer_pictures, wanted
 from sophon._search import require_optuna
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_spec
@@ -236,14 +237,22 @@ class Audit:
             domain, seed = self.restricted[0], self._seeds[0]
             size = min(_USUAL_BATCH, len(domain.train))
             there = Assignment("scratch", domain, usual_attack(size), seed)
-            threads = torch.get_num_threads()
-            alone = self.workers == 1 and self.executor != "ray"
-            torch.set_num_threads(threads if alone else 1)
-            self._pace = measure_pace(self.bench, there, self._start("scratch", seed))
-            torch.set_num_threads(threads)
+            with self._threads_of_a_trial():
+                self._pace = measure_pace(self.bench, there, self._start("scratch", seed))
         if self._pace is None:
             return None
-        return self._pace.seconds(plan.expected(), self.spec.evaluations) / self.workers
+        return self._pace.seconds(plan.expected(), plan.spec.evaluations) / self.workers
+
+    @contextmanager
+    def _threads_of_a_trial(self) -> Iterator[None]:
+        """Compute with as many threads as trials do: another number gives other weights."""
+        threads = torch.get_num_threads()
+        alone = self.workers == 1 and self.executor != "ray"
+        torch.set_num_threads(threads if alone else 1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _fit(self, budget_s: float, folder: Path | None) -> None:
         """Make the audit as small as the budget asks; as an earlier run in `folder` decided.
@@ -274,6 +283,7 @@ class Audit:
         chosen = parse_spec(AuditSpec, held["chosen"], where=f"the budget's decision {key}")
         self.spec, self.given_up = chosen, tuple(held["given_up"])
         self.plan = self._planned(chosen)
+        self.bench = Bench(self.setting, chosen.evaluations)
 
     def _fitted(self, budget_s: float) -> tuple[AuditSpec, tuple[str, ...]]:
         def cost(spec: AuditSpec) -> float:
@@ -285,7 +295,9 @@ class Audit:
                 )
             return seconds
 
-        return fit(self.spec, budget_s, cost, rehearsed=self._rehearsed())
+        chosen, given_up = fit(self.spec, budget_s, cost, rehearsed=self._rehearsed())
+        chosen, lost = fewer_pictures(self.setting, chosen)
+        return chosen, (*given_up, *lost)
 
     def _rehearsed(self) -> int:
         """Return how many steps protection says it rehearsed at a time."""
@@ -354,7 +366,8 @@ class Audit:
             stage = SampleStage(workload, self.spec.samples, domain, self._sheets)
             met = [trial for trial in self.trials if trial.domain == domain.name]
             extra = strategies_of(self.spec)[-len(self.spec.extra) :] if self.spec.extra else ()
-            rows += stage.records(met, self.plan.subjects, steps=self.spec.steps, extra=extra)
+            with self._threads_of_a_trial():
+                rows += stage.records(met, self.plan.subjects, steps=self.spec.steps, extra=extra)
         return rows
 
     def _executor(self) -> Executor:

@@ -154,7 +154,13 @@ def _setting(record: AuditRecord) -> dict[str, str]:
         "unprotected model": f"{record.model} [{hashes.get('unprotected', 'none')[:_SHORT_HASH]}]",
         "precision": spec.precision,
         "given up": "; ".join(record.given_up) or "nothing",
+        # Of plain envelopes the best of many attacks counts with the luck that made it the best.
+        "areas": "plain" if _without_images(record) else "cross-fitted",
     }
+
+
+def _without_images(record: AuditRecord) -> bool:
+    return any(point.by_image is None for trial in record.trials for point in trial.curve)
 
 
 def _order(entry: Entry) -> tuple[int, float, str]:

@@ -16,10 +16,14 @@ _GONE = 0.5
 
 
 class Bearing(NamedTuple):
-    """Whether pictures bear a good verdict out, speak against it, or say nothing, and why."""
+    """Whether pictures bear a good verdict out, speak against it, or say nothing, and why.
+
+    Of a slowed model they do so `until` so many steps.
+    """
 
     kind: str
     reason: str
+    until: int = 0
 
 
 def pictures_of(record: AuditRecord, domain: str) -> tuple[SampleRecord, ...]:
@@ -70,9 +74,12 @@ def withstands(record: AuditRecord, domain: str) -> Bearing:
     return _compared(best, "")
 
 
-def slows(record: AuditRecord, domain: str, recovered: int, cost: int) -> Bearing:
+def slows(record: AuditRecord, domain: str, recovered: int, cost: int, least: float) -> Bearing:
     """Return what pictures say of a model that takes `cost` steps to recover what the unprotected
-    one recovers in `recovered`: they are compared within a budget between the two.
+    one recovers in `recovered`: they are compared within every budget between the two.
+
+    They bear it out as far as they do so budget by budget, if that is at least `least` times as
+    many steps as the unprotected model needs.
     """
     held = {row.budget for row in pictures_of(record, domain) if row.budget is not None}
     between = sorted(budget for budget in held if recovered <= budget < cost)
@@ -83,8 +90,23 @@ def slows(record: AuditRecord, domain: str, recovered: int, cost: int) -> Bearin
             " that the protected model lags behind: name a share of the budget there in"
             " audit.samples.budgets",
         )
-    within = between[0]
-    return _compared(after_best(record, domain, within), f" within {within} steps")
+    last, then = None, ""
+    for within in between:
+        said = _compared(after_best(record, domain, within), f" within {within} steps")
+        if said.kind != "for":
+            if last is None or last.until < least * recovered:
+                return said
+            then = f"; no longer within {within}: {said.reason}"
+            break
+        last = said._replace(until=within)
+    assert last is not None
+    if last.until < least * recovered:
+        return Bearing(
+            "none",
+            f"{last.reason}, which is less than {least:g} times the {recovered} steps that the"
+            " unprotected model takes: name a later share in audit.samples.budgets",
+        )
+    return last._replace(reason=last.reason + then)
 
 
 def _compared(after: dict[str, SampleRecord], within: str) -> Bearing:

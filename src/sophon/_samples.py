@@ -1,6 +1,7 @@
 """The pictures of an audit: what each subject draws before and after its best attack.
 
-The attack is repeated up to its best step, which gives the same weights; nothing is chosen here.
+The attack is repeated up to its best step, with as many threads as its trial had: on the same
+processor that gives the same weights. Nothing is chosen here.
 """
 
 from __future__ import annotations
@@ -80,6 +81,26 @@ def check_samples(setting: Setting, audit: AuditSpec, domains: Sequence[Domain])
     check_quality(spec, (setting.original, *domains))
     make_sampler(setting.task, spec.steps)
     check_extractor(spec, setting.original, domains[0])
+
+
+def fewer_pictures(setting: Setting, audit: AuditSpec) -> tuple[AuditSpec, tuple[str, ...]]:
+    """Return the audit without shares of its budget that a smaller one cannot tell apart, and what
+    that gives up.
+    """
+    spec = audit.samples
+    if not wanted(setting, spec):
+        return audit, ()
+    first = min(evaluation_steps(audit.steps, audit.evaluations))
+    told_apart: dict[int, float] = {}
+    for share in spec.budgets:
+        if round(share * audit.steps) >= first:
+            told_apart.setdefault(round(share * audit.steps), share)
+    lost = len(spec.budgets) - len(told_apart)
+    if not lost:
+        return audit, ()
+    samples = spec.model_copy(update={"budgets": tuple(told_apart.values())})
+    what = f"pictures at {lost} of {len(spec.budgets)} shares of the budget"
+    return audit.model_copy(update={"samples": samples}), (what,)
 
 
 def _check_budgets(audit: AuditSpec) -> None:
@@ -180,7 +201,8 @@ class SampleStage:
             drawn = self._drawn(subject, trial, seed)
             held = {"rows": [row.model_dump(mode="json") for row in drawn]}
             self.store.put(key, held)
-        return [SampleRecord.model_validate(row) for row in held["rows"]]
+        # What is as it is has no seed; here it goes with the attack beside it.
+        return [SampleRecord.model_validate({**row, "seed": seed}) for row in held["rows"]]
 
     @property
     def _setting(self) -> Setting:

@@ -20,7 +20,7 @@ def real_controls(shared_data: Path, store: Path) -> Controls:
         model,
         original=load_domain(kept, base=shared_data),
         restricted=load_domain(signs, base=shared_data),
-        spec=AuditSpec(steps=50, evaluations=3, batch_size=32),
+        spec=AuditSpec(steps=30, evaluations=2, batch_size=16),
         store=store,
         scratch=scratch,
     )

@@ -45,7 +45,7 @@ def _advantage(summary: DomainSummary) -> str:
     if estimate.value is None:
         return estimate.reason
     interval = estimate.interval
-    spread = "" if interval is None else f" ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+    spread = "" if interval is None else f" ({100 * interval.low:z.0f} to {100 * interval.high:z.0f})"
     return f"{100 * estimate.value:z.0f} %{spread}"
 
 

@@ -74,7 +74,7 @@ def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
     estimate, lines = summary.advantage, []
     removed = estimate.reason if estimate.value is None else f"{100 * estimate.value:z.0f} %"
     if estimate.interval is not None:
-        removed += f" ({100 * estimate.interval.low:.0f} to {100 * estimate.interval.high:.0f})"
+        removed += f" ({100 * estimate.interval.low:z.0f} to {100 * estimate.interval.high:z.0f})"
     for name in SUBJECTS:
         held = summary.subjects.get(name)
         if held is None:

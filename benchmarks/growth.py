@@ -80,7 +80,7 @@ def parameters(width: int) -> int:
 
 def audited(seeds: int) -> None:
     run = protection("small network", Sizes(1, 8, 4), count=200, size=8)
-    spec = AuditSpec(steps=4, batch_size=64, seeds=tuple(range(seeds)), evaluations=2)
+    spec = AuditSpec(steps=2, batch_size=64, seeds=tuple(range(seeds)), evaluations=2)
     kept, refused = run.setting.original, run.setting.restricted[0]
     audit = Audit(
         run.model,

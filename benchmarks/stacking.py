@@ -74,7 +74,7 @@ def agreement(model: nn.Module, made: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def compared(name: str, size: int, *, short: bool) -> Row:
-    steps, repeats, batch = (2, 1, 8) if short else (3, 3, 64)
+    steps, repeats, batch = (2, 1, 8) if short else (2, 3, 64)
     model, made = network(name), batches(steps, size, batch)
     values = ratios(lambda: stacked(model, made), lambda: one_by_one(model, made), repeats)
     apart = agreement(model, made[:2])

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,39 @@ def test_a_slow_machine_measures_less_often(
         return len(found)
 
     assert [pairs(within) for within in (1.0, 15.0, 16.0, 39.0, 40.0, 99.0)] == [1, 1, 2, 4, 5, 5]
+
+
+def test_a_round_and_its_bare_passes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    floor = importlib.import_module("floor")
+    order: list[str] = []
+
+    class Feed:
+        def batch(self, step: int) -> int:
+            return step
+
+    def action() -> None:
+        feed, other = Feed(), Feed()
+        other.batch(floor.PIECE)
+        for step in range(12):
+            order.append(f"a{feed.batch(step)}")
+            other.batch(step)
+
+    def bare() -> Iterator[None]:
+        for step in range(12):
+            if step and step % floor.PIECE == 0:
+                yield
+            order.append(f"b{step}")
+
+    monkeypatch.setattr(floor, "Feed", Feed)
+    first: list[object] = []
+
+    def counts(feed: Feed) -> bool:
+        first.append(feed)
+        # The feed met first is not the attacker's.
+        return feed is not first[0]
+
+    pairs = floor.in_turn(action, bare(), of=counts)
+    pieces = [range(5), range(5, 10), range(10, 12)]
+    assert order == [f"{who}{step}" for piece in pieces for who in "ab" for step in piece]
+    assert len(pairs) == 3

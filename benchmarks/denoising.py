@@ -97,7 +97,7 @@ def rows(short: bool) -> list[Row]:
         network(), original=domain("a", 0), restricted=domain("b", 1), task=Denoising(), spec=spec
     )
     rounds, bare = iter(run), Bare(run)
-    values = ratios(lambda: next(rounds), bare.round, 1 if short else 3)
+    values = ratios(lambda: next(rounds), bare.round, 1 if short else 7)
     what = f"protect round / bare passes: U-Net, 32x32, K = {STEPS}, batch {SUPPORT + QUERY}"
     return [row(f"{what}, {run.setting.precision}", values, at_most=1.05)]
 

@@ -45,7 +45,9 @@ def _advantage(summary: DomainSummary) -> str:
     if estimate.value is None:
         return estimate.reason
     interval = estimate.interval
-    spread = "" if interval is None else f" ({100 * interval.low:z.0f} to {100 * interval.high:z.0f})"
+    spread = ""
+    if interval is not None:
+        spread = f" ({100 * interval.low:z.0f} to {100 * interval.high:z.0f})"
     return f"{100 * estimate.value:z.0f} %{spread}"
 
 

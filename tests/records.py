@@ -24,7 +24,7 @@ STEPS = (5, 20, 80, 200)
 CURVES: dict[str, tuple[float, ...]] = {
     "protected": (0.2, 0.3, 0.5, 0.6),
     "unprotected": (0.4, 0.7, 0.85, 0.9),
-    "scratch": (0.1, 0.2, 0.4, 0.5),
+    "scratch": (0.1, 0.2, 0.49, 0.5),
 }
 
 
@@ -94,7 +94,7 @@ def record(
             source="arrays",
             sha256="0" * 64,
             train=1000,
-            validation=200,
+            validation=1000,
             test=1000,
             classes=10,
             image=(3, 32, 32),

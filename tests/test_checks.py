@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from records import CURVES, crashed, diverged, record, trial
-from sophon._attacks import strategies_of
+from sophon._attacks import resolved, strategies_of
 from sophon._checks import CHECKS, unequal_search
 from sophon._records import AuditRecord, Overlap, Vitals
-from sophon._specs import AuditSpec, FreshHead, Strategy, Subject
+from sophon._specs import AuditSpec, FreshHead, RescaleWeights, Strategy, Subject
 
 
 def _rates(best: float) -> AuditRecord:
@@ -32,8 +34,28 @@ def _optimizers(adam: float) -> AuditRecord:
     return record(trials, protection={"spec": spec})
 
 
-def _rehearsing(steps: int) -> AuditRecord:
-    return record(protection={"spec": {"rehearsal": {"steps": steps}}})
+def _rehearsing(steps: int, horizon: int | None = None) -> AuditRecord:
+    rehearsal = {"steps": steps, "horizon": horizon}
+    return record(protection={"spec": {"rehearsal": rehearsal}})
+
+
+def _standard(**changes: object) -> AuditRecord:
+    """Return a record by `standard-1` in full, or with less of it."""
+    spec = resolved(AuditSpec(suite="standard-1")).model_copy(update=changes)
+    return record().model_copy(update={"spec": spec})
+
+
+def _machines(processor: str) -> AuditRecord:
+    """Return a record whose trials on one subject ran on another processor."""
+    base = record()
+    there = base.environment.model_copy(update={"processor": processor})
+    trials = [
+        t.model_copy(
+            update={"environment": there if t.subject == "protected" else base.environment}
+        )
+        for t in base.trials
+    ]
+    return base.model_copy(update={"trials": tuple(trials)})
 
 
 SOUND = Vitals(
@@ -113,6 +135,10 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "data_overlap": (_overlapping(6), _overlapping(5)),
     "few_seeds": (record(seeds=(0, 1)), record()),
     "short_horizon": (_rehearsing(21), _rehearsing(20)),
+    "scratch_still_rises": (record(curves={"scratch": (0.1, 0.2, 0.4, 0.5)}), record()),
+    "rehearsal_unknown": (record(), _rehearsing(20)),
+    "cut_down_suite": (_standard(search_trials=0), _standard()),
+    "mixed_machines": (_machines("another"), _machines("a processor")),
     "unhealthy_weights": (record(flags=("frozen_parameters",)), record()),
 }
 
@@ -144,12 +170,82 @@ def test_a_flag_is_not_raised_without_cause(name: str) -> None:
         ("inflated_weights", {"weight_sizes": {"a": 0.02, "b": 0.2}}),
         ("extreme_batch_norm", {"largest_buffer": None}),
         ("extreme_batch_norm", {"smallest_variance": -0.1}),
+        ("extreme_batch_norm", {"smallest_variance": 1e-20}),
     ],
 )
 def test_what_is_not_finite_or_far_off_is_flagged_too(
     name: str, changes: dict[str, object]
 ) -> None:
     assert CHECKS[name](_vital(**changes), "refused") is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gradients_at_step_0", {"gradient_norms": {"refused": 1e9}}),
+        ("gradients_at_step_0", {"gradient_norms": {"refused": 1e-6}}),
+        ("inflated_weights", {"weight_sizes": {"a": 1e9, "b": 0.2}}),
+    ],
+)
+def test_what_is_far_off_is_flagged_without_anything_to_compare_with(
+    name: str, changes: dict[str, object]
+) -> None:
+    def alone(held: AuditRecord) -> AuditRecord:
+        kept = tuple(s for s in held.subjects if s.name != "unprotected")
+        return held.model_copy(update={"subjects": kept})
+
+    assert CHECKS[name](alone(_vital(**changes)), "refused") is not None
+    assert CHECKS[name](alone(_vital()), "refused") is None
+
+
+def test_attackers_that_persist_are_rehearsed_for_their_whole_life() -> None:
+    assert CHECKS["short_horizon"](_rehearsing(20, 160), "refused") is not None
+    assert CHECKS["short_horizon"](_rehearsing(2, 20), "refused") is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prefilter": 0.03}, {"survivors": 1}, {"seeds": (0, 1, 2)}, {"search_trials": 3}]
+)
+def test_a_suite_that_is_cut_down_says_so(changes: dict[str, object]) -> None:
+    assert CHECKS["cut_down_suite"](_standard(**changes), "refused") is not None
+
+
+def test_a_tolerance_that_the_checkpoint_states_does_not_excuse_the_loss() -> None:
+    stated = {"spec": {"guard": {"tolerance_points": 50.0}}}
+    flag = CHECKS["original_task_suffers"](record(original=0.45, protection=stated), "refused")
+    assert flag is not None
+    assert flag.voids
+    assert "50" in flag.detail
+    stricter = {"spec": {"guard": {"tolerance_points": 0.5}}}
+    assert CHECKS["original_task_suffers"](record(original=0.89), "refused") is None
+    held = record(original=0.89, protection=stricter)
+    assert CHECKS["original_task_suffers"](held, "refused") is not None
+
+
+def test_a_leader_run_after_the_search_does_not_hide_that_its_last_trial_wins() -> None:
+    base = _searched(0.7)
+    leader = Strategy(learning_rate=0.02)
+    later = [
+        trial(name, (0, 0, 0, 0.5), strategy=leader, domain="refused")
+        for name in ("unprotected", "protected")
+    ]
+    # On the unprotected model it was proposed, on the protected one it was only repeated.
+    held = base.model_copy(update={"trials": (*base.trials, *later)})
+    assert CHECKS["last_trial_is_best"](held, "refused") is not None
+
+
+@pytest.mark.parametrize(
+    "way", [{"preparations": (RescaleWeights(),)}, {"lora_rank": 16}, {"clip_norm": 1.0}]
+)
+def test_the_edge_is_that_of_the_winners_own_way(way: dict[str, Any]) -> None:
+    own = [Strategy(learning_rate=rate, **way) for rate in (1e-2, 1e-1)]
+    plain = [Strategy(learning_rate=rate) for rate in (1e-3, 1e-2, 1e-1, 1.0)]
+    scores = [0.5, 0.9, 0.5, 0.5, 0.5, 0.5]
+    trials = [
+        trial("protected", (0, 0, 0, score), strategy=strategy)
+        for strategy, score in zip((*own, *plain), scores, strict=True)
+    ]
+    assert CHECKS["winner_on_the_edge"](record(trials), "refused") is not None
 
 
 def test_networks_without_batch_norm_have_no_extreme_statistics() -> None:

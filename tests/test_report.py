@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,9 +18,17 @@ from records import CURVES, crashed, record, trial
 from sophon._depth import depth_rows
 from sophon._errors import AuditError
 from sophon._heat import heat_maps
-from sophon._records import SCHEMA_VERSION, AuditRecord, Crashed, Overlap, record_schema
+from sophon._records import (
+    SCHEMA_VERSION,
+    AuditRecord,
+    Crashed,
+    Overlap,
+    Score,
+    Vitals,
+    record_schema,
+)
 from sophon._report import report
-from sophon._specs import Strategy
+from sophon._specs import RescaleWeights, Strategy
 from sophon._tables import distribution
 from sophon._verdict import overall, secondary, summarise
 
@@ -41,7 +50,7 @@ def _verdict(**changes: object) -> str:
 
 
 def test_a_model_no_better_than_a_fresh_one_withstood() -> None:
-    assert _verdict(curves={"protected": (0.1, 0.2, 0.4, 0.5)}) == "withstood"
+    assert _verdict(curves={"protected": (0.1, 0.2, 0.49, 0.5)}) == "withstood"
 
 
 def test_an_unprotected_model_is_not_protected() -> None:
@@ -60,7 +69,7 @@ def test_a_target_never_reached_gives_a_bound() -> None:
 @pytest.mark.parametrize(
     "held",
     [
-        record(curves={"unprotected": (0.1, 0.2, 0.4, 0.5)}),
+        record(curves={"unprotected": (0.1, 0.2, 0.49, 0.5)}),
         record(original=0.12),
         record([*record().trials, crashed("protected")]),
         record([t for t in record().trials if t.subject != "unprotected"]),
@@ -95,7 +104,7 @@ def _with_a_second_domain(base: AuditRecord, protected: tuple[float, ...]) -> Au
 
 
 def test_the_worst_domain_speaks_for_the_model() -> None:
-    base = record(curves={"protected": (0.1, 0.2, 0.4, 0.5)})
+    base = record(curves={"protected": (0.1, 0.2, 0.49, 0.5)})
     made = report(_with_a_second_domain(base, (0.4, 0.7, 0.85, 0.9)))
     assert [s.verdict for s in made.summaries] == ["withstood", "not protected"]
     assert made.verdict == "not protected"
@@ -123,9 +132,131 @@ def test_what_ends_above_a_fresh_network_has_not_withstood() -> None:
     assert _verdict(curves={"protected": (0.1, 0.2, 0.4, 0.62)}) == "slowed x2.5 or more"
 
 
+SCALED = RescaleWeights()
+MASKED = {"gradient_norms": {"refused": 0.0}}
+SOUND = Vitals(
+    largest_logit=12.0,
+    gradient_norms={"refused": 2.0},
+    weight_sizes={"a": 0.1},
+    largest_buffer=5.0,
+    smallest_variance=0.1,
+)
+
+
+def _sabotaged(base: AuditRecord, **changes: object) -> AuditRecord:
+    """Return a record whose protected model has these vitals, or flags."""
+    flags = changes.pop("flags", ())
+    vitals = {"protected": SOUND.model_copy(update=changes), "unprotected": SOUND}
+    subjects = [
+        s.model_copy(
+            update={
+                "vitals": vitals.get(s.name),
+                "flags": flags if s.name == "protected" else (),
+            }
+        )
+        for s in base.subjects
+    ]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        MASKED,
+        {"gradient_norms": {"refused": None}, "raised": ("RuntimeError: no",)},
+        {"largest_logit": 1e9},
+        {"largest_buffer": 1e9},
+        {"weight_sizes": {"a": 3.0}},
+        {"flags": ("frozen_parameters",)},
+    ],
+    ids=["zero", "raises", "logits", "statistics", "weights", "frozen"],
+)
+@pytest.mark.parametrize("protected", [CURVES["scratch"], (0.2, 0.4, 0.6, 0.85)])
+def test_a_model_that_was_tampered_with_gets_no_good_verdict(
+    protected: tuple[float, ...], changes: dict[str, object]
+) -> None:
+    base = record(curves={"protected": protected})
+    assert report(_sabotaged(base)).verdict in ("withstood", "slowed x2.5")
+    made = report(_sabotaged(base, **changes))
+    assert made.verdict == "void"
+    assert any("it looks protected, but" in reason for reason in made.worst.reasons)
+    # What convicts stands.
+    convicted = record(curves={"protected": CURVES["unprotected"]})
+    assert report(_sabotaged(convicted, **changes)).verdict == "not protected"
+
+
+def test_images_of_the_test_in_training_forbid_a_good_verdict() -> None:
+    base = record(curves={"protected": CURVES["scratch"]})
+    shared = Overlap(first="refused/test", second="refused/train", count=1000, exact=990, near=0)
+    made = report(base.model_copy(update={"overlaps": (shared,)}))
+    assert made.verdict == "void"
+
+
+def test_weights_that_attacks_scaled_back_may_be_inflated() -> None:
+    base = record(curves={"protected": CURVES["scratch"]})
+    scaled = [
+        trial(name, CURVES["scratch"], seed=seed, strategy=Strategy(preparations=(SCALED,)))
+        for name in ("protected", "unprotected", "scratch")
+        for seed in (0, 1, 2)
+    ]
+    held = base.model_copy(update={"trials": (*base.trials, *scaled)})
+    made = report(_sabotaged(held, weight_sizes={"a": 3.0}))
+    assert made.verdict == "withstood"
+    assert "weight norms inflated" in {flag.name for flag in made.worst.flags}
+
+
+@pytest.mark.parametrize("protected", [(0.2, 0.29, 0.5, 0.5), (0.2, 0.27, 0.5, 0.51)])
+def test_what_leaves_an_attacker_a_part_of_the_advantage_has_not_withstood(
+    protected: tuple[float, ...],
+) -> None:
+    """However wide the interval is: it is the low end that counts."""
+    (held,) = summarise(record(curves={"protected": protected}))
+    assert held.advantage.interval is not None
+    assert 0.5 < held.advantage.interval.low < 0.8
+    assert held.verdict != "withstood"
+
+
+def test_few_test_images_do_not_make_it_easier_to_withstand() -> None:
+    base = record(curves={"protected": CURVES["scratch"]})
+    assert report(base).verdict == "withstood"
+    few = [
+        t.model_copy(update={"test": Score(correct=round(20 * t.test.value), total=20)})
+        for t in base.trials
+        if t.test is not None
+    ]
+    made = report(base.model_copy(update={"trials": tuple(few)}))
+    assert made.verdict != "withstood"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"curves": {"scratch": (0.1, 0.2, 0.4, 0.5)}},
+        {"protection": {"spec": {"rehearsal": {"horizon": 100}}}},
+    ],
+    ids=["scratch-rises", "short"],
+)
+def test_a_horizon_that_is_too_short_cannot_be_withstood(changes: dict[str, Any]) -> None:
+    curves = {"protected": (0.1, 0.2, 0.4, 0.5), **changes.pop("curves", {})}
+    assert report(record(curves=curves, **changes)).verdict in ("void", "slowed x2.5 or more")
+
+
+def test_without_an_unprotected_model_the_scope_says_what_is_not_claimed() -> None:
+    base = record()
+    alone = base.model_copy(
+        update={
+            "subjects": tuple(s for s in base.subjects if s.name != "unprotected"),
+            "trials": tuple(t for t in base.trials if t.subject != "unprotected"),
+        }
+    )
+    for text in (report(alone).html(), report(alone).markdown()):
+        assert "how much longer recovery takes" in text
+    assert "how much longer recovery takes" not in report(base).html()
+
+
 def test_an_interval_that_reaches_below_a_half_has_not_withstood() -> None:
     others = [t for t in record().trials if t.subject != "protected"]
-    curves = [(0.0, 0.1, 0.24, 0.36), (0.1, 0.2, 0.4, 0.5), (0.24, 0.34, 0.42, 0.5)]
+    curves = [(0.0, 0.05, 0.2, 0.3), (0.1, 0.2, 0.49, 0.5), (0.28, 0.38, 0.45, 0.5)]
     spread = [trial("protected", values, seed=seed) for seed, values in enumerate(curves)]
     (held,) = summarise(record([*spread, *others]))
     assert held.advantage.interval is not None
@@ -190,7 +321,7 @@ def test_a_two_class_task_that_works_is_not_destroyed() -> None:
 
 def test_a_small_lead_on_few_images_tells_nothing() -> None:
     base = record(
-        curves={"protected": (0.1, 0.2, 0.4, 0.5), "unprotected": (0.13, 0.23, 0.43, 0.53)}
+        curves={"protected": (0.1, 0.2, 0.49, 0.5), "unprotected": (0.13, 0.23, 0.43, 0.53)}
     )
     assert report(base).verdict == "void"
 

@@ -94,8 +94,28 @@ def test_shared_images_are_counted_exact_and_near() -> None:
     assert sum(o.exact for o in alike) <= 2
 
 
-def test_blank_images_are_like_no_other() -> None:
-    blank = np.zeros((60, 8, 8), np.uint8)
+def test_blank_images_are_like_no_other_but_the_same() -> None:
+    shades = np.arange(60, dtype=np.uint8).reshape(60, 1, 1)
     labels = np.arange(60, dtype=np.int64) % 2
-    domain = Domain.from_arrays("blank", blank, labels)
-    assert all(o.exact == o.near == 0 for o in overlaps_of((domain, digits(0, 5))[:1]))
+    blank = Domain.from_arrays("blank", np.zeros((60, 8, 8), np.uint8) + shades, labels)
+    assert all(o.exact == o.near == 0 for o in overlaps_of((blank,)))
+    same = Domain.from_arrays("same", np.zeros((60, 8, 8), np.uint8), labels)
+    assert all(o.exact == o.count and o.near == 0 for o in overlaps_of((same,)))
+
+
+def test_what_was_only_recoloured_is_near_and_not_exact() -> None:
+    raw = load_digits()
+    images = np.round(raw.images * (200 / 16)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    labels = raw.target.astype(np.int64) % 2
+    first = Domain.from_arrays("first", images[:200], labels[:200])
+    brighter = first.validation.pixels[:, 0].numpy() + 20
+    second = Domain.from_arrays(
+        "second", brighter, first.validation.labels.numpy(), validation=0.5, test=0.25
+    )
+    found = {(o.first, o.second): o for o in overlaps_of((first, second))}
+    # The validation split of one domain is looked for in the training split of the other.
+    shared = found["first/validation", "second/train"]
+    assert shared.exact == 0
+    assert shared.near >= len(second.train) - 1
+    assert ("second/validation", "second/train") in found
+    assert ("first/test", "second/train") in found

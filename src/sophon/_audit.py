@@ -300,9 +300,10 @@ class Audit:
         return chosen, (*given_up, *lost)
 
     def _rehearsed(self) -> int:
-        """Return how many steps protection says it rehearsed at a time."""
+        """Return how many steps protection says that a rehearsed attacker takes in its life."""
         protection: Any = (self.about.get("protection") or {}).get("spec") or {}
-        return int((protection.get("rehearsal") or {}).get("steps") or 0)
+        rehearsal = protection.get("rehearsal") or {}
+        return int(rehearsal.get("horizon") or rehearsal.get("steps") or 0)
 
     def _planned(self, spec: AuditSpec) -> Plan:
         suite = suite_of(spec)

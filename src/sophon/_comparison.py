@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sophon._attacks import SUITES
 from sophon._errors import AuditError
 from sophon._metric_kinds import NONE, kind_of, shown
 from sophon._records import AuditRecord, Measurement
@@ -140,6 +141,10 @@ def _setting(record: AuditRecord) -> dict[str, str]:
     hashes = {subject.name: subject.weights_sha256 for subject in record.subjects}
     spec = record.spec
     suite = f"{spec.suite}, search of {spec.search_trials or 0}, {len(spec.extra)} extra"
+    stages = SUITES.get(spec.suite)
+    if stages is not None and stages.prefilter is not None:
+        share, several = spec.prefilter or stages.prefilter, spec.survivors or stages.survivors
+        suite += f", {several} go on at {share:.3g}"
     if spec.extra:
         extra = fingerprint_of([strategy.model_dump(mode="json") for strategy in spec.extra])
         suite += f" [{extra[:_SHORT_HASH]}]"
@@ -152,7 +157,8 @@ def _setting(record: AuditRecord) -> dict[str, str]:
         "restricted": ", ".join(f"{d.name} [{d.sha256[:_SHORT_HASH]}]" for d in domains),
         "original": f"{record.original.name} [{record.original.sha256[:_SHORT_HASH]}]",
         "unprotected model": f"{record.model} [{hashes.get('unprotected', 'none')[:_SHORT_HASH]}]",
-        "precision": spec.precision,
+        "precision": f"{record.environment.precision} on {record.environment.device}",
+        "task": record.task_name,
         "given up": "; ".join(record.given_up) or "nothing",
         # Of plain envelopes the best of many attacks counts with the luck that made it the best.
         "areas": "plain" if _without_images(record) else "cross-fitted",

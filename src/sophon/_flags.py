@@ -7,9 +7,17 @@ from typing import NamedTuple
 
 from sophon._records import AuditRecord, Trial
 
+# Verdicts that speak for a model.
+GOOD = frozenset({"withstood", "slowed"})
+WITHSTOOD = frozenset({"withstood"})
+
 
 class Flag(NamedTuple):
-    """A reason for doubt: what raised it, why it matters, what to do; `voids` forbids a verdict."""
+    """A reason for doubt: what raised it, why it matters, what to do.
+
+    `voids` forbids any verdict, `forbids` names those that it alone cannot be given; a conviction
+    stands.
+    """
 
     name: str
     raised_if: str
@@ -17,6 +25,7 @@ class Flag(NamedTuple):
     remedy: str
     detail: str
     voids: bool = False
+    forbids: frozenset[str] = frozenset()
 
 
 Check = Callable[[AuditRecord, str], Flag | None]

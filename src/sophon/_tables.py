@@ -262,8 +262,12 @@ _BENIGN_WORDS = {
 }
 
 
-def secondary_table(summaries: Sequence[DomainSummary], *, benign: bool) -> Table:
-    """Return the table of held-out or of benign domains."""
+def secondary_table(
+    summaries: Sequence[DomainSummary], *, benign: bool, narrower: str = ""
+) -> Table:
+    """Return the table of held-out or of benign domains; `narrower` names the suite they were
+    attacked with where it is not the restricted domains' own.
+    """
     rows = []
     for summary in summaries:
         held = [summary.subjects.get(name) for name in SUBJECTS]
@@ -288,6 +292,11 @@ def secondary_table(summaries: Sequence[DomainSummary], *, benign: bool) -> Tabl
         if benign
         else "Restricted tasks that protection was not given: whether it holds beyond those it was."
     )
+    if narrower:
+        note += (
+            f" Attacked with suite {narrower} alone, without a search and with at most three seeds:"
+            " a good verdict here says less than one above."
+        )
     return table((*header, *best, "flags"), rows, note)
 
 

@@ -5,17 +5,22 @@ Pure functions of a record, as in `_checks`; records without vitals raise none o
 
 from __future__ import annotations
 
-from sophon._flags import Flag, trials_of
+from sophon._flags import GOOD, Flag, trials_of
 from sophon._metric_kinds import kind_of_record
 from sophon._records import AuditRecord, Vitals
-from sophon._specs import FreshHead, Strategy
+from sophon._specs import FreshHead, RescaleWeights, Strategy
 from sophon._statistics import best_of
 
 # Protected over unprotected, or the inverse: what training a network does stays well within.
 _FAR = 100.0
 _INFLATED = 4.0
+# Where there is nothing to compare with.
+_GRADIENTS = (1e-5, 1e4)
+_LARGEST_WEIGHT = 1e3
 _LARGEST_LOGIT = 1e3
 _LARGEST_STATISTIC = 1e4
+# The smallest running variance over that of the unprotected model.
+_SHRUNK = 1e-4
 _OVERLAP = 0.01
 
 
@@ -36,6 +41,8 @@ def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
         detail = "; ".join(after.raised) or "not finite"
     elif norm == 0:
         detail = "zero"
+    elif not usual and not _GRADIENTS[0] <= norm <= _GRADIENTS[1]:
+        detail = f"{norm:.3g}"
     elif usual and not 1 / _FAR <= norm / usual <= _FAR:
         detail = f"{norm:.3g}, unprotected {usual:.3g}"
     else:
@@ -46,6 +53,7 @@ def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
         "Masked gradients stop plain fine-tuning and nothing else.",
         "Trust attacks that start anew or rescale; compare with the unprotected model.",
         detail,
+        forbids=GOOD,
     )
 
 
@@ -64,35 +72,47 @@ def saturated_logits(record: AuditRecord, domain: str) -> Flag | None:
         "Softmax has no gradient there: training stands still until the outputs are scaled back.",
         "Scale the last layer down and attack again.",
         "not finite" if largest is None else f"{largest:.3g}",
+        forbids=GOOD,
     )
 
 
 def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if a weight tensor is four times as large, or as small, as it was."""
-    del domain
+    """Return a flag if a weight tensor is four times as large, or as small, as it was.
+
+    Without an unprotected model: beyond 1000. Good verdicts stand if attacks scaled weights back.
+    """
     after, before = _vitals(record)
-    if after is None or before is None:
+    if after is None:
         return None
+    usual = {} if before is None else before.weight_sizes
     ratios = {
-        name: size / before.weight_sizes[name]  # type: ignore[operator]
+        name: size / (usual[name] or 1.0)
         for name, size in after.weight_sizes.items()
-        if size is not None and before.weight_sizes.get(name)
+        if size is not None and usual.get(name)
     }
     far = {n: r for n, r in ratios.items() if not 1 / _INFLATED <= r <= _INFLATED}
+    if before is None:
+        ratios = {n: size for n, size in after.weight_sizes.items() if size is not None}
+        far = {n: size for n, size in ratios.items() if size > _LARGEST_WEIGHT}
     if not far:
         return None
     name = max(far, key=lambda n: max(far[n], 1 / max(far[n], 1e-12)))
+    attacks = [t.strategy for t in trials_of(record, domain, "protected") if t.curve]
+    undone = any(isinstance(p, RescaleWeights) for s in attacks for p in s.preparations)
+    size = f"{far[name]:.3g}" if before is None else f"x{far[name]:.3g}"
     return Flag(
         "weight norms inflated",
-        "a weight tensor is at least four times as large, or as small, as before protection",
+        "a weight tensor is at least four times as large, or as small, as before protection"
+        " (beyond 1000 where that is not known)",
         "Before a normalisation this leaves the function as it is and only slows plain steps.",
         "Attack with rescale_weights first (suite standard-1 does).",
-        f"{name} x{far[name]:.3g}; {len(far)} of {len(ratios)} tensors",
+        f"{name} {size}; {len(far)} of {len(ratios)} tensors",
+        forbids=frozenset() if undone else GOOD,
     )
 
 
 def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if BatchNorm statistics are not finite, not positive, or far beyond usual."""
+    """Return a flag if BatchNorm statistics are not finite, negative, or far beyond usual."""
     del domain
     after, before = _vitals(record)
     if after is None or not (after.largest_buffer is not None or _had_norms(after, before)):
@@ -100,7 +120,8 @@ def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
     largest, smallest = after.largest_buffer, after.smallest_variance
     usual = before.largest_buffer if before is not None else None
     limit = max(_LARGEST_STATISTIC, _FAR * (usual or 0.0))
-    if largest is not None and largest <= limit and smallest is not None and smallest >= 0:
+    least = _SHRUNK * ((before.smallest_variance if before is not None else None) or 0.0)
+    if largest is not None and largest <= limit and smallest is not None and smallest >= least:
         return None
     return Flag(
         "extreme BatchNorm statistics",
@@ -108,6 +129,7 @@ def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
         "Spoilt statistics spoil evaluation, not training: an attacker measures them anew.",
         "Attack with batch_norm first; every score here takes the better of both already.",
         f"largest {largest}, smallest variance {smallest}",
+        forbids=GOOD,
     )
 
 
@@ -158,4 +180,5 @@ def data_overlap(record: AuditRecord, domain: str) -> Flag | None:
         "Remove the duplicates, or split by what they have in common (the object, the source).",
         f"{worst.first} in {worst.second}: {worst.exact} exact and {worst.near} near of"
         f" {worst.count}; {len(found)} pairs of splits",
+        forbids=GOOD,
     )

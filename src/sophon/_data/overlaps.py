@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import torch
@@ -19,13 +20,18 @@ _CHUNK = 512
 
 
 def overlaps_of(domains: tuple[Domain, ...]) -> tuple[Overlap, ...]:
-    """Return the overlap of every test split with its own training split, and of every two
-    domains' training splits and of each one's test split with the other's training split.
+    """Return the overlap of every test and validation split with its own training split, and of
+    every two domains' training splits and of each one's test and validation split with the other's
+    training split.
     """
-    pairs: list[tuple[Domain, str, Domain, str]] = [(d, "test", d, "train") for d in domains]
+    measured = ("test", "validation")
+    pairs: list[tuple[Domain, str, Domain, str]] = [
+        (domain, split, domain, "train") for domain in domains for split in measured
+    ]
     for first, second in itertools.combinations(domains, 2):
         pairs.append((second, "train", first, "train"))
-        pairs.append((second, "test", first, "train"))
+        pairs += [(second, split, first, "train") for split in measured]
+        pairs += [(first, split, second, "train") for split in measured]
     prints: dict[tuple[str, str], _Prints] = {}
 
     def of(domain: Domain, split: str) -> _Prints:
@@ -46,9 +52,15 @@ def copies(images: Images, others: Images) -> int:
 
 
 class _Prints:
-    """A split's fingerprints: difference hashes (n, 64) and normalised thumbnails (n, 256)."""
+    """A split's fingerprints: of each image its bytes' hash, a difference hash (n, 64) and a
+    normalised thumbnail (n, 256).
+    """
 
     def __init__(self, images: Images) -> None:
+        size = str(tuple(images.pixels.shape[1:])).encode()
+        self.bytes = [
+            hashlib.sha256(size + image.numpy().tobytes()).digest() for image in images.pixels
+        ]
         grey = _grey(images)
         small = _resized(grey, 8, 9)
         # As plus and minus one: then a product tells in how many bits two hashes differ.
@@ -75,8 +87,13 @@ def _resized(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _overlap(first: str, one: _Prints, second: str, other: _Prints) -> Overlap:
-    """Compare every image of the first split with every one of the second."""
-    exact = near = 0
+    """Compare every image of the first split with every one of the second.
+
+    Exact are images with the same pixels; near ones look alike, in whatever size or colour.
+    """
+    held = set(other.bytes)
+    same = torch.tensor([image in held for image in one.bytes])
+    near = 0
     for start in range(0, len(one.hashes), _CHUNK):
         stop = start + _CHUNK
         distance = (64 - one.hashes[start:stop] @ other.hashes.T) / 2
@@ -85,6 +102,7 @@ def _overlap(first: str, one: _Prints, second: str, other: _Prints) -> Overlap:
         best = torch.where(close, likeness, -1.0).amax(1)
         # A blank image is like no other.
         best[one.flat[start:stop]] = -1.0
-        exact += int((best >= 0.99999).sum())
-        near += int(((best >= _ALIKE) & (best < 0.99999)).sum())
-    return Overlap(first=first, second=second, count=len(one.hashes), exact=exact, near=near)
+        near += int(((best >= _ALIKE) & ~same[start:stop]).sum())
+    return Overlap(
+        first=first, second=second, count=len(one.hashes), exact=int(same.sum()), near=near
+    )

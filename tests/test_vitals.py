@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from builders import digits, restricted, setting_of, trained_model
+from builders import restricted, setting_of, trained_model
 from sophon._data import Domain, overlaps_of
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting

@@ -601,7 +601,7 @@ def test_pictures_stay_inside_their_frame(held: AuditRecord) -> None:
 
 def test_censored_seeds_are_marked() -> None:
     text = report(record(curves={"protected": (0.3, 0.5, 0.6, 0.7)})).html()
-    assert "protected: more than 200 steps, 3 of 3 seeds not" in text
+    assert "protected: more than 200 steps, 3 of 3 seeds never" in text
     assert text.count('class="bar open"') == 2
     assert "more than 200 (3 of 3 seeds did not get there)" in text
 

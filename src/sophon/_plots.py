@@ -193,7 +193,7 @@ def _recovery_bar(axis: _Axis, subject: SubjectSummary, top: float) -> list[str]
         else:
             marks.append(f'<circle class="seed" cx="{axis(cost.steps):.1f}" cy="{y:.1f}" r="3"/>')
     median = f"more than {costs.horizon}" if costs.median is None else str(costs.median)
-    late = f", {costs.censored} of {len(costs.costs)} seeds not" if costs.censored else ""
+    late = f", {costs.censored} of {len(costs.costs)} seeds never" if costs.censored else ""
     return [
         f'<g class="{subject.name}"><rect class="{kind}" x="{_LEFT}" y="{top + 22:.0f}"'
         f' width="{max(2.0, end - _LEFT):.1f}" height="20"/>{"".join(marks)}</g>',

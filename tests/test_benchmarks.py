@@ -219,7 +219,7 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     module = importlib.import_module("search")
     (tmp_path / "run.toml").write_text(SMALL_RUN)
     attacks = tuple(
-        Strategy(optimizer="adam", learning_rate=rate, batch_size=8, steps=4)
+        Strategy(optimizer="adam", learning_rate=rate, batch_size=32, steps=4)
         for rate in (1e-4, 1e-3, 1e-2)
     )
     monkeypatch.setattr(module, "RECIPE", tmp_path / "run.toml")

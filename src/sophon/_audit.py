@@ -33,7 +33,14 @@ from sophon._executors import Executor, Job, Processes, Serial, Workload
 from sophon._files import require_writable
 from sophon._finetune import check_preparations
 from sophon._metrics import evaluate
-from sophon._models import fresh_copy, network_identity, require_peft, weights_sha256
+from sophon._models import (
+    Bare,
+    bare_parameters,
+    fresh_copy,
+    network_identity,
+    require_peft,
+    weights_sha256,
+)
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
 from sophon._records import AuditRecord, DomainRecord, SampleRecord, SubjectRecord, Trial
@@ -43,7 +50,7 @@ from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_spec
 from sophon._store import DocumentStore, TrialStore
 from sophon._tasks import Classification, Task
-from sophon._trials import Assignment, Bench, Start
+from sophon._trials import REINITIALISING, Assignment, Bench, Start
 from sophon._vitals import block_count, measure_vitals, training_flops
 
 ExecutorName = Literal["processes", "ray"]
@@ -122,6 +129,7 @@ class Audit:
         self._pictures: list[SampleRecord] = []
         self._pace: Pace | None = None
         self.plan = self._planned(self.spec)
+        self.bench = replace(self.bench, bare=self._bare())
         self._check()
         trials = None if store is None else Path(store) / "trials"
         if trials is not None:
@@ -283,7 +291,7 @@ class Audit:
         chosen = parse_spec(AuditSpec, held["chosen"], where=f"the budget's decision {key}")
         self.spec, self.given_up = chosen, tuple(held["given_up"])
         self.plan = self._planned(chosen)
-        self.bench = Bench(self.setting, chosen.evaluations)
+        self.bench = replace(self.bench, evaluations=chosen.evaluations)
 
     def _fitted(self, budget_s: float) -> tuple[AuditSpec, tuple[str, ...]]:
         def cost(spec: AuditSpec) -> float:
@@ -338,6 +346,7 @@ class Audit:
             (strategy.preparations for strategy in strategies),
             self.setting,
             self.spec.steps,
+            self.bench.bare.get(self._seeds[0]),
         )
         for strategy in strategies:
             self.setting.at(strategy.precision, first)
@@ -390,6 +399,18 @@ class Audit:
                 model = fresh_copy(first, self.scratch, seed=seed, names=("scratch",))
             self._starts[at] = Start(model, network_identity(model), weights_sha256(model))
         return self._starts[at]
+
+    def _bare(self) -> dict[int, Bare]:
+        """Return fresh values of what no reset reaches, by attack seed: none if it reaches all, or
+        no attack needs them.
+        """
+        strategies = (*self.plan.strategies, *self.plan.whole)
+        kinds = {p.kind for strategy in strategies for p in strategy.preparations}
+        if not kinds & REINITIALISING and not self.spec.search_trials:
+            return {}
+        if not bare_parameters(self._start("scratch", self._seeds[0]).model).values:
+            return {}
+        return {s: bare_parameters(self._start("scratch", s).model) for s in self._seeds}
 
     def _key(self, assignment: Assignment) -> str:
         return self.bench.key(assignment, self._start(assignment.subject, assignment.seed))

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from sophon._errors import DataError, SpecError
 from sophon._models import (
+    Bare,
     BatchNorms,
     Names,
     Shape,
     blocks,
+    drop_foreign_hooks,
     head_classes,
     layers_in_order,
     normalised_pairs,
@@ -61,7 +63,7 @@ class Surroundings:
     `classes` is the restricted domain's, None where a head stays of its size; `batches(n)` yields
     up to n normalised image batches of it (batch, channels, height, width); `train` follows a
     course on the original domain; `steps` is the attacker's budget; `(seed, *names)` is its random
-    stream.
+    stream; `bare` are fresh values for parameters that no `reset_parameters` reaches.
     """
 
     head: str
@@ -72,6 +74,7 @@ class Surroundings:
     batches: Callable[[int], Iterator[Tensor]] | None
     train: Callable[[nn.Module, Course], None] | None = None
     steps: int = 1
+    bare: Bare | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,10 @@ def _distil(
     model: nn.Module, preparation: Distil, surroundings: Surroundings, factors: Factors
 ) -> None:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    reinitialise(model, seed=surroundings.seed, names=(*surroundings.names, "student"))
+    # A student is a network of its own: what hangs on the publisher's stays with the teacher.
+    drop_foreign_hooks(model)
+    names = (*surroundings.names, "student")
+    reinitialise(model, seed=surroundings.seed, names=names, bare=surroundings.bare)
     _train(model, preparation, surroundings, teacher)
     for name in factors:
         factors[name] = 0.0
@@ -205,7 +211,12 @@ def _reset_last_blocks(
     for names in found[-preparation.blocks :]:
         for name in names:
             stream = (*surroundings.names, name)
-            reinitialise(model.get_submodule(name), seed=surroundings.seed, names=stream)
+            reinitialise(
+                model.get_submodule(name),
+                seed=surroundings.seed,
+                names=stream,
+                bare=None if surroundings.bare is None else surroundings.bare.within(name),
+            )
             _forget(factors, name)
 
 

@@ -153,6 +153,7 @@ def standard(runner: Runner, seed: int) -> list[Trial]:
         secondary=(),
         strategies=tuple(dict.fromkeys((*strategies_of(spec), *beyond))),
         whole=depth_attacks(runner.blocks, spec),
+        beyond=beyond,
     )
     met: set[str] = set()
     for stage in plan.stages():

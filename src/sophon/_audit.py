@@ -23,6 +23,7 @@ from sophon._attacks import (
     fitting,
     resolved,
     strategies_of,
+    suite_fingerprint,
     suite_of,
 )
 from sophon._budget import AuditForecast, Pace, fit, measure_pace, usual_attack
@@ -45,9 +46,9 @@ from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
 from sophon._records import AuditRecord, DomainRecord, SampleRecord, SubjectRecord, Trial
 from sophon._samples import SampleStage, check_samples, expected_sets, fewer_pictures, wanted
-from sophon._search import require_optuna
+from sophon._search import require_optuna, starts
 from sophon._setting import make_setting
-from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_spec
+from sophon._specs import AuditSpec, Preparation, Strategy, Subject, fingerprint_of, parse_spec
 from sophon._store import DocumentStore, TrialStore
 from sophon._tasks import Classification, Task
 from sophon._trials import REINITIALISING, Assignment, Bench, Start
@@ -220,6 +221,7 @@ class Audit:
             trials=tuple(self.trials),
             environment=environment(setting.device, setting.precision),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            suite_fingerprint=suite_fingerprint(self.spec.suite),
             command=self.about.get("command", ""),
             given_up=self.given_up,
             note=self.about.get("note", ""),
@@ -316,8 +318,8 @@ class Audit:
         suite = suite_of(spec)
         strategies, self.left_out = fitting(strategies_of(spec), self.setting.task.metric)
         whole: tuple[Strategy, ...] = ()
+        beyond = beyond_rehearsal(self.about.get("protection"), spec)
         if suite.rehearsed:
-            beyond = beyond_rehearsal(self.about.get("protection"), spec)
             strategies = tuple(dict.fromkeys((*strategies, *beyond)))
         if suite.depth:
             model = self.subjects["protected"]
@@ -329,12 +331,17 @@ class Audit:
             secondary=(*self.held_out, *self.benign),
             strategies=strategies,
             whole=whole,
+            beyond=beyond,
+            metric=self.setting.task.metric,
         )
 
     def _check(self) -> None:
         """Raise, before any work, what would make attacks impossible."""
         strategies = (*self.plan.strategies, *self.plan.whole)
-        if any(strategy.lora_rank is not None for strategy in strategies):
+        searched: tuple[tuple[Preparation, ...], ...] = ()
+        if self.spec.search_trials:
+            searched = tuple(starts(self.setting.task.metric, self.spec.steps).values())
+        if searched or any(strategy.lora_rank is not None for strategy in strategies):
             require_peft()
         if self.spec.search_trials:
             require_optuna()
@@ -343,7 +350,7 @@ class Audit:
         # Of a model that can be made; one that cannot be attacked is recorded as crashed.
         check_preparations(
             self._start("scratch", self._seeds[0]).model,
-            (strategy.preparations for strategy in strategies),
+            (*(strategy.preparations for strategy in strategies), *searched),
             self.setting,
             self.spec.steps,
             self.bench.bare.get(self._seeds[0]),

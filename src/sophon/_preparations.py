@@ -256,18 +256,21 @@ def _noise_kick(
 def _rescale_weights(
     model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings, factors: Factors
 ) -> None:
-    """Scale what each normalisation undoes: weight, bias and running mean by c, variance by c^2;
-    then what the next layer can undo: weight and bias by c, the next weight by 1 / c.
+    """Scale what the next layer can undo: weight and bias by c, the next weight by 1 / c; then what
+    a normalisation undoes: weight, bias and running mean by c, variance by c^2.
 
-    All pairs at once when that preserves the function; otherwise one at a time, leaving out
-    those that do not (an output read elsewhere, an eps that matters).
+    In this order: a normalised layer may have to take what the one before it left. All pairs at
+    once when that preserves the function; otherwise one at a time, leaving out those that do not
+    (an output read elsewhere, an eps that matters).
     """
-    scales = []
-    for layer, norm in normalised_pairs(model, surroundings.image_shape):
-        weight: Any = model.get_submodule(layer).weight
-        size = float(weight.norm()) / math.sqrt(weight.shape[0])
-        if size > 0 and math.isfinite(size):
-            scales.append((layer, norm, preparation.norm / size))
+    pairs = normalised_pairs(model, surroundings.image_shape)
+    normalised = {layer for layer, _ in pairs if _scalable(_size(model, layer))}
+    _rescale_chain(model, preparation.norm, surroundings, factors, normalised)
+    scales = [
+        (layer, norm, preparation.norm / size)
+        for layer, norm in pairs
+        if _scalable(size := _size(model, layer))
+    ]
     images = probe_images(model, surroundings.image_shape)
     with probing(model):
         expected = run(model, images)
@@ -276,7 +279,16 @@ def _rescale_weights(
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
     for layer, _, scale in kept:
         _multiply(factors, layer, scale)
-    _rescale_chain(model, preparation.norm, surroundings, factors, {s[0] for s in scales})
+
+
+def _size(model: nn.Module, layer: str) -> float:
+    """Return the root mean square over a layer's filters of their norms."""
+    weight: Any = model.get_submodule(layer).weight
+    return float(weight.norm()) / math.sqrt(weight.shape[0])
+
+
+def _scalable(size: float) -> bool:
+    return size > 0 and math.isfinite(size)
 
 
 def _multiply(factors: Factors, layer: str, scale: float) -> None:
@@ -296,8 +308,8 @@ def _rescale_chain(
     for name, after in itertools.pairwise(order):
         layer: Any = model.get_submodule(name)
         following: Any = model.get_submodule(after)
-        size = float(layer.weight.norm()) / math.sqrt(layer.weight.shape[0])
-        if name in but or size == 0 or not math.isfinite(size):
+        size = _size(model, name)
+        if name in but or not _scalable(size):
             continue
         scale = norm / size
         touched = [layer.weight, following.weight]

@@ -4,11 +4,16 @@ r"""Does `standard-1` find what a full grid finds, at a third of its steps?
       python benchmarks/search.py --store runs/small16
 
 The small network at 16x16, unprotected, on ten CIFAR-100 classes: for each of three seeds
-the envelope of `standard-1` is held against that of 200 plain strategies, at every budget. The
-images are in the folder `$SOPHON_DATA`; the weights are those of `small_network.py`. About
-twenty minutes a seed on one core; with `--store` it goes on where it was stopped, and takes
-the trials of audits by `recipes/small16-sampled.toml` that are there, as of those whose records
-`--record` names.
+the envelope of `standard-1` is held against that of 200 plain strategies, at every budget. With
+`--weights`, files or folders such as `docs/results/weights/small16-sampled`, the same is asked of
+these protected networks instead. A row is a miss where the grid is ahead by more than a point
+within some budget, or where `standard-1` takes more than a third of its steps; after a miss the
+exit code is 1.
+
+The images are in the folder `$SOPHON_DATA`; the weights of the unprotected network are those of
+`small_network.py`. About twenty minutes a seed on one core; with `--store` it goes on where it was
+stopped, and takes the trials of audits by `recipes/small16-sampled.toml` that are there, as of
+those whose records `--record` names.
 """
 
 from __future__ import annotations
@@ -16,19 +21,23 @@ from __future__ import annotations
 import argparse
 import datetime
 import gzip
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sophon._attacks import depth_attacks, resolved, strategies_of
+from sophon._attacks import beyond_rehearsal, depth_attacks, resolved, strategies_of
 from sophon._circumstances import environment
 from sophon._data import Domain
-from sophon._executors import Job, Processes, Workload
+from sophon._errors import AuditError
+from sophon._executors import Job, Processes, Serial, Workload
+from sophon._files import require_writable
 from sophon._models import network_identity, weights_sha256
 from sophon._plan import Plan
 from sophon._records import AuditRecord, Trial
-from sophon._runs import load
+from sophon._runs import load, load_subject, weights_file
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, FreshHead, OptimizerName, Strategy, Subject
 from sophon._statistics import area, envelope
@@ -38,7 +47,8 @@ from sophon._vitals import block_count
 
 STEPS = 200
 RECIPE = Path(__file__).parents[1] / "recipes/small16-sampled.toml"
-SUBJECT: Subject = "unprotected"
+# What a row may fall short of: points of the envelope within any budget, and steps.
+POINTS, SHARE = 1.0, 1 / 3
 # Ten rates for each optimizer, half a decade apart and less.
 RATES: dict[OptimizerName, tuple[float, float]] = {
     "sgd": (1e-3, 3.0),
@@ -67,13 +77,22 @@ def grid() -> list[Strategy]:
 
 
 class Runner:
-    """Runs assignments on the unprotected model in worker processes, and keeps their trials."""
+    """Runs assignments on one network in worker processes, and keeps their trials.
 
-    def __init__(self, store: Path | None, workers: int) -> None:
-        case = load(RECIPE, None, None)
+    `weights` are a protected network's, a file or a folder; without them it is the recipe's.
+    """
+
+    def __init__(self, weights: Path | None, store: Path | None, workers: int) -> None:
+        held = [] if weights is None else [f"model.weights={weights_file(weights).absolute()}"]
+        case = load(RECIPE, held, None)
+        self.subject: Subject = "unprotected" if weights is None else "protected"
+        self.protection: dict[str, Any] | None = None
+        model = case.model
+        if weights is not None:
+            model, self.protection = load_subject(case, weights)
         self.domain: Domain = case.restricted[0]
         self.setting = make_setting(
-            case.model,
+            model,
             task=case.task,
             original=case.original,
             restricted=case.restricted,
@@ -81,16 +100,24 @@ class Runner:
             precision=case.spec.audit.precision,
             device=None,
         )
-        self.blocks = block_count(case.model, self.setting.head)
+        self.blocks = block_count(model, self.setting.head)
         self.bench = Bench(self.setting, AuditSpec().evaluations)
-        self.start = Start(case.model, network_identity(case.model), weights_sha256(case.model))
-        workload = Workload(self.bench, {self.domain.name: self.domain}, {(SUBJECT, 0): self.start})
-        self.executor = Processes(workload, workers)
-        self.store = TrialStore(None if store is None else store / "trials")
+        self.start = Start(model, network_identity(model), weights_sha256(model))
+        starts = {(self.subject, 0): self.start}
+        workload = Workload(self.bench, {self.domain.name: self.domain}, starts)
+        self.executor = Serial(workload) if workers == 1 else Processes(workload, workers)
+        folder = None if store is None else store / "trials"
+        if folder is not None:
+            require_writable(folder, remedy="choose another folder with --store")
+        self.store = TrialStore(folder)
+
+    def assigned(self, strategy: Strategy, seed: int) -> Assignment:
+        """Return the assignment of an attack on this network."""
+        return Assignment(self.subject, self.domain, strategy, seed)
 
     def run(self, assignments: Sequence[Assignment]) -> Iterator[Trial]:
-        """Yield the trials of the assignments, in order."""
-        found = [self.store.get(self.bench.key(a, self.start)) for a in assignments]
+        """Yield the trials of the assignments, in order. AuditError for one that crashed."""
+        found = [self.known(self.bench.key(a, self.start)) for a in assignments]
         jobs = [
             Job(a.subject, a.domain.name, a.strategy, a.seed, a.stop)
             for a, held in zip(assignments, found, strict=True)
@@ -98,21 +125,35 @@ class Runner:
         ]
         fresh = self.executor.run(jobs)
         for held in found:
-            trial = held or next(fresh)
-            self.store.put(trial)
+            trial = held
+            if trial is None:
+                trial = next(fresh)
+                self.store.put(trial)
+            if trial.outcome.kind == "crashed":
+                raise AuditError(
+                    f"{trial.strategy.label()}, seed {trial.seed}, crashed"
+                    f" ({trial.outcome.error}): mend it and repeat the command"
+                )
             yield trial
+
+    def known(self, key: str) -> Trial | None:
+        """Return the stored trial unless it crashed: such a one is run again."""
+        trial = self.store.get(key)
+        return None if trial is None or trial.outcome.kind == "crashed" else trial
 
 
 def standard(runner: Runner, seed: int) -> list[Trial]:
     """Return the trials of `standard-1` with one seed."""
     spec = resolved(AuditSpec(suite="standard-1", steps=STEPS, seeds=(seed,)))
+    beyond = beyond_rehearsal(runner.protection, spec)
     plan = Plan(
         spec=spec,
-        subjects=(SUBJECT,),
+        subjects=(runner.subject,),
         restricted=(runner.domain,),
         secondary=(),
-        strategies=strategies_of(spec),
+        strategies=tuple(dict.fromkeys((*strategies_of(spec), *beyond))),
         whole=depth_attacks(runner.blocks, spec),
+        beyond=beyond,
     )
     met: set[str] = set()
     for stage in plan.stages():
@@ -132,41 +173,89 @@ def steps_of(trials: Sequence[Trial]) -> int:
 
 
 def known(file: Path) -> tuple[Trial, ...]:
-    """Return the trials of an audit's record, which may be compressed."""
+    """Return the trials of an audit's record, which may be compressed, without crashed ones."""
     text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    return AuditRecord.model_validate_json(text).trials
+    trials = AuditRecord.model_validate_json(text).trials
+    return tuple(trial for trial in trials if trial.outcome.kind != "crashed")
 
 
-def main() -> None:
-    """Print one line a seed, and where it was measured."""
+class Row(NamedTuple):
+    """How `standard-1` did against the grid: points of the score, positive where it falls short."""
+
+    taken: int
+    whole: int
+    worst: float
+    worst_at: int
+    last: float
+    area: float
+
+    @property
+    def missed(self) -> str:
+        """What the row misses, in words; empty where it is within both bars."""
+        lost = []
+        if not self.worst <= POINTS:
+            lost.append(f"{self.worst:.1f} points short, {POINTS:g} allowed")
+        if not self.taken <= SHARE * self.whole:
+            lost.append(f"{self.taken / self.whole:.2f} of the steps, {SHARE:.2f} allowed")
+        return "; ".join(lost)
+
+    def __str__(self) -> str:
+        judged = f"MISSED: {self.missed}" if self.missed else "met"
+        return (
+            f"{self.taken} / {self.whole} = {self.taken / self.whole:.2f}"
+            f"  {self.worst:+.1f} points (at {self.worst_at} steps), {self.last:+.1f},"
+            f" {self.area:+.2f}  {judged}"
+        )
+
+
+def compared(ours: Sequence[Trial], plain: Sequence[Trial]) -> Row:
+    """Return how the trials of `standard-1` did against those of the grid."""
+    at = sorted({p.step for t in plain for p in t.curve if p.step > 0})
+    one, other = (np.array([p.value for p in envelope(t, at)]) for t in (ours, plain))
+    short = 100 * (other - one)
+    return Row(
+        taken=steps_of(ours),
+        whole=steps_of(plain),
+        worst=round(float(short.max()), 6),
+        worst_at=at[int(short.argmax())],
+        last=float(short[-1]),
+        area=float(100 * (area(at, other) - area(at, one))),
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print one line a network and seed, and where it was measured; return 1 after a miss."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, nargs="+", default=[None])
     parser.add_argument("--store", type=Path)
     parser.add_argument("--record", type=Path, action="append", default=[])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    chosen = parser.parse_args()
-    runner = Runner(chosen.store, chosen.workers)
-    for file in chosen.record:
-        for trial in known(file):
-            runner.store.put(trial)
-    where = environment(runner.setting.device, runner.setting.precision)
-    print(f"{where.processor}, {where.precision}, {datetime.date.today()}, {where.versions}")
-    print("seed  steps of standard-1 / grid  envelope: worst shortfall, at the horizon, area")
-    for seed in chosen.seeds:
-        ours = standard(runner, seed)
-        plain = list(runner.run([Assignment(SUBJECT, runner.domain, s, seed) for s in grid()]))
-        at = sorted({p.step for t in plain for p in t.curve if p.step > 0})
-        one, other = (np.array([p.value for p in envelope(t, at)]) for t in (ours, plain))
-        short = 100 * (other - one)
-        areas = 100 * (area(at, other) - area(at, one))
-        taken, whole = steps_of(ours), steps_of(plain)
-        print(
-            f"{seed:4}  {taken} / {whole} = {taken / whole:.2f}"
-            f"  {short.max():+.1f} points (at {at[int(short.argmax())]} steps), {short[-1]:+.1f},"
-            f" {areas:+.2f}",
-            flush=True,
-        )
+    chosen = parser.parse_args(words)
+    missed = False
+    for index, weights in enumerate(chosen.weights):
+        runner = Runner(weights, chosen.store, chosen.workers)
+        for file in chosen.record:
+            for trial in known(file):
+                runner.store.put(trial)
+        if not index:
+            where = environment(runner.setting.device, runner.setting.precision)
+            print(f"{where.processor}, {where.precision}, {datetime.date.today()}")
+            print(where.versions)
+            print(
+                "seed  steps of standard-1 / grid"
+                "  envelope: worst shortfall, at the horizon, area; judged"
+            )
+        print("unprotected" if weights is None else f"protected: {weights}")
+        with runner.executor:
+            for seed in chosen.seeds:
+                ours = standard(runner, seed)
+                plain = list(runner.run([runner.assigned(s, seed) for s in grid()]))
+                row = compared(ours, plain)
+                missed = missed or bool(row.missed)
+                print(f"{seed:4}  {row}", flush=True)
+    return int(missed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from builders import original, quick_spec, restricted, setting_of, trained_model
+from sophon._audit import Audit
 from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy, attacker_images
 from sophon._metrics import evaluate
-from sophon._models import merged_lora
+from sophon._models import (
+    Bare,
+    bare_parameters,
+    foreign_hooks,
+    merged_lora,
+    network_identity,
+    reinitialise,
+    resolve_model,
+    weights_sha256,
+)
+from sophon._networks import small_caformer
 from sophon._rehearsal import Rehearsals
 from sophon._setting import Setting
-from sophon._specs import Distil, FreshHead, Heal, Rehearsal, Strategy
+from sophon._specs import (
+    AuditSpec,
+    Distil,
+    FreshHead,
+    Heal,
+    ModelSpec,
+    Rehearsal,
+    ResetLastBlocks,
+    Strategy,
+)
 from sophon._tasks import Classification, Distillation
+from sophon._trials import Assignment, Bench, Start
 
 STREAM = (0, ("attack",))
 
@@ -43,6 +70,112 @@ def _attack(model: nn.Module, strategy: Strategy, steps: int | None = None) -> F
 def _accuracy(tuning: FineTuning, model: nn.Module | None = None) -> float:
     domain = restricted()
     return evaluate(model or tuning.model, tuning.setting, domain, domain.validation).value
+
+
+# --- Networks with parameters that no reset reaches ---------------------------------------------
+
+
+def _with_bare_parameters(name: str) -> tuple[nn.Module, Callable[[], nn.Module], str]:
+    if name == "small_caformer":
+        made: Callable[[], nn.Module] = lambda: small_caformer(5, 3)  # noqa: E731
+        return made(), made, "head.fc.fc2"
+    pytest.importorskip("timm")
+    spec = ModelSpec(name=name, classes=5, arguments=_TINY[name])
+    model, fresh = resolve_model(spec, base=Path())
+    return model, fresh, "head.fc" if "convnext" in name else "head"
+
+
+_TINY: dict[str, dict[str, Any]] = {
+    "timm:convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]},
+    "timm:vit_tiny_patch16_224": {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["small_caformer", *_TINY])
+def test_standard_1_attacks_networks_with_parameters_that_no_reset_reaches(name: str) -> None:
+    model, fresh, head = _with_bare_parameters(name)
+    run = Audit(
+        model,
+        original=_coloured(0, 5),
+        restricted=_coloured(5, 10),
+        scratch=fresh,
+        head=head,
+        spec=AuditSpec(suite="standard-1", steps=4, evaluations=2, precision="fp32"),
+    )
+    assert run.bench.bare.keys() == {0, 1, 2, 3, 4, 5}
+    assert all(held.values for held in run.bench.bare.values())
+    for preparation in (Distil(share=0.5), ResetLastBlocks(blocks=1)):
+        attack = Strategy(preparations=(preparation, FreshHead()), batch_size=16, steps=4)
+        assignment = Assignment("protected", run.restricted[0], attack, 1)
+        trial = run.bench.run(assignment, run._start("protected", 1))
+        assert trial.outcome.kind == "completed", trial.outcome
+        assert trial.key != replace(run.bench, bare={}).key(assignment, run._start("protected", 1))
+    plain = Assignment("protected", run.restricted[0], Strategy(preparations=(FreshHead(),)), 1)
+    keys = {held.key(plain, run._start("protected", 1)) for held in (run.bench, _no_bare(run))}
+    assert len(keys) == 1
+
+
+def _no_bare(run: Audit) -> Bench:
+    return replace(run.bench, bare={})
+
+
+def _coloured(low: int, high: int) -> Domain:
+    """Return digits in three channels of 32x32."""
+    raw = load_digits()
+    keep = (raw.target >= low) & (raw.target < high)
+    images = np.round(raw.images[keep] * (255 / 16)).astype(np.uint8)
+    large = images.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)
+    return Domain.from_arrays(f"digits-{low}", large, (raw.target[keep] - low).astype(np.int64))
+
+
+def test_fresh_values_are_taken_only_where_no_reset_reaches() -> None:
+    torch.manual_seed(0)
+    real, fresh = small_caformer(5, 3), small_caformer(5, 3)
+    with torch.no_grad():
+        for parameter in real.parameters():
+            parameter.add_(7.0)
+    bare = bare_parameters(fresh)
+    assert 0 < len(bare.values) < len(list(fresh.parameters()))
+    reinitialise(real, seed=3, names=("a",), bare=bare)
+    for name, parameter in real.named_parameters():
+        assert torch.equal(parameter, fresh.get_parameter(name)) == (
+            name in bare.values or not parameter.any() or bool((parameter == 1).all())
+        ), name
+    plain, with_bare = trained_model(), trained_model()
+    assert not bare_parameters(plain).values
+    reinitialise(plain, seed=3, names=("a",))
+    reinitialise(with_bare, seed=3, names=("a",), bare=Bare({"head.weight": torch.zeros(5, 5)}))
+    assert weights_sha256(plain) == weights_sha256(with_bare)
+
+
+def test_a_student_keeps_no_hook_of_the_publishers() -> None:
+    def sabotage(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.nan if module.training else output
+
+    model = trained_model()
+    plain = Start(model, network_identity(model), weights_sha256(model))
+    hooked = copy.deepcopy(model)
+    hooked.register_forward_hook(sabotage)
+    bench = Bench(_setting(), 2)
+    keys = []
+    for preparations in ((Distil(share=0.5),), ()):
+        attack = Strategy(preparations=preparations, batch_size=16, steps=4)
+        assignment = Assignment("protected", restricted(), attack, 0)
+        start = plain._replace(model=hooked)
+        outcome = bench.run(assignment, start).outcome.kind
+        assert outcome == ("completed" if preparations else "diverged")
+        keys.append(bench.key(assignment, start) == bench.key(assignment, plain))
+    # Only of the student does the key say that its hooks are gone.
+    assert keys == [False, True]
+    assert len(hooked._forward_hooks) == 1
+    normed = nn.utils.spectral_norm(nn.Linear(4, 4))
+    assert not foreign_hooks(normed)
 
 
 # --- Adapters ---------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_quick_1_is_as_released() -> None:
     assert suite_fingerprint("quick-1") == QUICK_1_SHA256
 
 
-QUICK_1_SHA256 = "66c6877cad673d180bb665ca236026657a5c0ac9ab336062e1ae95e692bd9604"
+QUICK_1_SHA256 = "38aef0e69a94b294b6e30bb2793a93a52ec57ff41f8d8355f43015cf91b3930d"
 
 
 def test_evaluations_end_at_the_horizon() -> None:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import save_file
+
+from builders import original, restricted, scratch_model, trained_model
+from records import trial
+from sophon._attacks import SUITES, Suite
+from sophon._audit import Audit
+from sophon._errors import AuditError
+from sophon._records import Crashed, Point, Score, Trial, pack, unpack
+from sophon._runs import load
+from sophon._specs import AuditSpec, Strategy
+from sophon._statistics import Interval
+from sophon._trials import Bench
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Parts, and how many rows each has.
@@ -173,3 +188,151 @@ def test_a_round_and_its_bare_passes_take_turns(monkeypatch: pytest.MonkeyPatch)
     pieces = [range(5), range(5, 10), range(10, 12)]
     assert order == [f"{who}{step}" for piece in pieces for who in "ab" for step in piece]
     assert len(pairs) == 3
+
+
+# --- The suite against a grid -----------------------------------------------------------------
+
+SMALL_RUN = """
+[model]
+name = "small_convnet"
+in_channels = 1
+
+[original]
+source = "embedded"
+name = "letters"
+limit = 10
+
+[[restricted]]
+source = "embedded"
+name = "digits"
+limit = 12
+
+[audit]
+precision = "fp32"
+"""
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return the benchmark of the suite with two attacks of four steps, and a grid of three."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("search")
+    (tmp_path / "run.toml").write_text(SMALL_RUN)
+    attacks = tuple(
+        Strategy(optimizer="adam", learning_rate=rate, batch_size=32, steps=4)
+        for rate in (1e-4, 1e-3, 1e-2)
+    )
+    monkeypatch.setattr(module, "RECIPE", tmp_path / "run.toml")
+    monkeypatch.setattr(module, "STEPS", 4)
+    monkeypatch.setattr(module, "grid", lambda: list(attacks))
+    monkeypatch.setattr(module, "depth_attacks", lambda blocks, spec: ())
+    monkeypatch.setitem(SUITES, "standard-1", Suite(attacks[:2], prefilter=0.5, survivors=1))
+    return module
+
+
+def test_the_suite_is_held_against_a_grid_on_any_network(
+    search: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(load(tmp_path / "run.toml", None, None).model.state_dict(), weights)
+    store = tmp_path / "store"
+    words = ["--store", str(store), "--workers", "1", "--seeds", "0"]
+    # Two early attacks and one to the end are more than a third of three.
+    assert search.main(words) == 1
+    held = len(list((store / "trials").iterdir()))
+    assert search.main([*words, "--weights", str(weights)]) == 1
+    assert len(list((store / "trials").iterdir())) == 2 * held
+    shown = capsys.readouterr().out
+    assert "unprotected\n   0  " in shown
+    assert f"protected: {weights}\n   0  " in shown
+    assert shown.count("MISSED: ") == 2
+
+
+def test_a_crashed_trial_is_no_result(
+    search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = search.Runner(None, tmp_path / "store", 1)
+    assigned = [runner.assigned(search.grid()[0], 0)]
+    run = Bench.run
+
+    def crashing(*arguments: Any) -> Trial:
+        failed = Crashed(error="RuntimeError: no luck", traceback="")
+        return run(*arguments).model_copy(update={"outcome": failed})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "run", crashing)
+        with pytest.raises(AuditError, match="no luck"):
+            list(runner.run(assigned))
+    assert [trial.outcome.kind for trial in runner.run(assigned)] == ["completed"]
+
+
+def test_the_suite_may_fall_a_point_short_and_take_a_third(search: Any) -> None:
+    row = search.Row(taken=100, whole=300, worst=1.0, worst_at=5, last=0.0, area=0.0)
+    assert str(row).endswith("met")
+    assert row.missed == ""
+    assert "1.1 points short" in row._replace(worst=1.1).missed
+    assert "0.34 of the steps" in row._replace(taken=101).missed
+    assert "MISSED" in str(row._replace(worst=float("nan")))
+
+
+# --- Intervals --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def intervals(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("intervals")
+
+
+def test_intervals_are_asked_of_other_images_and_of_another_seed(
+    intervals: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small(chosen: argparse.Namespace) -> Audit:
+        attacks = tuple(s.model_copy(update={"batch_size": 16}) for s in intervals.ATTACKS[:2])
+        monkeypatch.setattr(intervals, "ATTACKS", fitted(attacks, steps=4))
+        return Audit(
+            trained_model(),
+            unprotected=trained_model(),
+            scratch=scratch_model,
+            original=original(),
+            restricted=restricted(),
+            spec=AuditSpec(
+                suite="quick-1",
+                steps=4,
+                evaluations=2,
+                seeds=tuple(range(chosen.seeds)),
+                extra=intervals.ATTACKS,
+            ),
+        )
+
+    def fitted(attacks: tuple[Strategy, ...], steps: int) -> tuple[Strategy, ...]:
+        return tuple(s.model_copy(update={"steps": steps}) for s in attacks)
+
+    monkeypatch.setattr(intervals, "audited", small)
+    code = intervals.main(["a", "b", "--seeds", "7", "--draws", "2"])
+    shown = capsys.readouterr().out
+    assert "of 2 draws of 6 seeds: defined" in shown
+    assert code == int("MISSED" in shown)
+    with pytest.raises(SystemExit):
+        intervals.main(["a", "b", "--seeds", "6"])
+
+
+def test_intervals_that_hold_too_little_or_do_not_exist_are_a_miss(intervals: Any) -> None:
+    good = intervals.Draw(Interval(0.0, 1.0), 0.5, Interval(0.0, 1.0), 0.5)
+    assert intervals.judged([good] * 10)[1]
+    assert intervals.judged([good] * 9 + [good._replace(truth=2.0)])[1]
+    assert not intervals.judged([good] * 8 + [good._replace(truth=2.0)] * 2)[1]
+    assert not intervals.judged([good] * 8 + [good._replace(value=float("nan"))] * 2)[1]
+    lines, met = intervals.judged([intervals.Draw(None, 0.5, None, 0.5)])
+    assert not met
+    assert "no draw has such an interval" in lines[1]
+
+
+def test_a_trial_as_of_some_images_has_their_score(intervals: Any) -> None:
+    right = np.array([1.0, 0.0, 1.0, 1.0])
+    score = Score(correct=3, total=4)
+    point = Point(step=1, samples=1, validation=score, by_image=pack(right, score))
+    whole = trial("protected", (0.5,)).model_copy(update={"curve": (point,)})
+    part = intervals.only(whole, np.array([3, 1]))
+    assert part.curve[0].validation == Score(correct=1, total=2)
+    assert unpack(part.curve[0].by_image, part.curve[0].validation).tolist() == [1.0, 0.0]

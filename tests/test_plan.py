@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,16 +18,26 @@ from sophon._attacks import (
     Suite,
     beyond_rehearsal,
     depth_attacks,
+    method,
     resolved,
     strategies_of,
     suite_fingerprint,
 )
 from sophon._audit import Audit
 from sophon._errors import SpecError
-from sophon._plan import fitted
-from sophon._records import AuditRecord
+from sophon._metric_kinds import KINDS
+from sophon._plan import Plan, _guess, _has_moved, fitted
+from sophon._records import AuditRecord, Point, Score, pack
 from sophon._search import AT_ONCE, RATES, AttackerSearch
-from sophon._specs import AuditSpec, FreshHead, Heal, ResetLastBlocks, Strategy
+from sophon._specs import (
+    AuditSpec,
+    BatchNorm,
+    FreshHead,
+    Heal,
+    ResetLastBlocks,
+    Strategy,
+    Subject,
+)
 from sophon._trials import stop_at
 from sophon._verdict import summarise
 
@@ -201,7 +214,48 @@ def test_standard_1_is_as_released() -> None:
     assert {s.lora_rank for s in strategies} == {None, 4, 16}
 
 
-STANDARD_1 = "fa1f3a76c77ff9e01a523a32c7f1918e9b6d28d2ef649cf1cf85e088a58a06bd"
+STANDARD_1 = "7bb976039e2ec3a5ede5ed68c5f78d7c1e1af9efb04d28e6c6fbecb9c55cfdcd"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prefilter": 0.3},
+        {"survivors": 5},
+        {"seeds": (0, 1, 2, 3, 4)},
+        {"search_trials": 11},
+        {"depth": False},
+        {"headline": False},
+        {"rehearsed": False},
+    ],
+)
+def test_no_field_of_a_released_suite_changes_unnoticed(
+    change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = suite_fingerprint("standard-1")
+    monkeypatch.setitem(SUITES, "standard-1", replace(SUITES["standard-1"], **change))  # type: ignore[arg-type]
+    assert suite_fingerprint("standard-1") != released
+
+
+def test_defaults_and_the_search_belong_to_a_released_suite(
+    monkeypatch: pytest.MonkeyPatch, uninterrupted: AuditRecord
+) -> None:
+    released = suite_fingerprint("standard-1")
+    monkeypatch.setitem(RATES, "adam", (1e-5, 1e-1))
+    assert suite_fingerprint("standard-1") != released
+    monkeypatch.undo()
+    dump = Strategy.model_dump
+
+    def later(self: Strategy, **options: Any) -> dict[str, Any]:
+        held = dump(self, **options)
+        return held if options.get("exclude_defaults") else held | {"momentum": 0.95}
+
+    monkeypatch.setattr(Strategy, "model_dump", later)
+    assert suite_fingerprint("standard-1") != released
+    monkeypatch.undo()
+    monkeypatch.setitem(SUITES, "small", SMALL)
+    assert uninterrupted.suite_fingerprint == suite_fingerprint("small")
+    assert SUITES["standard-1"].seeds == (0, 1, 2, 3, 4, 5)
 
 
 def test_rates_beyond_what_was_rehearsed_are_attacked_with() -> None:
@@ -270,6 +324,61 @@ def test_a_search_finds_the_rate_that_pays() -> None:
     assert sum(value > 0.9 for value in best[6:]) >= 4
 
 
+def test_a_search_proposes_what_the_suite_attacks_with() -> None:
+    search = AttackerSearch(0, 200, 1000, stop=37)
+    asked = [strategy for _ in range(60) for strategy in search.ask(AT_ONCE)]
+    kinds = {preparation.kind for strategy in asked for preparation in strategy.preparations}
+    suite = {p.kind for s in SUITES["standard-1"].strategies for p in s.preparations}
+    assert kinds == suite - {"distil"}
+    modes = {p.mode for s in asked for p in s.preparations if isinstance(p, BatchNorm)}
+    assert modes == {"reset", "reestimate"}
+    assert {strategy.scope for strategy in asked} == {"all", "head"}
+    assert {strategy.lora_rank is None for strategy in asked} == {True, False}
+    assert {strategy.weight_decay for strategy in asked} == {0.0, 0.01}
+    assert {strategy.batch_size for strategy in asked} == {32, 64, 128}
+
+
+def test_a_search_keeps_to_the_task_the_batch_size_and_the_stop_and_goes_beyond_rehearsal() -> None:
+    beyond = (Strategy(optimizer="adam", learning_rate=1.0),)
+    search = AttackerSearch(0, 200, 90, batch_size=48, metric="mse", beyond=beyond, stop=20)
+    asked = [strategy for _ in range(60) for strategy in search.ask(AT_ONCE)]
+    assert {strategy.batch_size for strategy in asked} == {48}
+    assert {strategy.scope for strategy in asked} == {"all"}
+    kinds = {preparation.kind for strategy in asked for preparation in strategy.preparations}
+    assert not kinds & {"batch_norm", "heal"}
+    adam = [strategy.learning_rate for strategy in asked if strategy.optimizer == "adam"]
+    assert RATES["adam"][1] < max(adam) <= 1.0
+    others = [s.learning_rate for s in asked if s.optimizer == "adamw"]
+    assert max(others) <= RATES["adamw"][1]
+
+
+def test_an_audits_search_knows_its_task_batch_size_and_what_was_rehearsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_with: list[dict[str, object]] = []
+    search = AttackerSearch.__init__
+
+    def noted(self: AttackerSearch, *words: int, **fields: object) -> None:
+        made_with.append(fields)
+        search(self, *words, **fields)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AttackerSearch, "__init__", noted)
+    rehearsed = {"fixed": {"optimizer": "adam", "learning_rate": 1e-2}}
+    run = Audit(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC.model_copy(update={"batch_size": 24}),
+        about={"protection": {"spec": {"rehearsal": rehearsed}}},
+    )
+    next(run.plan._search_stages(run.restricted[0]))
+    assert {subject["batch_size"] for subject in made_with} == {24}
+    assert {subject["metric"] for subject in made_with} == {"accuracy"}
+    beyond = [s.learning_rate for s in made_with[0]["beyond"]]  # type: ignore[attr-defined]
+    assert beyond == [0.1, 1.0]
+    assert len(made_with) == len(run.plan.subjects)
+
+
 def test_unknown_suites_list_the_known_ones() -> None:
     with pytest.raises(SpecError, match=r"quick-1, standard-1"):
         strategies_of(AuditSpec(suite="standard-9"))
@@ -282,12 +391,75 @@ def test_a_prefilter_can_be_earlier_and_let_fewer_go_on(tmp_path: Path) -> None:
     assert strict.expected().steps < usual.expected().steps
     early = strict._early_and_late(restricted())[0]
     domain, ranks = strict.restricted[0], range(len(early))
-    strict.trials = [
-        made(subject, [0.9 - rank / 20] * 4, strategy=early[rank], domain=domain.name)
-        for subject in strict.subjects
-        for rank in ranks
-    ]
-    assert strict._survivors(domain, early) == early[:1]
+    scores = [0.9 - rank / 20 for rank in ranks]
+    _at_stop(strict, dict.fromkeys(strict.subjects, scores), early)
+    # Besides the best one the best of every method goes on.
+    first = {method(strategy): strategy for strategy in reversed(early)}
+    assert len(first) < len(early)
+    assert strict._survivors(domain, early) == [s for s in early if s in first.values()]
+    # Nothing is stopped, on any subject, where on one of them none has moved by the stop.
+    still = dict.fromkeys(strict.subjects, scores) | {"protected": [0.2] * len(early)}
+    _at_stop(strict, still, early)
+    assert strict._survivors(domain, early) == early
+
+
+def _at_stop(
+    plan: Plan, scores: dict[Subject, Sequence[float]], strategies: Sequence[Strategy]
+) -> None:
+    """Let each subject's attacks have reached so much at the stop."""
+    plan.trials.clear()
+    for subject in plan.subjects:
+        for strategy, value in zip(strategies, scores[subject], strict=True):
+            met = made(subject, [value], strategy=strategy, domain=plan.restricted[0].name)
+            last = met.curve[1].model_copy(update={"step": plan._stop()})
+            plan.trials.append(met.model_copy(update={"curve": (met.curve[0], last)}))
+
+
+def test_what_has_moved_is_more_than_luck_among_many() -> None:
+    plan = _audit(spec=SPEC.model_copy(update={"steps": 200})).plan
+    domain = plan.restricted[0]
+    # Of 200 images eight points above guessing are luck for one of many attacks.
+    one = [Strategy(learning_rate=1e-2)]
+    many = [Strategy(learning_rate=1e-2 + i / 1e4) for i in range(40)]
+    guess = _guess(domain, KINDS["accuracy"])
+    above = {key: [guess + 0.08] for key in plan.subjects}
+    _at_stop(plan, above, one)
+    assert plan._moved(domain, "protected", one)
+    _at_stop(plan, dict.fromkeys(plan.subjects, [guess + 0.08] * 40), many)
+    assert not plan._moved(domain, "protected", many)
+    _at_stop(plan, dict.fromkeys(plan.subjects, [guess + 0.2] * 40), many)
+    assert plan._moved(domain, "protected", many)
+    # What it was before the first step is no success of the attack: 0.1 of 200 images here.
+    _at_stop(plan, {key: [0.11] for key in plan.subjects}, one)
+    assert not plan._moved(domain, "protected", one)
+
+
+def test_scores_of_the_same_images_are_compared_image_by_image() -> None:
+    domain = digits(5, 8)
+    right = np.r_[np.ones(90), np.zeros(110)]
+    better = np.r_[np.ones(100), np.zeros(100)]
+    points = []
+    for step, held in enumerate((right, better)):
+        score = Score(correct=int(held.sum()), total=200)
+        points.append(Point(step=step, samples=0, validation=score, by_image=pack(held, score)))
+    trial = made("protected", (0.5,)).model_copy(update={"curve": tuple(points)})
+    assert _has_moved(trial, 1, domain, 0.025)
+    blind = tuple(point.model_copy(update={"by_image": None}) for point in points)
+    assert not _has_moved(trial.model_copy(update={"curve": blind}), 1, domain, 0.025)
+
+
+def test_of_a_search_the_better_half_goes_on_unless_nothing_has_moved() -> None:
+    plan = _audit(spec=SPEC.model_copy(update={"steps": 200})).plan
+    domain = plan.restricted[0]
+    four = [Strategy(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+    four.append(Strategy(preparations=(Heal(share=0.1),), learning_rate=1e-3))
+    asked = dict.fromkeys(plan.subjects, four)
+    _at_stop(plan, {key: [0.9, 0.8, 0.95, 0.3] for key in plan.subjects}, four)
+    # Healing pays off late: it is never among those that are stopped.
+    assert set(map(tuple, plan._going_on(domain, asked).values())) == {(four[3], four[2])}
+    still = {key: [0.9, 0.8, 0.95, 0.3] for key in plan.subjects} | {"scratch": [0.1] * 4}
+    _at_stop(plan, still, four)
+    assert plan._going_on(domain, asked) == asked
 
 
 def test_a_suite_that_runs_all_to_the_end_has_no_prefilter() -> None:

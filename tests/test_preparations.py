@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -385,6 +386,40 @@ def test_layers_without_normalisation_are_rescaled_where_the_next_one_undoes_it(
         torch.testing.assert_close(
             parameter.detach(), factors[name] * before[name], rtol=1e-5, atol=1e-6
         )
+
+
+def test_a_normalised_layer_takes_what_the_one_before_it_left() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 10),
+    )
+    first: Any = model[0]
+    with torch.no_grad():
+        first.weight.mul_(30 / _size_of(first))
+        for images in batches(20):
+            model(images)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    probe = next(batches(1))
+    expected = logits(model, probe)
+    factors = prepare(model, (RescaleWeights(),), around(head="7")).factors
+    torch.testing.assert_close(logits(model, probe), expected, rtol=1e-3, atol=1e-4)
+    for layer in (model[0], model[2]):
+        assert _size_of(layer) == pytest.approx(1.0, rel=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach(), factors[name] * before[name], rtol=1e-5, atol=1e-6
+        )
+
+
+def _size_of(layer: Any) -> float:
+    return float(layer.weight.detach().norm()) / layer.weight.shape[0] ** 0.5
 
 
 # --- Training beforehand ----------------------------------------------------------------------

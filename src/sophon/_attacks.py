@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sophon._errors import SpecError
+from sophon._search import search_space
 from sophon._specs import (
     AuditSpec,
     BatchNorm,
@@ -27,9 +28,11 @@ class Suite:
     """Attacks, and how they are run.
 
     With a `prefilter` every attack is first stopped at that share of the budget, and only the
-    `survivors` best of each subject, and those that were best at any budget, are run to its end,
-    on every subject; those that only pay off late are never stopped. With `headline`, only
-    attacks that lead somewhere are run with every seed; otherwise all are.
+    `survivors` best of each subject, those that were best at any budget and the best of every
+    method are run to its end, on every subject; those that only pay off late are never stopped, and
+    none is where the stop cannot tell any of a subject's attacks from its start or from guessing.
+    With `headline`, only attacks that lead somewhere are run with every seed: the first seed
+    chooses them, the others measure. Otherwise all are.
     """
 
     strategies: tuple[Strategy, ...]
@@ -122,12 +125,16 @@ SUITES: dict[str, Suite] = {
         prefilter=0.25,
         survivors=6,
         headline=True,
-        seeds=(0, 1, 2, 3, 4),
+        seeds=(0, 1, 2, 3, 4, 5),
         search_trials=12,
         depth=True,
         rehearsed=True,
     ),
 }
+# Multiples of a rehearsed rate that are attacked with.
+_BEYOND = (10, 100)
+# Numbers of blocks whose attacks by depth stand for all in a suite's fingerprint.
+_NETWORKS = (1, 5, 12)
 # What a held-out or a benign domain is attacked with.
 SECONDARY = "quick-1"
 
@@ -221,7 +228,7 @@ def beyond_rehearsal(protection: dict[str, Any] | None, spec: AuditSpec) -> tupl
             steps=spec.steps,
         )
         for optimizer, rate in rates.items()
-        for times in (10, 100)
+        for times in _BEYOND
     )
 
 
@@ -246,14 +253,37 @@ def _reset(blocks: int) -> tuple[Preparation, ...]:
     return (ResetLastBlocks(blocks=blocks), FreshHead()) if blocks else _FRESH
 
 
+def trains_first(strategy: Strategy) -> bool:
+    """Return whether an attack trains on the original task before it trains on its own."""
+    return any(isinstance(p, Heal | Distil) for p in strategy.preparations)
+
+
 def patient(strategy: Strategy) -> bool:
     """Return whether an attack pays off late by design, so that no prefilter may stop it."""
-    courses = any(isinstance(p, Heal | Distil) for p in strategy.preparations)
-    return courses or strategy.schedule != "constant"
+    return trains_first(strategy) or strategy.schedule != "constant"
+
+
+def method(strategy: Strategy) -> tuple[str, ...]:
+    """Return the kinds of an attack's preparations, and whether it trains the head or adapters."""
+    trained = "adapters" if strategy.lora_rank is not None else strategy.scope
+    return (*(preparation.kind for preparation in strategy.preparations), trained)
 
 
 def suite_fingerprint(name: str) -> str:
-    """Return the SHA-256 of a suite's attacks as released."""
-    strategies = SUITES[name].strategies
-    # What is left at its default does not count: new options leave a released suite as it is.
-    return fingerprint_of([s.model_dump(mode="json", exclude_defaults=True) for s in strategies])
+    """Return the SHA-256 of a suite as released: every field of its attacks, defaults included, how
+    they are run, and what it makes for a network: attacks by depth, a search, rates beyond.
+    """
+    suite, spec = SUITES[name], AuditSpec(suite=name)
+    made = {field.name: getattr(suite, field.name) for field in fields(suite)}
+    made["strategies"] = _dumped(suite.strategies)
+    if suite.depth:
+        made["depth attacks"] = {n: _dumped(depth_attacks(n, spec)) for n in _NETWORKS}
+    if suite.rehearsed:
+        made["beyond rehearsal"] = list(_BEYOND)
+    if suite.search_trials:
+        made["search"] = search_space()
+    return fingerprint_of(made)
+
+
+def _dumped(strategies: tuple[Strategy, ...]) -> list[dict[str, Any]]:
+    return [strategy.model_dump(mode="json") for strategy in strategies]

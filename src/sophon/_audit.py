@@ -23,6 +23,7 @@ from sophon._attacks import (
     fitting,
     resolved,
     strategies_of,
+    suite_fingerprint,
     suite_of,
 )
 from sophon._budget import AuditForecast, Pace, fit, measure_pace, usual_attack
@@ -33,17 +34,24 @@ from sophon._executors import Executor, Job, Processes, Serial, Workload
 from sophon._files import require_writable
 from sophon._finetune import check_preparations
 from sophon._metrics import evaluate
-from sophon._models import fresh_copy, network_identity, require_peft, weights_sha256
+from sophon._models import (
+    Bare,
+    bare_parameters,
+    fresh_copy,
+    network_identity,
+    require_peft,
+    weights_sha256,
+)
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
 from sophon._records import AuditRecord, DomainRecord, SampleRecord, SubjectRecord, Trial
 from sophon._samples import SampleStage, check_samples, expected_sets, fewer_pictures, wanted
-from sophon._search import require_optuna
+from sophon._search import require_optuna, starts
 from sophon._setting import make_setting
-from sophon._specs import AuditSpec, Strategy, Subject, fingerprint_of, parse_spec
+from sophon._specs import AuditSpec, Preparation, Strategy, Subject, fingerprint_of, parse_spec
 from sophon._store import DocumentStore, TrialStore
 from sophon._tasks import Classification, Task
-from sophon._trials import Assignment, Bench, Start
+from sophon._trials import REINITIALISING, Assignment, Bench, Start
 from sophon._vitals import block_count, measure_vitals, training_flops
 
 ExecutorName = Literal["processes", "ray"]
@@ -122,6 +130,7 @@ class Audit:
         self._pictures: list[SampleRecord] = []
         self._pace: Pace | None = None
         self.plan = self._planned(self.spec)
+        self.bench = replace(self.bench, bare=self._bare())
         self._check()
         trials = None if store is None else Path(store) / "trials"
         if trials is not None:
@@ -212,6 +221,7 @@ class Audit:
             trials=tuple(self.trials),
             environment=environment(setting.device, setting.precision),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            suite_fingerprint=suite_fingerprint(self.spec.suite),
             command=self.about.get("command", ""),
             given_up=self.given_up,
             note=self.about.get("note", ""),
@@ -283,7 +293,7 @@ class Audit:
         chosen = parse_spec(AuditSpec, held["chosen"], where=f"the budget's decision {key}")
         self.spec, self.given_up = chosen, tuple(held["given_up"])
         self.plan = self._planned(chosen)
-        self.bench = Bench(self.setting, chosen.evaluations)
+        self.bench = replace(self.bench, evaluations=chosen.evaluations)
 
     def _fitted(self, budget_s: float) -> tuple[AuditSpec, tuple[str, ...]]:
         def cost(spec: AuditSpec) -> float:
@@ -309,8 +319,8 @@ class Audit:
         suite = suite_of(spec)
         strategies, self.left_out = fitting(strategies_of(spec), self.setting.task.metric)
         whole: tuple[Strategy, ...] = ()
+        beyond = beyond_rehearsal(self.about.get("protection"), spec)
         if suite.rehearsed:
-            beyond = beyond_rehearsal(self.about.get("protection"), spec)
             strategies = tuple(dict.fromkeys((*strategies, *beyond)))
         if suite.depth:
             model = self.subjects["protected"]
@@ -322,12 +332,17 @@ class Audit:
             secondary=(*self.held_out, *self.benign),
             strategies=strategies,
             whole=whole,
+            beyond=beyond,
+            metric=self.setting.task.metric,
         )
 
     def _check(self) -> None:
         """Raise, before any work, what would make attacks impossible."""
         strategies = (*self.plan.strategies, *self.plan.whole)
-        if any(strategy.lora_rank is not None for strategy in strategies):
+        searched: tuple[tuple[Preparation, ...], ...] = ()
+        if self.spec.search_trials:
+            searched = tuple(starts(self.setting.task.metric, self.spec.steps).values())
+        if searched or any(strategy.lora_rank is not None for strategy in strategies):
             require_peft()
         if self.spec.search_trials:
             require_optuna()
@@ -336,9 +351,10 @@ class Audit:
         # Of a model that can be made; one that cannot be attacked is recorded as crashed.
         check_preparations(
             self._start("scratch", self._seeds[0]).model,
-            (strategy.preparations for strategy in strategies),
+            (*(strategy.preparations for strategy in strategies), *searched),
             self.setting,
             self.spec.steps,
+            self.bench.bare.get(self._seeds[0]),
         )
         for strategy in strategies:
             self.setting.at(strategy.precision, first)
@@ -391,6 +407,18 @@ class Audit:
                 model = fresh_copy(first, self.scratch, seed=seed, names=("scratch",))
             self._starts[at] = Start(model, network_identity(model), weights_sha256(model))
         return self._starts[at]
+
+    def _bare(self) -> dict[int, Bare]:
+        """Return fresh values of what no reset reaches, by attack seed: none if it reaches all, or
+        no attack needs them.
+        """
+        strategies = (*self.plan.strategies, *self.plan.whole)
+        kinds = {p.kind for strategy in strategies for p in strategy.preparations}
+        if not kinds & REINITIALISING and not self.spec.search_trials:
+            return {}
+        if not bare_parameters(self._start("scratch", self._seeds[0]).model).values:
+            return {}
+        return {s: bare_parameters(self._start("scratch", s).model) for s in self._seeds}
 
     def _key(self, assignment: Assignment) -> str:
         return self.bench.key(assignment, self._start(assignment.subject, assignment.seed))

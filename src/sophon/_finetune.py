@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
 
 from sophon._data import Domain, Images
-from sophon._models import add_lora, lora_parameters, real_name
+from sophon._models import Bare, add_lora, lora_parameters, real_name
 from sophon._optimisations import plain
 from sophon._preparations import Course, Surroundings, prepare, require_steps
 from sophon._seeding import generator, seeded
@@ -184,6 +184,7 @@ def attacker_copy(
     classes: int | None,
     feed: Feed,
     stream: tuple[int, tuple[str | int, ...]],
+    bare: Bare | None = None,
 ) -> AttackerCopy:
     """Prepare `model`, already a copy, as the strategy says: see `_preparations`, `_lora`."""
 
@@ -200,6 +201,7 @@ def attacker_copy(
         batches=batches,
         train=lambda model, course: _follow(model, course, strategy, setting),
         steps=strategy.steps,
+        bare=bare,
     )
     setting.place(model)
     prepared = prepare(model, strategy.preparations, surroundings)
@@ -263,10 +265,15 @@ def attacker_images(
 
 
 def check_preparations(
-    model: nn.Module, wanted: Iterable[tuple[Preparation, ...]], setting: Setting, steps: int
+    model: nn.Module,
+    wanted: Iterable[tuple[Preparation, ...]],
+    setting: Setting,
+    steps: int,
+    bare: Bare | None = None,
 ) -> None:
     """Raise SpecError, before any work, unless `model` allows every one of the preparations and
-    each leaves an attacker of `steps` steps some of its own.
+    each leaves an attacker of `steps` steps some of its own; UnsupportedModelError for parameters
+    that no reset reaches and of which `bare` has no fresh value.
     """
     for preparations in dict.fromkeys(wanted):
         if not preparations:
@@ -281,6 +288,7 @@ def check_preparations(
                 classes=setting.task.classes(domain),
                 feed=feed,
                 stream=(0, ("check",)),
+                bare=bare,
             )
 
 

@@ -6,17 +6,28 @@ from whole stages only, so neither workers nor interruptions change it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
-from sophon._attacks import SECONDARY, SUITES, Suite, patient, strategies_of, suite_of
+from sophon._attacks import (
+    SECONDARY,
+    SUITES,
+    Suite,
+    method,
+    patient,
+    strategies_of,
+    suite_of,
+    trains_first,
+)
 from sophon._data import Domain
 from sophon._finetune import image_count
-from sophon._metric_kinds import kind_of
-from sophon._records import Trial
+from sophon._metric_kinds import MetricKind, kind_of
+from sophon._records import Point, Trial, unpack
 from sophon._search import AT_ONCE, AttackerSearch
 from sophon._specs import AuditSpec, Strategy, Subject
 from sophon._statistics import area, best_of, envelope, winner
@@ -26,6 +37,8 @@ from sophon._trials import Assignment, evaluation_steps, stop_at
 _LEADERS = 4
 # How many of them a subject has in most audits, its winner included: for forecasts.
 _USUAL_LEADERS = 3
+# How sure it must be that an attack has moved by the stop, whichever of them it is.
+_LUCK = 0.025
 # Secondary domains are attacked with so many seeds at most.
 _SECONDARY_SEEDS = 3
 
@@ -47,7 +60,8 @@ class Work(NamedTuple):
 class Plan:
     """The trials of an audit. `trials` are those met so far: the caller adds to them.
 
-    `strategies` are the suite's and the extra ones, `whole` more that no prefilter stops.
+    `strategies` are the suite's and the extra ones, `whole` more that no prefilter stops, `beyond`
+    those whose rates a search must reach; `metric` is the task's.
     """
 
     spec: AuditSpec
@@ -56,6 +70,8 @@ class Plan:
     secondary: tuple[Domain, ...]
     strategies: tuple[Strategy, ...]
     whole: tuple[Strategy, ...] = ()
+    beyond: tuple[Strategy, ...] = ()
+    metric: str = "accuracy"
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -79,7 +95,10 @@ class Plan:
         return self.spec.survivors or self.suite.survivors
 
     def expected(self) -> Work:
-        """Return how much work the audit is: exactly, or about as much if `staged`."""
+        """Return how much work the audit is: exactly, or about as much if `staged`.
+
+        As if the prefilter could tell attacks apart: where it cannot, all of them go on.
+        """
         work, whole = Work(0, 0, 0), self.spec.steps
         usual = Strategy.model_fields["batch_size"].default
         several = len(self.subjects)
@@ -92,7 +111,7 @@ class Plan:
             for strategy in late:
                 work = work.plus(several * every, whole, strategy.batch_size)
             if stop < whole:
-                survivors = min(len(early), self.survivors * 2)
+                survivors = min(len(early), self.survivors * 2 + len({method(s) for s in early}))
                 work = work.plus(several * survivors, whole, usual)
             search = (self.spec.search_trials or 0) * several
             work = work.plus(search, stop, usual)
@@ -157,13 +176,27 @@ class Plan:
         return stop_at(self.spec.steps, self.spec.evaluations, share)
 
     def _survivors(self, domain: Domain, early: Sequence[Strategy]) -> list[Strategy]:
+        """Return the attacks that go on: each subject's best, and its best of every method.
+
+        All go on where none has moved on some subject: what is best there is luck.
+        """
+        if not all(self._moved(domain, subject, early) for subject in self.subjects):
+            return list(early)
         kept: set[Strategy] = set()
         for subject in self.subjects:
             trials = [t for t in self._met(domain, subject) if t.strategy in set(early)]
             ranked = sorted(trials, key=best_of, reverse=True)
             kept.update(t.strategy for t in ranked[: self.survivors])
+            kept.update({method(t.strategy): t.strategy for t in reversed(ranked)}.values())
             kept.update(_holders(trials))
         return [strategy for strategy in early if strategy in kept]
+
+    def _moved(self, domain: Domain, subject: Subject, strategies: Sequence[Strategy]) -> bool:
+        """Return whether the stop can tell any of the attacks from its start and from guessing."""
+        chosen, stop = set(strategies), self._stop() or self.spec.steps
+        trials = [t for t in self._met(domain, subject) if t.strategy in chosen]
+        level = _LUCK / max(1, len(trials))
+        return any(_has_moved(trial, stop, domain, level) for trial in trials)
 
     # --- The search --------------------------------------------------------------------------
 
@@ -173,7 +206,16 @@ class Plan:
             return
         seed, stop = self.seeds[0], self._stop()
         searches = {
-            name: AttackerSearch(seed, self.spec.steps, len(domain.train)) for name in self.subjects
+            name: AttackerSearch(
+                seed,
+                self.spec.steps,
+                len(domain.train),
+                batch_size=self.spec.batch_size,
+                metric=self.metric,
+                beyond=self.beyond,
+                stop=stop,
+            )
+            for name in self.subjects
         }
         while left:
             count = min(AT_ONCE, left)
@@ -185,20 +227,31 @@ class Plan:
                 for strategy in strategies
             ]
             if stop is not None:
-                # The better half goes on: as many for each subject.
                 yield [
                     Assignment(name, domain, strategy, seed)
-                    for name, strategies in asked.items()
-                    for strategy in self._better_half(domain, name, strategies)
+                    for name, strategies in self._going_on(domain, asked).items()
+                    for strategy in strategies
                 ]
             for name, strategies in asked.items():
                 searches[name].tell([self._reached(domain, name, s) for s in strategies])
 
-    def _better_half(
-        self, domain: Domain, subject: Subject, strategies: list[Strategy]
-    ) -> list[Strategy]:
-        ranked = sorted(strategies, key=lambda s: self._reached(domain, subject, s), reverse=True)
-        return ranked[: (len(ranked) + 1) // 2]
+    def _going_on(
+        self, domain: Domain, asked: dict[Subject, list[Strategy]]
+    ) -> dict[Subject, list[Strategy]]:
+        """Return the better half of each subject's proposals: as many for each subject.
+
+        What trains beforehand pays off late and goes on first. All go on where none has moved on
+        some subject.
+        """
+        if not all(self._moved(domain, name, strategies) for name, strategies in asked.items()):
+            return asked
+        late = max(sum(map(trains_first, strategies)) for strategies in asked.values())
+        chosen: dict[Subject, list[Strategy]] = {}
+        for name, strategies in asked.items():
+            reached = {s: self._reached(domain, name, s) for s in strategies}
+            ranked = sorted(strategies, key=lambda s: (trains_first(s), reached[s]), reverse=True)
+            chosen[name] = ranked[: max(late, (len(ranked) + 1) // 2)]
+        return chosen
 
     def _reached(self, domain: Domain, subject: Subject, strategy: Strategy) -> float:
         """Return the area under a strategy's best-so-far, as far as it was run."""
@@ -256,6 +309,41 @@ class Plan:
             for strategy in strategies
             for subject in self.subjects
         ]
+
+
+def _has_moved(trial: Trial, stop: int, domain: Domain, level: float) -> bool:
+    """Return whether by `stop` an attack's score is above where it started and above guessing, by
+    more than is small for the metric and than chance allows in one of 1 / `level` cases.
+    """
+    points = [point for point in trial.curve if point.step <= stop]
+    if len(points) < 2:
+        return False
+    start = points[0]
+    best = max(points[1:], key=lambda point: point.validation.value)
+    score, kind = best.validation, kind_of(best.validation)
+    sure = NormalDist().inv_cdf(1 - level)
+    gain = score.value - start.validation.value
+    lead = score.value - _guess(domain, kind)
+    own = math.sqrt(score.variance / score.total)
+    return gain > max(kind.close, sure * _noise(start, best)) and lead > max(kind.close, sure * own)
+
+
+def _noise(start: Point, best: Point) -> float:
+    """Return the standard error of how far two scores are apart; they are of the same images."""
+    first, second = start.validation, best.validation
+    if start.by_image is None or best.by_image is None:
+        return math.sqrt((first.variance + second.variance) / second.total)
+    change = unpack(best.by_image, second) - unpack(start.by_image, first)
+    return float(change.std() / math.sqrt(len(change)))
+
+
+def _guess(domain: Domain, kind: MetricKind) -> float:
+    """Return what guessing gives: of classes that are not equally frequent, the largest."""
+    chance = kind.chance(domain.class_count)
+    if kind.name != "accuracy":
+        return chance
+    _, counts = domain.validation.labels.unique(return_counts=True)
+    return max(chance, int(counts.max()) / len(domain.validation))
 
 
 def _holders(trials: Sequence[Trial]) -> set[Strategy]:

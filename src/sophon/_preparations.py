@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from sophon._errors import DataError, SpecError
 from sophon._models import (
+    Bare,
     BatchNorms,
     Names,
     Shape,
     blocks,
+    drop_foreign_hooks,
     head_classes,
     layers_in_order,
     normalised_pairs,
@@ -61,7 +63,7 @@ class Surroundings:
     `classes` is the restricted domain's, None where a head stays of its size; `batches(n)` yields
     up to n normalised image batches of it (batch, channels, height, width); `train` follows a
     course on the original domain; `steps` is the attacker's budget; `(seed, *names)` is its random
-    stream.
+    stream; `bare` are fresh values for parameters that no `reset_parameters` reaches.
     """
 
     head: str
@@ -72,6 +74,7 @@ class Surroundings:
     batches: Callable[[int], Iterator[Tensor]] | None
     train: Callable[[nn.Module, Course], None] | None = None
     steps: int = 1
+    bare: Bare | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,10 @@ def _distil(
     model: nn.Module, preparation: Distil, surroundings: Surroundings, factors: Factors
 ) -> None:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    reinitialise(model, seed=surroundings.seed, names=(*surroundings.names, "student"))
+    # A student is a network of its own: what hangs on the publisher's stays with the teacher.
+    drop_foreign_hooks(model)
+    names = (*surroundings.names, "student")
+    reinitialise(model, seed=surroundings.seed, names=names, bare=surroundings.bare)
     _train(model, preparation, surroundings, teacher)
     for name in factors:
         factors[name] = 0.0
@@ -205,7 +211,12 @@ def _reset_last_blocks(
     for names in found[-preparation.blocks :]:
         for name in names:
             stream = (*surroundings.names, name)
-            reinitialise(model.get_submodule(name), seed=surroundings.seed, names=stream)
+            reinitialise(
+                model.get_submodule(name),
+                seed=surroundings.seed,
+                names=stream,
+                bare=None if surroundings.bare is None else surroundings.bare.within(name),
+            )
             _forget(factors, name)
 
 
@@ -245,18 +256,21 @@ def _noise_kick(
 def _rescale_weights(
     model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings, factors: Factors
 ) -> None:
-    """Scale what each normalisation undoes: weight, bias and running mean by c, variance by c^2;
-    then what the next layer can undo: weight and bias by c, the next weight by 1 / c.
+    """Scale what the next layer can undo: weight and bias by c, the next weight by 1 / c; then what
+    a normalisation undoes: weight, bias and running mean by c, variance by c^2.
 
-    All pairs at once when that preserves the function; otherwise one at a time, leaving out
-    those that do not (an output read elsewhere, an eps that matters).
+    In this order: a normalised layer may have to take what the one before it left. All pairs at
+    once when that preserves the function; otherwise one at a time, leaving out those that do not
+    (an output read elsewhere, an eps that matters).
     """
-    scales = []
-    for layer, norm in normalised_pairs(model, surroundings.image_shape):
-        weight: Any = model.get_submodule(layer).weight
-        size = float(weight.norm()) / math.sqrt(weight.shape[0])
-        if size > 0 and math.isfinite(size):
-            scales.append((layer, norm, preparation.norm / size))
+    pairs = normalised_pairs(model, surroundings.image_shape)
+    normalised = {layer for layer, _ in pairs if _scalable(_size(model, layer))}
+    _rescale_chain(model, preparation.norm, surroundings, factors, normalised)
+    scales = [
+        (layer, norm, preparation.norm / size)
+        for layer, norm in pairs
+        if _scalable(size := _size(model, layer))
+    ]
     images = probe_images(model, surroundings.image_shape)
     with probing(model):
         expected = run(model, images)
@@ -265,7 +279,16 @@ def _rescale_weights(
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
     for layer, _, scale in kept:
         _multiply(factors, layer, scale)
-    _rescale_chain(model, preparation.norm, surroundings, factors, {s[0] for s in scales})
+
+
+def _size(model: nn.Module, layer: str) -> float:
+    """Return the root mean square over a layer's filters of their norms."""
+    weight: Any = model.get_submodule(layer).weight
+    return float(weight.norm()) / math.sqrt(weight.shape[0])
+
+
+def _scalable(size: float) -> bool:
+    return size > 0 and math.isfinite(size)
 
 
 def _multiply(factors: Factors, layer: str, scale: float) -> None:
@@ -285,8 +308,8 @@ def _rescale_chain(
     for name, after in itertools.pairwise(order):
         layer: Any = model.get_submodule(name)
         following: Any = model.get_submodule(after)
-        size = float(layer.weight.norm()) / math.sqrt(layer.weight.shape[0])
-        if name in but or size == 0 or not math.isfinite(size):
+        size = _size(model, name)
+        if name in but or not _scalable(size):
             continue
         scale = norm / size
         touched = [layer.weight, following.weight]

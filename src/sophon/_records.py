@@ -284,6 +284,7 @@ class AuditRecord(Record):
 
     `held_out` are restricted domains that protection did not use, `benign` allowed ones;
     `given_up` says what a time budget left out, `note` is what a reader must know first.
+    `suite_fingerprint` is of the suite as it was, empty in older records.
     `task_name` says what the scores are of; `left_out` names attacks of the suite that the task
     has no use for, and why.
     """
@@ -307,6 +308,7 @@ class AuditRecord(Record):
     environment: Environment
     created: str
     command: str
+    suite_fingerprint: str = ""
     given_up: tuple[str, ...] = ()
     note: str = ""
     protection: dict[str, object] | None = None

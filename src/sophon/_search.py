@@ -7,12 +7,16 @@ in the same order, so an interrupted search that is repeated proposes the same s
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from sophon._errors import SpecError
 from sophon._specs import (
     BatchNorm,
+    Distil,
     FreshHead,
+    Heal,
+    NoiseKick,
     OptimizerName,
     Preparation,
     RescaleWeights,
@@ -35,23 +39,97 @@ PREPARATIONS: dict[str, tuple[Preparation, ...]] = {
     "fresh head": (FreshHead(),),
     "last block": (ResetLastBlocks(), FreshHead()),
     "rescaled": (RescaleWeights(),),
-    "batch norm": (BatchNorm(mode="reset"),),
+    "rescaled, fresh head": (RescaleWeights(), FreshHead()),
+    "batch norm reset": (BatchNorm(mode="reset"),),
+    "batch norm measured": (BatchNorm(mode="reestimate"),),
+    "noise": (NoiseKick(relative_std=0.1),),
+    # Little enough to have steps of its own before a prefilter stops it.
+    "healed": (Heal(share=0.1),),
+    "healed, fresh head": (Heal(share=0.1), FreshHead()),
+}
+# What is trained.
+METHODS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "head": {"scope": "head"},
+    "adapters": {"lora_rank": 8},
 }
 BATCH_SIZES = (32, 64, 128)
+WEIGHT_DECAYS = (0.0, 1e-2)
 SCHEDULES = ("constant", "cosine", "warmup_cosine")
 CLIPS = (None, 1.0)
 # Proposals made before their results are known: constant, so that workers change nothing.
 AT_ONCE = 4
 
 
-class AttackerSearch:
-    """Propose strategies of `steps` steps and learn from what they reached; one per subject."""
+def starts(metric: str, steps: int, stop: int | None = None) -> dict[str, tuple[Preparation, ...]]:
+    """Return the preparations that are searched: those that leave steps before `stop` or the end;
+    a diffusion model has no BatchNorm.
+    """
+    end = steps if stop is None else min(stop, steps)
+    return {
+        name: held
+        for name, held in PREPARATIONS.items()
+        if _spent(held, steps) < end
+        and (metric == "accuracy" or not any(isinstance(p, BatchNorm) for p in held))
+    }
 
-    def __init__(self, seed: int, steps: int, largest_batch: int) -> None:
+
+def rates(beyond: Iterable[Strategy] = ()) -> dict[OptimizerName, tuple[float, float]]:
+    """Return the rates that are searched, by optimizer, widened to those of `beyond`."""
+    widened = dict(RATES)
+    for strategy in beyond:
+        low, high = widened[strategy.optimizer]
+        rate = strategy.learning_rate
+        widened[strategy.optimizer] = (min(low, rate), max(high, rate))
+    return widened
+
+
+def search_space() -> dict[str, Any]:
+    """Return the whole space as plain values, for a fingerprint."""
+    return {
+        "rates": {name: list(bounds) for name, bounds in RATES.items()},
+        "starts": {
+            name: [preparation.model_dump(mode="json") for preparation in held]
+            for name, held in PREPARATIONS.items()
+        },
+        "methods": METHODS,
+        "batch sizes": list(BATCH_SIZES),
+        "weight decays": list(WEIGHT_DECAYS),
+        "schedules": list(SCHEDULES),
+        "clips": list(CLIPS),
+        "at once": AT_ONCE,
+    }
+
+
+class AttackerSearch:
+    """Propose strategies of `steps` steps and learn from what they reached; one per subject.
+
+    `batch_size` is the audit's where it names one; otherwise batches up to `largest_batch` are
+    searched. Rates go as far as those of `beyond`. Where proposals are stopped at step `stop`
+    first, those whose training beforehand takes as long are left out. Of a diffusion model the last
+    convolution alone is not trained: `metric` is the task's.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        steps: int,
+        largest_batch: int,
+        *,
+        batch_size: int | None = None,
+        metric: str = "accuracy",
+        beyond: Iterable[Strategy] = (),
+        stop: int | None = None,
+    ) -> None:
         self._optuna = _optuna()
         self.steps = steps
         self.batch_sizes = [size for size in BATCH_SIZES if size <= largest_batch]
         self.batch_sizes = self.batch_sizes or [largest_batch]
+        if batch_size is not None:
+            self.batch_sizes = [min(batch_size, largest_batch)]
+        self.rates = rates(beyond)
+        self.starts = starts(metric, steps, stop)
+        self.methods = [m for m in METHODS if m != "head" or metric == "accuracy"]
         sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=AT_ONCE)
         self._study = self._optuna.create_study(sampler=sampler, direction="maximize")
         self._asked: list[Any] = []
@@ -68,19 +146,28 @@ class AttackerSearch:
 
     def _strategy(self, trial: Any) -> Strategy:
         optimizer = trial.suggest_categorical("optimizer", list(RATES))
-        low, high = RATES[optimizer]
+        low, high = self.rates[optimizer]
         # One position for all optimizers: what is learnt of one tells something of the others.
         position = trial.suggest_float("rate position", 0.0, 1.0)
-        preparations = PREPARATIONS[trial.suggest_categorical("start", list(PREPARATIONS))]
+        preparations = self.starts[trial.suggest_categorical("start", list(self.starts))]
+        method = METHODS[trial.suggest_categorical("method", self.methods)]
         return Strategy(
             optimizer=optimizer,
             learning_rate=float(f"{low * (high / low) ** position:.4g}"),
+            weight_decay=trial.suggest_categorical("weight decay", list(WEIGHT_DECAYS)),
             preparations=preparations,
             schedule=trial.suggest_categorical("schedule", list(SCHEDULES)),
             clip_norm=trial.suggest_categorical("clip", list(CLIPS)),
             batch_size=trial.suggest_categorical("batch size", self.batch_sizes),
             steps=self.steps,
+            **method,
         )
+
+
+def _spent(preparations: tuple[Preparation, ...], steps: int) -> int:
+    """Return about how many of the steps are spent on training beforehand."""
+    courses = [p for p in preparations if isinstance(p, Heal | Distil)]
+    return sum(max(1, round(p.share * steps)) for p in courses)
 
 
 def require_optuna() -> None:

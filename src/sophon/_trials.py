@@ -6,6 +6,7 @@ import copy
 import math
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from sophon._circumstances import environment
 from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy, attacker_images
 from sophon._metrics import evaluate, image_scores, measured
-from sophon._models import batch_norm_reestimated, merged_lora
+from sophon._models import Bare, batch_norm_reestimated, foreign_hooks, merged_lora
 from sophon._optimisations import plain
 from sophon._records import (
     SCHEMA_VERSION,
@@ -35,6 +36,8 @@ from sophon._specs import Strategy, Subject, fingerprint_of
 
 # Raise this when a change of the loop changes what a trial with an old key would give.
 ENGINE_VERSION = 4
+# Preparations that give layers fresh weights by their own reset.
+REINITIALISING = frozenset({"distil", "reset_last_blocks"})
 # Images that BatchNorm statistics are measured anew on, at each evaluation.
 _REESTIMATE_ON = 256
 
@@ -62,10 +65,15 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """Where trials are run: the setting, and how often an attack is measured."""
+    """Where trials are run: the setting, and how often an attack is measured.
+
+    `bare` are fresh values of parameters that no reset reaches, by attack seed, where the network
+    has such.
+    """
 
     setting: Setting
     evaluations: int
+    bare: Mapping[int, Bare] = field(default_factory=dict, repr=False, compare=False)
 
     def key(self, assignment: Assignment, start: Start) -> str:
         """Return the fingerprint of everything that determines a trial."""
@@ -93,6 +101,12 @@ class Bench:
         if assignment.strategy.preparations:
             # Some train on the original domain first.
             parts["original"] = setting.original.fingerprint()
+        kinds = {preparation.kind for preparation in assignment.strategy.preparations}
+        bare = self.bare.get(assignment.seed)
+        if bare is not None and kinds & REINITIALISING:
+            parts["bare"] = bare.sha256()
+        if "distil" in kinds and foreign_hooks(start.model):
+            parts["student"] = "without hooks"
         return fingerprint_of(parts)
 
     def run(self, assignment: Assignment, start: Start) -> Trial:
@@ -141,7 +155,13 @@ class Bench:
         )
         classes = self.setting.task.classes(domain)
         prepared = attacker_copy(
-            model, strategy, self.setting, classes=classes, feed=feed, stream=stream
+            model,
+            strategy,
+            self.setting,
+            classes=classes,
+            feed=feed,
+            stream=stream,
+            bare=self.bare.get(seed),
         )
         return FineTuning(model, strategy, self.setting, feed, stream=stream, taken=prepared.spent)
 

@@ -30,7 +30,14 @@ from sophon._models._denoisers import (
     require_parts,
     write_pipeline,
 )
-from sophon._models._fresh import fresh_copy, reinitialise
+from sophon._models._fresh import (
+    Bare,
+    bare_parameters,
+    drop_foreign_hooks,
+    foreign_hooks,
+    fresh_copy,
+    reinitialise,
+)
 from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
 from sophon._models._probing import (
@@ -62,6 +69,8 @@ from sophon._models._weights import (
 __all__ = [
     "add_lora",
     "architecture",
+    "Bare",
+    "bare_parameters",
     "batch_norm_reestimated",
     "BatchNorms",
     "blocks",
@@ -76,10 +85,12 @@ __all__ = [
     "class_embeddings",
     "DenoiserSource",
     "denoiser_name",
+    "drop_foreign_hooks",
     "DIFFUSERS",
     "diffusers",
     "expected_channels",
     "find_head",
+    "foreign_hooks",
     "fresh_copy",
     "head_classes",
     "is_conditional",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sophon._errors import UnsupportedModelError
 from sophon._models._heads import head_classes, replace_head
@@ -16,14 +19,39 @@ from sophon._models._probing import (
 from sophon._seeding import seeded
 
 
-@torch.no_grad()
-def reinitialise(module: nn.Module, *, seed: int, names: Names) -> None:
-    """Reset every parameter by its layer's own `reset_parameters`, on the stream `(seed, *names)`.
+@dataclass(frozen=True)
+class Bare:
+    """Fresh values of the parameters of a network that no `reset_parameters` reaches, by name."""
 
-    Raises UnsupportedModelError naming parameters that no reset reaches; the module is then
-    unchanged.
+    values: Mapping[str, Tensor]
+
+    def within(self, name: str) -> Bare:
+        """Return those of the submodule `name`, named as it names them."""
+        start = f"{name}."
+        held = {k.removeprefix(start): v for k, v in self.values.items() if k.startswith(start)}
+        return Bare(held)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of names, types, shapes and bytes."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.values.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().tobytes())
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def bare_parameters(fresh: nn.Module) -> Bare:
+    """Return the parameters of a fresh network that no reset reaches: scales of residuals, position
+    embeddings, class tokens. The network is left as it is.
     """
-    before = [(tensor, tensor.clone()) for tensor in [*module.parameters(), *module.buffers()]]
+    missed = _reset(copy.deepcopy(fresh), seed=0, names=("bare",))
+    return Bare({name: fresh.get_parameter(name).detach().clone() for name in missed})
+
+
+def _reset(module: nn.Module, *, seed: int, names: Names) -> list[str]:
+    """Reset what has a `reset_parameters`; return the parameters that none reached: now NaN."""
     for parameter in module.parameters():
         parameter.fill_(torch.nan)
     with seeded(seed, *names):
@@ -31,7 +59,25 @@ def reinitialise(module: nn.Module, *, seed: int, names: Names) -> None:
             reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
             if callable(reset):
                 reset()
-    missed = [name for name, p in module.named_parameters() if bool(torch.isnan(p).any())]
+    return [name for name, p in module.named_parameters() if bool(torch.isnan(p).any())]
+
+
+@torch.no_grad()
+def reinitialise(module: nn.Module, *, seed: int, names: Names, bare: Bare | None = None) -> None:
+    """Reset every parameter by its layer's own `reset_parameters`, on the stream `(seed, *names)`;
+    those that no reset reaches are taken from `bare`.
+
+    Raises UnsupportedModelError naming parameters that neither has; the module is then unchanged.
+    """
+    before = [(tensor, tensor.clone()) for tensor in [*module.parameters(), *module.buffers()]]
+    missed = []
+    for name in _reset(module, seed=seed, names=names):
+        parameter = module.get_parameter(name)
+        value = None if bare is None else bare.values.get(name)
+        if value is None or value.shape != parameter.shape:
+            missed.append(name)
+        else:
+            parameter.copy_(value)
     if missed:
         for tensor, value in before:
             tensor.copy_(value)
@@ -40,6 +86,31 @@ def reinitialise(module: nn.Module, *, seed: int, names: Names) -> None:
             f"{', ...' if len(missed) > 4 else ''} of {type(module).__name__}: give the layer "
             "that owns it a reset_parameters method, or pass a factory of fresh models"
         )
+
+
+def foreign_hooks(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """Return where hooks are held that are not torch's own (those compute weights): dict and key.
+
+    Whoever publishes a model may have put them there.
+    """
+    return [
+        (held, key)
+        for part in module.modules()
+        for held in (
+            part._forward_pre_hooks,
+            part._forward_hooks,
+            part._backward_pre_hooks,
+            part._backward_hooks,
+        )
+        for key, hook in held.items()
+        if not getattr(hook, "__module__", "").startswith("torch.nn.utils.")
+    ]
+
+
+def drop_foreign_hooks(module: nn.Module) -> None:
+    """Take off every hook that is not torch's own, in place."""
+    for held, key in foreign_hooks(module):
+        del held[key]
 
 
 def fresh_copy(

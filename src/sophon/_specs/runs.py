@@ -57,7 +57,8 @@ class AuditSpec(Spec):
     `extra` adds attacks; all take `steps` steps. `batch_size` replaces the suite's, an extra
     attack has its own. `search_trials` is how many strategies a search tries on each subject, on
     top of the suite. A suite that stops most attacks early does so at `prefilter` of the budget
-    and goes on with the `survivors` best of each subject. What is left out is the suite's own.
+    and goes on with the `survivors` best of each subject and its best of every method. What is left
+    out is the suite's own.
     """
 
     suite: str = "quick-1"

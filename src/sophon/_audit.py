@@ -183,13 +183,13 @@ class Audit:
                 met |= new.keys()
                 found = {key: self.store.get(key) for key in new}
                 lacking = [_job(a) for key, a in new.items() if found[key] is None]
-                ran = executor.run(lacking)
+                # Each is stored once it is done, though one in front of it may take longer.
+                ran = executor.run(lacking, self.store.put)
                 for key, assignment in new.items():
                     trial = found[key]
                     if trial is None:
                         trial = next(ran)
                         self.ran.add(key)
-                        self.store.put(trial)
                     self.trials.append(self._named(assignment, trial))
                     yield self.trials[-1]
         self._crashes = earlier_crashes(self.store, self.trials)

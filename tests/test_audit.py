@@ -140,9 +140,44 @@ def test_a_crashed_trial_is_run_again_and_its_trace_kept(
     monkeypatch.setattr(Bench, "_attack", failing)
     first = _record(tmp_path, spec)
     assert sum(t.outcome.kind == "crashed" for t in first.trials) == 12
+    assert first.earlier_crashes == ()
+    second = _record(tmp_path, spec)
+    assert [t.key for t in second.trials] == [t.key for t in first.trials]
+    assert len(second.earlier_crashes) == 12
     monkeypatch.setattr(Bench, "_attack", attack)
-    assert {t.outcome.kind for t in _record(tmp_path, spec).trials} == {"completed"}
+    third = _record(tmp_path, spec)
+    assert {t.outcome.kind for t in third.trials} == {"completed"}
     assert len(list((tmp_path / "trials").glob("*.crashed-1.json"))) == 12
+    # Both runs of every trial that crashed are in the record, in the order of the trials.
+    keys = [t.key for t in first.trials if t.subject == "scratch"]
+    assert [c.trial for c in third.earlier_crashes] == [key for key in keys for _ in range(2)]
+    assert {c.error for c in third.earlier_crashes} == {"MemoryError: for once"}
+    assert _record(tmp_path, spec).earlier_crashes == third.earlier_crashes
+
+
+def test_crashes_are_in_the_record_without_a_store_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Audit(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}),
+        scratch=scratch_model,
+    )
+    attack, calls = Bench._attack, []
+
+    def failing(self: Bench, *rest: object) -> object:
+        calls.append(rest)
+        if len(calls) == 1:
+            raise MemoryError("for once\nand more")
+        return attack(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Bench, "_attack", failing)
+    crashed, *_ = run
+    assert run.record().earlier_crashes == ()
+    again, *_ = run
+    assert again.outcome.kind == "completed"
+    held = run.record().earlier_crashes
+    assert [(c.trial, c.error) for c in held] == [(crashed.key, "MemoryError: for once")]
 
 
 def test_other_weights_and_other_images_are_other_trials(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ FineTuning._step = counted(FineTuning._step)
 run = Audit(
     model, unprotected=model, original=original(), restricted=digits(5, 8),
     spec=AuditSpec(suite="tiny", steps=4, evaluations=2, batch_size=16, precision="fp32"),
-    scratch=scratch_model, store=sys.argv[1],
+    scratch=scratch_model, store=sys.argv[1], workers=int(sys.argv[3]),
 )
 for _ in run:
     pass
@@ -62,14 +64,15 @@ print(1_000_000 - left, file=sys.stderr)
 NEVER = 1_000_000
 
 
-def _run(store: Path, event: int) -> subprocess.Popen[str]:
+def _run(store: Path, event: int, workers: int = 1) -> subprocess.Popen[str]:
     script = SCRIPT.format(tests=str(Path(__file__).parent))
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(store), str(event)],
+        [sys.executable, "-c", script, str(store), str(event), str(workers)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=dict(os.environ),
+        start_new_session=True,
     )
 
 
@@ -112,6 +115,32 @@ def test_killed_at_ten_random_points_the_record_is_the_same(
     found, _ = _finished(_run(tmp_path, NEVER))
     assert found == expected
     assert sorted(t["key"] for t in found) == _stored(tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_with_workers_the_record_is_the_same_and_none_is_left_behind(
+    uninterrupted: tuple[list[dict[str, Any]], int], tmp_path: Path
+) -> None:
+    # Here only flushes, links and removals count: the steps are those of the workers.
+    process = _run(tmp_path, 20, workers=2)
+    process.communicate()
+    assert process.returncode == -9
+    assert len(_stored(tmp_path)) in (6, 7)
+    _require_ended(process.pid)
+    found, _ = _finished(_run(tmp_path, NEVER))
+    assert found == uninterrupted[0]
+    assert sorted(t["key"] for t in found) == _stored(tmp_path)
+
+
+def _require_ended(group: int) -> None:
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("workers were left behind")
 
 
 @pytest.mark.slow

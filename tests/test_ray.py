@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,12 @@ from builders import original, restricted, scratch_model, trained_model
 from ray_models import FatalOnce
 from sophon._audit import Audit
 from sophon._errors import AuditError, SpecError
+from sophon._executors import ATTEMPTS, Job
 from sophon._optimisations import SWITCH, plain
 from sophon._ray import RayCluster
+from sophon._records import Trial
 from sophon._specs import AuditSpec
+from workloads import Scripted, job
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 SPEC = AuditSpec(steps=2, evaluations=2, batch_size=16, precision="fp32")
@@ -64,6 +68,73 @@ def test_a_cluster_of_two_workers_gives_the_same_trials_though_one_is_killed(
         model, original=original(), restricted=restricted(), spec=SPEC, scratch=scratch_model
     )
     assert _facts(here) == found
+
+
+class _Task:
+    """Stands in for a function that a cluster runs."""
+
+    def remote(self, *arguments: object) -> tuple[object, ...]:
+        return arguments
+
+
+class _Cluster:
+    """Stands in for the module `ray`: of the jobs under way the last one given is done first."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self) -> None:
+        self.puts = 0
+
+    def put(self, workload: Scripted) -> Scripted:
+        self.puts += 1
+        return workload
+
+    def remote(self, **options: int) -> Callable[[object], _Task]:
+        assert options["max_retries"] == ATTEMPTS - 1
+        return lambda _: _Task()
+
+    def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return running[-num_returns:], running[:-num_returns]
+
+    def get(self, reference: tuple[Scripted, Job, str]) -> Trial:
+        workload, one, _ = reference
+        if one.domain == "kills":
+            raise ray.exceptions.WorkerCrashedError
+        if one.domain == "lost":
+            raise ray.exceptions.NodeDiedError("gone")
+        return workload.run(one)
+
+
+def _faked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RayCluster, _Cluster]:
+    module = _Cluster()
+    monkeypatch.setattr("sophon._ray.require_ray", lambda: module)
+    monkeypatch.setattr(RayCluster, "_connect", lambda *_: None)
+    return RayCluster(Scripted(folder), 2), module  # type: ignore[arg-type]
+
+
+def test_a_cluster_hands_trials_over_as_they_are_done_and_goes_on_after_a_deadly_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, module = _faked(tmp_path, monkeypatch)
+    stored: list[int] = []
+    jobs = [job(does, n) for n, does in enumerate(("quick", "quick", "kills", "quick"))]
+    trials = list(cluster.run(jobs, lambda trial: stored.append(trial.seed)))
+    assert stored == [1, 2, 3, 0]
+    assert [trial.seed for trial in trials] == [0, 1, 2, 3]
+    kinds = [trial.outcome.kind for trial in trials]
+    assert kinds == ["completed", "completed", "crashed", "completed"]
+    assert trials[2].outcome.error.startswith(f"worker died {ATTEMPTS} times")  # type: ignore[union-attr]
+    # A later stage finds model and images where they are.
+    assert len(list(cluster.run(jobs[:1]))) == 1
+    assert module.puts == 1
+
+
+def test_a_cluster_that_loses_machines_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, _ = _faked(tmp_path, monkeypatch)
+    with pytest.raises(AuditError, match="see that all its machines are up"):
+        list(cluster.run([job("lost", 0)]))
 
 
 class Switched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from sophon._records import (
     SCHEMA_VERSION,
     AuditRecord,
     Crashed,
+    EarlierCrash,
     Overlap,
     Score,
     Vitals,
@@ -333,6 +335,33 @@ def test_markdown_cells_cannot_break_the_table() -> None:
     text = report(record([*record().trials, bad])).markdown()
     assert "<script>" not in text.split("## Every trial")[1]
     assert "a \\| b" in text
+
+
+def test_crashes_of_trials_that_were_run_again_are_shown() -> None:
+    base = record()
+    key = base.trials[0].key
+    crashes = (
+        EarlierCrash(trial=key, error="MemoryError: for once"),
+        EarlierCrash(trial=key, error="MemoryError: for once"),
+        EarlierCrash(trial=base.trials[1].key),
+    )
+    again = base.model_copy(update={"earlier_crashes": crashes})
+    for text in (report(again).html(), report(again).markdown()):
+        assert "completed; crashed twice before: MemoryError: for once" in text
+        assert "completed; crashed once before: error not known" in text
+        assert "Run again after a crash: 2 trials; 3 crashed runs in all." in text
+    assert "crash" not in report(base).markdown().split("## Every trial")[1]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_columns_are_sorted_by_their_numbers() -> None:
+    script = report(record()).html().split("<script>")[1]
+    helpers = script[script.index("const words") : script.index("for (const table")]
+    cells = ["-", "1.2e+03", "0.25", "12", "0.125", "9.50 %", "adam 1e-3", "-0.5"]
+    code = f"{helpers} console.log(JSON.stringify({json.dumps(cells)}.sort(order)));"
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True)
+    expected = ["-0.5", "0.125", "0.25", "9.50 %", "12", "1.2e+03", "-", "adam 1e-3"]
+    assert json.loads(done.stdout) == expected
 
 
 class _Page(HTMLParser):

@@ -44,12 +44,19 @@ from sophon._models import (
 )
 from sophon._plan import Plan
 from sophon._ray import RayCluster, require_ray
-from sophon._records import AuditRecord, DomainRecord, SampleRecord, SubjectRecord, Trial
+from sophon._records import (
+    AuditRecord,
+    DomainRecord,
+    EarlierCrash,
+    SampleRecord,
+    SubjectRecord,
+    Trial,
+)
 from sophon._samples import SampleStage, check_samples, expected_sets, fewer_pictures, wanted
 from sophon._search import require_optuna, starts
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Preparation, Strategy, Subject, fingerprint_of, parse_spec
-from sophon._store import DocumentStore, TrialStore
+from sophon._store import DocumentStore, TrialStore, earlier_crashes
 from sophon._tasks import Classification, Task
 from sophon._trials import REINITIALISING, Assignment, Bench, Start
 from sophon._vitals import block_count, measure_vitals, training_flops
@@ -128,6 +135,7 @@ class Audit:
         self.given_up: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
         self._pictures: list[SampleRecord] = []
+        self._crashes: tuple[EarlierCrash, ...] = ()
         self._pace: Pace | None = None
         self.plan = self._planned(self.spec)
         self.bench = replace(self.bench, bare=self._bare())
@@ -161,7 +169,7 @@ class Audit:
         for stage in plan.stages():
             for assignment in stage:
                 key = self._key(assignment)
-                trial = self._stored(key)
+                trial = self.store.get(key)
                 if trial is None:
                     lacking.add(key)
                 else:
@@ -182,17 +190,18 @@ class Audit:
                 keys = {a: self._key(a) for a in stage}
                 new = {key: a for a, key in keys.items() if key not in met}
                 met |= new.keys()
-                found = {key: self._stored(key) for key in new}
+                found = {key: self.store.get(key) for key in new}
                 lacking = [_job(a) for key, a in new.items() if found[key] is None]
-                ran = executor.run(lacking)
+                # Each is stored once it is done, though one in front of it may take longer.
+                ran = executor.run(lacking, self.store.put)
                 for key, assignment in new.items():
                     trial = found[key]
                     if trial is None:
                         trial = next(ran)
                         self.ran.add(key)
-                        self.store.put(trial)
                     self.trials.append(self._named(assignment, trial))
                     yield self.trials[-1]
+        self._crashes = earlier_crashes(self.store, self.trials)
         self._pictures = self._drawn()
         self._finished = True
 
@@ -219,6 +228,7 @@ class Audit:
             left_out=self.left_out,
             subjects=self._subject_records(),
             trials=tuple(self.trials),
+            earlier_crashes=self._crashes,
             environment=environment(setting.device, setting.precision),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             suite_fingerprint=suite_fingerprint(self.spec.suite),
@@ -422,11 +432,6 @@ class Audit:
 
     def _key(self, assignment: Assignment) -> str:
         return self.bench.key(assignment, self._start(assignment.subject, assignment.seed))
-
-    def _stored(self, key: str) -> Trial | None:
-        """Return the stored trial unless it crashed: those are run again when repeated."""
-        trial = self.store.get(key)
-        return None if trial is None or trial.outcome.kind == "crashed" else trial
 
     def _named(self, assignment: Assignment, trial: Trial) -> Trial:
         # Equal images under another name are the same trial.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,8 +22,18 @@ from sophon._records import Trial
 from sophon._specs import Strategy, Subject
 from sophon._trials import Assignment, Bench, Start
 
-# How often work is given to new workers after some died (killed, out of memory).
+# How many deaths of its workers (killed, out of memory) end a trial.
 ATTEMPTS = 3
+Finished = Callable[[Trial], object]
+
+
+def lost(attempts: int) -> str:
+    """Return the error of a trial whose workers died so many times."""
+    return f"worker died {attempts} times on this trial: killed, or too little memory"
+
+
+def unheard(_: Trial) -> None:
+    """Do nothing with a finished trial."""
 
 
 class Job(NamedTuple):
@@ -47,17 +60,37 @@ class Workload:
 
     def run(self, job: Job) -> Trial:
         """Return the finished trial of a job."""
-        assignment = Assignment(
-            job.subject, self.domains[job.domain], job.strategy, job.seed, job.stop
-        )
-        return self.bench.run(assignment, self.start(job.subject, job.seed))
+        return self.bench.run(self._assignment(job), self.start(job.subject, job.seed))
+
+    def crashed(self, job: Job, error: str) -> Trial:
+        """Return the trial of a job that could not be finished."""
+        start = self.start(job.subject, job.seed)
+        return self.bench.crashed(self._assignment(job), start, error)
+
+    def _assignment(self, job: Job) -> Assignment:
+        return Assignment(job.subject, self.domains[job.domain], job.strategy, job.seed, job.stop)
+
+
+def in_order(completed: Iterable[tuple[int, Trial]], finished: Finished) -> Iterator[Trial]:
+    """Yield the trials by their places, 0 first; call `finished` with each as soon as it comes."""
+    held: dict[int, Trial] = {}
+    following = 0
+    for place, trial in completed:
+        finished(trial)
+        held[place] = trial
+        while following in held:
+            yield held.pop(following)
+            following += 1
 
 
 class Executor(Protocol):
     """Where jobs are run: a context that yields their trials in their order."""
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
-        """Yield the trials in the order of the jobs."""
+    def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
+        """Yield the trials in the order of the jobs; call `finished` with each once it is done.
+
+        A trial is done before it is yielded, often long before: one in front may take longer.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -76,10 +109,12 @@ class Serial:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
-        """Yield the trials in the order of the jobs."""
+    def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
+        """Yield the trials in the order of the jobs; see `Executor`."""
         for job in jobs:
-            yield self.workload.run(job)
+            trial = self.workload.run(job)
+            finished(trial)
+            yield trial
 
     def __enter__(self) -> Self:
         return self
@@ -91,43 +126,68 @@ class Serial:
 class Processes:
     """Run jobs in `workers` processes of one thread each.
 
-    A trial whose worker died is given to another one; it counts once. Raises AuditError if the
-    model cannot be sent to another process, or workers keep dying.
+    A trial whose worker died is given to another one; it counts once. After `ATTEMPTS` deaths it
+    has crashed, and the others go on. Raises AuditError if the model cannot be sent to another
+    process, or workers die before they are given a trial.
     """
 
     def __init__(self, workload: Workload, workers: int) -> None:
         self.workload = workload
         self.workers = workers
         self._pool: ProcessPoolExecutor | None = None
+        # The first task of the pool, which does nothing; pools in a row that did not get there.
+        self._first: Future[None] | None = None
+        self._stillborn = 0
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
-        """Yield the trials in the order of the jobs."""
-        done, attempts = 0, 0
-        while done < len(jobs):
-            pool = self._opened()
+    def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
+        """Yield the trials in the order of the jobs; see `Executor`."""
+        try:
+            yield from in_order(self._completed(jobs), finished)
+        except (AttributeError, TypeError) as error:
+            # What pickle says of classes made inside functions and the like.
+            if "pickle" not in str(error):
+                raise
+            raise AuditError(
+                f"the model cannot be sent to a worker ({error}): define its class in a module,"
+                " or use one worker"
+            ) from None
+
+    def _completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
+        """Yield the place of each job and its trial, as they are done."""
+        waiting = deque(enumerate(jobs))
+        while waiting:
+            running: dict[Future[Trial], tuple[int, Job]] = {}
             try:
-                for trial in pool.map(_run, jobs[done:]):
-                    attempts = 0
-                    done += 1
-                    yield trial
+                while waiting or running:
+                    # No more than are computed: of all others it is known that they killed nobody.
+                    while waiting and len(running) < self.workers:
+                        running[self._submit(waiting[0][1])] = waiting[0]
+                        waiting.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        trial = future.result()
+                        yield running.pop(future)[0], trial
             except BrokenProcessPool:
-                attempts += 1
-                self._close()
-                if attempts == ATTEMPTS:
-                    raise AuditError(
-                        f"workers died {attempts} times in a row without finishing a trial: lower"
-                        " --workers, there may be too little memory; finished trials are kept"
-                    ) from None
-            except (AttributeError, TypeError) as error:
-                # What pickle says of classes made inside functions and the like.
-                if "pickle" not in str(error):
-                    raise
-                raise AuditError(
-                    f"the model cannot be sent to a worker ({error}): define its class in a module,"
-                    " or use one worker"
-                ) from None
+                at_work = self._buried()
+                whole = [f for f in running if f.done() and f.exception() is None]
+                yield from [(running.pop(future)[0], future.result()) for future in whole]
+                left = sorted(running.values(), key=lambda one: one[0])
+                if at_work:
+                    # Nobody knows which of them it was: alone it will show.
+                    yield from ((place, self._alone(job)) for place, job in left)
+                else:
+                    waiting.extendleft(reversed(left))
 
-    def _opened(self) -> ProcessPoolExecutor:
+    def _alone(self, job: Job) -> Trial:
+        """Return the trial of a job whose worker may have died once, no other being under way."""
+        deaths = 1
+        while deaths < ATTEMPTS:
+            try:
+                return self._submit(job).result()
+            except BrokenProcessPool:
+                deaths += self._buried()
+        return self.workload.crashed(job, lost(deaths))
+
+    def _submit(self, job: Job) -> Future[Trial]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self.workers,
@@ -136,7 +196,23 @@ class Processes:
                 initializer=_begin,
                 initargs=(self.workload,),
             )
-        return self._pool
+            self._first = self._pool.submit(_begun)
+        return self._pool.submit(_run, job)
+
+    def _buried(self) -> bool:
+        """Close the pool of a worker that died; return whether workers had begun to work.
+
+        Raises AuditError if they did not, time and again: then no trial is to blame.
+        """
+        begun = self._first is not None and self._first.done() and not self._first.exception()
+        self._close()
+        self._stillborn = 0 if begun else self._stillborn + 1
+        if self._stillborn == ATTEMPTS:
+            raise AuditError(
+                f"workers died {ATTEMPTS} times in a row before they were given a trial: lower"
+                " --workers, there may be too little memory; finished trials are kept"
+            ) from None
+        return begun
 
     def _close(self, *, at_once: bool = False) -> None:
         if self._pool is None:
@@ -165,8 +241,21 @@ _held: list[Workload] = []
 def _begin(workload: Workload) -> None:
     # Ctrl-C reaches the whole group; the process that was asked ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One that is killed cannot: its workers would wait for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _held.append(workload)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _begun() -> None:
+    """Do nothing: that it is done says that a worker could begin."""
 
 
 def _run(job: Job) -> Trial:

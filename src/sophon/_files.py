@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -19,8 +21,11 @@ _SPARE_BYTES = 64 * 2**20
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return where this process writes what becomes `path` once it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Return where to write what becomes `path` once it is whole: another name at each call.
+
+    Two containers that share a folder may have equal process numbers, so a part of it is random.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,6 +46,22 @@ def write_new_text(path: Path, text: str) -> None:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_numbered_text(path: Path, text: str) -> Path:
+    """Write `text` beside `path`, under the first free of `STEM-1.SUFFIX` and so on; return where.
+
+    Each of several writers has a number of its own. The file is empty until it is whole.
+    """
+    for number in itertools.count(1):
+        numbered = path.with_stem(f"{path.stem}-{number}")
+        try:
+            numbered.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        write_text(numbered, text)
+        return numbered
+    raise AssertionError("numbers do not end")
 
 
 def _written(path: Path, text: str) -> Path:

@@ -1,6 +1,7 @@
 """Trials on a Ray cluster: an extra, `pip install 'sophon-protect[cluster]'`.
 
-Ray gives the trial of a worker that died to another one; it counts once.
+Ray gives the trial of a worker that died to another one; it counts once. After some deaths it has
+crashed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from sophon._errors import AuditError, SpecError
-from sophon._executors import ATTEMPTS, Job, Workload
+from sophon._executors import ATTEMPTS, Finished, Job, Workload, in_order, lost, unheard
 from sophon._optimisations import SWITCH
 from sophon._records import Trial
 
@@ -24,13 +25,15 @@ class RayCluster:
 
     Without an address a cluster of so many processors is started on this machine. Every machine
     of the cluster needs this version of sophon and the module of the model. Raises SpecError if
-    Ray cannot be imported, AuditError if the cluster cannot be reached or workers keep dying.
+    Ray cannot be imported, AuditError if the cluster cannot be reached or cannot run trials.
     """
 
     def __init__(self, workload: Workload, workers: int, address: str | None = None) -> None:
         self.workload = workload
         self.workers = workers
         self._ray = require_ray()
+        # The workload in Ray's own store, from the first trial on.
+        self._held: Any = None
         self._connect(address)
 
     def _connect(self, address: str | None) -> None:
@@ -43,39 +46,45 @@ class RayCluster:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise AuditError(_no_answer(address, error)) from None
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
-        """Yield the trials in the order of the jobs."""
+    def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
+        """Yield the trials in the order of the jobs; see `Executor`."""
+        yield from in_order(self._completed(jobs), finished)
+
+    def _completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
+        """Yield the place of each job and its trial, as they are done."""
         ray: Any = self._ray
         task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_run)
-        held = ray.put(self.workload)
-        waiting: deque[Any] = deque()
-        left = iter(jobs)
+        if self._held is None:
+            self._held = ray.put(self.workload)
         # Only a cluster on this machine would inherit it.
         switch = os.environ.get(SWITCH, "")
-        for job in left:
-            waiting.append(task.remote(held, job, switch))
-            if len(waiting) == self.workers:
-                break
-        while waiting:
-            trial = self._result(waiting.popleft())
-            following = next(left, None)
-            if following is not None:
-                waiting.append(task.remote(held, following, switch))
-            yield trial
+        waiting = deque(enumerate(jobs))
+        running: dict[Any, tuple[int, Job]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.workers:
+                place, job = waiting.popleft()
+                running[task.remote(self._held, job, switch)] = (place, job)
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                place, job = running.pop(reference)
+                yield place, self._result(reference, job)
 
-    def _result(self, reference: Any) -> Trial:
+    def _result(self, reference: Any, job: Job) -> Trial:
+        exceptions: Any = self._ray.exceptions
         try:
             trial: Trial = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             # A trial never raises: something of the workload could not be loaded over there.
             raise AuditError(
                 f"a worker cannot run trials ({error.cause!r}): install this version of sophon and"
                 " the module of the model on every machine; finished trials are kept"
             ) from None
-        except self._ray.exceptions.RayError as error:
+        except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError):
+            return self.workload.crashed(job, lost(ATTEMPTS))
+        except exceptions.RayError as error:
             raise AuditError(
-                f"workers died {ATTEMPTS} times on one trial ({type(error).__name__}): there may"
-                " be too little memory; finished trials are kept"
+                f"the cluster lost a trial ({type(error).__name__}: {error}): see that all its"
+                " machines are up, then repeat the command; finished trials are kept"
             ) from None
         return trial
 

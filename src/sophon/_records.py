@@ -180,6 +180,16 @@ class Trial(Record):
     environment: Environment | None = None
 
 
+class EarlierCrash(Record):
+    """That the trial with the key `trial` was run before and crashed; it was then run again.
+
+    `error` is the exception's type and the first line of its message, empty where it is not known.
+    """
+
+    trial: str
+    error: str = ""
+
+
 class Vitals(Record):
     """Sizes that tell a sound network from one that only looks protected; None: not finite.
 
@@ -286,7 +296,7 @@ class AuditRecord(Record):
     `given_up` says what a time budget left out, `note` is what a reader must know first.
     `suite_fingerprint` is of the suite as it was, empty in older records.
     `task_name` says what the scores are of; `left_out` names attacks of the suite that the task
-    has no use for, and why.
+    has no use for, and why; `earlier_crashes` lists the crashed runs of trials that were run again.
     """
 
     schema_version: Literal[1] = 1
@@ -305,6 +315,7 @@ class AuditRecord(Record):
     left_out: tuple[str, ...] = ()
     subjects: tuple[SubjectRecord, ...]
     trials: tuple[Trial, ...]
+    earlier_crashes: tuple[EarlierCrash, ...] = ()
     environment: Environment
     created: str
     command: str

@@ -408,6 +408,9 @@ def trial_table(record: AuditRecord) -> Table:
         "TFLOP, at most",
     )
     flops = {domain.name: domain.training_flops for domain in domains_of(record)}
+    crashes: dict[str, list[str]] = {}
+    for crash in record.earlier_crashes:
+        crashes.setdefault(crash.trial, []).append(crash.error)
     rows = [
         (
             trial.domain,
@@ -417,7 +420,7 @@ def trial_table(record: AuditRecord) -> Table:
             kind.shown(best_of(trial)) if trial.curve else NONE,
             NONE if trial.best_step is None else str(trial.best_step),
             shown(trial.test),
-            _ended(trial),
+            _ended(trial, crashes.get(trial.key, [])),
             f"{trial.wall_s:.1f}",
             _teraflops(trial, flops[trial.domain]),
         )
@@ -427,6 +430,12 @@ def trial_table(record: AuditRecord) -> Table:
         "The validation split chooses the step; the test split is measured once there and chooses"
         " nothing."
     )
+    if crashes:
+        runs = len(record.earlier_crashes)
+        note += (
+            f" Run again after a crash: {len(crashes)} trials; {runs} crashed"
+            f" run{'' if runs == 1 else 's'} in all."
+        )
     return table(header, rows, note)
 
 
@@ -438,13 +447,23 @@ def _teraflops(trial: Trial, each: int | None) -> str:
     return NONE if each is None else f"{images * each / 1e12:.3g}"
 
 
-def _ended(trial: Trial) -> str:
+def _ended(trial: Trial, crashes: Sequence[str]) -> str:
+    """Return how a trial ended, and the errors of its earlier crashes."""
     outcome = trial.outcome
     if outcome.kind == "crashed":
-        return f"crashed: {outcome.error}"
-    if outcome.kind == "completed":
-        return outcome.kind
-    return f"{outcome.kind} at step {outcome.step}"
+        text = f"crashed: {outcome.error}"
+    elif outcome.kind == "completed":
+        text = outcome.kind
+    else:
+        text = f"{outcome.kind} at step {outcome.step}"
+    if not crashes:
+        return text
+    errors = ", ".join(dict.fromkeys(error or "error not known" for error in crashes))
+    return f"{text}; crashed {_times(len(crashes))} before: {errors}"
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def verdict_table(summaries: Sequence[DomainSummary], record: AuditRecord) -> list[tuple[str, ...]]:

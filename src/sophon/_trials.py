@@ -120,6 +120,21 @@ class Bench:
             outcome = Crashed(
                 error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()
             )
+        return self._trial(assignment, start, progress, outcome, time.perf_counter() - begun)
+
+    def crashed(self, assignment: Assignment, start: Start, error: str) -> Trial:
+        """Return the trial of an attack that took its process with it: nothing of it is left."""
+        outcome = Crashed(error=error, traceback="")
+        return self._trial(assignment, start, _Progress(), outcome, 0.0)
+
+    def _trial(
+        self,
+        assignment: Assignment,
+        start: Start,
+        progress: _Progress,
+        outcome: Outcome,
+        wall_s: float,
+    ) -> Trial:
         return Trial(
             key=self.key(assignment, start),
             subject=assignment.subject,
@@ -130,7 +145,7 @@ class Bench:
             best_step=progress.best_step,
             test=progress.test,
             outcome=outcome,
-            wall_s=time.perf_counter() - begun,
+            wall_s=wall_s,
             environment=environment(self.setting.device, self.setting.precision),
         )
 

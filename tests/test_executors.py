@@ -1,0 +1,76 @@
+"""Workers: each trial is handed over when it is done, and one that kills workers ends alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import sophon._executors
+from sophon._errors import AuditError
+from sophon._executors import Processes, Serial, in_order
+from sophon._records import Trial
+from workloads import Scripted, Unloadable, job
+
+
+def test_each_trial_is_handed_over_as_it_is_done_and_yielded_in_order() -> None:
+    def completed() -> object:
+        for place in (2, 0, 3, 1):
+            events.append(f"done {place}")
+            yield place, place
+
+    events: list[str] = []
+    for trial in in_order(completed(), lambda t: events.append(f"stored {t}")):  # type: ignore[arg-type]
+        events.append(f"yielded {trial}")
+    assert events == [
+        *("done 2", "stored 2", "done 0", "stored 0", "yielded 0", "done 3", "stored 3"),
+        *("done 1", "stored 1", "yielded 1", "yielded 2", "yielded 3"),
+    ]
+
+
+def test_in_this_process_trials_are_handed_over_too(tmp_path: Path) -> None:
+    stored: list[int] = []
+    with Serial(Scripted(tmp_path)) as here:  # type: ignore[arg-type]
+        jobs = [job("quick", n) for n in range(3)]
+        for trial in here.run(jobs, lambda t: stored.append(t.seed)):
+            assert stored[-1] == trial.seed
+    assert stored == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_slow_trial_in_front_holds_up_none_and_a_deadly_one_ends_none_but_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sophon._executors, "ATTEMPTS", 2)
+    stored: list[int] = []
+
+    def finished(trial: Trial) -> None:
+        stored.append(trial.seed)
+        # The first job waits until the one behind it was handed over.
+        if trial.seed == 1:
+            (tmp_path / "go").touch()
+
+    names = ("waits", "quick", "kills", "quick", "quick")
+    workload = Scripted(tmp_path)
+    with Processes(workload, 2) as processes:  # type: ignore[arg-type]
+        trials = list(processes.run([job(name, n) for n, name in enumerate(names)], finished))
+    assert [trial.seed for trial in trials] == [0, 1, 2, 3, 4]
+    assert sorted(stored) == [0, 1, 2, 3, 4]
+    assert stored[0] == 1
+    kinds = [trial.outcome.kind for trial in trials]
+    assert kinds == ["completed", "completed", "crashed", "completed", "completed"]
+    assert trials[2].outcome.error.startswith("worker died 2 times")  # type: ignore[union-attr]
+    assert workload.begun(2) == 2
+    # Whoever was under way when a worker died is run again, alone: once is enough.
+    assert max(workload.begun(n) for n in (0, 1, 3, 4)) <= 2
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_begin_are_no_fault_of_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sophon._executors, "ATTEMPTS", 1)
+    early = pytest.raises(AuditError, match="before they were given a trial")
+    with Processes(Unloadable(tmp_path), 1) as processes, early:  # type: ignore[arg-type]
+        list(processes.run([job("quick", 0)]))
+    assert Scripted(tmp_path).begun(0) == 0

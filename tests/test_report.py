@@ -490,6 +490,12 @@ def test_a_model_whose_allowed_task_is_blocked_as_much_is_untrainable() -> None:
     assert "blocked as much: allowed-0 (withstood)" in made.worst.reasons[-1]
 
 
+def test_a_model_that_was_tampered_with_can_be_untrainable_all_the_same() -> None:
+    base = _with_allowed(BLOCKED, BLOCKED)
+    assert report(_sabotaged(base, **MASKED)).verdict == "untrainable"
+    assert report(_sabotaged(_with_allowed(BLOCKED, LEARNT), **MASKED)).verdict == "void"
+
+
 def test_a_model_whose_allowed_task_is_fine_is_not_untrainable() -> None:
     assert report(_with_allowed(BLOCKED, LEARNT)).verdict == "withstood"
 

@@ -354,8 +354,9 @@ def rehearsal_unknown(record: AuditRecord, domain: str) -> Flag | None:
     return Flag(
         "unknown rehearsal",
         "the protected checkpoint does not say what its protection rehearsed",
-        "Attacks at ten and a hundred times the rehearsed rates, a horizon of ten times the"
-        " rehearsed steps, and optimizers that were not rehearsed cannot be told from others.",
+        "Attacks at ten and a hundred times the rehearsed rates take usual ones for rehearsed; a"
+        " horizon of ten times the rehearsed steps, and optimizers that were not rehearsed, cannot"
+        " be told from others.",
         "Audit the folder that sophon protect wrote, or name wider attacks (audit.extra).",
         "no statement" if record.protection is None else "no rehearsal in the statement",
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from builders import original, scratch_model, trained_model
 from sophon._controls import Controls
-from sophon._data import load_domain
+from sophon._data import Domain, Images, load_domain
 from sophon._models import resolve_model
 from sophon._specs import AuditSpec, DomainSpec, ModelSpec
 
@@ -23,4 +24,28 @@ def real_controls(shared_data: Path, store: Path) -> Controls:
         spec=AuditSpec(steps=30, evaluations=2, batch_size=16),
         store=store,
         scratch=scratch,
+    )
+
+
+def digit_controls() -> Controls:
+    """Return the controls of a small network that keeps the digits 0 to 4, with a benign domain.
+
+    Both tasks are these digits under other classes, on images of their own: what the network knows
+    helps an attacker at once.
+    """
+    digits = original()
+
+    def renamed(images: Images, by: int) -> Domain:
+        labels = (images.labels + by) % digits.class_count
+        return Domain.from_arrays(
+            f"digits by {by}", images.pixels.permute(0, 2, 3, 1).numpy(), labels.numpy()
+        )
+
+    return Controls(
+        trained_model(),
+        original=renamed(digits.validation, 0),
+        restricted=renamed(digits.test, 1),
+        benign=[renamed(digits.train, 2)],
+        spec=AuditSpec(steps=4, evaluations=2, batch_size=64, precision="fp32"),
+        scratch=scratch_model,
     )

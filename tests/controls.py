@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import pytest
+
 from builders import original, scratch_model, trained_model
+from sophon._attacks import SUITES
 from sophon._controls import Controls
 from sophon._data import Domain, Images, load_domain
 from sophon._models import resolve_model
@@ -46,6 +50,13 @@ def digit_controls() -> Controls:
         original=renamed(digits.validation, 0),
         restricted=renamed(digits.test, 1),
         benign=[renamed(digits.train, 2)],
-        spec=AuditSpec(steps=4, evaluations=2, batch_size=64, precision="fp32"),
+        spec=AuditSpec(steps=4, evaluations=2, batch_size=128, precision="fp32"),
         scratch=scratch_model,
     )
+
+
+def few_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave three attacks of `quick-1`: one of all layers, two of the head alone."""
+    whole = SUITES["quick-1"]
+    chosen = tuple(whole.strategies[i] for i in (1, 10, 11))
+    monkeypatch.setitem(SUITES, "quick-1", dataclasses.replace(whole, strategies=chosen))

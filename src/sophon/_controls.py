@@ -202,11 +202,11 @@ class Controls:
     def known(self) -> Iterator[ControlResult]:
         """Audit the two whose answer is a number."""
         summary = self._audited(self.twin(), self.often)
-        recovered = summary.verdict == "not protected" and _found(summary, 0.0)
+        recovered = summary.verdict == "not protected" and answer_found(summary, 0.0)
         yield ControlResult("a twin of the unprotected model", summary, recovered)
         fresh = fresh_copy(self.unprotected, self.scratch, seed=1, names=("control",))
         summary = self._audited(fresh, self.often)
-        yield ControlResult("a fresh network", summary, _found(summary, 1.0))
+        yield ControlResult("a fresh network", summary, answer_found(summary, 1.0))
 
     def twin(self) -> nn.Module:
         """Return the unprotected model after a few small steps on its own task.
@@ -233,7 +233,7 @@ class Controls:
         return summarise(run.record())[0]
 
 
-def _found(summary: DomainSummary, answer: float) -> bool:
+def answer_found(summary: DomainSummary, answer: float) -> bool:
     """Return whether the advantage removed is close to `answer`, 0 or 1, and surely not the other.
 
     An interval that holds both would hold anything.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import pytest
+
+from builders import original, scratch_model, trained_model
+from sophon._attacks import SUITES
 from sophon._controls import Controls
-from sophon._data import load_domain
+from sophon._data import Domain, Images, load_domain
 from sophon._models import resolve_model
 from sophon._specs import AuditSpec, DomainSpec, ModelSpec
 
@@ -24,3 +29,34 @@ def real_controls(shared_data: Path, store: Path) -> Controls:
         store=store,
         scratch=scratch,
     )
+
+
+def digit_controls() -> Controls:
+    """Return the controls of a small network that keeps the digits 0 to 4, with a benign domain.
+
+    Both tasks are these digits under other classes, on images of their own: what the network knows
+    helps an attacker at once.
+    """
+    digits = original()
+
+    def renamed(images: Images, by: int) -> Domain:
+        labels = (images.labels + by) % digits.class_count
+        return Domain.from_arrays(
+            f"digits by {by}", images.pixels.permute(0, 2, 3, 1).numpy(), labels.numpy()
+        )
+
+    return Controls(
+        trained_model(),
+        original=renamed(digits.validation, 0),
+        restricted=renamed(digits.test, 1),
+        benign=[renamed(digits.train, 2)],
+        spec=AuditSpec(steps=4, evaluations=2, batch_size=128, precision="fp32"),
+        scratch=scratch_model,
+    )
+
+
+def few_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave three attacks of `quick-1`: one of all layers, two of the head alone."""
+    whole = SUITES["quick-1"]
+    chosen = tuple(whole.strategies[i] for i in (1, 10, 11))
+    monkeypatch.setitem(SUITES, "quick-1", dataclasses.replace(whole, strategies=chosen))

@@ -469,6 +469,23 @@ def test_of_a_search_the_better_half_goes_on_unless_nothing_has_moved() -> None:
     assert plan._going_on(domain, asked) == asked
 
 
+def test_a_prefilter_at_the_end_of_the_budget_runs_nothing_twice() -> None:
+    spec = SPEC.model_copy(update={"prefilter": 1.0, "search_trials": 0, "seeds": (0,)})
+    plan = _audit(spec=spec).plan
+    stages = plan.stages()
+    first = next(stages)
+    # Met as trials of the first stage, survivors would not be run again.
+    assert {assignment.stop for assignment in first} == {None}
+    plan.trials += [
+        made(a.subject, (0.5,), strategy=a.strategy, domain=a.domain.name) for a in first
+    ]
+    second = next(stages)
+    assert second
+    assert set(second) <= set(first)
+    of_one_domain = len({(a.subject, a.strategy) for a in first})
+    assert plan.expected().trials == of_one_domain + 3 * 12
+
+
 def test_a_suite_that_runs_all_to_the_end_has_no_prefilter() -> None:
     for change in ({"prefilter": 0.1}, {"survivors": 3}):
         with pytest.raises(

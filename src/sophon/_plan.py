@@ -170,10 +170,12 @@ class Plan:
         return [s for s in chosen if s not in set(late)], late
 
     def _stop(self) -> int | None:
+        """Return where a prefilter stops attacks; None where it lets all of them end."""
         if self.suite.prefilter is None:
             return None
         share = self.spec.prefilter or self.suite.prefilter
-        return stop_at(self.spec.steps, self.spec.evaluations, share)
+        step = stop_at(self.spec.steps, self.spec.evaluations, share)
+        return step if step < self.spec.steps else None
 
     def _survivors(self, domain: Domain, early: Sequence[Strategy]) -> list[Strategy]:
         """Return the attacks that go on: each subject's best, and its best of every method.

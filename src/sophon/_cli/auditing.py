@@ -279,6 +279,7 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
         case.model,
         original=case.original,
         restricted=case.restricted[0],
+        benign=case.benign,
         spec=case.spec.audit,
         scratch=case.scratch,
         head=case.network.head,

@@ -230,6 +230,7 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_the_suite_is_held_against_a_grid_on_any_network(
     search: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,6 +285,7 @@ def intervals(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("intervals")
 
 
+@pytest.mark.slow
 def test_intervals_are_asked_of_other_images_and_of_another_seed(
     intervals: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from sophon._audit import Audit
 from sophon._checkpoints import save_model
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
-from sophon._errors import UnsupportedModelError
+from sophon._errors import CheckpointError, UnsupportedModelError
 from sophon._finetune import FineTuning
 from sophon._models import _published
 from sophon._networks import NETWORKS
@@ -235,8 +235,12 @@ def test_published_weights_that_are_out_of_reach_are_said_at_once(
     monkeypatch.setattr(_published, "getproxies", dict)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if why == "asked for" else "0")
     words = "HF_HUB_OFFLINE is set" if why == "asked for" else "no route to host"
-    with pytest.raises(UnsupportedModelError, match=rf"{words}.*give the file as model.weights"):
+    remedy = r"give the file as model.weights and set model\.pretrained = false"
+    with pytest.raises(UnsupportedModelError, match=rf"{words}.*{remedy}") as caught:
         models.resolve_model(ModelSpec(name=name, pretrained=True), base=tmp_path)
+    place = "models--timm--caformer_s18" if name.startswith("timm") else "checkpoints/vgg16_bn-"
+    assert place in str(caught.value)
+    assert str(tmp_path) in str(caught.value) or name.startswith("timm")
     # One question, with a short timeout, and no library that tries again.
     assert len(asked) == (why == "no network")
     assert all(timeout <= 5 for _, timeout in asked)
@@ -255,6 +259,28 @@ def test_published_weights_in_the_cache_need_no_network(
     spec = ModelSpec(name="torchvision:resnet18", pretrained=True)
     model, _ = models.resolve_model(spec, base=tmp_path)
     assert models.weights_sha256(model) == models.weights_sha256(source)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_a_file_of_published_weights_gets_a_head_of_the_classes_asked_for(
+    name: str, tmp_path: Path
+) -> None:
+    narrow = {"channels": [8, 16, 32, 64]} if name.startswith("timm") else {}
+    source = models.blueprint(ModelSpec(name=name, arguments=narrow)).build(1000)
+    torch.save(source.state_dict(), tmp_path / "published.pth")
+    spec = ModelSpec(name=name, arguments=narrow, weights="published.pth", classes=10)
+    model, fresh = models.resolve_model(spec, base=tmp_path, default_classes=10)
+    held, published = model.state_dict(), source.state_dict()
+    different = {key for key in held if not torch.equal(held[key], published[key])}
+    assert different == {"fc.weight", "fc.bias"}
+    assert held["fc.weight"].shape[0] == fresh().state_dict()["fc.weight"].shape[0] == 10
+    again, _ = models.resolve_model(spec, base=tmp_path)
+    assert models.weights_sha256(again) == models.weights_sha256(model)
+    # What differs elsewhere is of another architecture, whatever is asked for.
+    spoilt = {**published, "conv1.weight": published["conv1.weight"][:, :2]}
+    torch.save(spoilt, tmp_path / "published.pth")
+    with pytest.raises(CheckpointError, match=r"of another architecture.*conv1\.weight"):
+        models.resolve_model(spec, base=tmp_path)
 
 
 def test_a_proxy_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

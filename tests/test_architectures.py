@@ -6,6 +6,7 @@ import copy
 import importlib
 import socket
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
 from sophon._errors import CheckpointError, UnsupportedModelError
 from sophon._finetune import FineTuning
+from sophon._grid import BASES
 from sophon._models import _published
 from sophon._networks import NETWORKS
 from sophon._protect import Protection
@@ -34,6 +36,7 @@ from sophon._specs import (
     Rehearsal,
     Strategy,
 )
+from sophon._tasks import Denoising
 
 HEADS = {
     "timm:caformer_s18": "head.fc.fc2",
@@ -43,17 +46,17 @@ HEADS = {
     "small_caformer": "head.fc.fc2",
 }
 # Two thirds of a VGG are its two wide layers before the head.
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "timm:vgg11_bn": {"mlp_ratio": 0.0625},
-    "timm:vgg16_bn": {"mlp_ratio": 0.0625},
-}
+ARGUMENTS: dict[str, dict[str, Any]] = {"timm:vgg11_bn": {"mlp_ratio": 0.0625}}
+# The networks of the paper's recipes, as they stand there.
+PAPER = [str(tomllib.loads(base.model)["name"]) for base in BASES["paper"].values()]
 FULL_SIZE = {
     "timm:caformer_m36": "head.fc.fc2",
-    "timm:resnet18": "fc",
+    "torchvision:resnet50": "fc",
     "torchvision:resnet34": "fc",
-    "timm:resnet50": "fc",
-    "timm:vgg16_bn": "head.fc",
+    "torchvision:resnet18": "fc",
+    "torchvision:vgg16_bn": "classifier.6",
 }
+UNET_FILE = Path(__file__).resolve().parent.parent / "recipes/paper/ddpm-unet-32.json"
 
 
 def one_round(batch: int) -> ProtectSpec:
@@ -169,9 +172,33 @@ def test_an_architecture_at_64_pixels(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", PAPER)
 def test_an_architecture_at_224_pixels(name: str, tmp_path: Path) -> None:
     once_through(name, 224, FULL_SIZE[name], tmp_path)
+
+
+def test_the_papers_architectures_are_all_tried() -> None:
+    assert sorted(PAPER) == sorted(FULL_SIZE)
+
+
+def test_the_papers_diffusion_network_learns_from_an_image_of_its_size(tmp_path: Path) -> None:
+    spec = ModelSpec(name=f"diffusers:{UNET_FILE}")
+    model, _ = models.resolve_model(spec, base=tmp_path)
+    assert models.find_head(model, (3, 32, 32)) == "conv_out"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert 30e6 < size < 40e6
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    task = Denoising()
+    domain = Domain.from_arrays("faces", np.zeros((8, 32, 32, 3), np.uint8), np.arange(8) % 2)
+    task.check(model, domain, (3, 32, 32), trained=True)
+    stream = torch.Generator().manual_seed(1)
+    outputs, targets = task.outputs(model.train(), images, torch.zeros(1).long(), stream)
+    assert outputs.shape == images.shape
+    task.loss(outputs, targets).mean().backward()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert len(norms) == len(list(model.parameters()))
+    assert bool(torch.isfinite(torch.stack(norms)).all())
+    assert max(norms) > 0
 
 
 # --- Narrower layers -------------------------------------------------------------------------

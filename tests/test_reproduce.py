@@ -567,6 +567,7 @@ def test_data_that_is_not_there_is_said_before_anything_is_trained(
     monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
     output = command("reproduce", "resnet18-mnist-klu", "--out", tmp_path, fails=2)
     assert "tiny_imagenet20_64.npz" in output
+    assert "recipes/make_archives.py (docs/data.md)" in output
     assert not list(tmp_path.rglob("*.safetensors"))
     paper = ("reproduce", "resnet18-svhn-ice", "--scale", "paper", "--out", tmp_path)
     assert "github.com/fastai/imagenette" in command(*paper, fails=2)

@@ -11,6 +11,7 @@ import importlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,11 +240,11 @@ def _usage(source: Exported) -> list[str]:
     library, _, name = source.network.name.partition(":")
     if library == "timm":
         channels = source.network.in_channels
-        more = {} if channels == 3 else {"in_chans": channels}
+        wanted = {} if channels == 3 else {"in_chans": channels}
         return [
             "import timm",
             f'model = timm.create_model("{name}", num_classes={source.classes}'
-            f'{_options(source, more)}, checkpoint_path="model.safetensors")',
+            f'{_options(source, wanted)}, checkpoint_path="model.safetensors")',
         ]
     if library == "torchvision":
         # What is built without them in `_models` has no such weights.
@@ -264,7 +265,7 @@ def _usage(source: Exported) -> list[str]:
     ]
 
 
-def _options(source: Exported, more: dict[str, Any]) -> str:
+def _options(source: Exported, more: Mapping[str, object]) -> str:
     """Return the arguments of a network's constructor, each after a comma."""
     given = {
         key: tuple(value) if isinstance(value, list) else value

@@ -144,6 +144,14 @@ def test_every_attack_of_a_paper_recipe_takes_twenty_epochs(cell: Cell) -> None:
     assert f"20 * {images:,} images / 150" in text
 
 
+def test_the_papers_original_sets_have_as_many_training_images_as_the_grid_says() -> None:
+    imagenette = [963, 955, 993, 858, 941, 956, 961, 931, 951, 960]
+    for name, counts in (("Imagenette:full", imagenette), ("CIFAR100", [50_000])):
+        labels = np.repeat(np.arange(len(counts)), counts)
+        kept, _ = stratified(labels, 0.1, 0, tuple(map(str, range(len(counts)))))
+        assert TRAINING_IMAGES[name] == len(kept)
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=named)
 def test_the_rehearsed_attack_is_among_those_of_the_audit(cell: Cell) -> None:
     spec = spec_of(cell)

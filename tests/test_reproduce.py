@@ -559,6 +559,19 @@ def test_all_cells_are_tried_and_a_base_is_trained_once(
     assert trained == [out / "bases" / "small-caformer"]
 
 
+def test_ctrl_c_ends_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def run(jobs: Any, cell: Cell) -> None:
+        del jobs
+        tried.append(cell.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproducing._Jobs, "run", run)
+    command("reproduce", "all", "--out", tmp_path, fails=130)
+    assert tried == [SMALL[0].name]
+
+
 @pytest.mark.parametrize("cell", ["resnet18-gtsrb-klu", "robustness", "ablation"])
 @pytest.mark.parametrize("setting", ["protect.rond=2", 'protect.rounds="x"'])
 def test_settings_that_do_not_fit_are_refused_before_anything_is_trained(

@@ -53,6 +53,8 @@ def write_tree(
     else:
         base = root / tree.variants[variant] if variant else root
         kind, side = ("PNG", (32, 32)) if key == "CINIC10" else ("JPEG", (40, 32))
+        if variant in tree.sides:
+            side = (tree.sides[variant] + 8, tree.sides[variant])
         for number, (split, below) in enumerate(tree.splits.items()):
             for label, folder in enumerate(tree.classes):
                 seed = 100 * number + label

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sophon import _ablation
 from sophon._ablation import AXES, BASE, failure_file, results, table, variations
-from sophon._cli import app
+from sophon._cli import app, reproducing
 from sophon._errors import IntactnessError
 from sophon._records import Round
 from sophon._runs import read_run
@@ -81,8 +81,6 @@ def studied(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     axes["tolerance"] = (
         _ablation.Variation("tolerance", "none", ("protect.guard.tolerance_points=0.0",)),
     )
-    from sophon._cli import reproducing
-
     run = reproducing.run_protection
 
     def protect(case: Any, folder: Path, mode: Any) -> Any:
@@ -146,6 +144,40 @@ def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Pat
     reason.write_text("a loss is not finite\n", encoding="utf-8")
     text = table(folder, held)
     assert "| K | 10 |  |  |  |  |  |  | failed: a loss is not finite |" in text
+
+
+def test_the_study_goes_on_after_any_error_and_its_table_is_shown_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def work(jobs: Any, file: Path, folder: Path, base: Path, settings: list[str]) -> None:
+        del jobs, file, base, settings
+        tried.append(folder.name)
+        if folder.name == "K-2":
+            raise MemoryError("no memory")
+        if folder.name == "K-10":
+            raise IntactnessError("no weights met the tolerance")
+
+    jobs = reproducing._Jobs
+    monkeypatch.setattr(jobs, "_trained", lambda *_: None)
+    monkeypatch.setattr(jobs, "_protected_and_audited", work)
+    arguments = ["reproduce", "ablation", "--out", str(tmp_path), "--quiet"]
+    result = CliRunner().invoke(app, arguments)
+    assert tried == [v.name for v in variations()]
+    # Weights that never met the tolerance are a result; no memory is none.
+    assert result.exit_code == 2
+    assert "1 of 19 runs of the study failed: K-2" in result.output
+    folder = tmp_path / "small" / "ablation"
+    assert "MemoryError: no memory" in (folder / "K-2" / "traceback.txt").read_text()
+    shown = CliRunner().invoke(app, ["reproduce", "ablation", "--table", "--out", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert shown.output.strip() == (folder / "table.md").read_text().strip()
+    assert "| K | 2 |  |  |  |  |  |  | failed: MemoryError: no memory |" in shown.output
+    assert "| K | 10 |  |  |  |  |  |  | failed: no weights met the tolerance |" in shown.output
+    monkeypatch.setattr(jobs, "_protected_and_audited", lambda *_: None)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert "failed" not in (folder / "table.md").read_text()
 
 
 def test_the_study_has_one_size(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import socket
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from sophon._audit import Audit
 from sophon._checkpoints import save_model
 from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
-from sophon._errors import UnsupportedModelError
+from sophon._errors import CheckpointError, UnsupportedModelError
 from sophon._finetune import FineTuning
+from sophon._grid import BASES
 from sophon._models import _published
 from sophon._networks import NETWORKS
 from sophon._protect import Protection
@@ -34,6 +36,7 @@ from sophon._specs import (
     Rehearsal,
     Strategy,
 )
+from sophon._tasks import Denoising
 
 HEADS = {
     "timm:caformer_s18": "head.fc.fc2",
@@ -43,17 +46,17 @@ HEADS = {
     "small_caformer": "head.fc.fc2",
 }
 # Two thirds of a VGG are its two wide layers before the head.
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "timm:vgg11_bn": {"mlp_ratio": 0.0625},
-    "timm:vgg16_bn": {"mlp_ratio": 0.0625},
-}
+ARGUMENTS: dict[str, dict[str, Any]] = {"timm:vgg11_bn": {"mlp_ratio": 0.0625}}
+# The networks of the paper's recipes, as they stand there.
+PAPER = [str(tomllib.loads(base.model)["name"]) for base in BASES["paper"].values()]
 FULL_SIZE = {
     "timm:caformer_m36": "head.fc.fc2",
-    "timm:resnet18": "fc",
+    "torchvision:resnet50": "fc",
     "torchvision:resnet34": "fc",
-    "timm:resnet50": "fc",
-    "timm:vgg16_bn": "head.fc",
+    "torchvision:resnet18": "fc",
+    "torchvision:vgg16_bn": "classifier.6",
 }
+UNET_FILE = Path(__file__).resolve().parent.parent / "recipes/paper/ddpm-unet-32.json"
 
 
 def one_round(batch: int) -> ProtectSpec:
@@ -169,9 +172,33 @@ def test_an_architecture_at_64_pixels(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", PAPER)
 def test_an_architecture_at_224_pixels(name: str, tmp_path: Path) -> None:
     once_through(name, 224, FULL_SIZE[name], tmp_path)
+
+
+def test_the_papers_architectures_are_all_tried() -> None:
+    assert sorted(PAPER) == sorted(FULL_SIZE)
+
+
+def test_the_papers_diffusion_network_learns_from_an_image_of_its_size(tmp_path: Path) -> None:
+    spec = ModelSpec(name=f"diffusers:{UNET_FILE}")
+    model, _ = models.resolve_model(spec, base=tmp_path)
+    assert models.find_head(model, (3, 32, 32)) == "conv_out"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert 30e6 < size < 40e6
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    task = Denoising()
+    domain = Domain.from_arrays("faces", np.zeros((8, 32, 32, 3), np.uint8), np.arange(8) % 2)
+    task.check(model, domain, (3, 32, 32), trained=True)
+    stream = torch.Generator().manual_seed(1)
+    outputs, targets = task.outputs(model.train(), images, torch.zeros(1).long(), stream)
+    assert outputs.shape == images.shape
+    task.loss(outputs, targets).mean().backward()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert len(norms) == len(list(model.parameters()))
+    assert bool(torch.isfinite(torch.stack(norms)).all())
+    assert max(norms) > 0
 
 
 # --- Narrower layers -------------------------------------------------------------------------
@@ -235,8 +262,12 @@ def test_published_weights_that_are_out_of_reach_are_said_at_once(
     monkeypatch.setattr(_published, "getproxies", dict)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if why == "asked for" else "0")
     words = "HF_HUB_OFFLINE is set" if why == "asked for" else "no route to host"
-    with pytest.raises(UnsupportedModelError, match=rf"{words}.*give the file as model.weights"):
+    remedy = r"give the file as model.weights and set model\.pretrained = false"
+    with pytest.raises(UnsupportedModelError, match=rf"{words}.*{remedy}") as caught:
         models.resolve_model(ModelSpec(name=name, pretrained=True), base=tmp_path)
+    place = "models--timm--caformer_s18" if name.startswith("timm") else "checkpoints/vgg16_bn-"
+    assert place in str(caught.value)
+    assert str(tmp_path) in str(caught.value) or name.startswith("timm")
     # One question, with a short timeout, and no library that tries again.
     assert len(asked) == (why == "no network")
     assert all(timeout <= 5 for _, timeout in asked)
@@ -255,6 +286,28 @@ def test_published_weights_in_the_cache_need_no_network(
     spec = ModelSpec(name="torchvision:resnet18", pretrained=True)
     model, _ = models.resolve_model(spec, base=tmp_path)
     assert models.weights_sha256(model) == models.weights_sha256(source)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_a_file_of_published_weights_gets_a_head_of_the_classes_asked_for(
+    name: str, tmp_path: Path
+) -> None:
+    narrow = {"channels": [8, 16, 32, 64]} if name.startswith("timm") else {}
+    source = models.blueprint(ModelSpec(name=name, arguments=narrow)).build(1000)
+    torch.save(source.state_dict(), tmp_path / "published.pth")
+    spec = ModelSpec(name=name, arguments=narrow, weights="published.pth", classes=10)
+    model, fresh = models.resolve_model(spec, base=tmp_path, default_classes=10)
+    held, published = model.state_dict(), source.state_dict()
+    different = {key for key in held if not torch.equal(held[key], published[key])}
+    assert different == {"fc.weight", "fc.bias"}
+    assert held["fc.weight"].shape[0] == fresh().state_dict()["fc.weight"].shape[0] == 10
+    again, _ = models.resolve_model(spec, base=tmp_path)
+    assert models.weights_sha256(again) == models.weights_sha256(model)
+    # What differs elsewhere is of another architecture, whatever is asked for.
+    spoilt = {**published, "conv1.weight": published["conv1.weight"][:, :2]}
+    torch.save(spoilt, tmp_path / "published.pth")
+    with pytest.raises(CheckpointError, match=r"of another architecture.*conv1\.weight"):
+        models.resolve_model(spec, base=tmp_path)
 
 
 def test_a_proxy_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

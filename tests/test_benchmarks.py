@@ -338,3 +338,26 @@ def test_a_trial_as_of_some_images_has_their_score(intervals: Any) -> None:
     part = intervals.only(whole, np.array([3, 1]))
     assert part.curve[0].validation == Score(correct=1, total=2)
     assert unpack(part.curve[0].by_image, part.curve[0].validation).tolist() == [1.0, 0.0]
+
+
+def test_what_a_batch_costs_is_told_from_what_an_image_costs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("architectures")
+    sizes = []
+
+    def seconds(model: object, name: str, batch: int, steps: int, reinforced: int) -> float:
+        del model, name
+        sizes.append((batch, reinforced))
+        return 2 * steps * (0.5 + 0.01 * batch) + reinforced * (2.0 + 0.1 * batch)
+
+    monkeypatch.setattr(script, "seconds_of", seconds)
+    row = script.measure("small_convnet", (2, 8), 3)
+    assert sizes == [(2, 0), (8, 0), (2, 1), (8, 1)]
+    assert "| 3 | 0.500 s | 0.0100 s | 2.000 s | 0.1000 s |" in row
+    minutes = (100 * (0.5 + 0.01 * 150) + 2.0 + 0.1 * 150) / 60
+    assert row.endswith(f"| {minutes:.1f} min |")
+    assert row.count("|") == script.HEADER.splitlines()[0].count("|")
+    shapes = [script.noise("a", 0, 2, size).image_shape for size in (script.ORIGINAL, 32)]
+    assert shapes == [(3, 224, 224), (3, script.RESTRICTED, script.RESTRICTED)]

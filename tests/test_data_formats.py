@@ -163,6 +163,41 @@ def test_a_cut_off_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused(tmp_path, victim.name, source="tree", name="Imagenette", root=".", image_size=16)
 
 
+def test_a_variants_own_folder_comes_before_what_else_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"train": 2, "test": 1}
+    # A stray train/ and val/ beside the whole copies of two sizes.
+    for name in ("Imagenette", "Imagenette:160px", "Imagenette:full"):
+        formats.write_tree(tmp_path, name, monkeypatch, sizes=sizes)
+    for folder in TREES["Imagenette"].classes:
+        formats.write_pictures(tmp_path / "train" / folder, 2, "JPEG", (40, 32), seed=999)
+    for variant, folder in (("160px", "imagenette2-160"), ("full", "imagenette2")):
+        fields: dict[str, Any] = {"source": "tree", "name": f"Imagenette:{variant}"}
+        found = load(tmp_path, **fields, root=".", image_size=16)
+        alone = load(tmp_path / folder, **fields, root=".", image_size=16)
+        assert torch.equal(found.train.pixels, alone.train.pixels)
+    stray = load(tmp_path, source="tree", name="Imagenette", root=".", image_size=16)
+    assert not torch.equal(stray.train.pixels, found.train.pixels)
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "words"),
+    [
+        ("160px", "full", ("160 pixels", "Imagenette:160px's", "Imagenette:full has their own")),
+        ("160px", "320px", ("160 pixels", "Imagenette:160px's", "Imagenette:320px has 320 pixels")),
+        ("full", "160px", ("32 pixels", "no variant's", "Imagenette:160px has 160 pixels")),
+    ],
+)
+def test_images_of_another_variant_are_found_out(
+    held: str, asked: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats.write_tree(tmp_path, f"Imagenette:{held}", monkeypatch, sizes={"train": 2, "test": 1})
+    root = TREES["Imagenette"].variants[held]
+    fields: dict[str, Any] = {"source": "tree", "name": f"Imagenette:{asked}", "root": root}
+    refused(tmp_path, *words, "imagenette2-160.tgz", **fields, image_size=16)
+
+
 def test_a_folder_with_three_splits_keeps_them_apart(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("val", 2), ("test", 3)):
         for name in ("a", "b"):

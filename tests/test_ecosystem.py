@@ -5,6 +5,7 @@ model cards; TensorBoard logs.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from sophon import _models as models
 from sophon._cli import app
 from sophon._errors import AuditError, CheckpointError, SpecError, UnsupportedModelError
-from sophon._export import export, load_protected
+from sophon._export import Exported, export, load_protected, model_card
 from sophon._records import AuditRecord, Round
 from sophon._report import report
 from sophon._specs import ModelSpec
@@ -237,6 +238,43 @@ def test_a_card_without_an_audit_says_so(place: Path) -> None:
         assert card.data.to_dict()["sophon"]["verdict"] == "not audited"
         assert card.data.eval_results is None
         assert "Not audited" in card.text
+
+
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        ({"name": "timm:resnet18", "arguments": {"channels": [8, 16, 32, 64]}}, 32),
+        (
+            {
+                "name": "timm:resnet18",
+                "in_channels": 1,
+                "arguments": {"channels": [8, 16, 32, 64]},
+            },
+            32,
+        ),
+        ({"name": "torchvision:mobilenet_v3_small"}, 32),
+        ({"name": "torchvision:googlenet"}, 64),
+        ({"name": "small_convnet", "in_channels": 1}, 32),
+        ({"name": "small_vgg"}, 32),
+    ],
+    ids=lambda value: str(value["name"]) if isinstance(value, dict) else None,
+)
+def test_the_code_of_a_card_gives_the_model(
+    network: dict[str, Any], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec(**network)
+    model, _ = models.resolve_model(spec, base=tmp_path, default_classes=7)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    text = model_card(Exported(spec, model, {}, 7), None)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    alone = spec.name.startswith(("timm:", "torchvision:"))
+    assert ("They load without Sophon:" in text) == alone == ("sophon" not in code)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    images = torch.rand(2, spec.in_channels, size, size)
+    with torch.no_grad():
+        assert torch.equal(found["model"].eval()(images), model(images))
 
 
 def test_the_configuration_is_the_librarys_own(place: Path) -> None:

@@ -5,33 +5,41 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import formats
-from sophon._attacks import strategies_of
-from sophon._cli import app
+from sophon._attacks import resolved, strategies_of
+from sophon._cli import app, reproducing
 from sophon._compatibility import prepare_torchvision
+from sophon._data.splits import stratified
 from sophon._errors import SpecError
 from sophon._grid import (
     CELLS,
     PUBLISHED,
     PUBLISHED_BEFORE,
+    TRAINING_IMAGES,
     Cell,
     cell_of,
     published_of,
     robustness,
     run_file,
+    training_images,
 )
+from sophon._models import blueprint
 from sophon._networks import SmallConvNet
-from sophon._records import AuditRecord, Round
+from sophon._records import AuditRecord, DomainRecord, Round
 from sophon._reproduction import (
+    changes_of,
     measured,
     rehearsed_attack,
     robustness_attacks,
@@ -39,6 +47,7 @@ from sophon._reproduction import (
     scores_of,
     table,
 )
+from sophon._runs import load_pretraining
 from sophon._specs import AuditSpec, RunSpec, parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +113,45 @@ def test_a_paper_recipe_has_the_papers_hyper_parameters(cell: Cell) -> None:
     assert protect.suppression == cell.loss
 
 
+# What the paper's sets publish: training images by class, or of all where they have no labels here,
+# and how many are validation images of their own.
+PUBLISHED_SIZES: dict[str, list[int]] = {
+    "cifar10": [5_000] * 10,
+    "stl10": [500] * 10,
+    "mnist": [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],
+    "svhn": [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659],
+    "ffhq": [60_000],
+}
+OWN_VALIDATION = {"cinic10": 90_000, "celeba": 162_770}
+
+
+@pytest.mark.parametrize("cell", PAPER, ids=named)
+def test_every_attack_of_a_paper_recipe_takes_twenty_epochs(cell: Cell) -> None:
+    spec = spec_of(cell)
+    if cell.restricted in OWN_VALIDATION:
+        images = OWN_VALIDATION[cell.restricted]
+    else:
+        counts = PUBLISHED_SIZES[cell.restricted]
+        labels = np.repeat(np.arange(len(counts)), counts)
+        names = tuple(map(str, range(len(counts))))
+        kept, _ = stratified(labels, spec.restricted[0].validation, 0, names)
+        images = len(kept)
+    assert images == training_images(cell)
+    sizes = {(s.batch_size, s.steps) for s in strategies_of(spec.audit)}
+    for batch_size, steps in sizes:
+        assert abs(steps * batch_size / images - 20) < 20 * 0.001
+    text = (RECIPES / "paper" / f"{cell.name}.toml").read_text()
+    assert f"20 * {images:,} images / 150" in text
+
+
+def test_the_papers_original_sets_have_as_many_training_images_as_the_grid_says() -> None:
+    imagenette = [963, 955, 993, 858, 941, 956, 961, 931, 951, 960]
+    for name, counts in (("Imagenette:full", imagenette), ("CIFAR100", [50_000])):
+        labels = np.repeat(np.arange(len(counts)), counts)
+        kept, _ = stratified(labels, 0.1, 0, tuple(map(str, range(len(counts)))))
+        assert TRAINING_IMAGES[name] == len(kept)
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=named)
 def test_the_rehearsed_attack_is_among_those_of_the_audit(cell: Cell) -> None:
     spec = spec_of(cell)
@@ -123,18 +171,51 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
     assert "use small or paper" in command("reproduce", "--list", "--scale", "tiny", fails=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("vgg-mnist-klu", "--of", "caformer-mnist-klu"), "--of = caformer-mnist-klu"),
+        (("--table", "--of", "caformer-mnist-klu"), "--of = caformer-mnist-klu"),
+        (("vgg-mnist-klu", "--list"), "vgg-mnist-klu and --list"),
+        (("vgg-mnist-klu", "--table"), "vgg-mnist-klu and --table"),
+        (("ablation", "--list"), "ablation and --list"),
+        (("--list", "--table"), "one of them"),
+        (("--list", "--set", "audit.steps=2"), "'audit.steps=2' and --list"),
+        (("--table", "--set", "audit.steps=2"), "'audit.steps=2' and --table"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    options: tuple[str, ...], word: str, tmp_path: Path
+) -> None:
+    assert word in command("reproduce", *options, "--out", tmp_path / "runs", fails=2)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_list_is_of_both_scales_or_of_the_one_asked_for(tmp_path: Path) -> None:
+    for scale, cells in (("small", SMALL), ("paper", PAPER)):
+        lines = command("reproduce", "--list", "--scale", scale, "--out", tmp_path).splitlines()
+        assert [line.split()[:2] for line in lines] == [[cell.name, scale] for cell in cells]
+
+
 # --- Tables --------------------------------------------------------------------------------------
 
 
 def test_cells_that_never_ran_stay_empty(tmp_path: Path) -> None:
     lines = table(tmp_path, "paper").splitlines()
-    assert len(lines) == 2 + len(PAPER)
-    rows = {line.split(" | ")[0].strip("| "): line.strip("|").split("|") for line in lines[2:]}
+    count = 2 + len(PAPER)
+    assert lines[count] == ""
+    rows = {line.split(" | ")[0].strip("| "): line.strip("|").split("|") for line in lines[2:count]}
+    assert len(rows) == len(PAPER)
     known = [one.strip() for one in rows["caformer-cifar10-ice"]]
-    assert known[1:] == ["99.6, 96.2", "62.7 / 84.8 / 15.2", "", "", "", "", ""]
-    assert [one.strip() for one in rows["resnet34-svhn-klu"]][1:] == ["99, ?"] + [""] * 6
+    assert known[1:] == ["99.6, 96.2 [1]", "62.7 / 84.8 / 15.2 [1]", "", "", "", "", ""]
+    assert [one.strip() for one in rows["resnet34-svhn-klu"]][1:] == ["99, ? [2]"] + [""] * 6
     assert [one.strip() for one in rows["ddpm-ffhq-dos"]][1:] == [""] * 7
-    assert "0.479 / 0.445 / 0.705" in rows["ddpm-celeba-dos"][2]
+    assert rows["ddpm-celeba-dos"][2].strip() == "0.479 / 0.445 / 0.705 [3]"
+    notes = lines[count + 1 :]
+    assert [note[:4] for note in notes] == ["[1] ", "[2] ", "[3] "]
+    assert all("second-hand" in note for note in notes)
+    assert "loss not stated" in notes[0]
+    assert "timestep 1 only: --set task.timestep=1 compares" in notes[2]
     output = command("reproduce", "--list", "--out", tmp_path)
     assert output.count("not run") == len(CELLS)
     assert list(tmp_path.iterdir()) == []
@@ -147,6 +228,9 @@ def test_only_what_was_published_is_shown_as_published() -> None:
     others = [published_of(cell) for cell in CELLS if cell.name not in PUBLISHED]
     assert {(p.after, p.scratch, p.unprotected, p.protected) for p in others} == {(None,) * 4}
     assert all(p.source for p in PUBLISHED.values())
+    rows = (RECIPES.parent / "docs" / "paper.md").read_text()
+    assert "the tables of" in rows
+    assert "footnotes" in rows
 
 
 def test_robustness_is_three_methods_by_five_optimizers_five_rates_and_five_sizes() -> None:
@@ -227,7 +311,10 @@ def test_a_cell_trains_its_base_protects_and_audits(reproduced: tuple[Path, str]
 def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None:
     out, _ = reproduced
     record = record_of(out, "caformer-mnist-klu")
-    held, attack = measured(record), rehearsed_attack(record)
+    held, attack = (
+        measured(record, cell_of("caformer-mnist-klu", "small")),
+        rehearsed_attack(record),
+    )
     assert attack is not None
     assert (attack.optimizer, attack.learning_rate) == ("sgd_momentum", 1e-3)
     trials = [t for t in record.trials if t.strategy == attack]
@@ -240,7 +327,18 @@ def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None
     printed = command("reproduce", "--table", "--out", out)
     row = next(line for line in printed.splitlines() if line.startswith("| caformer-mnist-klu"))
     assert f"{100 * by_subject['protected']:.1f} | " in row
-    assert held.verdict in row
+    # A run of two steps is not the cell of that name, and does not pass for it.
+    verdict = row.strip("| ").split(" | ")[-1]
+    assert verdict.startswith("changed: ")
+    assert {"audit.steps", "protect.rounds", "protect.rehearsal.steps"} <= set(
+        verdict.removeprefix("changed: ").split(", ")
+    )
+    assert "restricted.0 (270 of 4,500 images)" in verdict
+    assert held.verdict not in row
+    listed = command("reproduce", "--list", "--scale", "small", "--out", out).splitlines()
+    states = {line.split()[0]: line.split()[-1] for line in listed}
+    assert states.pop("caformer-mnist-klu") == "changed"
+    assert set(states.values()) == {"run"}
     other = next(line for line in printed.splitlines() if line.startswith("| vgg-mnist-klu"))
     assert other.endswith("|  |  |  |  |  |")
 
@@ -250,14 +348,94 @@ def test_robustness_fills_its_tables(reproduced: tuple[Path, str]) -> None:
     record = record_of(out, "caformer-mnist-klu-robustness")
     text = robustness_tables(record, "caformer")
     assert text.strip() in printed
-    for rows in robustness(2).values():
+    for rows in robustness(2, 8).values():
         for name, attack in rows.items():
             scores = scores_of(record, attack)
             assert None not in scores, name
             shown = " | ".join(f"{100 * score:.1f} %" for score in scores if score is not None)
             assert f"| {name} | {shown} |" in text
+    assert "2 steps an attack" in text
+    assert "attack seeds 0." in text
+    assert "ublished" not in text
     published = robustness_tables(record, "vgg")
     assert published.count("56.4") == 1
+    last = published.splitlines()[-1]
+    assert "56.4" in last
+    assert "restricted set, method and loss are not named" in last
+
+
+def as_the_cell_says(record: AuditRecord, cell: Cell) -> AuditRecord:
+    """Return the record as if the cell had been run unchanged."""
+    spec = spec_of(cell)
+
+    def whole(domain: DomainRecord) -> DomainRecord:
+        return domain.model_copy(update={"train": TRAINING_IMAGES[domain.name]})
+
+    protection = {**(record.protection or {}), "spec": spec.protect.model_dump(mode="json")}
+    changes = {
+        "spec": resolved(spec.audit),
+        "protection": protection,
+        "original": whole(record.original),
+        "restricted": tuple(whole(one) for one in record.restricted),
+    }
+    return record.model_copy(update=changes)
+
+
+def test_a_record_is_the_cells_only_where_nothing_was_changed(
+    reproduced: tuple[Path, str], tmp_path: Path
+) -> None:
+    cell = cell_of("caformer-mnist-klu", "small")
+    record = as_the_cell_says(record_of(reproduced[0], cell.name), cell)
+    assert changes_of(record, cell) == ()
+    file = tmp_path / "small" / cell.name / "audit" / "record.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(record.model_dump_json())
+    (row,) = (line for line in table(tmp_path, "small").splitlines() if cell.name in line)
+    assert row.endswith(f"| {measured(record, cell).verdict} |")
+    listed = command("reproduce", "--list", "--scale", "small", "--out", tmp_path)
+    assert listed.count("measured") == 1
+    protection: dict[str, Any] = dict(record.protection or {})
+    longer = {**protection["spec"], "rounds": 800}
+    fields: dict[str, dict[str, Any]] = {
+        "model.name": {"model": "timm:resnet18"},
+        "audit.seeds": {"spec": record.spec.model_copy(update={"seeds": (0, 1)})},
+        "protect.rounds": {"protection": {**protection, "spec": longer}},
+        "protect": {"protection": None},
+        "original": {"original": record.original.model_copy(update={"name": "other"})},
+        "original.image_size": {
+            "original": record.original.model_copy(update={"image": (3, 64, 64)})
+        },
+        "restricted.0 (9 of 4,500 images)": {
+            "restricted": (record.restricted[0].model_copy(update={"train": 9}),)
+        },
+        "benign": {"benign": record.restricted},
+    }
+    for expected, change in fields.items():
+        assert changes_of(record.model_copy(update=change), cell) == (expected,)
+    # Another cell's name makes it no run of that cell.
+    assert "protect.suppression" in changes_of(
+        record.model_copy(
+            update={"protection": {"spec": {**protection["spec"], "suppression": "ice"}}}
+        ),
+        cell,
+    )
+    assert "restricted" in changes_of(record, cell_of("caformer-gtsrb-klu", "small"))
+
+
+def test_a_damaged_record_marks_its_own_row(reproduced: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    cell = cell_of("caformer-mnist-klu", "small")
+    whole = record_of(reproduced[0], cell.name).model_dump_json()
+    for name, text in ((cell.name, whole), ("vgg-mnist-klu", whole[:1000])):
+        file = out / "small" / name / "audit" / "record.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    printed = command("reproduce", "--table", "--out", out).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line for line in printed}
+    assert "is not a whole audit record of this version: repeat the audit" in rows["vgg-mnist-klu"]
+    assert "changed: " in rows[cell.name]
+    listed = command("reproduce", "--list", "--scale", "small", "--out", out)
+    assert (listed.count("unreadable"), listed.count("changed")) == (1, 1)
 
 
 def test_a_finished_cell_is_not_run_again(reproduced: tuple[Path, str]) -> None:
@@ -267,6 +445,131 @@ def test_a_finished_cell_is_not_run_again(reproduced: tuple[Path, str]) -> None:
     before = [path.stat().st_mtime_ns for path in (file, *trials)]
     command("reproduce", "caformer-mnist-klu", "--out", out, "--quiet", *tiny())
     assert [path.stat().st_mtime_ns for path in (file, *trials)] == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("pretrain.steps=6", "was trained with pretrain.steps = 4, not 6"),
+        ("model.in_channels=1", "was trained with model.in_channels = 3, not 1"),
+        ("original.limit=11", "was trained on other images of 'tiny-imagenet20'"),
+    ],
+)
+def test_a_base_trained_otherwise_is_not_reused(
+    setting: str, words: str, reproduced: tuple[Path, str], shared_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(reproduced[0] / "bases", out / "bases")
+    fields = ("--out", out, "--quiet", *tiny(), "--set", setting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOPHON_DATA", str(shared_data))
+        said = command("reproduce", "caformer-mnist-klu", *fields, fails=2)
+    assert words in said
+    assert "give another --out, or repeat the same --set" in said
+    assert not list(out.rglob("rounds.jsonl"))
+
+
+def test_a_recipe_that_was_changed_since_is_refused_where_it_was_run(
+    reproduced: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(reproduced[0], out)
+    again = ("reproduce", "caformer-mnist-klu", "--out", out, "--quiet", *tiny())
+    cell, base = out / "small/caformer-mnist-klu", out / "bases/small-caformer"
+    for file, run, old, new in (
+        (cell / "run.toml", cell, "rounds = 120", "rounds = 100"),
+        (out / "bases/small-caformer.toml", base, "steps = 1500", "steps = 100"),
+    ):
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        said = command(*again, fails=2)
+        assert f"{file} is not today's recipe and {run} holds a run of it" in said
+        assert "delete" in said
+        # Comments say nothing of what was run.
+        file.write_text("# Of last week.\n" + text)
+        command(*again)
+        assert file.read_text() == text
+
+
+def test_without_a_run_a_recipe_is_written_afresh_and_data_found_before_a_base_is_trained(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "runs"
+    data.mkdir()
+    (data / "tiny_imagenet20_64.npz").symlink_to(shared_data / "tiny_imagenet20_64.npz")
+    monkeypatch.setenv("SOPHON_DATA", str(data))
+    cell = cell_of("caformer-mnist-klu", "small")
+    file = out / "small" / cell.name / "run.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text("[model]\n")
+    said = command("reproduce", cell.name, "--out", out, "--quiet", *tiny(), fails=2)
+    assert "mnist.npz" in said
+    assert not (out / "bases" / "small-caformer").exists()
+    text = run_file(cell, f"recipes/small/{cell.name}.toml", "../../bases")
+    assert file.read_text() == text
+    assert "restricted" not in (out / "bases" / "small-caformer.toml").read_text()
+
+
+def test_where_a_base_comes_from_is_no_affair_of_its_cells(tmp_path: Path) -> None:
+    given = ["model.weights=x.pth", "model.pretrained=false", "restricted.0.limit=3"]
+    given += ["model.head=fc", "pretrain.steps=2", "protect.rounds=1"]
+    jobs = reproducing._Jobs(tmp_path, given, "quiet", None, 1)
+    assert jobs._of_cells == given[2:]
+    assert jobs._of_bases == [*given[:2], "model.head=fc", "pretrain.steps=2"]
+
+
+def test_all_cells_are_tried_and_a_base_is_trained_once(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "runs"
+    data.mkdir()
+    for name in ("tiny_imagenet20_64", "mnist", "gtsrb10"):
+        (data / f"{name}.npz").symlink_to(shared_data / f"{name}.npz")
+    monkeypatch.setenv("SOPHON_DATA", str(data))
+    names = [f"caformer-{restricted}-klu" for restricted in ("gtsrb", "cifar10", "mnist")]
+    monkeypatch.setattr("sophon._grid.CELLS", tuple(cell_of(name, "small") for name in names))
+    trained: list[Path] = []
+    pretrain, protect = reproducing.run_pretraining, reproducing.run_protection
+
+    def pretrained(case: Any, folder: Path, mode: Any) -> Any:
+        trained.append(folder)
+        return pretrain(case, folder, mode)
+
+    def protected(case: Any, folder: Path, mode: Any) -> Any:
+        if case.restricted[0].name == "gtsrb":
+            raise RuntimeError("out of memory")
+        return protect(case, folder, mode)
+
+    def audited(jobs: Any, file: Path, folder: Path, to: Path, settings: list[str]) -> None:
+        del jobs, file, folder, settings
+        audits.append(to)
+
+    audits: list[Path] = []
+    monkeypatch.setattr(reproducing._Jobs, "_audit", audited)
+    monkeypatch.setattr(reproducing, "run_pretraining", pretrained)
+    monkeypatch.setattr(reproducing, "run_protection", protected)
+    said = command("reproduce", "all", "--out", out, "--quiet", *tiny(), fails=2)
+    assert "caformer-gtsrb-klu: RuntimeError: out of memory" in said
+    assert "cifar10.npz" in said
+    assert "error: 2 of 3 cells failed: caformer-gtsrb-klu, caformer-cifar10-klu" in said
+    kept = [out / "small" / name / "traceback.txt" for name in names]
+    assert [file.is_file() for file in kept] == [True, True, False]
+    assert "in protected" in kept[0].read_text()
+    assert audits == [out / "small" / "caformer-mnist-klu" / "audit"]
+    assert trained == [out / "bases" / "small-caformer"]
+
+
+def test_ctrl_c_ends_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def run(jobs: Any, cell: Cell) -> None:
+        del jobs
+        tried.append(cell.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproducing._Jobs, "run", run)
+    command("reproduce", "all", "--out", tmp_path, fails=130)
+    assert tried == [SMALL[0].name]
 
 
 @pytest.mark.parametrize("cell", ["resnet18-gtsrb-klu", "robustness", "ablation"])
@@ -285,6 +588,7 @@ def test_data_that_is_not_there_is_said_before_anything_is_trained(
     monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
     output = command("reproduce", "resnet18-mnist-klu", "--out", tmp_path, fails=2)
     assert "tiny_imagenet20_64.npz" in output
+    assert "recipes/make_archives.py (docs/data.md)" in output
     assert not list(tmp_path.rglob("*.safetensors"))
     paper = ("reproduce", "resnet18-svhn-ice", "--scale", "paper", "--out", tmp_path)
     assert "github.com/fastai/imagenette" in command(*paper, fails=2)
@@ -361,6 +665,56 @@ def test_a_paper_recipe_of_diffusion_runs_for_two_rounds(
     recipe = RECIPES / "paper" / f"{cell.name}.toml"
     command("protect", recipe, "--out", tmp_path, "--quiet", *settings(changed))
     assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 2
+
+
+def one_of_each_architecture() -> list[Cell]:
+    held = {(cell.scale, cell.architecture): cell for cell in CELLS}
+    return list(held.values())
+
+
+@pytest.mark.parametrize("cell", one_of_each_architecture(), ids=named)
+def test_a_base_recipe_loads_its_network_without_a_restricted_set(
+    cell: Cell, paper_data: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = paper_data if cell.scale == "paper" else shared_data
+    monkeypatch.setenv("SOPHON_DATA", str(folder))
+    recipe = RECIPES / cell.scale / f"base-{cell.architecture}.toml"
+    assert "restricted" not in tomllib.loads(recipe.read_text())
+    offline = ["model.pretrained=false"] if cell.scale == "paper" else []
+    small = ["original.image_size=32"]
+    case = load_pretraining(recipe, [*offline, *small])
+    assert case.restricted == ()
+    run = spec_of(cell)
+    if cell.architecture == "ddpm":
+        assert case.model.config["sample_size"] == 32
+        return
+    assert case.network.name == run.model.name
+    assert case.network.arguments == run.model.arguments
+    # The cell's network, built for the same classes, takes the weights of the base's.
+    with torch.device("meta"):
+        built = blueprint(run.model).build(case.original.class_count).state_dict()
+    held = case.model.state_dict()
+    assert {k: v.shape for k, v in held.items()} == {k: v.shape for k, v in built.items()}
+
+
+@pytest.mark.parametrize("restricted", ["", "restricted = []\n"])
+@pytest.mark.parametrize("words", [("protect",), ("audit", "--model", "x"), ("inspect",)])
+def test_only_pretraining_takes_a_run_file_without_a_restricted_set(
+    words: tuple[str, ...], restricted: str, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "run.toml", tmp_path / "out"
+    file.write_text(
+        restricted
+        + '[model]\nname = "small_convnet"\nin_channels = 1\n'
+        + '[original]\nsource = "embedded"\nname = "digits"\nlimit = 6\n'
+        + "[pretrain]\nsteps = 1\nbatch_size = 4\n"
+    )
+    wanted = "restricted = []: give at least 1" if restricted else "restricted is missing; add it"
+    place = () if words == ("inspect",) else ("--out", out)
+    assert wanted in command(words[0], file, *words[1:], *place, fails=2)
+    assert not out.exists()
+    command("pretrain", file, "--out", out, "--quiet")
+    assert (out / "model.safetensors").is_file()
 
 
 def test_a_paper_cell_by_hand_with_its_own_architecture(paper_data: Path, tmp_path: Path) -> None:

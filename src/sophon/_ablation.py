@@ -92,12 +92,12 @@ image_size = 16
 BASE_FILE = f"""\
 # The model of the ablation study: the small convolutional network on CIFAR-10 at 16x16.
 #   sophon pretrain recipes/small/base-ablation.toml --out runs/bases/small-ablation
+# Values are ours.
 
 [model]
 name = "small_convnet"
 
 {_ORIGINAL}
-{_RESTRICTED}
 [pretrain]
 steps = 1500
 batch_size = 128
@@ -111,7 +111,8 @@ every = 500
 def run_file(bases: str) -> str:
     """Return the study's run file; `bases` is the folder of pre-trained models seen from there."""
     return f"""\
-# The base of the ablation study; every other run of it changes one setting.
+# The base of the ablation study; every other run of it changes one setting. Values are ours, but
+# for the rates alpha and beta, which are the defaults: SOPHON, arXiv 2404.12699, read second-hand.
 # Set SOPHON_DATA to the folder that holds the image sets, then
 #   sophon reproduce ablation
 

@@ -1,4 +1,5 @@
-"""A protected classifier as a folder that the Hugging Face hub, timm and torchvision know.
+"""A protected classifier as a folder that the Hugging Face hub, timm and torchvision know, the
+latter two where it is a network of theirs.
 
 `config.json`, `model.safetensors` and `README.md`, a model card whose metadata carries the verdict.
 Nothing is uploaded.
@@ -10,6 +11,7 @@ import importlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,11 +216,13 @@ def _body(source: Exported, made: Report | None) -> str:
     protection = source.protection
     refused = ", ".join(protection.get("restricted", ())) or "unnamed domains"
     kept = protection.get("original", "its original task")
+    alone = source.network.name.startswith(("timm:", "torchvision:"))
+    how = "without Sophon" if alone else "with Sophon (`pip install sophon-protect`)"
     lines = [
         f"# {source.network.name}, protected against fine-tuning",
         "",
         f"The weights of `{source.network.name}` with {source.classes} classes keep {kept} and are"
-        f" meant to be hard to fine-tune into {refused}. They load without Sophon:",
+        f" meant to be hard to fine-tune into {refused}. They load {how}:",
         "",
         "```python",
         *_usage(source),
@@ -232,23 +236,39 @@ def _body(source: Exported, made: Report | None) -> str:
 
 
 def _usage(source: Exported) -> list[str]:
+    """Return the lines of code that give the `model`, run in the exported folder."""
     library, _, name = source.network.name.partition(":")
-    options = "".join(f", {key}={value!r}" for key, value in source.network.arguments.items())
     if library == "timm":
+        channels = source.network.in_channels
+        wanted = {} if channels == 3 else {"in_chans": channels}
         return [
             "import timm",
-            f'timm.create_model("{name}", num_classes={source.classes}{options},'
-            ' checkpoint_path="model.safetensors")',
+            f'model = timm.create_model("{name}", num_classes={source.classes}'
+            f'{_options(source, wanted)}, checkpoint_path="model.safetensors")',
         ]
     if library == "torchvision":
+        # What is built without them in `_models` has no such weights.
+        plain = {"aux_logits": False, "init_weights": False}
+        more = plain if name in ("googlenet", "inception_v3") else {}
         return [
             "from safetensors.torch import load_file",
             "import torchvision",
-            f'model = torchvision.models.get_model("{name}",'
-            f" num_classes={source.classes}{options})",
+            f'model = torchvision.models.get_model("{name}", num_classes={source.classes}'
+            f"{_options(source, more)})",
             'model.load_state_dict(load_file("model.safetensors"))',
         ]
     return [
-        "from safetensors.torch import load_file",
-        'model.load_state_dict(load_file("model.safetensors"))',
+        "import sophon",
+        f'spec = sophon.ModelSpec(name="{source.network.name}", classes={source.classes},'
+        f' in_channels={source.network.in_channels}, weights="model.safetensors")',
+        "model, _ = sophon.resolve_model(spec)",
     ]
+
+
+def _options(source: Exported, more: Mapping[str, object]) -> str:
+    """Return the arguments of a network's constructor, each after a comma."""
+    given = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in source.network.arguments.items()
+    }
+    return "".join(f", {key}={value!r}" for key, value in {**more, **given}.items())

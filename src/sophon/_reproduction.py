@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from sophon._attacks import strategies_of
-from sophon._errors import CheckpointError
+from sophon._attacks import resolved, strategies_of
+from sophon._errors import CheckpointError, SpecError
+from sophon._files import read_json
 from sophon._grid import (
     CELLS,
     PUBLISHED_ROBUSTNESS,
+    TRAINING_IMAGES,
     Cell,
     Published,
     Scale,
     published_of,
     robustness,
+    run_file,
 )
 from sophon._metric_kinds import MetricKind, kind_of_record
-from sophon._records import AuditRecord, Trial
-from sophon._specs import AuditSpec, Strategy, Subject
+from sophon._records import AuditRecord, DomainRecord, Trial
+from sophon._specs import (
+    AuditSpec,
+    DomainSpec,
+    ModelSpec,
+    PretrainRunSpec,
+    PretrainSpec,
+    ProtectSpec,
+    RunSpec,
+    Strategy,
+    Subject,
+    parse_spec,
+)
 from sophon._verdict import overall, summarise
 
 SUBJECTS: tuple[Subject, ...] = ("scratch", "unprotected", "protected")
@@ -36,6 +51,7 @@ class Measured:
 
     `rehearsed` and `worst` hold scratch, unprotected and protected: after the attack that
     protection rehearsed, and after each subject's best attack. `seeds` counts attack seeds.
+    `changes` names what was not run as the cell says.
     """
 
     kind: MetricKind
@@ -45,6 +61,7 @@ class Measured:
     worst: Triple
     verdict: str
     seeds: int
+    changes: tuple[str, ...] = ()
 
 
 def record_file(out: Path, cell: Cell) -> Path:
@@ -52,13 +69,13 @@ def record_file(out: Path, cell: Cell) -> Path:
     return out / cell.scale / cell.name / "audit" / "record.json"
 
 
-def read_measured(file: Path) -> Measured | None:
-    """Return what a stored record says, None where there is none.
+def read_measured(file: Path, cell: Cell) -> Measured | None:
+    """Return what a cell's stored record says, None where there is none.
 
     Raises CheckpointError for a damaged one.
     """
     record = read_stored(file)
-    return None if record is None else measured(record)
+    return None if record is None else measured(record, cell)
 
 
 def read_stored(file: Path) -> AuditRecord | None:
@@ -69,12 +86,12 @@ def read_stored(file: Path) -> AuditRecord | None:
         return AuditRecord.model_validate_json(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValidationError):
         raise CheckpointError(
-            f"{file} is not a whole audit record: delete it and repeat `sophon reproduce`"
+            f"{file} is not a whole audit record of this version: repeat the audit"
         ) from None
 
 
-def measured(record: AuditRecord) -> Measured:
-    """Return the numbers of a record's first restricted domain."""
+def measured(record: AuditRecord, cell: Cell) -> Measured:
+    """Return the numbers of a record's first restricted domain, and how it differs from `cell`."""
     summaries = summarise(record)
     first = summaries[0]
     scores = {subject.name: subject.original for subject in record.subjects}
@@ -89,6 +106,7 @@ def measured(record: AuditRecord) -> Measured:
         worst=tuple(s.test.value if s is not None and s.test is not None else None for s in worst),
         verdict=overall(summaries).text,
         seeds=len(record.seeds),
+        changes=changes_of(record, cell),
     )
 
 
@@ -124,6 +142,119 @@ def _of(trial: Trial, attack: Strategy) -> bool:
     return trial.strategy == attack
 
 
+# --- Is it the cell? ---------------------------------------------------------------------------
+
+# An image set without `image_size` has images of this many pixels a side.
+_OWN_SIDE = 32
+
+
+def changes_of(record: AuditRecord, cell: Cell) -> tuple[str, ...]:
+    """Return the keys in which a record was not run as the cell says, such as `audit.steps`.
+
+    Of a domain the record tells its name, its size and how many images it is trained on.
+    """
+    wanted = parse_spec(RunSpec, tomllib.loads(run_file(cell, cell.name, ".")), where=cell.name)
+    found = [] if record.model == _named(wanted.model) else ["model.name"]
+    if record.task != wanted.task.name:
+        found.append("task.name")
+    found += _domain_changes("original", (record.original,), (wanted.original,))
+    found += _domain_changes("restricted", record.restricted, wanted.restricted)
+    for role, added in (("held_out", record.held_out), ("benign", record.benign)):
+        found += [role] if added else []
+    held = (record.protection or {}).get("spec")
+    found += _differing("protect", _completed(held), _plain(wanted.protect))
+    found += _differing("audit", _plain(record.spec), _plain(resolved(wanted.audit)))
+    return tuple(found)
+
+
+def _plain(spec: AuditSpec | ProtectSpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json")
+
+
+def _completed(held: Any) -> Any:
+    """Return a stored protection's specification with what later versions added to it."""
+    try:
+        return _plain(parse_spec(ProtectSpec, held, where="protection"))
+    except SpecError:
+        return held
+
+
+def _named(model: ModelSpec) -> str:
+    """Return a network's name as records have it: of a path its last part."""
+    kind, _, rest = model.name.partition(":")
+    return f"{kind}:{Path(rest).name}" if kind == "diffusers" else model.name
+
+
+def _domain_changes(
+    role: str, held: tuple[DomainRecord, ...], wanted: tuple[DomainSpec, ...]
+) -> list[str]:
+    if [one.name for one in held] != [one.name for one in wanted]:
+        return [role]
+    found = []
+    for number, (one, spec) in enumerate(zip(held, wanted, strict=True)):
+        where = role if role == "original" else f"{role}.{number}"
+        if one.image[1:] != (spec.image_size or _OWN_SIDE,) * 2:
+            found.append(f"{where}.image_size")
+        if one.train != TRAINING_IMAGES[one.name]:
+            found.append(f"{where} ({one.train:,} of {TRAINING_IMAGES[one.name]:,} images)")
+    return found
+
+
+def _differing(path: str, held: Any, wanted: Any) -> list[str]:
+    """Return the keys below `path` in which two specifications differ."""
+    if not isinstance(held, dict) or not isinstance(wanted, dict):
+        return [] if held == wanted else [path]
+    keys = [*wanted, *(key for key in held if key not in wanted)]
+    return [
+        one for key in keys for one in _differing(f"{path}.{key}", held.get(key), wanted.get(key))
+    ]
+
+
+# --- The model of the original task ------------------------------------------------------------
+
+BASE_DONE = "pretraining.json"
+
+
+def require_same_base(folder: Path, wanted: PretrainRunSpec) -> None:
+    """Raise CheckpointError unless the model in `folder` was trained as `wanted` says."""
+    held = read_json(folder / BASE_DONE)
+    model = read_json(folder / "model.json").get("model") or {}
+    pairs = {
+        **_values("pretrain", held["spec"], wanted.pretrain, PretrainSpec),
+        "original.name": (held["original"], wanted.original.name),
+    }
+    if wanted.task.name == "classification":
+        # The folder of a diffusion model names itself.
+        pairs |= _values("model", model, wanted.model, ModelSpec)
+    different = [
+        f"{key} = {before!r}, not {now!r}" for key, (before, now) in pairs.items() if before != now
+    ]
+    if different:
+        raise CheckpointError(
+            f"{folder} was trained with {'; '.join(different[:3])}: give another --out, or repeat"
+            " the same --set"
+        )
+
+
+def require_same_images(folder: Path, fingerprint: str) -> None:
+    """Raise CheckpointError unless the model in `folder` was trained on images of `fingerprint`."""
+    held = read_json(folder / BASE_DONE)
+    if held["identity"]["domains"] != fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained on other images of {held['original']!r} than this run's: give"
+            " another --out, or repeat the same --set"
+        )
+
+
+def _values(
+    path: str, held: dict[str, Any], now: ModelSpec | PretrainSpec, kind: type[Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return each field of two specifications with both values; absent ones have defaults."""
+    before = parse_spec(kind, held, where=path)
+    names = type(now).model_fields
+    return {f"{path}.{name}": (getattr(before, name), getattr(now, name)) for name in names}
+
+
 # --- Tables ------------------------------------------------------------------------------------
 
 HEADER = (
@@ -135,21 +266,56 @@ HEADER = (
 
 
 def table(out: Path, scale: Scale) -> str:
-    """Return the Markdown table of all cells of a scale, from the records below `out`."""
+    """Return the Markdown table of all cells of a scale, from the records below `out`, and where
+    the published numbers come from. A record that cannot be read marks its own row.
+    """
+    cells = [cell for cell in CELLS if cell.scale == scale]
+    notes = _notes(cells)
     rows = [HEADER, "|---|---|---|---|---|---|---|---|"]
-    for cell in CELLS:
-        if cell.scale == scale:
-            rows.append(row(cell, read_measured(record_file(out, cell))))
-    return "\n".join(rows)
+    for cell in cells:
+        try:
+            held = read_measured(record_file(out, cell), cell)
+        except CheckpointError as error:
+            rows.append(row(cell, None, notes, verdict=f"unreadable: {error}"))
+        else:
+            rows.append(row(cell, held, notes))
+    return "\n".join([*rows, "", *(f"[{number}] {text}" for text, number in notes.items())])
 
 
-def row(cell: Cell, held: Measured | None) -> str:
-    """Return a cell's row; what was not published or not run stays empty."""
+def state(out: Path, cell: Cell) -> str:
+    """Return what `--list` says of a cell: not run, measured, changed or unreadable."""
+    try:
+        record = read_stored(record_file(out, cell))
+    except CheckpointError:
+        return "unreadable"
+    if record is None:
+        return "not run"
+    return "changed" if changes_of(record, cell) else "measured"
+
+
+def _notes(cells: list[Cell]) -> dict[str, int]:
+    """Return the footnotes of the published numbers, numbered from 1."""
+    said = [published_of(cell) for cell in cells]
+    texts = dict.fromkeys(_note(one) for one in said if one.source)
+    return {text: number for number, text in enumerate(texts, start=1)}
+
+
+def _note(said: Published) -> str:
+    return f"{said.source}; {said.note}" if said.note else said.source
+
+
+def row(cell: Cell, held: Measured | None, notes: dict[str, int], verdict: str = EMPTY) -> str:
+    """Return a cell's row; what was not published or not run stays empty.
+
+    `notes` numbers the sources; `verdict` stands where there are no numbers.
+    """
     # Beside a small cell the paper's own numbers say what was seen at its size.
     said = published_of(cell)
-    cells = [cell.name, _pair(_numbers(said.before, said.after)), _triple(_published(said))]
+    mark = f" [{notes[_note(said)]}]" if said.source else ""
+    published = (_pair(_numbers(said.before, said.after)), _triple(_published(said)))
+    cells = [cell.name, *(text + mark if text else EMPTY for text in published)]
     if held is None:
-        cells += [EMPTY] * 5
+        cells += [EMPTY] * 4 + [verdict]
     else:
         own = [EMPTY if v is None else held.kind.show(v, 1) for v in (held.before, held.after)]
         cells += [
@@ -157,7 +323,7 @@ def row(cell: Cell, held: Measured | None) -> str:
             _triple([EMPTY if v is None else _text(held.kind, v) for v in held.rehearsed]),
             _triple([EMPTY if v is None else _text(held.kind, v) for v in held.worst]),
             str(held.seeds),
-            held.verdict,
+            f"changed: {', '.join(held.changes)}" if held.changes else held.verdict,
         ]
     return "| " + " | ".join(cells) + " |"
 
@@ -188,23 +354,31 @@ def _triple(values: list[str]) -> str:
 def robustness_attacks(spec: AuditSpec) -> tuple[Strategy, ...]:
     """Return the attacks of the robustness tables that the specification does not have yet."""
     held = set(strategies_of(spec))
-    wanted = [s for rows in robustness(spec.steps).values() for s in rows.values()]
+    wanted = [s for rows in _tables(spec).values() for s in rows.values()]
     return tuple(s for s in dict.fromkeys(wanted) if s not in held)
 
 
+def _tables(spec: AuditSpec) -> dict[str, dict[str, Strategy]]:
+    return robustness(spec.steps, spec.batch_size)
+
+
 def robustness_tables(record: AuditRecord, architecture: str) -> str:
-    """Return the three robustness tables of a record as Markdown: test score after each attack."""
+    """Return the three robustness tables of a record as Markdown: test score after each attack.
+
+    Below them stand the steps and the seeds, and what is published of the architecture.
+    """
     kind, parts = kind_of_record(record), []
-    for title, rows in robustness(record.spec.steps).items():
-        lines = [
-            f"| {title} | scratch | unprotected | protected | published protected |",
-            "|---|---|---|---|---|",
-        ]
+    for title, rows in _tables(record.spec).items():
+        lines = [f"| {title} | scratch | unprotected | protected |", "|---|---|---|---|"]
         for name, attack in rows.items():
             shown = [EMPTY if v is None else kind.show(v, 1) for v in scores_of(record, attack)]
-            said = PUBLISHED_ROBUSTNESS.get((architecture, attack.optimizer))
-            direct = title == "method and optimizer" and not attack.preparations
-            value = said.protected if said is not None and direct else None
-            lines.append(f"| {name} | {' | '.join(shown)} | {_numbers(value)[0]} |")
+            lines.append(f"| {name} | {' | '.join(shown)} |")
         parts.append("\n".join(lines))
+    seeds = ", ".join(map(str, record.seeds))
+    parts.append(
+        f"{record.spec.steps:,} steps an attack; test scores at the step that validation chose,"
+        f" mean over attack seeds {seeds}."
+    )
+    if architecture in PUBLISHED_ROBUSTNESS:
+        parts.append(PUBLISHED_ROBUSTNESS[architecture])
     return "\n\n".join(parts) + "\n"

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,15 +27,20 @@ from sophon._models import (
     resolve_model,
 )
 from sophon._setting import Setting, make_setting
-from sophon._specs import ModelSpec, RunSpec, TaskSpec, parse_spec
+from sophon._specs import DomainSpec, ModelSpec, PretrainRunSpec, RunSpec, TaskSpec, parse_spec
 from sophon._tasks import Classification, Denoising, Latents, Task
+
+AnyRun = TypeVar("AnyRun", bound=PretrainRunSpec)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run file with its task, its model and its domains loaded."""
+    """A run file with its task, its model and its domains loaded.
 
-    spec: RunSpec
+    For pre-training there is no domain but the original one.
+    """
+
+    spec: PretrainRunSpec
     network: ModelSpec
     task: Task
     model: nn.Module
@@ -69,26 +74,38 @@ def read_run(path: Path, settings: list[str] | None) -> RunSpec:
 
     Raises SpecError naming the file, the key and what is allowed.
     """
+    return parse_run(_text_of(path), settings, where=str(path))
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path} does not exist: give the path of a run file") from None
     except IsADirectoryError:
         raise SpecError(f"{path} is a folder: give the path of a run file") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{path} is not UTF-8 text (byte {error.start}): save it as such") from None
-    return parse_run(text, settings, where=str(path))
 
 
 def parse_run(text: str, settings: list[str] | None, *, where: str) -> RunSpec:
     """Return the specification in the text of a run file; see `read_run`."""
+    return _parsed(RunSpec, text, settings, where)
+
+
+def parse_pretraining(text: str, settings: list[str] | None, *, where: str) -> PretrainRunSpec:
+    """Return what `pretrain` reads of a run file, which needs no restricted domain."""
+    return _parsed(PretrainRunSpec, text, settings, where)
+
+
+def _parsed(kind: type[AnyRun], text: str, settings: list[str] | None, where: str) -> AnyRun:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{where} is not valid TOML: {error}") from None
     for setting in settings or ():
         _apply(data, setting)
-    return parse_spec(RunSpec, data, where=where)
+    return parse_spec(kind, data, where=where)
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:
@@ -147,17 +164,43 @@ def load(path: Path, settings: list[str] | None, threads: int | None = None) -> 
     """
     spec = read_run(path, settings)
     strategies_of(spec.audit)  # an attack that does not exist is found out before protecting
+    several = {
+        "restricted": spec.restricted,
+        "held_out": spec.held_out,
+        "benign": spec.benign,
+    }
+    return _case(spec, path.parent, several, threads)
+
+
+def load_pretraining(path: Path, settings: list[str] | None, threads: int | None = None) -> Case:
+    """Return the run in `path` for pre-training: no domain but the original one is loaded.
+
+    Raises as `load`.
+    """
+    spec = parse_pretraining(_text_of(path), settings, where=str(path))
+    return _case(spec, path.parent, {"restricted": ()}, threads)
+
+
+def require_data(path: Path, settings: list[str] | None) -> None:
+    """Raise DataError unless the domains of the run in `path` can be loaded."""
+    spec = read_run(path, settings)
+    for role, chosen in (("original", (spec.original,)), ("restricted", spec.restricted)):
+        for one in chosen:
+            load_domain(one, base=path.parent, role=role)
+
+
+def _case(
+    spec: PretrainRunSpec,
+    base: Path,
+    wanted: dict[str, tuple[DomainSpec, ...]],
+    threads: int | None,
+) -> Case:
     if threads is not None:
         torch.set_num_threads(threads)
-    base = path.parent
     original = load_domain(spec.original, base=base, role="original")
     several = {
         role: tuple(load_domain(s, base=base, role=role) for s in chosen)
-        for role, chosen in (
-            ("restricted", spec.restricted),
-            ("held_out", spec.held_out),
-            ("benign", spec.benign),
-        )
+        for role, chosen in wanted.items()
     }
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
@@ -262,7 +305,8 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
     if held.get("model"):
         spec = ModelSpec(name=str(file.absolute()), head=case.network.head)
     else:
-        loaded = {"weights": str(file.absolute()), "pretrained": False}
+        # A subject is judged with the head it has; only a model to be trained may get a fresh one.
+        loaded = {"weights": str(file.absolute()), "pretrained": False, "classes": None}
         spec = case.network.model_copy(update=loaded)
     model, _ = resolve_model(spec, base=Path(), default_classes=case.original.class_count)
     return model, held.get("protection")

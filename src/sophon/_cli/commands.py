@@ -147,12 +147,16 @@ def pretrain(
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Train the model of RUN.TOML; repeat the command to resume."""
-    from sophon._runs import load, require_place
+    """Train the model of RUN.TOML on its original domain; repeat the command to resume.
+
+    The run file needs no restricted domain; one that is there is not read.
+    """
+    from sophon._runs import load_pretraining, require_place
 
     mode = mode_of(quiet, as_json)
     require_place(out)
-    show_pretrained(run_pretraining(load(run_file, settings, threads), out, mode), out, mode)
+    case = load_pretraining(run_file, settings, threads)
+    show_pretrained(run_pretraining(case, out, mode), out, mode)
 
 
 @app.command(

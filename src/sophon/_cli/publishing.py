@@ -31,8 +31,8 @@ def export(
 ) -> None:
     """Write a folder to publish, its model card with the verdict.
 
-    It holds config.json, model.safetensors and README.md; nothing is uploaded. The folder
-    loads with timm, torchvision and huggingface_hub, without sophon.
+    It holds config.json, model.safetensors and README.md, which says how to load it; nothing is
+    uploaded. A network of timm or torchvision loads without sophon, one of sophon's own with it.
     """
     from sophon._export import export as write
     from sophon._runs import require_place

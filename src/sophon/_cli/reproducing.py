@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,13 +23,23 @@ from sophon._cli.running import (
     show_protected,
     show_verdict,
 )
-from sophon._errors import IntactnessError, NonFiniteError, SophonError, SpecError
+from sophon._errors import (
+    CheckpointError,
+    IntactnessError,
+    NonFiniteError,
+    SophonError,
+    SpecError,
+)
 
 if TYPE_CHECKING:
     from sophon._grid import Cell, Scale
     from sophon._progress import Mode
+    from sophon._specs import PretrainRunSpec
 
 ROBUSTNESS, ABLATION = "robustness", "ablation"
+_TRACEBACK = "traceback.txt"
+# They say where the original task's model comes from; the cell's own comes from its folder.
+_OF_BASE = ("model.weights", "model.pretrained")
 _ROBUST_CELL = {"small": "resnet18-gtsrb-klu", "paper": "vgg-cifar10-ice"}
 
 
@@ -37,6 +52,7 @@ _ROBUST_CELL = {"small": "resnet18-gtsrb-klu", "paper": "vgg-cifar10-ice"}
     "  sophon reproduce robustness\n"
     "  sophon reproduce ablation --threads 2 --workers 2\n"
     "  sophon reproduce --table\n"
+    "  sophon reproduce ablation --table\n"
 )
 @guarded
 def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
@@ -47,15 +63,24 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         ),
     ] = None,
     scale: Annotated[
-        str, typer.Option("--scale", metavar="small|paper", help="Which size of the cells.")
-    ] = "small",
+        str | None,
+        typer.Option(
+            "--scale",
+            metavar="small|paper",
+            help="Which size of the cells; default: small, and both for --list.",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Where runs are kept; resumes there.")
     ] = Path("runs"),
     listed: Annotated[bool, typer.Option("--list", help="List the cells; run nothing.")] = False,
     table: Annotated[
         bool,
-        typer.Option("--table", help="Print published beside re-measured numbers; run nothing."),
+        typer.Option(
+            "--table",
+            help="Print published beside re-measured numbers, or what `ablation` found; run"
+            " nothing.",
+        ),
     ] = False,
     of: Annotated[
         str | None,
@@ -74,14 +99,14 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     is then no longer the cell of that name: give another --out.
     """
     from sophon._grid import CELLS, SCALES, cell_of
-    from sophon._reproduction import table as filled
     from sophon._runs import require_place
 
-    if scale not in SCALES:
+    if scale not in (None, *SCALES):
         raise SpecError(f"--scale = {scale!r}: use {' or '.join(SCALES)}")
     size: Scale = "paper" if scale == "paper" else "small"
+    _require_consistent(cell, size, listed=listed, table=table, of=of, settings=settings)
     if listed or table:
-        say([filled(out, size)] if table else _listing(out))
+        _show(cell, size if scale or table else None, out, table=table)
         return
     if cell is None:
         raise SpecError("name a cell, `all`, `robustness` or `ablation`; --list shows the cells")
@@ -90,8 +115,6 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     if cell == ROBUSTNESS:
         jobs.robustness(cell_of(of or _ROBUST_CELL[size], size))
     elif cell == ABLATION:
-        if size != "small":
-            raise SpecError(f"--scale = {scale}: the ablation study is small only; leave it out")
         jobs.ablation()
     elif cell == "all":
         jobs.run_all([one for one in CELLS if one.scale == size])
@@ -99,16 +122,52 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         jobs.run(cell_of(cell, size))
 
 
-def _listing(out: Path) -> list[str]:
-    from sophon._grid import CELLS
-    from sophon._reproduction import record_file
+def _require_consistent(
+    cell: str | None,
+    scale: Scale,
+    *,
+    listed: bool,
+    table: bool,
+    of: str | None,
+    settings: list[str] | None,
+) -> None:
+    """Raise SpecError for options that exclude each other, or that would do nothing."""
+    shows = "--list" if listed else "--table"
+    if listed and table:
+        raise SpecError("--list and --table: give one of them")
+    if of is not None and (cell != ROBUSTNESS or listed or table):
+        raise SpecError(f"--of = {of} is for `sophon reproduce robustness`: leave it out")
+    if cell == ABLATION and scale != "small":
+        raise SpecError(f"--scale = {scale}: the ablation study is small only; leave it out")
+    if not (listed or table):
+        return
+    if cell is not None and not (table and cell == ABLATION):
+        raise SpecError(
+            f"{cell} and {shows}: {shows} shows all cells and runs nothing; leave one out"
+        )
+    if settings:
+        raise SpecError(
+            f"--set {settings[0]!r} and {shows}: {shows} shows what was run; leave one out"
+        )
 
-    width = max(len(cell.name) for cell in CELLS)
-    lines = []
-    for cell in CELLS:
-        state = "measured" if record_file(out, cell).is_file() else "not run"
-        lines.append(f"{cell.name:{width}}  {cell.scale:5}  {state}")
-    return lines
+
+def _show(cell: str | None, scale: Scale | None, out: Path, *, table: bool) -> None:
+    """Print the cells, of both scales without one, or their table, or the ablation study's."""
+    from sophon import _ablation as study
+    from sophon._grid import CELLS
+    from sophon._reproduction import state
+    from sophon._reproduction import table as filled
+
+    if cell == ABLATION:
+        folder = out / "small" / study.NAME
+        say([study.table(folder, study.results(folder))])
+    elif table:
+        assert scale is not None
+        say([filled(out, scale)])
+    else:
+        width = max(len(one.name) for one in CELLS)
+        chosen = [one for one in CELLS if scale in (None, one.scale)]
+        say(f"{one.name:{width}}  {one.scale:5}  {state(out, one)}" for one in chosen)
 
 
 class _Jobs:
@@ -125,47 +184,97 @@ class _Jobs:
         self.out, self.settings, self.mode = out, settings, mode
         self.threads, self.workers = threads, workers
 
+    @property
+    def _of_cells(self) -> list[str]:
+        """The settings that concern a cell; where its base comes from is the base's affair."""
+        return [one for one in self.settings or () if _key(one) not in _OF_BASE]
+
+    @property
+    def _of_bases(self) -> list[str]:
+        """The settings that concern the training of the original task."""
+        parts = ("original", "model", "pretrain", "task")
+        return [one for one in self.settings or () if _key(one).partition(".")[0] in parts]
+
     def run(self, cell: Cell) -> None:
         """Run a cell from where it stopped."""
-        from sophon._grid import run_file
-
         self._announce(f"{cell.name} ({cell.scale})")
+        file, base = self._prepared(cell)
+        self._protected_and_audited(file, file.parent, base, [])
+
+    def _prepared(self, cell: Cell) -> tuple[Path, Path]:
+        """Return a cell's run file and the folder of its base, which is trained if it is missing.
+
+        Raises SpecError or CheckpointError before anything is trained where the settings do not fit
+        or something else was run there.
+        """
+        from sophon._grid import DIFFUSION, UNET, UNET_FILE, base_file, base_name, run_file
+
+        text = base_file(cell, f"recipes/{cell.scale}/base-{cell.architecture}.toml")
         self._check(run_file(cell, cell.name, "."), [])
-        self._base(cell)
-        self._protected_and_audited(self._run_file(cell), self.out / cell.scale / cell.name, [])
+        self._check_base(text)
+        file = self._run_file(cell)
+        base = self.out / "bases" / base_name(cell)
+        unets = [base] if cell.architecture == DIFFUSION else []
+        _recipe(self.out / "bases" / UNET_FILE, UNET, json.loads, ran=unets)
+        self._trained(base, text, file)
+        return file, base
 
     def _check(self, text: str, settings: list[str]) -> None:
         """Raise SpecError for settings that do not fit a run file, before anything is trained."""
         from sophon._runs import parse_run
 
-        parse_run(text, [*(self.settings or ()), *settings], where="--set")
+        parse_run(text, [*self._of_cells, *settings], where="--set")
+
+    def _check_base(self, text: str) -> PretrainRunSpec:
+        """Return what the run file of a base says with its settings; raise as `_check`."""
+        from sophon._runs import parse_pretraining
+
+        return parse_pretraining(text, self._of_bases, where="--set")
 
     def _announce(self, what: str) -> None:
         if self.mode in ("bar", "lines"):
             typer.echo(what, err=True)
 
-    def _protected_and_audited(self, file: Path, folder: Path, settings: list[str]) -> None:
+    def _protected_and_audited(
+        self, file: Path, folder: Path, base: Path, settings: list[str]
+    ) -> None:
         """Run a protection and its audit in `folder`, from where they stopped."""
+        from sophon._reproduction import require_same_images
         from sophon._runs import load
 
-        settings = [*(self.settings or ()), *settings]
+        settings = [*self._of_cells, *settings]
         case = load(file, settings, self.threads)
+        require_same_images(base, case.original.fingerprint())
         result = run_protection(case, folder / "protected", self.mode)
         show_protected(result, folder / "protected", self.mode)
         self._audit(file, folder / "protected", folder / "audit", settings)
 
     def run_all(self, cells: list[Cell]) -> None:
         """Run cells in turn, going on where one cannot be run; raise the first error at the end."""
-        failed: dict[str, SophonError] = {}
+        failed: dict[str, Exception] = {}
         for cell in cells:
-            try:
-                self.run(cell)
-            except SophonError as error:
-                typer.echo(f"{cell.name}: {error}", err=True)
+            error = self._tried(partial(self.run, cell), cell.name, self._place(cell))
+            if error is not None:
                 failed[cell.name] = error
-        if failed:
-            first = next(iter(failed.values()))
-            raise type(first)(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}")
+        _raise_first(failed, len(cells), "cells")
+
+    def _tried(self, work: Callable[[], None], name: str, folder: Path) -> Exception | None:
+        """Do a part of the work; return what it raised, whose traceback is kept in `folder`."""
+        from sophon._files import write_text
+
+        kept = folder / _TRACEBACK
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the others are still to be run
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(kept, traceback.format_exc())
+            typer.echo(f"{name}: {_said(error)} (see {kept})", err=True)
+            return error
+        kept.unlink(missing_ok=True)
+        return None
+
+    def _place(self, cell: Cell) -> Path:
+        return self.out / cell.scale / cell.name
 
     def robustness(self, cell: Cell) -> None:
         """Attack a cell's protected model with the attacks of the robustness tables."""
@@ -173,14 +282,15 @@ class _Jobs:
         from sophon._reproduction import read_stored, robustness_attacks, robustness_tables
         from sophon._runs import read_run
 
-        if not (self.out / cell.scale / cell.name / "protected" / "model.safetensors").is_file():
+        file, _ = self._prepared(cell)
+        if not (self._place(cell) / "protected" / "model.safetensors").is_file():
             self.run(cell)
-        spec = read_run(self._run_file(cell), self.settings).audit
+        spec = read_run(file, self._of_cells).audit
         extra = [s.model_dump(mode="json") for s in (*spec.extra, *robustness_attacks(spec))]
         folder = self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
-        settings = [*(self.settings or ()), _setting("audit.extra", extra)]
-        protected = self.out / cell.scale / cell.name / "protected"
-        self._audit(self._run_file(cell), protected, folder / "audit", settings)
+        settings = [*self._of_cells, _setting("audit.extra", extra)]
+        protected = self._place(cell) / "protected"
+        self._audit(file, protected, folder / "audit", settings)
         record = read_stored(folder / "audit" / "record.json")
         assert record is not None
         tables = robustness_tables(record, cell.architecture)
@@ -196,24 +306,31 @@ class _Jobs:
         require_matplotlib()
         for variation in study.variations():
             self._check(study.run_file("."), list(variation.settings))
-        folder = self.out / "small" / study.NAME
-        self._trained(f"small-{study.NAME}", study.BASE_FILE)
-        file = _written(folder / "run.toml", study.run_file("../../bases"))
+        self._check_base(study.BASE_FILE)
+        folder, base = self.out / "small" / study.NAME, self.out / "bases" / f"small-{study.NAME}"
+        ran = [folder / variation.name for variation in study.variations()]
+        text = study.run_file("../../bases")
+        file = _recipe(folder / "run.toml", text, tomllib.loads, ran=ran)
+        self._trained(base, study.BASE_FILE, file)
+        failed: dict[str, Exception] = {}
         for variation in study.variations():
             self._announce(f"{study.NAME}: {variation.name}")
-            try:
-                settings = list(variation.settings)
-                self._protected_and_audited(file, folder / variation.name, settings)
-            except (IntactnessError, NonFiniteError) as error:
-                typer.echo(f"{variation.name}: {error}", err=True)
-                reason = study.failure_file(folder, variation)
-                reason.parent.mkdir(exist_ok=True)
-                write_text(reason, f"{error}\n")
+            place, settings = folder / variation.name, list(variation.settings)
+            work = partial(self._protected_and_audited, file, place, base, settings)
+            error = self._tried(work, variation.name, place)
+            reason = study.failure_file(folder, variation)
+            reason.unlink(missing_ok=True)
+            if error is not None:
+                write_text(reason, f"{_said(error)}\n")
+            # Weights that never meet the tolerance, or diverge, are what the study is to find out.
+            if error is not None and not isinstance(error, IntactnessError | NonFiniteError):
+                failed[variation.name] = error
         held = study.results(folder)
         tables = study.table(folder, held)
         write_text(folder / "table.md", tables)
         draw(held, folder / "ablation.svg")
         say([tables, str(folder / "ablation.svg")])
+        _raise_first(failed, len(study.variations()), "runs of the study")
 
     def _audit(self, file: Path, protected: Path, out: Path, settings: list[str] | None) -> None:
         from sophon._runs import load
@@ -226,39 +343,49 @@ class _Jobs:
         show_verdict(made, self.mode, {"report": out / "report.html"})
 
     def _run_file(self, cell: Cell) -> Path:
-        """Write the cell's run file, if it is not there, and return it."""
+        """Write the cell's run file and return it; CheckpointError if another one was run."""
         from sophon._grid import run_file
 
-        folder = self.out / cell.scale / cell.name
-        recipe = f"recipes/{cell.scale}/{cell.name}.toml"
-        return _written(folder / "run.toml", run_file(cell, recipe, "../../bases"))
+        folder = self._place(cell)
+        text = run_file(cell, f"recipes/{cell.scale}/{cell.name}.toml", "../../bases")
+        return _recipe(folder / "run.toml", text, tomllib.loads, ran=[folder])
 
-    def _base(self, cell: Cell) -> None:
-        """Train the model of a cell's original task unless it is there."""
-        from sophon._grid import UNET, UNET_FILE, base_file, base_name
+    def _trained(self, folder: Path, text: str, cell: Path) -> None:
+        """Train the model of the run file `text` in `folder`, unless it was; the data of the run
+        file `cell` must be there before.
 
-        recipe = f"recipes/{cell.scale}/base-{cell.architecture}.toml"
-        _written(self.out / "bases" / UNET_FILE, UNET)
-        self._trained(base_name(cell), base_file(cell, recipe))
+        Raises CheckpointError where `folder` holds a model trained otherwise.
+        """
+        from sophon._reproduction import BASE_DONE, require_same_base
+        from sophon._runs import load_pretraining, require_data
 
-    def _trained(self, name: str, text: str) -> None:
-        """Train a model as the run file `text` says, unless it is there."""
-        from sophon._runs import load
-
-        folder = self.out / "bases" / name
-        if (folder / "model.safetensors").is_file():
+        wanted = self._check_base(text)
+        file = _recipe(folder.with_name(f"{folder.name}.toml"), text, _of_base, ran=[folder])
+        if (folder / BASE_DONE).is_file() and (folder / "model.safetensors").is_file():
+            require_same_base(folder, wanted)
             return
-        file = _written(folder.parent / f"{name}.toml", text)
-        result = run_pretraining(
-            load(file, _for_base(self.settings), self.threads), folder, self.mode
-        )
-        show_pretrained(result, folder, self.mode)
+        require_data(cell, self._of_cells)
+        case = load_pretraining(file, self._of_bases, self.threads)
+        show_pretrained(run_pretraining(case, folder, self.mode), folder, self.mode)
 
 
-def _for_base(settings: list[str] | None) -> list[str]:
-    """Return the settings that concern the training of the original task."""
-    parts = ("original", "restricted", "model.", "pretrain", "task")
-    return [setting for setting in settings or () if setting.startswith(parts)]
+def _said(error: Exception) -> str:
+    """Return what an error says, on one line; the kind of one that was not raised on purpose."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SophonError) else f"{type(error).__name__}: {text}"
+
+
+def _raise_first(failed: dict[str, Exception], count: int, what: str) -> None:
+    """Raise an error of the first one's kind that names all that failed, if any did."""
+    if failed:
+        first = next(iter(failed.values()))
+        kind = type(first) if isinstance(first, SophonError) else SophonError
+        raise kind(f"{len(failed)} of {count} {what} failed: {', '.join(failed)}")
+
+
+def _key(setting: str) -> str:
+    """Return the key of a `key=value`."""
+    return ".".join(part.strip() for part in setting.partition("=")[0].split("."))
 
 
 def _setting(key: str, value: object) -> str:
@@ -268,10 +395,44 @@ def _setting(key: str, value: object) -> str:
     return f"{key}={toml(value)}"
 
 
-def _written(path: Path, text: str) -> Path:
+def _of_base(text: str) -> dict[str, Any]:
+    """Return the tables of a run file that pre-training reads."""
+    return {name: held for name, held in tomllib.loads(text).items() if name != "restricted"}
+
+
+def _recipe(
+    path: Path, text: str, read: Callable[[str], dict[str, Any]], *, ran: Iterable[Path]
+) -> Path:
+    """Write a recipe afresh and return its path.
+
+    Raises CheckpointError where the file there says something else and a run of it is in one of the
+    folders `ran`: what lies there would pass for a run of today's recipe.
+    """
     from sophon._files import write_text
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
+    held = path.read_text(encoding="utf-8") if path.is_file() else text
+    if held != text and not _same(held, text, read):
+        started = [folder for folder in ran if _started(folder)]
+        if started:
+            raise CheckpointError(
+                f"{path} is not today's recipe and {started[0]} holds a run of it: give another"
+                f" --out, or delete {started[0]} to start over"
+            )
+    if held != text or not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     return path
+
+
+def _same(one: str, other: str, read: Callable[[str], dict[str, Any]]) -> bool:
+    """Return whether two recipes say the same, whatever their comments."""
+    try:
+        return read(one) == read(other)
+    except ValueError:
+        return False
+
+
+def _started(folder: Path) -> bool:
+    """Return whether a base, a protection or an audit was started in a folder."""
+    found = ("run.json", "protected/run.json", "audit/record.json")
+    return any((folder / name).is_file() for name in found)

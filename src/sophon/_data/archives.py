@@ -36,6 +36,14 @@ _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
 )
+# What the small recipes read.
+_OF_RECIPES = {
+    "cifar10.npz",
+    "cifar10_jpeg.npz",
+    "gtsrb10.npz",
+    "mnist.npz",
+    "tiny_imagenet20_64.npz",
+}
 FORMAT = "x_train, y_train (uint8 images, integer labels); x_test, y_test, class_names if there are"
 
 
@@ -88,7 +96,10 @@ def _coarsen(arrays: dict[str, NDArray[Any]]) -> None:
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
-        raise DataError(f"there is no file {path}; correct path")
+        made = ", or make it with recipes/make_archives.py (docs/data.md)"
+        raise DataError(
+            f"there is no file {path}; correct path{made if path.name in _OF_RECIPES else ''}"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; copy or download it again")
     arrays = _loaded(path)

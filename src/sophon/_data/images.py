@@ -101,10 +101,29 @@ def open_picture(path: Path, size: int | None) -> Bytes:
             return from_picture(squared(ImageOps.exif_transpose(picture), size))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} cannot be read as an image ({_first_line(error)}); replace or remove it"
-        ) from None
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def shorter_side(path: Path) -> int:
+    """Return the pixels along the shorter side of an image file, of which only the head is read.
+
+    Raises DataError as `open_picture`.
+    """
+    try:
+        with Image.open(path) as picture:
+            return min(picture.size)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path} cannot be read as an image ({_first_line(error)}); replace or remove it"
+    )
 
 
 def resized(pixels: Bytes, size: int | None) -> Bytes:

@@ -16,11 +16,13 @@ import numpy as np
 
 from sophon._data.conventions import CLASS_ORDERS, IMAGENETTE
 from sophon._data.decoded import read_pictures
-from sophon._data.images import Bytes, Integers
+from sophon._data.images import Bytes, Integers, shorter_side
 from sophon._data.splits import Contents, Part
 from sophon._errors import DataError
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
+# Images whose size is looked at to tell one variant of a data set from another.
+_LOOKED_AT = 9
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Tree:
     `splits` maps train, validation and test to folders below the root, each with one folder of
     `classes` (folder name to class name); a set without classes has a single folder of images,
     which `sort` deals out to the splits by file name. `counts` are the images of each folder of a
-    whole copy. `get` says where it comes from.
+    whole copy. `get` says where it comes from. `variants` are folders of other sizes, `sides` the
+    shorter side in pixels of those that have one.
     """
 
     splits: dict[str, str]
@@ -39,6 +42,7 @@ class Tree:
     get: str
     sort: Callable[[Path, list[Path]], dict[str, list[Path]]] | None = None
     variants: dict[str, str] = field(default_factory=dict)
+    sides: dict[str, int] = field(default_factory=dict)
 
 
 def _celeba_splits(root: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -74,6 +78,7 @@ TREES: dict[str, Tree] = {
         {"train": 9469, "test": 3925},
         "imagenette2-160.tgz (or -320, or imagenette2.tgz) of https://github.com/fastai/imagenette",
         variants={"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"},
+        sides={"160px": 160, "320px": 320},
     ),
     "ILSVRC": Tree(
         {"train": "train", "test": "val"},
@@ -128,19 +133,24 @@ def read_tree(name: str, root: Path, size: int | None) -> Contents:
         known = ", ".join(f"{key}:{one}" for one in tree.variants) or key
         raise DataError(f"unknown variant {name!r}; known: {known}")
     if tree.sort is None:
-        return _with_classes(key, tree, _base(tree, variant, root), size)
+        return _with_classes(key, tree, variant, _base(tree, variant, root), size)
     return _without_classes(key, tree, variant, root, size)
 
 
 def _base(tree: Tree, variant: str, root: Path) -> Path:
-    """Return the folder that holds the splits: `root`, or a variant's folder below it."""
+    """Return the folder that holds the splits: a variant's own below `root`, or `root` itself.
+
+    Without a variant `root` comes first, then the variants as they are listed.
+    """
+    if variant:
+        own = root / tree.variants[variant]
+        return own if own.is_dir() else root
     if (root / tree.splits["train"]).is_dir():
         return root
-    wanted = [tree.variants[variant]] if variant else list(tree.variants.values())
-    return next((root / one for one in wanted if (root / one).is_dir()), root)
+    return next((root / one for one in tree.variants.values() if (root / one).is_dir()), root)
 
 
-def _with_classes(key: str, tree: Tree, base: Path, size: int | None) -> Contents:
+def _with_classes(key: str, tree: Tree, variant: str, base: Path, size: int | None) -> Contents:
     parts = {}
     for split, below in tree.splits.items():
         files: list[Path] = []
@@ -153,6 +163,8 @@ def _with_classes(key: str, tree: Tree, base: Path, size: int | None) -> Content
             files += found
             labels += [label] * len(found)
         _require_whole(key, tree, split, base / below, files)
+        if variant:
+            _require_size(f"{key}:{variant}", tree, base / below, files)
         parts[split] = _part(files, labels, size)
     classes = tuple(tree.classes.values())
     return Contents(parts["train"], parts.get("test"), classes, parts.get("validation"))
@@ -193,6 +205,25 @@ def _require_whole(key: str, tree: Tree, split: str, folder: Path, files: list[P
     empty = next((file for file in files if not file.stat().st_size), None)
     if empty is not None:
         raise DataError(f"{empty} is empty, a partial download; get {tree.get}")
+
+
+def _require_size(name: str, tree: Tree, folder: Path, files: list[Path]) -> None:
+    """Raise DataError where the images are those of another variant than the one in `name`.
+
+    The middle one of a few shorter sides is told from the sides of the variants.
+    """
+    some = files[:: max(1, len(files) // _LOOKED_AT)][:_LOOKED_AT]
+    middle = sorted(shorter_side(file) for file in some)[len(some) // 2]
+    wanted = tree.sides.get(name.partition(":")[2])
+    other = next((one for one, side in tree.sides.items() if side == middle), None)
+    if (middle == wanted) if wanted is not None else other is None:
+        return
+    held = f"{name.partition(':')[0]}:{other}'s" if other else "no variant's"
+    expected = f"{wanted} pixels" if wanted else "their own sizes"
+    raise DataError(
+        f"{folder} has images of {middle} pixels along the shorter side, {held}, where {name} has"
+        f" {expected}: correct root or the name, or get {tree.get}"
+    )
 
 
 def _pictures(folder: Path, *, flat: bool = False) -> list[Path]:

@@ -19,7 +19,7 @@ from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._probing import (
     made_for,
 )
-from sophon._models._published import published_timm, published_torchvision
+from sophon._models._published import published_place, published_timm, published_torchvision
 from sophon._models._weights import load_weights, read_tensors, require_finite
 from sophon._networks import NETWORKS
 from sophon._seeding import seeded
@@ -47,7 +47,8 @@ def resolve_model(
     """Return the network with its weights loaded, and a factory for a freshly initialised one.
 
     Both have the same number of classes: `spec.classes`, or what the weights hold (published
-    ones too), or `default_classes`, or the network's own. Relative paths start at `base`.
+    ones too), or `default_classes`, or the network's own. Weights of another number of classes than
+    `spec.classes` get a fresh head. Relative paths start at `base`.
 
     Raises UnsupportedModelError for a network that cannot be built or has non-finite weights
     and CheckpointError for weights that cannot be read or do not fit.
@@ -65,9 +66,13 @@ def resolve_model(
             model = plan.build(classes) if plan.load is None else plan.load()
     else:
         tensors = read_tensors(file)
-        classes = spec.classes or _classes_in(tensors, plan, classes)
-        model = plan.build(classes)
+        held = _classes_in(tensors, plan, classes)
+        model = plan.build(held)
         load_weights(model, tensors, source=str(file))
+        if spec.classes is None:
+            classes = held
+        elif held != spec.classes:
+            _refit(model, spec)
     require_finite(model, what=spec.name)
     return model.eval(), lambda: plan.build(classes).eval()
 
@@ -233,24 +238,32 @@ def _pretrained(spec: ModelSpec) -> nn.Module:
         )
     blueprint(spec).build(None)
     options = _tuples(spec.arguments)
+    library = _library("timm" if kind == "timm" else "torchvision.models")
     try:
         if kind == "timm":
             options["in_chans"] = spec.in_channels
-            model = _flexible(published_timm, _library("timm"), name, **options)
+            model = _flexible(published_timm, library, name, **options)
         else:
-            model = published_torchvision(_library("torchvision.models"), name, **options)
+            model = published_torchvision(library, name, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
         raise UnsupportedModelError(
             f"the published weights of {spec.name} are not at hand ({reason}): download them once "
-            "with a connection, or give the file as model.weights"
+            f"with a connection, to {published_place(library, name)}, or give the file as"
+            " model.weights and set model.pretrained = false beside it"
         ) from None
-    if spec.classes is not None:
-        shape = (spec.in_channels, *made_for(model, (224, 224)))
-        head = find_head(model, shape, spec.head)
-        if head_classes(model, head) != spec.classes:
-            replace_head(model, head, spec.classes, seed=0, names=("pretrained",))
+    _refit(model, spec)
     return model
+
+
+def _refit(model: nn.Module, spec: ModelSpec) -> None:
+    """Give the model a fresh head of `spec.classes` outputs where it has another number."""
+    if spec.classes is None:
+        return
+    shape = (spec.in_channels, *made_for(model, (224, 224)))
+    head = find_head(model, shape, spec.head)
+    if head_classes(model, head) != spec.classes:
+        replace_head(model, head, spec.classes, seed=0, names=("pretrained",))
 
 
 def _checkpoint_folder(name: str, base: Path) -> Path | None:

@@ -44,6 +44,21 @@ def published_torchvision(models: Any, name: str, **arguments: Any) -> nn.Module
     return model
 
 
+def published_place(library: Any, name: str) -> str:
+    """Return where the file of weights is looked for, of timm or of `torchvision.models`."""
+    if hasattr(library, "get_pretrained_cfg"):
+        settings = library.get_pretrained_cfg(name)
+        if settings is not None and settings.hf_hub_id:
+            from huggingface_hub import constants
+
+            folder = f"models--{settings.hf_hub_id.replace('/', '--')}"
+            return str(Path(constants.HF_HUB_CACHE) / folder)
+        url = "" if settings is None else settings.url
+    else:
+        url = library.get_model_weights(name).DEFAULT.url
+    return str(_torch_cache(url) if url else Path(torch.hub.get_dir()) / "checkpoints")
+
+
 def require_reach(host: str, what: str) -> None:
     """Raise FileNotFoundError unless `host`, or the proxy that leads there, answers.
 

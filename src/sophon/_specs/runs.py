@@ -185,19 +185,28 @@ class PretrainSpec(Spec):
     precision: Precision = "auto"
 
 
-class RunSpec(Spec):
+class PretrainRunSpec(Spec):
+    """A run file as `pretrain` reads it: only the original domain is needed.
+
+    The other tables may be there, as in the run file of a protection.
+    """
+
+    model: ModelSpec
+    task: TaskSpec = TaskSpec()
+    original: DomainSpec
+    restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
+    held_out: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
+    benign: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
+    pretrain: PretrainSpec = PretrainSpec()
+    protect: ProtectSpec = ProtectSpec()
+    audit: AuditSpec = AuditSpec()
+
+
+class RunSpec(PretrainRunSpec):
     """One run file: the model, the domains, and what `protect` and `audit` do with them.
 
     Only the audit uses `held_out`, restricted domains kept from protection, and `benign`, allowed
     ones that must stay possible.
     """
 
-    model: ModelSpec
-    task: TaskSpec = TaskSpec()
-    original: DomainSpec
     restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False, min_length=1)]
-    held_out: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
-    benign: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
-    pretrain: PretrainSpec = PretrainSpec()
-    protect: ProtectSpec = ProtectSpec()
-    audit: AuditSpec = AuditSpec()

@@ -93,10 +93,37 @@ def _images(held: AuditRecord) -> AuditRecord:
     return held.model_copy(update={"trials": tuple(trials)})
 
 
+def _weaker(held: AuditRecord) -> AuditRecord:
+    """Return the record of `standard-1` with fewer attacks that go on."""
+    spec = held.spec.model_copy(update={"suite": "standard-1", "survivors": 1})
+    return held.model_copy(update={"spec": spec})
+
+
+def _other_suite(held: AuditRecord) -> AuditRecord:
+    return held.model_copy(update={"suite_fingerprint": "6" * 64})
+
+
+def _half_precision(held: AuditRecord) -> AuditRecord:
+    there = held.environment.model_copy(update={"precision": "bf16"})
+    return held.model_copy(update={"environment": there})
+
+
+def _task(held: AuditRecord) -> AuditRecord:
+    return held.model_copy(update={"task_name": "another"})
+
+
+def test_a_suite_that_is_cut_down_is_not_ranked_with_the_whole_one() -> None:
+    held = compare([("whole", _suite(_audit(SOUND))), ("less", _weaker(_audit(SOUND)))])
+    assert held.differing == ("suite",)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
         (_images, "areas"),
+        (_other_suite, "suite"),
+        (_half_precision, "precision"),
+        (_task, "task"),
         (_seeds, "seeds"),
         (_budget, "budget"),
         (_suite, "suite"),

@@ -141,6 +141,8 @@ def _setting(record: AuditRecord) -> dict[str, str]:
     hashes = {subject.name: subject.weights_sha256 for subject in record.subjects}
     spec = record.spec
     suite = f"{spec.suite}, search of {spec.search_trials or 0}, {len(spec.extra)} extra"
+    if record.suite_fingerprint:
+        suite += f" [{record.suite_fingerprint[:_SHORT_HASH]}]"
     stages = SUITES.get(spec.suite)
     if stages is not None and stages.prefilter is not None:
         share, several = spec.prefilter or stages.prefilter, spec.survivors or stages.survivors

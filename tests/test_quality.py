@@ -270,7 +270,7 @@ def test_a_given_classifier_sees_images_as_it_was_trained_on_them(tmp_path: Path
 ERRORS = {
     "protected": (0.85, 0.41, 0.17, 0.15),
     "unprotected": (0.2, 0.1, 0.06, 0.05),
-    "scratch": (0.8, 0.4, 0.16, 0.14),
+    "scratch": (0.8, 0.4, 0.145, 0.14),
 }
 
 
@@ -344,6 +344,17 @@ def test_a_good_verdict_needs_the_pictures(
     assert summary.verdict == verdict, summary.reasons
     assert any(words in reason for reason in summary.reasons)
     assert words in withstands(held, "refused").reason
+
+
+@pytest.mark.parametrize(("kid", "verdict"), [(0.5, "void"), (0.1, "not protected")])
+def test_pictures_convict_where_a_flag_forbids_to_acquit(kid: float, verdict: str) -> None:
+    held = _record((kid, 0.1, 0.5))
+    frozen = [
+        s.model_copy(update={"flags": ("frozen_parameters",) if s.name == "protected" else ()})
+        for s in held.subjects
+    ]
+    (summary,) = summarise(held.model_copy(update={"subjects": tuple(frozen)}))
+    assert summary.verdict == verdict, summary.reasons
 
 
 @pytest.mark.parametrize("changes", [{"budget": 20}, {"named": True}])

@@ -33,12 +33,11 @@ from sophon._models._denoisers import (
 from sophon._models._fresh import (
     Bare,
     bare_parameters,
-    drop_foreign_hooks,
-    foreign_hooks,
     fresh_copy,
     reinitialise,
 )
 from sophon._models._heads import find_head, head_classes, replace_head
+from sophon._models._hooks import drop_foreign_hooks, foreign_hooks
 from sophon._models._lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
 from sophon._models._probing import (
     Names,

@@ -6,16 +6,13 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sophon._errors import UnsupportedModelError
 from sophon._models._heads import head_classes, replace_head
-from sophon._models._probing import (
-    Names,
-)
+from sophon._models._probing import Names
 from sophon._seeding import seeded
 
 
@@ -86,31 +83,6 @@ def reinitialise(module: nn.Module, *, seed: int, names: Names, bare: Bare | Non
             f"{', ...' if len(missed) > 4 else ''} of {type(module).__name__}: give the layer "
             "that owns it a reset_parameters method, or pass a factory of fresh models"
         )
-
-
-def foreign_hooks(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
-    """Return where hooks are held that are not torch's own (those compute weights): dict and key.
-
-    Whoever publishes a model may have put them there.
-    """
-    return [
-        (held, key)
-        for part in module.modules()
-        for held in (
-            part._forward_pre_hooks,
-            part._forward_hooks,
-            part._backward_pre_hooks,
-            part._backward_hooks,
-        )
-        for key, hook in held.items()
-        if not getattr(hook, "__module__", "").startswith("torch.nn.utils.")
-    ]
-
-
-def drop_foreign_hooks(module: nn.Module) -> None:
-    """Take off every hook that is not torch's own, in place."""
-    for held, key in foreign_hooks(module):
-        del held[key]
 
 
 def fresh_copy(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sophon._errors import CheckpointError, UnsupportedModelError
+from sophon._models._hooks import hooks
 
 _DAMAGED = (
     SafetensorError,
@@ -128,18 +129,8 @@ def network_identity(model: nn.Module) -> str:
     inside a `forward` is not seen.
     """
     kind = type(model)
-    hooks = [
-        hook
-        for part in model.modules()
-        for held in (
-            part._forward_pre_hooks,
-            part._forward_hooks,
-            part._backward_pre_hooks,
-            part._backward_hooks,
-        )
-        for hook in held.values()
-    ]
-    names = [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in hooks]
+    calls = [hook.call for hook in hooks(model)]
+    names = [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in calls]
     layers = "\n".join(
         f"{name}: {type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
         for name, part in model.named_modules()

@@ -135,6 +135,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "data_overlap": (_overlapping(6), _overlapping(5)),
     "few_seeds": (record(seeds=(0, 1)), record()),
     "short_horizon": (_rehearsing(21), _rehearsing(20)),
+    "protected_still_rises": (record(), record(curves={"protected": (0.2, 0.3, 0.6, 0.61)})),
     "scratch_still_rises": (record(curves={"scratch": (0.1, 0.2, 0.4, 0.5)}), record()),
     "rehearsal_unknown": (record(), _rehearsing(20)),
     "cut_down_suite": (_standard(search_trials=0), _standard()),
@@ -196,6 +197,25 @@ def test_what_is_far_off_is_flagged_without_anything_to_compare_with(
 
     assert CHECKS[name](alone(_vital(**changes)), "refused") is not None
     assert CHECKS[name](alone(_vital()), "refused") is None
+
+
+@pytest.mark.parametrize("name", ["scratch_still_rises", "rehearsal_unknown"])
+def test_a_fresh_network_that_has_not_begun_to_learn_has_not_levelled_out(name: str) -> None:
+    flag = CHECKS[name](record(curves={"scratch": (0.1, 0.1, 0.1, 0.1)}), "refused")
+    assert flag is not None
+    assert flag.forbids == {"withstood"}
+    settled = CHECKS[name](record(), "refused")
+    assert settled is None or not settled.forbids
+
+
+def test_what_is_measured_at_the_end_alone_may_still_rise() -> None:
+    late = record([trial(name, CURVES[name]) for name in ("protected", "scratch")])
+    trials = [t.model_copy(update={"curve": (t.curve[0], *t.curve[-1:])}) for t in late.trials]
+    held = late.model_copy(update={"trials": tuple(trials)})
+    for name in ("protected_still_rises", "scratch_still_rises"):
+        flag = CHECKS[name](held, "refused")
+        assert flag is not None
+        assert "first measured at step 200 of 200" in flag.detail
 
 
 def test_attackers_that_persist_are_rehearsed_for_their_whole_life() -> None:

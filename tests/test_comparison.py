@@ -16,7 +16,7 @@ from sophon._comparison import compare
 from sophon._errors import AuditError
 from sophon._records import AuditRecord, Score, pack
 
-SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.85), CURVES["scratch"], CURVES["unprotected"]
+SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.8), CURVES["scratch"], CURVES["unprotected"]
 
 
 def _audit(protected: tuple[float, ...]) -> AuditRecord:
@@ -24,7 +24,7 @@ def _audit(protected: tuple[float, ...]) -> AuditRecord:
 
 
 def test_audits_are_ranked_by_verdict_and_then_by_what_was_removed() -> None:
-    little = (0.25, 0.45, 0.6, 0.85)
+    little = (0.25, 0.45, 0.6, 0.8)
     held = compare(
         [
             ("broken", _audit(BROKEN)),

@@ -236,6 +236,7 @@ def _values(entry: Entry) -> dict[str, Any]:
         "original_after": after.value if after else None,
         "cost_multiplier": worst.slowing.value,
         "cost_multiplier_is_bound": worst.slowing.bound,
+        "cost_multiplier_sure": worst.slowing.sure,
         "cost_multiplier_interval": worst.slowing.interval,
         "flags": entry.flags,
     }

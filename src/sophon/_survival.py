@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,10 @@ from sophon._records import Trial
 from sophon._statistics import (
     DRAWS,
     Cost,
-    EnvelopePoint,
     Interval,
-    by_seed,
-    cost_to_recover,
+    cost_of,
     percentile_interval,
+    run_with_all_seeds,
 )
 
 
@@ -42,13 +41,22 @@ class Recovery:
         """How many seeds did not reach the target."""
         return sum(cost.steps is None for cost in self.costs)
 
+    def at_least(self) -> Recovery:
+        """Return the least that each seed can have cost: the last budget measured without it."""
+        costs = tuple(
+            cost if cost.steps is None else replace(cost, steps=max(cost.above, 1))
+            for cost in self.costs
+        )
+        return replace(self, costs=costs, median=_median(costs))
+
 
 def recovery(trials: Sequence[Trial], at: Sequence[int], target: float) -> Recovery:
     """Return what each seed's envelope needed to reach `target`, a validation score."""
-    costs = tuple(
-        cost_to_recover([EnvelopePoint(s, v, "") for s, v in zip(at, row, strict=True)], target)
-        for row in by_seed(trials, at).tolist()
-    )
+    held = run_with_all_seeds(trials)
+    own = [
+        [t for t in held if t.seed == seed and t.curve] for seed in sorted({t.seed for t in held})
+    ]
+    costs = tuple(cost_of(seed, at, target) for seed in own if seed)
     return Recovery(target, costs, _median(costs), at[-1] if at else 0)
 
 

@@ -145,6 +145,22 @@ def test_ratios_are_those_of_medians_and_never_speak_for_protection_by_censoring
     assert interval.high <= 1
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5])
+def test_intervals_of_ratios_cover_as_often_as_they_claim(seeds: int) -> None:
+    stream = np.random.default_rng(seeds)
+
+    def drawn(median: float) -> Recovery:
+        steps = np.exp(stream.normal(math.log(median), 0.4, seeds))
+        return Recovery(0.8, tuple(Cost(round(float(s)), 10**9) for s in steps), None, 10**9)
+
+    held = 0
+    for _ in range(150):
+        interval = ratio_interval(drawn(50_000), drawn(20_000))
+        assert interval is not None
+        held += interval.low <= 2.5 <= interval.high
+    assert held >= 136
+
+
 def test_equal_models_cost_the_same() -> None:
     held = record(curves={"protected": (0.4, 0.7, 0.85, 0.9)})
     (summary,) = summarise(held)

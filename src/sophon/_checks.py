@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sophon._attacks import SUITES
+from sophon._attacks import SUITES, Suite, strategies_of
 from sophon._flags import GOOD, WITHSTOOD, Check, Flag, trials_of
 from sophon._metric_kinds import kind_of_record, shown
 from sophon._records import AuditRecord, Measurement, Trial
-from sophon._specs import Guard, Strategy, Subject
+from sophon._specs import AuditSpec, Guard, Strategy, Subject
 from sophon._statistics import (
     best_of,
     budgets,
@@ -76,7 +76,7 @@ def last_trial_is_best(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the last attack of the suite, or the last that was searched, wins."""
     trials = trials_of(record, domain, "protected")
     best = winner(trials)
-    last = set(record.strategies[-1:])
+    last = set(_last_of_suite(record, trials))
     if record.spec.search_trials:
         last |= set(_proposed(record, domain)[-1:])
     if best is None or best.strategy not in last:
@@ -88,6 +88,21 @@ def last_trial_is_best(record: AuditRecord, domain: str) -> Flag | None:
         "Run a larger suite or search.",
         best.strategy.label(),
     )
+
+
+def _last_of_suite(record: AuditRecord, trials: Sequence[Trial]) -> list[Strategy]:
+    """Return the last of the suite's and the extra attacks that was tried, whatever batch fitted.
+
+    What is derived from the checkpoint's rates comes after them, and is no end of the suite.
+    """
+    if record.spec.suite not in SUITES:
+        return list(record.strategies[-1:])
+    tried = [trial.strategy for trial in trials]
+    for own in reversed(strategies_of(record.spec)):
+        held = [s for s in tried if s == own.model_copy(update={"batch_size": s.batch_size})]
+        if held:
+            return held
+    return []
 
 
 def _proposed(record: AuditRecord, domain: str) -> list[Strategy]:
@@ -137,19 +152,23 @@ def seeds_disagree(record: AuditRecord, domain: str) -> Flag | None:
 
 def most_diverged(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if more than half of the attacks on a subject diverged."""
+    found = {}
     for subject in ("protected", "unprotected", "scratch"):
         trials = trials_of(record, domain, subject)
         diverged = sum(trial.outcome.kind == "diverged" for trial in trials)
-        if trials and diverged > len(trials) / 2:
-            return Flag(
-                "most trials diverged",
-                "more than half of the attacks on a subject diverged",
-                "A weak search makes any model look protected.",
-                "Add lower rates, warm-up or gradient clipping (audit.extra).",
-                f"{diverged} of {len(trials)} on {subject}",
-                voids=True,
-            )
-    return None
+        if diverged > len(trials) / 2:
+            found[subject] = f"{diverged} of {len(trials)} on {subject}"
+    if not found:
+        return None
+    return Flag(
+        "most trials diverged",
+        "more than half of the attacks on a subject diverged",
+        "A weak search makes any model look protected.",
+        "Add lower rates, warm-up or gradient clipping (audit.extra).",
+        ", ".join(found.values()),
+        voids=True,
+        alone=list(found) == ["protected"],
+    )
 
 
 def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
@@ -166,6 +185,7 @@ def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
         "Read the traceback in the record, mend the cause and repeat the command.",
         f"{len(crashed)} on {', '.join(subjects)}: {_error(crashed[0])}",
         voids=True,
+        alone=subjects == ["protected"],
     )
 
 
@@ -220,8 +240,8 @@ def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the original task lost more than the guard's tolerance on the test split.
 
     The loss must exceed it by more than the protected model's interval; a loss of more than ten
-    points forbids a verdict. A tolerance above the usual one, which the checkpoint states of
-    itself, loosens neither.
+    points forbids a verdict, one that may be as large within that interval a good one. A tolerance
+    above the usual one, which the checkpoint states of itself, loosens neither.
     """
     del domain
     scores = {s.name: s.original for s in record.subjects}
@@ -235,16 +255,21 @@ def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
     lost = [before.value - kind.allowed(before.value, one) for one in (known, usual)]
     tolerance = min(lost)
     stated = f"; it states {kind.tolerance(known)}" if lost[0] > lost[1] else ""
-    certain = before.value - interval_of(after).high
-    if certain <= tolerance:
+    held = interval_of(after)
+    certain, possible = before.value - held.high, before.value - held.low
+    ruin = kind.ruin(before.value)
+    if certain <= tolerance and possible <= ruin:
         return None
+    low, high = kind.interval(held)
     return Flag(
         "original task suffers",
-        "the test score on the original task fell by more than the tolerance, beyond its interval",
+        "the test score on the original task fell by more than the tolerance, beyond its interval,"
+        " or may have fallen by what forbids a verdict",
         "A model that no longer does its own task is easily hard to fine-tune.",
-        "Raise protect.reinforcement_steps, or give the guard more images to watch.",
-        f"{shown(before)} before, {shown(after)} after{stated}",
-        voids=certain > kind.ruin(before.value),
+        "Raise protect.reinforcement_steps, or give the guard and the test more images.",
+        f"{shown(before)} before, {shown(after)} after ({low} to {high}){stated}",
+        voids=certain > ruin,
+        forbids=GOOD if possible > ruin else frozenset(),
     )
 
 
@@ -435,15 +460,32 @@ def cut_down_suite(record: AuditRecord, domain: str) -> Flag | None:
         less.append(f"{spec.survivors} of {suite.survivors} attacks of a subject go on")
     if len(record.seeds) < len(suite.seeds):
         less.append(f"{len(record.seeds)} of {len(suite.seeds)} attack seeds")
+    less += _coarser(spec, suite)
     if not less:
         return None
     return Flag(
         "suite cut down",
-        "search, seeds or the attacks that go on are fewer than the suite's own",
+        "search, seeds, evaluations, batches or the attacks that go on are less than the suite's"
+        " own",
         "A weaker attacker makes any model look protected; the name of the suite promises more.",
-        "Leave audit.search_trials, prefilter, survivors and seeds out, and give it time.",
+        "Leave audit.search_trials, prefilter, survivors, seeds, evaluations and batch_size out,"
+        " and give it time.",
         "; ".join(less),
+        forbids=WITHSTOOD,
     )
+
+
+def _coarser(spec: AuditSpec, suite: Suite) -> list[str]:
+    """Return in what measurements and batches are less than a suite's own."""
+    less = []
+    usual = AuditSpec.model_fields["evaluations"].default
+    if spec.evaluations < usual:
+        less.append(f"{spec.evaluations} of {usual} evaluations")
+    batches = sorted({strategy.batch_size for strategy in suite.strategies})
+    if spec.batch_size is not None and (len(batches) > 1 or spec.batch_size < batches[0]):
+        own = ", ".join(map(str, batches))
+        less.append(f"batches of {spec.batch_size} alone, of the suite's {own}")
+    return less
 
 
 def mixed_machines(record: AuditRecord, domain: str) -> Flag | None:

@@ -370,6 +370,16 @@ def test_good_pictures_after_any_attack_convict(changes: dict[str, Any]) -> None
     assert f"protected, {words} (best at step 15)" in page
 
 
+def test_test_images_choose_none_of_the_pictures() -> None:
+    """What an unprotected or fresh network drew better at some other moment does not count."""
+    held = _record((0.34, 0.1, 0.5))
+    said = withstands(held, "refused")
+    for subject, kid in (("unprotected", 0.0), ("scratch", 0.3)):
+        other = _picture(subject, kid).model_copy(update={"budget": 20})
+        more = held.model_copy(update={"samples": (*held.samples, other)})
+        assert withstands(more, "refused") == said
+
+
 def test_pictures_acquit_only_beyond_their_own_spread() -> None:
     held = _record((0.34, 0.1, 0.5))
     assert withstands(held, "refused").kind == "for"

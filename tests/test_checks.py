@@ -327,6 +327,15 @@ def test_networks_without_batch_norm_have_no_extreme_statistics() -> None:
     assert CHECKS["extreme_batch_norm"](held, "refused") is None
 
 
+def test_a_held_out_domain_that_shares_images_with_a_restricted_one_is_flagged() -> None:
+    base = record()
+    far = base.restricted[0].model_copy(update={"name": "far", "role": "held_out"})
+    shared = Overlap(first="far/train", second="refused/train", count=100, exact=2, near=0)
+    held = base.model_copy(update={"held_out": (far,), "overlaps": (shared,)})
+    assert CHECKS["data_overlap"](held, "far") is not None
+    assert CHECKS["data_overlap"](held, "refused") is None
+
+
 # The protocol's red flags, each with the check that is for it and a record that raises it.
 PROTOCOL: dict[str, tuple[str, AuditRecord]] = {
     "winner on the edge of the search space": ("winner_on_the_edge", _rates(1e-3)),

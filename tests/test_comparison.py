@@ -15,8 +15,9 @@ from sophon._cli import app
 from sophon._comparison import compare
 from sophon._errors import AuditError
 from sophon._records import AuditRecord, Score, pack
+from sophon._specs import SampleSpec, Strategy
 
-SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.85), CURVES["scratch"], CURVES["unprotected"]
+SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.8), CURVES["scratch"], CURVES["unprotected"]
 
 
 def _audit(protected: tuple[float, ...]) -> AuditRecord:
@@ -24,7 +25,7 @@ def _audit(protected: tuple[float, ...]) -> AuditRecord:
 
 
 def test_audits_are_ranked_by_verdict_and_then_by_what_was_removed() -> None:
-    little = (0.25, 0.45, 0.6, 0.85)
+    little = (0.25, 0.45, 0.6, 0.8)
     held = compare(
         [
             ("broken", _audit(BROKEN)),
@@ -112,6 +113,29 @@ def _task(held: AuditRecord) -> AuditRecord:
     return held.model_copy(update={"task_name": "another"})
 
 
+def _allowed(held: AuditRecord) -> AuditRecord:
+    domain = held.restricted[0].model_copy(update={"name": "allowed", "role": "benign"})
+    return held.model_copy(update={"benign": (domain,)})
+
+
+def _beyond(held: AuditRecord) -> AuditRecord:
+    """Return the record as if the checkpoint's rates had added an attack."""
+    more = Strategy(optimizer="sgd", learning_rate=5.0)
+    return held.model_copy(update={"strategies": (*held.strategies, more)})
+
+
+def test_what_pictures_were_drawn_and_how_far_a_search_went_keeps_audits_apart() -> None:
+    first = _audit(SOUND)
+    denoising = first.model_copy(update={"task": "denoising"})
+    few = first.spec.model_copy(update={"samples": SampleSpec(count=64)})
+    fewer = denoising.model_copy(update={"spec": few})
+    assert compare([("a", denoising), ("b", fewer)]).differing == ("pictures",)
+    searched = first.model_copy(update={"spec": first.spec.model_copy(update={"search_trials": 4})})
+    fixed: dict[str, object] = {"optimizer": "sgd", "learning_rate": 1e-4}
+    stated = searched.model_copy(update={"protection": {"spec": {"rehearsal": {"fixed": fixed}}}})
+    assert compare([("a", searched), ("b", stated)]).differing == ("attacks",)
+
+
 def test_a_suite_that_is_cut_down_is_not_ranked_with_the_whole_one() -> None:
     held = compare([("whole", _suite(_audit(SOUND))), ("less", _weaker(_audit(SOUND)))])
     assert held.differing == ("suite",)
@@ -129,6 +153,8 @@ def test_a_suite_that_is_cut_down_is_not_ranked_with_the_whole_one() -> None:
         (_suite, "suite"),
         (_domain, "restricted"),
         (_model, "unprotected model"),
+        (_allowed, "allowed tasks"),
+        (_beyond, "attacks"),
         (_less, "given up"),
     ],
 )

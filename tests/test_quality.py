@@ -268,7 +268,7 @@ def test_a_given_classifier_sees_images_as_it_was_trained_on_them(tmp_path: Path
 # --- Records of errors ----------------------------------------------------------------------------
 
 ERRORS = {
-    "protected": (0.85, 0.41, 0.17, 0.15),
+    "protected": (0.85, 0.41, 0.155, 0.15),
     "unprotected": (0.2, 0.1, 0.06, 0.05),
     "scratch": (0.8, 0.4, 0.145, 0.14),
 }
@@ -368,6 +368,16 @@ def test_good_pictures_after_any_attack_convict(changes: dict[str, Any]) -> None
     page = report(more).html()
     words = "after adam" if "named" in changes else "after its best attack within 20 steps"
     assert f"protected, {words} (best at step 15)" in page
+
+
+def test_test_images_choose_none_of_the_pictures() -> None:
+    """What an unprotected or fresh network drew better at some other moment does not count."""
+    held = _record((0.34, 0.1, 0.5))
+    said = withstands(held, "refused")
+    for subject, kid in (("unprotected", 0.0), ("scratch", 0.3)):
+        other = _picture(subject, kid).model_copy(update={"budget": 20})
+        more = held.model_copy(update={"samples": (*held.samples, other)})
+        assert withstands(more, "refused") == said
 
 
 def test_pictures_acquit_only_beyond_their_own_spread() -> None:

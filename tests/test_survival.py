@@ -10,7 +10,7 @@ import pytest
 
 from records import STEPS, record, trial
 from sophon._report import report
-from sophon._statistics import Cost, bands
+from sophon._statistics import Cost, bands, cost_of
 from sophon._survival import Recovery, logrank, ratio_interval, recovery
 from sophon._verdict import summarise
 
@@ -102,6 +102,32 @@ def test_equal_costs_are_not_told_apart(costs: tuple[int | None, ...]) -> None:
     assert interval.low <= 1 <= interval.high
 
 
+def test_costs_are_known_to_lie_between_two_measurements() -> None:
+    held = _recovery((5, 80, None))
+    assert [cost.above for cost in held.costs] == [0, 20, 200]
+    assert [cost.steps for cost in held.at_least().costs] == [1, 20, None]
+    assert held.at_least().costs[2].horizon == 200
+
+
+def test_a_budget_at_which_only_another_attack_was_measured_tells_nothing() -> None:
+    coarse, fine = trial("protected", (0.1, 0.1, 0.1, 0.9)), trial("protected", (0.1,) * 4)
+    kept = tuple(point for point in coarse.curve if point.step in (0, 5, 200))
+    cost = cost_of([coarse.model_copy(update={"curve": kept}), fine], STEPS, 0.8)
+    assert cost == Cost(200, 200, 5)
+
+
+def test_one_cell_of_the_measuring_grid_is_not_slowed() -> None:
+    """Half a point short of the goal at the budget at which the unprotected model is there."""
+    held = record(curves={"protected": (0.1, 0.3, 0.805, 0.9)})
+    (summary,) = summarise(held)
+    assert (summary.slowing.value, summary.slowing.sure) == (2.5, 1.0)
+    assert (summary.logrank_p or 1) < 0.05
+    assert summary.verdict == "not protected"
+    assert "raise audit.evaluations" in summary.reasons[1]
+    slower = {"protected": (0.1, 0.3, 0.4, 0.9), "unprotected": (0.4, 0.83, 0.85, 0.9)}
+    assert report(record(curves=slower)).verdict == "slowed x4.0"
+
+
 def test_one_seed_and_nobody_there_have_no_p_value() -> None:
     one, none = _recovery((20,)), _recovery((None, None))
     assert logrank(one, one) is None
@@ -117,6 +143,22 @@ def test_ratios_are_those_of_medians_and_never_speak_for_protection_by_censoring
     interval = ratio_interval(slow, never)
     assert interval is not None
     assert interval.high <= 1
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5])
+def test_intervals_of_ratios_cover_as_often_as_they_claim(seeds: int) -> None:
+    stream = np.random.default_rng(seeds)
+
+    def drawn(median: float) -> Recovery:
+        steps = np.exp(stream.normal(math.log(median), 0.4, seeds))
+        return Recovery(0.8, tuple(Cost(round(float(s)), 10**9) for s in steps), None, 10**9)
+
+    held = 0
+    for _ in range(150):
+        interval = ratio_interval(drawn(50_000), drawn(20_000))
+        assert interval is not None
+        held += interval.low <= 2.5 <= interval.high
+    assert held >= 136
 
 
 def test_equal_models_cost_the_same() -> None:

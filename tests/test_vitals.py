@@ -118,4 +118,5 @@ def test_what_was_only_recoloured_is_near_and_not_exact() -> None:
     assert shared.exact == 0
     assert shared.near >= len(second.train) - 1
     assert ("second/validation", "second/train") in found
+    assert ("second/test", "second/validation") in found
     assert ("first/test", "second/train") in found

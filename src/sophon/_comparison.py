@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sophon._attacks import SUITES
+from sophon._attacks import SUITES, beyond_rehearsal
 from sophon._errors import AuditError
 from sophon._metric_kinds import NONE, kind_of, shown
-from sophon._records import AuditRecord, Measurement
+from sophon._records import AuditRecord, DomainRecord, Measurement
 from sophon._rendering import Table, render, score_text, table, write_document
+from sophon._search import rates
 from sophon._specs import fingerprint_of
 from sophon._tables import ratio_text, removed_text
 from sophon._verdict import DomainSummary, Verdict, overall, summarise
@@ -151,20 +152,51 @@ def _setting(record: AuditRecord) -> dict[str, str]:
         extra = fingerprint_of([strategy.model_dump(mode="json") for strategy in spec.extra])
         suite += f" [{extra[:_SHORT_HASH]}]"
     batch = f", batches of {spec.batch_size}" if spec.batch_size is not None else ""
-    domains = sorted(record.restricted, key=lambda domain: domain.name)
     return {
         "suite": suite,
+        "attacks": _attacks(record),
         "budget": f"{spec.steps} steps, {spec.evaluations} evaluations{batch}",
         "seeds": ", ".join(map(str, record.seeds)),
-        "restricted": ", ".join(f"{d.name} [{d.sha256[:_SHORT_HASH]}]" for d in domains),
-        "original": f"{record.original.name} [{record.original.sha256[:_SHORT_HASH]}]",
+        "restricted": _named(record.restricted),
+        "allowed tasks": _named(record.benign) or "none",
+        "original": _named([record.original]),
         "unprotected model": f"{record.model} [{hashes.get('unprotected', 'none')[:_SHORT_HASH]}]",
         "precision": f"{record.environment.precision} on {record.environment.device}",
         "task": record.task_name,
+        "pictures": _pictures(record),
         "given up": "; ".join(record.given_up) or "nothing",
         # Of plain envelopes the best of many attacks counts with the luck that made it the best.
         "areas": "plain" if _without_images(record) else "cross-fitted",
     }
+
+
+def _named(domains: Sequence[DomainRecord]) -> str:
+    """Return domains by name and content."""
+    held = sorted(domains, key=lambda domain: domain.name)
+    return ", ".join(f"{domain.name} [{domain.sha256[:_SHORT_HASH]}]" for domain in held)
+
+
+def _attacks(record: AuditRecord) -> str:
+    """Return the attacks that were not searched, and how far a search's rates may go.
+
+    Both depend on the rates that a checkpoint says it rehearsed.
+    """
+    held = [strategy.model_dump(mode="json") for strategy in record.strategies]
+    text = f"{len(held)} [{fingerprint_of(held)[:_SHORT_HASH]}]"
+    if not record.spec.search_trials:
+        return text
+    ranges = rates(beyond_rehearsal(record.protection, record.spec))
+    held_ranges = {name: list(bounds) for name, bounds in ranges.items()}
+    return f"{text}, rates searched [{fingerprint_of(held_ranges)[:_SHORT_HASH]}]"
+
+
+def _pictures(record: AuditRecord) -> str:
+    """Return how pictures were judged; nothing of it concerns a classifier."""
+    if record.task == "classification":
+        return "none"
+    samples = record.spec.samples
+    fingerprint = fingerprint_of(samples.model_dump(mode="json"))
+    return f"{samples.count} of each, {samples.extractor} [{fingerprint[:_SHORT_HASH]}]"
 
 
 def _without_images(record: AuditRecord) -> bool:
@@ -236,6 +268,7 @@ def _values(entry: Entry) -> dict[str, Any]:
         "original_after": after.value if after else None,
         "cost_multiplier": worst.slowing.value,
         "cost_multiplier_is_bound": worst.slowing.bound,
+        "cost_multiplier_sure": worst.slowing.sure,
         "cost_multiplier_interval": worst.slowing.interval,
         "flags": entry.flags,
     }

@@ -16,7 +16,7 @@ class Flag(NamedTuple):
     """A reason for doubt: what raised it, why it matters, what to do.
 
     `voids` forbids any verdict, `forbids` names those that it alone cannot be given; a conviction
-    stands.
+    stands. `alone` says that what voids happened to the protected model and to no other subject.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Flag(NamedTuple):
     detail: str
     voids: bool = False
     forbids: frozenset[str] = frozenset()
+    alone: bool = False
 
 
 Check = Callable[[AuditRecord, str], Flag | None]

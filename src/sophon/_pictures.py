@@ -18,12 +18,13 @@ _GONE = 0.5
 class Bearing(NamedTuple):
     """Whether pictures bear a good verdict out, speak against it, or say nothing, and why.
 
-    Of a slowed model they do so `until` so many steps.
+    Of a slowed model they do so `until` so many steps. `gone` is the share of the lead in KID.
     """
 
     kind: str
     reason: str
     until: int = 0
+    gone: float = 0.0
 
 
 def pictures_of(record: AuditRecord, domain: str) -> tuple[SampleRecord, ...]:
@@ -63,15 +64,19 @@ def when(row: SampleRecord) -> str:
 def withstands(record: AuditRecord, domain: str) -> Bearing:
     """Return what pictures after attacks say of a model that no attack profits from.
 
-    Of each subject those count that are the best of all that were drawn after an attack. They bear
-    the verdict out where at least half of the unprotected model's lead in KID over a fresh network
-    is gone by more than KID's spread, and say nothing where that lead is within its spread.
+    Every set of the protected model's pictures that was drawn after an attack is held against those
+    of the other two after their best attacks, which the validation split chose: KID is of test
+    images and chooses nothing. They bear the verdict out where on each at least half of the
+    unprotected model's lead in KID over a fresh network is gone by more than KID's spread, and say
+    nothing where that lead is within its spread.
     """
-    best: dict[str, SampleRecord] = {}
-    for row in pictures_of(record, domain):
-        if row.attack and (row.subject not in best or row.kid < best[row.subject].kid):
-            best[row.subject] = row
-    return _compared(best, "")
+    best = after_best(record, domain)
+    drawn = [
+        row for row in pictures_of(record, domain) if row.attack and row.subject == "protected"
+    ]
+    said = [_compared(best | {"protected": row}, "") for row in drawn] or [_compared(best, "")]
+    # What speaks against it counts before what says nothing.
+    return min(said, key=lambda one: (("against", "none", "for").index(one.kind), one.gone))
 
 
 def slows(record: AuditRecord, domain: str, recovered: int, cost: int, least: float) -> Bearing:
@@ -127,8 +132,8 @@ def _compared(after: dict[str, SampleRecord], within: str) -> Bearing:
     least = gone - 2 * math.hypot(protected.kid_std, unprotected.kid_std) / lead
     words = f"{100 * gone:z.0f} % of the unprotected model's lead in KID is gone{within}"
     if least >= _GONE:
-        return Bearing("for", f"pictures bear it out: {words}")
+        return Bearing("for", f"pictures bear it out: {words}", gone=gone)
     if gone >= _GONE:
         unsure = f"within KID's spread only {100 * max(least, 0.0):.0f} % may be"
-        return Bearing("none", f"pictures are too few to tell: {words}, but {unsure}")
-    return Bearing("against", f"pictures speak against it: only {words}")
+        return Bearing("none", f"pictures are too few to tell: {words}, but {unsure}", gone=gone)
+    return Bearing("against", f"pictures speak against it: only {words}", gone=gone)

@@ -160,6 +160,7 @@ def _values(summary: DomainSummary) -> dict[str, Any]:
         "advantage_interval": advantage.interval and list(advantage.interval),
         "cost_multiplier": slowing.value,
         "cost_multiplier_is_bound": slowing.bound,
+        "cost_multiplier_sure": slowing.sure,
         "flags": [flag.name for flag in summary.flags],
         "subjects": subjects,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,10 +42,15 @@ class EnvelopePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Steps needed to reach a target; None where it was not reached by the horizon (censored)."""
+    """Steps needed to reach a target; None where it was not reached by the horizon (censored).
+
+    What is known is that it lies above `above`, the last budget measured without the target, and
+    not above `steps`, the first one with it.
+    """
 
     steps: int | None
     horizon: int
+    above: int = 0
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,27 @@ def cost_to_recover(points: Sequence[EnvelopePoint], target: float) -> Cost:
     """Return the least budget whose envelope reaches `target`, censored at the horizon."""
     reached = [point.step for point in points if point.value >= target]
     return Cost(min(reached) if reached else None, points[-1].step if points else 0)
+
+
+def cost_of(trials: Sequence[Trial], at: Sequence[int], target: float) -> Cost:
+    """Return what the trials' envelope needed to reach `target`, and what it surely needed.
+
+    Each attack counts with its own measurements: budgets at which only others were measured do not
+    tell that it was not there.
+    """
+    cost = cost_to_recover(envelope(trials, at), target)
+    reached = [held for trial in trials if (held := _last_without(trial, target)) is not None]
+    return replace(cost, above=min(reached, default=cost.horizon))
+
+
+def _last_without(trial: Trial, target: float) -> int | None:
+    """Return the last step measured before the target was reached; None where it never was."""
+    before = 0
+    for point in sorted(trial.curve, key=lambda p: p.step):
+        if point.validation.value >= target:
+            return before
+        before = point.step
+    return None
 
 
 def advantage_removed(

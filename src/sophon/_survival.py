@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,14 @@ from sophon._records import Trial
 from sophon._statistics import (
     DRAWS,
     Cost,
-    EnvelopePoint,
     Interval,
-    by_seed,
-    cost_to_recover,
+    cost_of,
     percentile_interval,
+    run_with_all_seeds,
 )
+
+# What deviations of a resampled median of so many seeds are multiplied by, on the logarithm.
+_WIDER = {2: 3.0, 3: 1.5, 4: 1.2}
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,22 @@ class Recovery:
         """How many seeds did not reach the target."""
         return sum(cost.steps is None for cost in self.costs)
 
+    def at_least(self) -> Recovery:
+        """Return the least that each seed can have cost: the last budget measured without it."""
+        costs = tuple(
+            cost if cost.steps is None else replace(cost, steps=max(cost.above, 1))
+            for cost in self.costs
+        )
+        return replace(self, costs=costs, median=_median(costs))
+
 
 def recovery(trials: Sequence[Trial], at: Sequence[int], target: float) -> Recovery:
     """Return what each seed's envelope needed to reach `target`, a validation score."""
-    costs = tuple(
-        cost_to_recover([EnvelopePoint(s, v, "") for s, v in zip(at, row, strict=True)], target)
-        for row in by_seed(trials, at).tolist()
-    )
+    held = run_with_all_seeds(trials)
+    own = [
+        [t for t in held if t.seed == seed and t.curve] for seed in sorted({t.seed for t in held})
+    ]
+    costs = tuple(cost_of(seed, at, target) for seed in own if seed)
     return Recovery(target, costs, _median(costs), at[-1] if at else 0)
 
 
@@ -80,14 +91,17 @@ def ratio_interval(protected: Recovery, other: Recovery, *, seed: int = 0) -> In
         return None
     stream = np.random.default_rng(seed)
     above, below = (_resampled(r, stream) for r in (protected, other))
-    return percentile_interval(above / np.maximum(below, 1.0))
+    return percentile_interval(above / below)
 
 
 def _resampled(held: Recovery, stream: np.random.Generator) -> NDArray[np.float64]:
-    costs = np.array([held.horizon if c.steps is None else c.steps for c in held.costs])
+    """Return draws of the median cost over resampled seeds."""
+    steps = [held.horizon if c.steps is None else c.steps for c in held.costs]
+    costs = np.maximum(np.array(steps, np.float64), 1.0)
     index = stream.integers(0, len(costs), (DRAWS, len(costs)))
-    medians: NDArray[np.float64] = np.median(costs[index].astype(np.float64), axis=1)
-    return medians
+    centre, medians = np.median(costs), np.median(costs[index], axis=1)
+    drawn: NDArray[np.float64] = centre * (medians / centre) ** _WIDER.get(len(costs), 1.0)
+    return drawn
 
 
 def _median(costs: Sequence[Cost]) -> int | None:

@@ -43,6 +43,11 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
     ):
         if ratio.value is not None:
             found.append((name, ratio_text(ratio)))
+    sure = summary.slowing._replace(
+        value=summary.slowing.sure, interval=summary.slowing.sure_interval
+    )
+    if sure.value is not None:
+        found.append(("Cost multiplier that is sure between measurements", ratio_text(sure)))
     if summary.logrank_p is not None:
         found.append(("Log-rank p, protected against unprotected", f"{summary.logrank_p:.3f}"))
     return found

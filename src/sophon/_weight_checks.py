@@ -162,14 +162,20 @@ def _fresh_head_only(strategy: Strategy) -> bool:
 
 
 def data_overlap(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if more than one image in a hundred is in two splits, exactly or nearly."""
+    """Return a flag if more than one image in a hundred is in two splits, exactly or nearly.
+
+    Splits are those of the domain and of the original one; of a held-out domain those of the
+    restricted ones, too, which it must have nothing of.
+    """
     names = {domain, record.original.name}
-    found = [
-        o
-        for o in record.overlaps
-        if {o.first.rpartition("/")[0], o.second.rpartition("/")[0]} <= names
-        and o.exact + o.near > _OVERLAP * o.count
-    ]
+    held_out = domain in {held.name for held in record.held_out}
+    given = {held.name for held in record.restricted} if held_out else set()
+    found = []
+    for o in record.overlaps:
+        pair = {o.first.rpartition("/")[0], o.second.rpartition("/")[0]}
+        meant = pair <= names or (domain in pair and pair <= {domain, *given})
+        if meant and o.exact + o.near > _OVERLAP * o.count:
+            found.append(o)
     if not found:
         return None
     worst = max(found, key=lambda o: (o.exact + o.near) / o.count)

@@ -20,14 +20,16 @@ _CHUNK = 512
 
 
 def overlaps_of(domains: tuple[Domain, ...]) -> tuple[Overlap, ...]:
-    """Return the overlap of every test and validation split with its own training split, and of
-    every two domains' training splits and of each one's test and validation split with the other's
-    training split.
+    """Return the overlap of every test and validation split with its own training split, of every
+    test split with its own validation split, and of every two domains' training splits and of each
+    one's test and validation split with the other's training split.
     """
     measured = ("test", "validation")
     pairs: list[tuple[Domain, str, Domain, str]] = [
         (domain, split, domain, "train") for domain in domains for split in measured
     ]
+    # What chooses attacks and steps must not be what measures them.
+    pairs += [(domain, "test", domain, "validation") for domain in domains]
     for first, second in itertools.combinations(domains, 2):
         pairs.append((second, "train", first, "train"))
         pairs += [(second, split, first, "train") for split in measured]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import subprocess
@@ -30,7 +31,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Parts, and how many rows each has.
 PARTS = {
     "start": 3,
-    "floor, ResNet-20": 2,
+    "floor, ResNet-20": 3,
     "floor, U-Net": 1,
     "retained graphs": 4,
     "precision": 2,
@@ -188,6 +189,37 @@ def test_a_round_and_its_bare_passes_take_turns(monkeypatch: pytest.MonkeyPatch)
     pieces = [range(5), range(5, 10), range(10, 12)]
     assert order == [f"{who}{step}" for piece in pieces for who in "ab" for step in piece]
     assert len(pairs) == 3
+
+
+@pytest.fixture
+def floor(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("floor")
+
+
+def test_a_single_round_has_the_spread_of_its_pieces(floor: Any) -> None:
+    one = floor.Compared([[(1.0, 1.0), (3.0, 2.0), (2.0, 1.0)]])
+    assert one.ratios() == [1.5]
+    assert one.ratios(less=[1.0]) == [2.0]
+    # Residuals -0.5, 0 and 0.5 of a ratio of 1.5: 0.75 is the sum of their squares, times 3 / 2.
+    assert one.note().startswith("3 pieces of 5 steps take turns, each 1.00 to 2.00;")
+    assert one.note().endswith(f"1.500, standard error over pieces {0.75**0.5 / 4:.3f}")
+    assert "standard error" not in floor.Compared([[(1.0, 1.0)]]).note()
+
+
+def test_a_bare_trial_is_scored_at_its_end_and_keeps_its_statistics(floor: Any) -> None:
+    assert floor.TRIAL_STEPS in floor.evaluation_steps(floor.TRIAL_STEPS, floor.EVALUATIONS)
+    model = floor.nn.Sequential(floor.nn.BatchNorm2d(1), floor.nn.Flatten()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = [(floor.torch.rand(4, 1, 2, 2), floor.torch.zeros(4).long())]
+
+    class Exact:
+        autocast = staticmethod(contextlib.nullcontext)
+
+    assert floor.scored_anew(model, Exact(), batch, batch) > 0
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert bool((value == before[name]).all())
 
 
 # --- The suite against a grid -----------------------------------------------------------------

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ PARTS = {
     "denormals": 4,
     "input": 5,
     "stacking": 2,
-    "growth": 6,
+    "growth": 12,
 }
 # Rows that are there only where there is something to time.
 MORE = {"denormals": 4}
@@ -93,12 +94,46 @@ def test_a_part_that_fails_is_named_and_takes_no_other_along(
     assert run.measured(False, ["a", "b"]) == (["row"], {"a": "ValueError: no"})
 
 
-def test_repeats_are_not_paired_by_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def growth(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    growth = importlib.import_module("growth")
-    taken = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(growth, "seconds", lambda action: next(taken))
-    assert growth.timed_round([None] * 5, 3) == (3.0, 1.0, 2.0)
+    return importlib.import_module("growth")
+
+
+def test_amounts_are_timed_in_turn_there_and_back(
+    growth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def seconds(action: Callable[[], None]) -> float:
+        action()
+        return float(len(order))
+
+    monkeypatch.setattr(growth, "seconds", seconds)
+    actions = [functools.partial(order.append, name) for name in "abc"]
+    assert growth.in_turn(actions, 3) == ((1.0, 6.0, 7.0), (2.0, 5.0, 8.0), (3.0, 4.0, 9.0))
+    assert "".join(order) == "abccbaabc"
+
+
+def test_growth_at_the_top_is_judged_by_itself(
+    growth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A fixed second, and what grows with the square of the amount.
+    amounts = (1.0, 2.0, 4.0, 8.0)
+    seconds = tuple((1 + amount**2 / 16,) * 2 for amount in amounts)
+    monkeypatch.setattr(growth, "curves", lambda short: (growth.Curve("x", amounts, seconds),))
+    whole, last = growth.rows(False)
+    assert whole.met
+    assert not last.met
+    assert last.what == "exponent of time in x, 4 to 8"
+    assert last.measured == pytest.approx(np.log2(5 / 2))
+
+
+def test_no_trial_of_a_made_up_record_is_there_twice(growth: Any) -> None:
+    held = growth.record(400)
+    met = {(t.subject, t.strategy.fingerprint(), t.seed) for t in held.trials}
+    assert len(met) == len(held.trials) == 400
+    assert {t.strategy for t in held.trials} <= set(held.strategies)
 
 
 def test_activations_are_what_another_image_adds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,20 @@ def test_growth_at_the_top_is_judged_by_itself(
     assert last.measured == pytest.approx(np.log2(5 / 2))
 
 
+def test_memory_of_few_and_many_steps_is_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("retained_graphs")
+    asked: list[int] = []
+
+    def in_process(way: str, sizes: Any) -> dict[str, float]:
+        asked.append(sizes.steps)
+        return {"extra": 100.0 * sizes.steps + len(asked)}
+
+    monkeypatch.setattr(script, "in_process", in_process)
+    assert script.flat((1, 2), (3, 4), 3) == ([101.0, 104.0, 105.0], [202.0, 203.0, 206.0])
+    assert asked == [1, 2, 2, 1, 1, 2]
+
+
 def test_no_trial_of_a_made_up_record_is_there_twice(growth: Any) -> None:
     held = growth.record(400)
     met = {(t.subject, t.strategy.fingerprint(), t.seed) for t in held.trials}

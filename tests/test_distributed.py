@@ -23,7 +23,7 @@ import pairs
 from builders import setting_of
 from pairs import Attentive, Pair, network, spec
 from sophon._data import load_domain
-from sophon._distributed import Ranks, process_group
+from sophon._distributed import Ranks, process_group, take_card
 from sophon._errors import RanksError, SpecError, UnsupportedModelError
 from sophon._networks import SmallConvNet
 from sophon._records import Round
@@ -320,6 +320,53 @@ def test_the_first_one_may_measure_for_hours(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InterruptedError), process_group():
         pass
     assert given["timeout"] >= datetime.timedelta(hours=2)
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "world", "expected"),
+    [
+        (None, "2", 4, [2]),
+        ("cuda", "2", 4, [2]),
+        ("cuda:1", "2", 4, []),
+        ("cpu", "2", 4, []),
+        (None, "2", 1, []),
+        (None, "4", 8, []),
+        (None, None, 4, []),
+    ],
+    ids=["own", "cuda", "one card", "processor", "alone", "sees fewer", "no torchrun"],
+)
+def test_processes_in_a_group_of_the_callers_take_cards_of_their_own(
+    device: str | None,
+    rank: str | None,
+    world: int,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    take_card(device)
+    assert taken == expected
+
+
+def test_a_protection_takes_its_card_before_anything_is_placed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def taking(device: object) -> None:
+        asked.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr("sophon._protect.take_card", taking)
+    with pytest.raises(InterruptedError):
+        pairs.started(spec(), "layer")
+    assert asked == ["cpu"]
 
 
 # --- torchrun ---------------------------------------------------------------------------------

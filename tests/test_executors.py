@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import sophon._executors
 from sophon._errors import AuditError
-from sophon._executors import Processes, Serial, in_order
+from sophon._executors import Processes, Serial, in_order, take_card
 from sophon._records import Trial
-from workloads import Scripted, Unloadable, job
+from workloads import Counting, Scripted, Unloadable, job
 
 
 def test_each_trial_is_handed_over_as_it_is_done_and_yielded_in_order() -> None:
@@ -74,3 +75,21 @@ def test_workers_that_cannot_begin_are_no_fault_of_a_trial(
     with Processes(Unloadable(tmp_path), 1) as processes, early:  # type: ignore[arg-type]
         list(processes.run([job("quick", 0)]))
     assert Scripted(tmp_path).begun(0) == 0
+
+
+def test_workers_take_cards_in_turn_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for index in range(3):
+        take_card(torch.device("cuda"), index)
+        take_card(torch.device("cuda:1"), index)
+        take_card(torch.device("cpu"), index)
+    assert taken == [0, 1, 0]
+
+
+@pytest.mark.slow
+def test_each_worker_has_a_number_of_its_own(tmp_path: Path) -> None:
+    with Processes(Counting(tmp_path), 2) as processes:  # type: ignore[arg-type]
+        list(processes.run([job("quick", 0)]))
+    assert sorted(file.name for file in tmp_path.glob("card-*")) == ["card-0", "card-1"]

@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 from records import crashed, trial
 from sophon._executors import Job
 from sophon._records import Crashed, Trial
@@ -23,6 +25,8 @@ def job(does: str, number: int) -> Job:
 
 class Scripted:
     """Notes in `folder` whenever a job begins; what waits goes on once `folder/go` is there."""
+
+    device = torch.device("cpu")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,6 +51,17 @@ class Scripted:
         """Return the trial of a job that could not be finished."""
         outcome = Crashed(error=error, traceback="")
         return crashed("scratch").model_copy(update={"seed": one.seed, "outcome": outcome})
+
+
+class Counting(Scripted):
+    """Notes the card that a worker takes, of four that there seem to be."""
+
+    device = torch.device("cuda")
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        torch.cuda.device_count = lambda: 4
+        torch.cuda.set_device = lambda index: (self.folder / f"card-{index}").touch()
 
 
 class Unloadable(Scripted):

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 
@@ -21,6 +21,9 @@ from sophon._errors import AuditError
 from sophon._records import Trial
 from sophon._specs import Strategy, Subject
 from sophon._trials import Assignment, Bench, Start
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 # How many deaths of its workers (killed, out of memory) end a trial.
 ATTEMPTS = 3
@@ -53,6 +56,11 @@ class Workload:
     bench: Bench
     domains: dict[str, Domain]
     starts: dict[tuple[Subject, int], Start]
+
+    @property
+    def device(self) -> torch.device:
+        """Where trials compute."""
+        return self.bench.setting.device
 
     def start(self, subject: Subject, seed: int) -> Start:
         """Return what an attack starts from: only a fresh network depends on the seed."""
@@ -124,11 +132,11 @@ class Serial:
 
 
 class Processes:
-    """Run jobs in `workers` processes of one thread each.
+    """Run jobs in `workers` processes of one thread each, on a card each where there are cards.
 
-    A trial whose worker died is given to another one; it counts once. After `ATTEMPTS` deaths it
-    has crashed, and the others go on. Raises AuditError if the model cannot be sent to another
-    process, or workers die before they are given a trial.
+    More workers than cards share them. A trial whose worker died is given to another one; it counts
+    once. After `ATTEMPTS` deaths it has crashed, and the others go on. Raises AuditError if the
+    model cannot be sent to another process, or workers die before they are given a trial.
     """
 
     def __init__(self, workload: Workload, workers: int) -> None:
@@ -189,12 +197,13 @@ class Processes:
 
     def _submit(self, job: Job) -> Future[Trial]:
         if self._pool is None:
+            # Forking a process whose threads compute can leave the child waiting for ever.
+            context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
                 self.workers,
-                # Forking a process whose threads compute can leave the child waiting for ever.
-                mp_context=multiprocessing.get_context("spawn"),
+                mp_context=context,
                 initializer=_begin,
-                initargs=(self.workload,),
+                initargs=(self.workload, context.Value("i", 0)),
             )
             self._first = self._pool.submit(_begun)
         return self._pool.submit(_run, job)
@@ -238,12 +247,21 @@ class Processes:
 _held: list[Workload] = []
 
 
-def _begin(workload: Workload) -> None:
+def take_card(device: torch.device, index: int) -> None:
+    """Have this process compute on card `index`, counted round, unless `device` is one card."""
+    if device == torch.device("cuda"):
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+
+def _begin(workload: Workload, begun: Synchronized[int]) -> None:
     # Ctrl-C reaches the whole group; the process that was asked ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One that is killed cannot: its workers would wait for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    with begun.get_lock():
+        index, begun.value = begun.value, begun.value + 1
+    take_card(workload.device, index)
     _held.append(workload)
 
 

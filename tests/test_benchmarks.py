@@ -9,6 +9,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,47 @@ def test_no_trial_of_a_made_up_record_is_there_twice(growth: Any) -> None:
     assert {t.strategy for t in held.trials} <= set(held.strategies)
 
 
-def test_activations_are_what_another_image_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    scaling = importlib.import_module("scaling")
-    monkeypatch.setattr(scaling, "passed", lambda model, batch: (5.0, 100 + 7 * batch))
-    found = scaling.counted("small_convnet")
-    assert (found.forward, found.kept, found.kept_once) == (5.0, 7, 100)
+    return importlib.import_module("scaling")
+
+
+def test_activations_are_what_another_image_adds(
+    scaling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "bytes_kept", lambda model, images: 100 + 7 * len(images))
+    found = scaling.counted("small_convnet", 16)
+    assert (found.kept, found.kept_once) == (7, 100)
+    # Six convolutions at 16, 8 and 4 pixels, and the head.
+    widths = ((3, 24, 16), (24, 24, 16), (24, 48, 8), (48, 48, 8), (48, 72, 4), (72, 72, 4))
+    assert found.forward == 2 * (sum(9 * a * b * side**2 for a, b, side in widths) + 72 * 10)
+    # Six more each of BatchNorm and ReLU, at least.
+    assert found.calls >= 19
+
+
+def test_the_run_that_is_costed_is_the_recipes(scaling: Any) -> None:
+    recipe = BENCHMARKS.parent / "recipes" / "paper" / "caformer-cifar10-ice.toml"
+    held = tomllib.loads(recipe.read_text(encoding="utf-8"))["protect"]
+    assert held["rounds"] == scaling.ROUNDS
+    assert held["original_batch_size"] == scaling.REINFORCED
+    assert held["rehearsal"]["steps"] == scaling.K
+    assert held["rehearsal"]["query_batch_size"] == scaling.QUERY
+    assert held["rehearsal"]["fixed"]["batch_size"] == scaling.SUPPORT
+
+
+def test_what_cannot_be_started_has_no_hours(scaling: Any) -> None:
+    large, small = (scaling.Counted(1, forward, 1, 1, 1000) for forward in (1e10, 1.0))
+    cost = scaling.Round(restricted=large, original=large)
+    share = scaling.SHARES[1]
+    batch = 3 * 150 * 1e10 / (scaling.PEAK * share)
+    assert cost.hours(2, share) == pytest.approx(800 * (2 * 100 + 1) * batch / 3600)
+    assert cost.work(2) == 3 * 150 * 1e10 * (2 * 100 + 1)
+    # Of tiny images starting the kernels takes longer.
+    started = scaling.Round(restricted=small, original=small).hours(1, share)
+    assert started == pytest.approx(800 * 101 * 3 * 1000 * scaling.LAUNCH / 3600)
+    assert [scaling.cell(cost, 8, cards) for cards in (16, 3)] == ["refused"] * 2
+    assert scaling.cell(cost, 8, 8) == scaling.cell(cost, 1, 1) != "refused"
 
 
 def test_quick_numbers_are_not_written() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import pytest
@@ -168,6 +169,22 @@ def test_a_cluster_that_loses_machines_is_an_error(
     cluster, _ = _faked(tmp_path, monkeypatch)
     with pytest.raises(AuditError, match="see that all its machines are up"):
         list(cluster.run([job("lost", 0)]))
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("Could not serialize\na long report"), PicklingError("Could not serialize")]
+)
+def test_what_cannot_be_sent_to_a_cluster_is_an_error_of_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, module = _faked(tmp_path, monkeypatch)
+
+    def failing(workload: object) -> object:
+        raise error
+
+    monkeypatch.setattr(module, "put", failing)
+    with pytest.raises(AuditError, match=r"cannot be sent to a worker \(Could not serialize\)"):
+        list(cluster.run([job("quick", 0)]))
 
 
 class Switched:

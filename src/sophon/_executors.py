@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pickle import PicklingError
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
@@ -151,13 +153,13 @@ class Processes:
         """Yield the trials in the order of the jobs; see `Executor`."""
         try:
             yield from in_order(self._completed(jobs), finished)
-        except (AttributeError, TypeError) as error:
-            # What pickle says of classes made inside functions and the like.
-            if "pickle" not in str(error):
+        except (AttributeError, TypeError, PicklingError) as error:
+            # What pickle says of classes and functions made inside functions, lambdas and the like.
+            if "pickle" not in str(error).lower():
                 raise
             raise AuditError(
-                f"the model cannot be sent to a worker ({error}): define its class in a module,"
-                " or use one worker"
+                f"the model cannot be sent to a worker ({error}): define its class, and functions"
+                " that it holds, by name in a module, or use one worker"
             ) from None
 
     def _completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
@@ -197,6 +199,7 @@ class Processes:
 
     def _submit(self, job: Job) -> Future[Trial]:
         if self._pool is None:
+            _require_importable(self.workload)
             # Forking a process whose threads compute can leave the child waiting for ever.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
@@ -214,8 +217,16 @@ class Processes:
         Raises AuditError if they did not, time and again: then no trial is to blame.
         """
         begun = self._first is not None and self._first.done() and not self._first.exception()
+        workers = [] if self._pool is None else list((self._pool._processes or {}).values())
         self._close()
         self._stillborn = 0 if begun else self._stillborn + 1
+        # What Python itself ends with after an error; a signal's is negative.
+        if not begun and any((worker.exitcode or 0) > 0 for worker in workers):
+            raise AuditError(
+                "a worker cannot load the model (its error is above): define its class, and all"
+                " that it holds, in a module that can be imported without an error, or use one"
+                " worker; finished trials are kept"
+            ) from None
         if self._stillborn == ATTEMPTS:
             raise AuditError(
                 f"workers died {ATTEMPTS} times in a row before they were given a trial: lower"
@@ -242,6 +253,21 @@ class Processes:
         trace: TracebackType | None,
     ) -> None:
         self._close(at_once=kind is not None)
+
+
+def _require_importable(workload: Workload) -> None:
+    """Raise AuditError if the class of a model was typed in: a new process cannot import that."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__file__", None) or getattr(main, "__spec__", None):
+        return
+    for start in workload.starts.values():
+        for part in start.model.modules():
+            if type(part).__module__ == "__main__":
+                raise AuditError(
+                    f"the model's class {type(part).__name__} was defined in a notebook or a"
+                    " shell, where workers cannot find it: put it into a module and import it, or"
+                    " use one worker"
+                )
 
 
 _held: list[Workload] = []

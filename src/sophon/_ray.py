@@ -13,6 +13,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Self
 
 from sophon._errors import AuditError, SpecError
@@ -63,7 +64,7 @@ class RayCluster:
         )
         task = ray.remote(num_cpus=1, num_gpus=share, max_retries=ATTEMPTS - 1)(_run)
         if self._held is None:
-            self._held = ray.put(self.workload)
+            self._held = self._put()
         # Only a cluster on this machine would inherit it.
         switch = os.environ.get(SWITCH, "")
         waiting = deque(enumerate(jobs))
@@ -76,6 +77,18 @@ class RayCluster:
             for reference in done:
                 place, job = running.pop(reference)
                 yield place, self._result(reference, job)
+
+    def _put(self) -> Any:
+        """Return the workload in Ray's store; AuditError if it cannot be sent there."""
+        try:
+            return self._ray.put(self.workload)
+        except (AttributeError, TypeError, PicklingError) as error:
+            # Ray adds a report of many lines.
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise AuditError(
+                f"the model cannot be sent to a worker ({line}): leave out what it holds besides"
+                " weights, such as open files, locks and generators, or use one worker"
+            ) from None
 
     def _result(self, reference: Any, job: Job) -> Trial:
         exceptions: Any = self._ray.exceptions

@@ -174,6 +174,11 @@ def test_a_folder_that_the_first_cannot_use_stops_all(pair: Pair, tmp_path: Path
     assert second.told
 
 
+def test_a_plain_run_computes_the_whole_batch_in_every_process(pair: Pair) -> None:
+    assert pair.both(pairs.divides, spec(), "0") == [True, True]
+    assert pair.both(pairs.divides, spec(), "1") == [False, False]
+
+
 def test_weights_that_drift_apart_are_found_out(pair: Pair) -> None:
     errors = pair.both(pairs.drifting, spec(), "layer")
     assert [type(error) for error in errors] == [RanksError] * 2

@@ -130,7 +130,7 @@ class Protection:
         )
         self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
         enough = spec.original_batch_size >= self.ranks.world
-        self._split = independent and enough and not self.ranks.sharded
+        self._split = independent and enough and not self.ranks.sharded and not plain()
         spread(self.model, self.setting.head, self.ranks)
         parameters = list(self.model.parameters())
         self.suppressor = Adam(parameters, spec.suppression_rate, **fused())

@@ -51,7 +51,13 @@ def _require_equal(
 
 def _facts(round_: Round) -> dict[str, Any]:
     """Return what must not depend on how many processes ran it."""
-    numbers = ("suppression_loss", "query_score", "original_loss", "suppression_gradient_norm")
+    numbers = (
+        "suppression_loss",
+        "query_score",
+        "original_loss",
+        "suppression_gradient_norm",
+        "reinforcement_gradient_norm",
+    )
     rounded = {name: pytest.approx(getattr(round_, name), rel=1e-4) for name in numbers}
     return {"strategies": round_.strategies, "domains": round_.domains, **rounded}
 
@@ -90,7 +96,10 @@ def test_shards_give_what_the_whole_gives(horizon: int | None, pair: Pair) -> No
     given = spec(horizon=horizon, pool=3, strategies=1)
     first, second = pair.both(pairs.finished, given, "layer", shard=True)
     assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
-    _require_equal(first[0], pairs.finished(given, "layer")[0], within=1e-5)
+    weights, rounds = pairs.finished(given, "layer")
+    _require_equal(first[0], weights, within=1e-5)
+    for ours, theirs in zip(first[1], rounds, strict=True):
+        assert _facts(ours) == _facts(theirs)
 
 
 def test_shards_hold_a_share_of_model_and_attackers(pair: Pair) -> None:

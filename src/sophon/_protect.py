@@ -78,9 +78,10 @@ class Protection:
     takes the card of its `LOCAL_RANK`.
 
     In a process group (torchrun) all processes must make the same call: each rehearses its share
-    of the attackers, and the first one writes. With `shard`, for models that do not fit on one
-    device, all work on the same attacker, and model and attackers are in shards (FSDP2). Neither
-    is part of what the run is: it may be resumed with any number of processes.
+    of the attackers, and the first one writes. With `shard`, for models whose weights fit on one
+    device but whose training state does not, all work on the same attacker, and model and attackers
+    are in shards (FSDP2). Neither is part of what the run is: it may be resumed with any number of
+    processes.
 
     Raises DataError, UnsupportedModelError or CheckpointError before any work; while it runs,
     NonFiniteError.

@@ -24,6 +24,7 @@ from sophon._attacks import SUITES, Suite
 from sophon._audit import Audit
 from sophon._errors import AuditError
 from sophon._records import Crashed, Point, Score, Trial, pack, unpack
+from sophon._rehearsal import Rehearsals
 from sophon._runs import load
 from sophon._specs import AuditSpec, Strategy
 from sophon._statistics import Interval
@@ -37,7 +38,7 @@ PARTS = {
     "floor, U-Net": 1,
     "retained graphs": 4,
     "precision": 2,
-    "denormals": 4,
+    "denormals": 6,
     "input": 5,
     "stacking": 2,
     "growth": 12,
@@ -144,6 +145,47 @@ def test_memory_of_few_and_many_steps_is_measured_in_turn(monkeypatch: pytest.Mo
     assert asked == [1, 2, 2, 1, 1, 2]
 
 
+def test_fp32_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("SOPHON_PLAIN", "1")
+    precision = importlib.import_module("precision")
+    with pytest.raises(SystemExit, match="`auto` is fp32 here"):
+        precision.compare_protection(Path("run.toml"), Path("folder"))
+
+
+def test_a_round_augments_as_the_feed_it_is_held_against(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    feeding = importlib.import_module("feeding")
+    made: list[Any] = []
+
+    def protection(*arguments: Any, **changes: Any) -> Any:
+        made.append(feeding_protection(*arguments, **{**changes, "count": 100}))
+        return made[-1]
+
+    feeding_protection = feeding.protection
+    feeds: list[Any] = []
+    feed = Rehearsals.feed
+    monkeypatch.setattr(feeding, "protection", protection)
+    monkeypatch.setattr(Rehearsals, "feed", lambda *of: feeds.append(of[1]) or feed(*of))
+    sizes = feeding.quick(feeding.Sizes(2))
+    assert len(feeding.share("small network", sizes, 16, 2, "flip_crop")) == 2
+    assert made[0].original_feed.augmentation == "flip_crop"
+    assert made[0].rehearsals.strategy(0).augmentation == "flip_crop"
+    # Rounds take attackers 0 to 2, and the feeds beside them 0 to 2 as well, each for itself.
+    assert sorted(feeds) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_command_that_imports_torch_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    starting = importlib.import_module("starting")
+    monkeypatch.setattr(starting, "seconds", lambda action: 0.1)
+    for heavy in (True, False):
+        monkeypatch.setattr(starting, "imports_torch", lambda *words, heavy=heavy: heavy)
+        assert starting.started("help", ("--help",), 0.3, 2).met is not heavy
+
+
 def test_no_trial_of_a_made_up_record_is_there_twice(growth: Any) -> None:
     held = growth.record(400)
     met = {(t.subject, t.strategy.fingerprint(), t.seed) for t in held.trials}
@@ -198,6 +240,33 @@ def test_quick_numbers_are_not_written() -> None:
     run = ran("--quick", "--write")
     assert run.returncode == 2
     assert "--write needs the whole" in run.stderr
+
+
+@pytest.mark.parametrize(("precision", "name"), [("bf16", "speed"), ("fp32", "speed-without-bf16")])
+def test_results_go_to_the_page_of_their_precision_and_keep_its_remarks(
+    precision: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    run = importlib.import_module("run")
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run.growth, "curves", lambda short: ())
+    drawn: list[Path] = []
+    monkeypatch.setattr(run.growth, "draw", lambda made, file: drawn.append(file))
+    where = {
+        "date": "2026-01-01", "commit": "abc", "processor": "p", "threads": 2,
+        "precision": precision, "versions": {"torch": "2"}, "seconds": 61,
+    }  # fmt: skip
+    made = run.write([run.row("first", [1.0], at_most=2.0)], {}, where, True)
+    assert made == tmp_path / f"{name}.md"
+    assert drawn == ([tmp_path / "growth.svg"] if name == "speed" else [])
+    text = made.read_text().replace(run.BEGIN, f"{run.BEGIN}\nby hand")
+    made.write_text(text)
+    run.write([run.row("second", [1.0], at_most=2.0)], {}, where, True)
+    assert "by hand" in made.read_text()
+    assert "| second |" in made.read_text()
+    assert "| first |" not in made.read_text()
+    held = BENCHMARKS.parent / "docs" / "results" / f"{name}.md"
+    assert "**About this run.**" in run.remarks(held.read_text(encoding="utf-8"))
 
 
 @pytest.fixture

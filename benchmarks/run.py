@@ -126,9 +126,9 @@ def page(
         TITLES[name],
         "",
         "Written by `python benchmarks/run.py --write`. Ratios of rounds and trials to other passes"
-        " are of two things run in turn in one process; so are the amounts of an exponent. Memory and"
-        " several processes are measured in processes of their own, which take turns. Starting and"
-        " loading pictures are not in turns.",
+        " are of two things run in turn in one process; so are the amounts of an exponent. Memory"
+        " and several processes are measured in processes of their own, which take turns. Starting"
+        " and loading pictures are not in turns.",
         "",
         f"{where['date']}, commit {where['commit']}, {where['processor']}, {where['threads']}"
         f" threads, {where['precision']} where `auto`; {versions}. All of it took"

@@ -38,7 +38,7 @@ format: $(STAMP) ## format the code and sort imports
 	@$(BIN)/ruff check --quiet --fix --select I .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure speed and memory
+bench: $(STAMP) ## measure speed and memory, print the table (benchmarks/run.py --write keeps it in docs/results/)
 	@$(BIN)/python benchmarks/run.py
 
 docs: $(STAMP) ## build the documentation site into site/

@@ -14,7 +14,7 @@ from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
 from sophon._networks import ResNet20, SmallConvNet
 from sophon._protect import Protection
-from sophon._specs import Guard, Precision, ProtectSpec, Rehearsal, Strategy
+from sophon._specs import Augmentation, Guard, Precision, ProtectSpec, Rehearsal, Strategy
 
 
 def noise(name: str, seed: int, *, count: int = 1000, size: int = 32) -> Domain:
@@ -62,7 +62,7 @@ def quick(sizes: Sizes) -> Sizes:
     return Sizes(min(sizes.steps, 3), 12, 4)
 
 
-def protection(
+def protection(  # noqa: PLR0913 - one keyword per part of a case
     name: str,
     sizes: Sizes,
     *,
@@ -72,15 +72,17 @@ def protection(
     size: int = 32,
     rounds: int = 1000,
     strategies: int = 1,
+    augmentation: Augmentation = "none",
 ) -> Protection:
     """Return a protection whose rounds have one attacker of K plain steps of SGD with momentum
     and one reinforcement step; the guard looks after the last round only.
     """
-    attacker = Strategy(learning_rate=1e-3, batch_size=sizes.support)
+    attacker = Strategy(learning_rate=1e-3, batch_size=sizes.support, augmentation=augmentation)
     spec = ProtectSpec(
         rounds=rounds,
         suppression=suppression,
         original_batch_size=sizes.batch,
+        original_augmentation=augmentation,
         rehearsal=Rehearsal(
             strategies=strategies,
             steps=sizes.steps,

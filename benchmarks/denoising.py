@@ -3,8 +3,8 @@
     python benchmarks/denoising.py
 
 The ratio is sophon's time to that of a plain PyTorch loop with the same forward, backward and
-optimizer steps and nothing else, side by side in one process. Images are random: speed needs no
-data.
+optimizer steps, a copy of the model for the attacker, its query gradients added up and clipped,
+side by side in one process. Images are random: speed needs no data.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 A network is protected, then every gradient of a query's backward is looked at: the share of
 denormal numbers among those that are not zero, on the protected network and on one whose logits
 are thirty times too large: of many factors tried the one with the most denormals (above it, what
-vanishes is zero). Where there are some, the same passes are timed with denormals as they are and
-flushed to zero, with one thread, because the switch reaches only the thread that sets it.
+vanishes is zero). The squares that Adam keeps of gradients vanish first: they are counted, too. The
+network starts untrained. Where there are some, the same passes are timed with denormals as they
+are and flushed to zero, with one thread, because the switch reaches only the thread that sets it.
 All is in fp32: instructions that multiply in bf16 flush denormals whatever the switch says.
 """
 
@@ -28,10 +29,14 @@ LOSSES = ("klu", "ice")
 
 @dataclass
 class Count:
-    """Numbers seen in gradients: those not zero, and the denormal ones of them."""
+    """Numbers seen in gradients or moments: those not zero, and the denormal ones of them."""
 
     nonzero: int = 0
     denormal: int = 0
+
+    def share(self) -> float:
+        """Return the percentage of denormal numbers among those that are not zero."""
+        return 100 * self.denormal / max(1, self.nonzero)
 
     def add(self, gradient: Tensor) -> None:
         size = gradient.abs()
@@ -101,15 +106,25 @@ def rows(short: bool) -> list[Row]:
         for _ in run:
             pass
         model = run.model.train()
+        moments = Count()
+        for state in run.suppressor.state.values():
+            moments.add(state["exp_avg_sq"])
+        what = f"{loss}, after {rounds} rounds, {run.setting.precision}"
+        found.append(
+            row(
+                f"denormal second moments of the suppressor's Adam: {what}",
+                [moments.share()],
+                unit=" %",
+            )
+        )
         for name, subject in (
             (f"after {rounds} rounds", model),
             ("logits times 30", saturated(model, 30.0)),
         ):
             count = Count()
             passes(subject, run, loss, count)
-            share = 100 * count.denormal / max(1, count.nonzero)
             what = f"{loss}, {name}, {run.setting.precision}"
-            found.append(row(f"denormal gradients: {what}", [share], unit=" %"))
+            found.append(row(f"denormal gradients: {what}", [count.share()], unit=" %"))
             if count.denormal:
                 values = timed(subject, run, repeats)
                 found.append(row(f"denormals kept / flushed: {what}, one thread", values))

@@ -20,10 +20,12 @@ from torch import nn
 
 from sophon._audit import Audit
 from sophon._protect import Protection
+from sophon._records import AuditRecord
 from sophon._report import report
 from sophon._specs import AuditSpec, Guard, ProtectSpec, Rehearsal, Strategy
 
-_REPEATS = 2
+# Of rounds and reports, and of audits, which take longest.
+_REPEATS, _AUDITS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,37 @@ class Curve:
     amounts: tuple[float, ...]
     seconds: tuple[tuple[float, ...], ...]
 
-    def exponents(self) -> list[float]:
-        """Return the slope of log time against log work, once for each repeat."""
-        logs = np.log(self.amounts)
+    def exponents(self, *, last: int | None = None) -> list[float]:
+        """Return the slope of log time against log work, once for each repeat.
+
+        `last` is how many of the largest amounts it is of; all of them unless it is given.
+        """
+        amounts, seconds = (held[-(last or len(held)) :] for held in (self.amounts, self.seconds))
+        logs = np.log(amounts)
         return [
-            float(np.polyfit(logs, np.log([taken[repeat] for taken in self.seconds]), 1)[0])
-            for repeat in range(len(self.seconds[0]))
+            float(np.polyfit(logs, np.log([taken[repeat] for taken in seconds]), 1)[0])
+            for repeat in range(len(seconds[0]))
         ]
 
 
-def timed_round(run: Protection, repeats: int) -> tuple[float, ...]:
+def in_turn(actions: list[Callable[[], object]], repeats: int) -> tuple[tuple[float, ...], ...]:
+    """Return the seconds of each action, one for each repeat.
+
+    All are run once in every repeat, every other time from the last to the first.
+    """
+    taken: list[list[float]] = [[] for _ in actions]
+    for repeat in range(repeats):
+        order = list(zip(actions, taken, strict=True))
+        for action, held in reversed(order) if repeat % 2 else order:
+            held.append(seconds(action))
+    return tuple(map(tuple, taken))
+
+
+def begun(run: Protection) -> Callable[[], object]:
+    """Return what runs one more round of a protection; the first, which warms it up, is done."""
     rounds = iter(run)
     next(rounds)
-    return tuple(seconds(lambda: next(rounds)) for _ in range(repeats))
-
-
-def in_turn(actions: list[Callable[[], None]], repeats: int) -> tuple[tuple[float, ...], ...]:
-    """Return the seconds of each action, one for each repeat: all are run once in every repeat."""
-    taken = [[seconds(action) for action in actions] for _ in range(repeats)]
-    return tuple(zip(*taken, strict=True))
+    return functools.partial(next, rounds)
 
 
 def wide(width: int) -> nn.Module:
@@ -102,7 +116,7 @@ def curves(short: bool) -> tuple[Curve, ...]:
     sizes = Sizes(5, 24, 8)
 
     def rounds(what: str, amounts: tuple[int, ...], *, of: str) -> Curve:
-        taken = []
+        actions = []
         for amount in amounts[:end]:
             steps = amount if of == "steps" else sizes.steps
             images = amount - sizes.query if of == "images" else sizes.support
@@ -112,11 +126,11 @@ def curves(short: bool) -> tuple[Curve, ...]:
                 size=16,
                 strategies=amount if of == "strategies" else 1,
             )
-            taken.append(timed_round(run, repeats))
-        return Curve(what, amounts[:end], tuple(taken))
+            actions.append(begun(run))
+        return Curve(what, amounts[:end], in_turn(actions, repeats))
 
     widths = (16, 32, 64, 128)[:end]
-    trials = (1, 2, 3)[:end]
+    trials = (1, 2, 4)[:end]
     reports = (100, 200, 400, 800)[:end]
     report(record(3)).html()  # imports
     return (
@@ -126,33 +140,46 @@ def curves(short: bool) -> tuple[Curve, ...]:
         Curve(
             "parameters (and work), a round",
             tuple(parameters(width) for width in widths),
-            tuple(timed_round(wide_protection(width, sizes), repeats) for width in widths),
+            in_turn([begun(wide_protection(width, sizes)) for width in widths], repeats),
         ),
         Curve(
             "seeds of an audit",
             trials,
-            in_turn([functools.partial(audited, amount) for amount in trials], min(2, repeats)),
+            in_turn(
+                [functools.partial(audited, amount) for amount in trials], min(_AUDITS, repeats)
+            ),
         ),
         Curve(
             "trials in a report",
             reports,
-            tuple(
-                tuple(seconds(lambda held=held: report(held).html()) for _ in range(repeats))
-                for held in map(record, reports)
-            ),
+            in_turn([functools.partial(reported, record(amount)) for amount in reports], repeats),
         ),
     )
 
 
+def reported(held: AuditRecord) -> None:
+    report(held).html()
+
+
 def rows(short: bool) -> list[Row]:
-    """Return the exponents, whose bar leaves a tenth for the spread of short measurements."""
+    """Return the exponents over all amounts, and between the last two of them.
+
+    A fixed cost hides at the top what a line through all amounts would show. The bar leaves a
+    tenth for the spread of short measurements.
+    """
     found = []
     for curve in curves(short):
-        first, last = curve.amounts[0], curve.amounts[-1]
-        least = [min(taken) for taken in (curve.seconds[0], curve.seconds[-1])]
-        note = f"{least[0]:.3g} s at {first:,.0f}, {least[1]:.3g} s at {last:,.0f}"
-        what = f"exponent of time in {curve.what}, {first:,.0f} to {last:,.0f}"
-        found.append(row(what, curve.exponents(), at_most=1.1, note=note))
+        least = [min(taken) for taken in curve.seconds]
+        for last in (len(curve.amounts), 2):
+            first, end = curve.amounts[-last], curve.amounts[-1]
+            found.append(
+                row(
+                    f"exponent of time in {curve.what}, {first:,.0f} to {end:,.0f}",
+                    curve.exponents(last=last),
+                    at_most=1.1,
+                    note=f"{least[-last]:.3g} s at {first:,.0f}, {least[-1]:.3g} s at {end:,.0f}",
+                )
+            )
     return found
 
 

@@ -3,7 +3,8 @@
     python benchmarks/precision.py --protection RUN.TOML FOLDER
 
 protects the model of a run file in fp32 and as `auto` chooses, with three seeds each, audits every
-result with `quick-1`, and prints the advantage removed beside its spread over seeds.
+result with `quick-1`, and prints the advantage removed beside its spread over seeds. It needs a
+processor that computes in bf16.
 """
 
 from __future__ import annotations
@@ -73,7 +74,18 @@ def removed(run_file: Path, folder: Path, precision: str, seed: int) -> float:
     return value
 
 
+def require_bf16() -> None:
+    """End unless `auto` chooses bf16 here: else fp32 would be compared with itself."""
+    chosen = protection("ResNet-20", quick(Sizes())).setting.precision
+    if chosen != "bf16":
+        raise SystemExit(
+            f"`auto` is {chosen} here, so both sides would be the same: use a processor that"
+            " computes in bf16 (AVX512-BF16 or AMX), without SOPHON_PLAIN"
+        )
+
+
 def compare_protection(run_file: Path, folder: Path) -> None:
+    require_bf16()
     found = {
         precision: [removed(run_file, folder, precision, seed) for seed in SEEDS]
         for precision in ("fp32", "auto")

@@ -2,7 +2,11 @@
 
     python benchmarks/run.py             # under 15 minutes on two quiet cores
     python benchmarks/run.py --quick     # only sees that each runs; its numbers mean nothing
-    python benchmarks/run.py --write     # also writes docs/results/speed.md, .json and growth.svg
+    python benchmarks/run.py --write     # also writes it to docs/results/
+
+`--write` makes `speed.md`, its `.json` and `growth.svg` where `auto` is bf16, and where it is not
+`speed-without-bf16.md` and its `.json`. What was written by hand between the marks of a page is
+kept.
 
 A part that cannot run here (a package is missing, say) is named with the reason; the others go on.
 """
@@ -38,6 +42,12 @@ from sophon._circumstances import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+# Around what is written by hand.
+BEGIN, END = "<!-- remarks -->", "<!-- end of remarks -->"
+TITLES = {
+    "speed": "# Speed, measured",
+    "speed-without-bf16": "# Speed on a processor without bf16",
+}
 Part = Callable[[bool], list[Row]]
 
 
@@ -95,15 +105,30 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def page(rows: list[Row], failed: dict[str, str], where: dict[str, Any]) -> str:
-    """Return the Markdown page of the results."""
+def remarks(old: str) -> str:
+    """Return what stands between the marks of an older page, both included."""
+    if BEGIN not in old or END not in old:
+        return f"{BEGIN}\n\n{END}"
+    return BEGIN + old.split(BEGIN, 1)[1].split(END, 1)[0] + END
+
+
+def page(
+    rows: list[Row],
+    failed: dict[str, str],
+    where: dict[str, Any],
+    old: str = "",
+    name: str = "speed",
+) -> str:
+    """Return the Markdown page of the results, with the remarks of the `old` one."""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     missed = [held.what for held in rows if held.met is False]
     lines = [
-        "# Speed, measured",
+        TITLES[name],
         "",
-        "Written by `python benchmarks/run.py --write`; every ratio is of two things run in turn in"
-        " the same process.",
+        "Written by `python benchmarks/run.py --write`. Ratios of rounds and trials to other passes"
+        " are of two things run in turn in one process; so are the amounts of an exponent. Memory"
+        " and several processes are measured in processes of their own, which take turns. Starting"
+        " and loading pictures are not in turns.",
         "",
         f"{where['date']}, commit {where['commit']}, {where['processor']}, {where['threads']}"
         f" threads, {where['precision']} where `auto`; {versions}. All of it took"
@@ -113,30 +138,35 @@ def page(rows: list[Row], failed: dict[str, str], where: dict[str, Any]) -> str:
         "",
         f"{sum(held.met is True for held in rows)} bars met, {len(missed)} missed.",
         "",
+        remarks(old),
+        "",
         *[f"- not measured: {name}: {reason}" for name, reason in failed.items()],
         *notes(rows),
         "",
-        "![Time against the work, in logarithms](growth.svg)",
-        "",
+        *(["![Time against the work, in logarithms](growth.svg)", ""] if name == "speed" else []),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def write(rows: list[Row], failed: dict[str, str], where: dict[str, Any], short: bool) -> None:
-    """Write the page, the numbers behind it and the picture of growth."""
-    RESULTS.joinpath("speed.md").write_text(page(rows, failed, where), encoding="utf-8")
+def write(rows: list[Row], failed: dict[str, str], where: dict[str, Any], short: bool) -> Path:
+    """Write the page, the numbers behind it and in bf16 the picture of growth; return the page."""
+    name = "speed" if where["precision"] == "bf16" else "speed-without-bf16"
+    place = RESULTS / f"{name}.md"
+    old = place.read_text(encoding="utf-8") if place.exists() else ""
+    place.write_text(page(rows, failed, where, old, name), encoding="utf-8")
     curves = [asdict(curve) for curve in growth.curves(short)]
     held = {**where, "rows": [asdict(held) for held in rows], "failed": failed, "growth": curves}
-    text = json.dumps(held, indent=1) + "\n"
-    RESULTS.joinpath("speed.json").write_text(text, encoding="utf-8")
-    growth.draw(growth.curves(short), RESULTS / "growth.svg")
+    place.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    if name == "speed":
+        growth.draw(growth.curves(short), RESULTS / "growth.svg")
+    return place
 
 
 def main() -> None:
     """Measure, print the table, and write it if asked to."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    parser.add_argument("--write", action="store_true", help="write docs/results/speed.*")
+    parser.add_argument("--write", action="store_true", help="write to docs/results/, too")
     parser.add_argument("--only", action="append", choices=list(PARTS), help="one part; repeat it")
     given = parser.parse_args()
     if given.write and (given.quick or given.only):
@@ -146,7 +176,9 @@ def main() -> None:
     where = {**circumstances(), "seconds": round(time.perf_counter() - start)}
     print(page(rows, failed, where))
     if given.write:
-        write(rows, failed, where, given.quick)
+        print(f"written to {write(rows, failed, where, given.quick)}: bring its remarks up to date")
+    else:
+        print("nothing is written: --write keeps it in docs/results/")
     if failed:
         raise SystemExit(1)
 

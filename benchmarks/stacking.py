@@ -2,90 +2,117 @@
 
 Stacked, one forward runs all of them at once (`vmap` over `stack_module_state`). It is worth
 having where a network is too small to fill a device. The engine does not stack: see the table.
+`--device cuda` measures it on a card.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 
 import torch
 import torch.nn.functional as F
 from cases import network
-from timing import Row, alone, ratios, row
+from timing import Row, notes, ratios, row, show
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 ATTACKERS, RATE, MOMENTUM = 4, 1e-3, 0.9
 
 
-def batches(steps: int, size: int, batch: int) -> list[tuple[Tensor, Tensor]]:
+def batches(steps: int, size: int, batch: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Return batches (attackers, batch, 3, size, size) with labels."""
     stream = torch.Generator().manual_seed(0)
     return [
         (
-            torch.randn(ATTACKERS, batch, 3, size, size, generator=stream),
-            torch.randint(10, (ATTACKERS, batch), generator=stream),
+            torch.randn(ATTACKERS, batch, 3, size, size, generator=stream).to(device),
+            torch.randint(10, (ATTACKERS, batch), generator=stream).to(device),
         )
         for _ in range(steps)
     ]
 
 
-def one_by_one(model: nn.Module, made: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
-    trained = []
-    for index in range(ATTACKERS):
-        attacker = copy.deepcopy(model).train()
-        optimizer = torch.optim.SGD(attacker.parameters(), RATE, momentum=MOMENTUM, fused=True)
+class OneByOne:
+    """Attackers with an optimizer each, trained one after another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.attackers = [copy.deepcopy(model).train() for _ in range(ATTACKERS)]
+        self.optimizers = [
+            torch.optim.SGD(attacker.parameters(), RATE, momentum=MOMENTUM, fused=True)
+            for attacker in self.attackers
+        ]
+
+    def train(self, made: list[tuple[Tensor, Tensor]]) -> None:
+        for index, attacker in enumerate(self.attackers):
+            for images, labels in made:
+                F.cross_entropy(attacker(images[index]), labels[index]).backward()
+                self.optimizers[index].step()
+                self.optimizers[index].zero_grad()
+
+
+class Stacked:
+    """Attackers whose weights lie in one tensor for each parameter, trained together."""
+
+    def __init__(self, model: nn.Module) -> None:
+        attackers = [copy.deepcopy(model).train() for _ in range(ATTACKERS)]
+        self.weights, self.buffers = stack_module_state(attackers)
+        template = copy.deepcopy(model).train()
+
+        def loss(weights: dict, state: dict, images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(template, (weights, state), (images,)), labels)
+
+        self.gradient = vmap(grad(loss))
+        parameters = list(self.weights.values())
+        self.optimizer = torch.optim.SGD(parameters, RATE, momentum=MOMENTUM, fused=True)
+
+    def train(self, made: list[tuple[Tensor, Tensor]]) -> None:
         for images, labels in made:
-            F.cross_entropy(attacker(images[index]), labels[index]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append(attacker)
-    return trained
+            detached = {name: value.detach() for name, value in self.weights.items()}
+            gradients = self.gradient(detached, self.buffers, images, labels)
+            for name, parameter in self.weights.items():
+                parameter.grad = gradients[name]
+            self.optimizer.step()
 
 
-def stacked(model: nn.Module, made: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    attackers = [copy.deepcopy(model).train() for _ in range(ATTACKERS)]
-    held, buffers = stack_module_state(attackers)
-    template = copy.deepcopy(model).train()
-
-    def loss(weights: dict, state: dict, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(template, (weights, state), (images,)), labels)
-
-    gradient = vmap(grad(loss))
-    parameters = list(held.values())
-    optimizer = torch.optim.SGD(parameters, RATE, momentum=MOMENTUM, fused=True)
-    for images, labels in made:
-        detached = {name: value.detach() for name, value in held.items()}
-        gradients = gradient(detached, buffers, images, labels)
-        for name, parameter in held.items():
-            parameter.grad = gradients[name]
-        optimizer.step()
-    return held
-
-
-def agreement(model: nn.Module, made: list[tuple[Tensor, Tensor]]) -> float:
+def agreement(single: OneByOne, together: Stacked) -> float:
     """Return the largest difference of a weight between the two ways."""
-    single, together = one_by_one(model, made), stacked(model, made)
     return max(
-        float((together[name][index].detach() - value.detach()).abs().max())
-        for index, attacker in enumerate(single)
+        float((together.weights[name][index].detach() - value.detach()).abs().max())
+        for index, attacker in enumerate(single.attackers)
         for name, value in attacker.named_parameters()
     )
 
 
-def compared(name: str, size: int, *, short: bool) -> Row:
-    steps, repeats, batch = (2, 1, 8) if short else (2, 3, 64)
-    model, made = network(name), batches(steps, size, batch)
-    values = ratios(lambda: stacked(model, made), lambda: one_by_one(model, made), repeats)
-    apart = agreement(model, made[:2])
+def compared(name: str, size: int, steps: int, *, short: bool, device: torch.device) -> Row:
+    steps, repeats, batch = (2, 1, 8) if short else (steps, 3, 64)
+    model = network(name).to(device)
+    made = batches(steps, size, batch, device)
+    single, together = OneByOne(model), Stacked(model)
+    single.train(made[:2])
+    together.train(made[:2])
+    apart = agreement(single, together)
+
+    def waited(way: OneByOne | Stacked) -> None:
+        way.train(made)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    values = ratios(lambda: waited(together), lambda: waited(single), repeats, lambda: None)
     what = f"{ATTACKERS} attackers stacked / one by one: {name}, {size}x{size}, batch {batch}, fp32"
-    return row(what, values, note=f"weights differ by at most {apart:.1g}")
+    note = f"{steps} steps on {device}; weights differ by at most {apart:.1g} after two"
+    return row(what, values, note=note)
 
 
-def rows(short: bool) -> list[Row]:
+def rows(short: bool, device: str = "cpu") -> list[Row]:
     """Return stacked against one by one, on two networks."""
-    return [compared(*case, short=short) for case in (("small network", 16), ("ResNet-20", 32))]
+    cases = (("small network", 16, 20), ("ResNet-20", 32, 4))
+    return [compared(*case, short=short, device=torch.device(device)) for case in cases]
 
 
 if __name__ == "__main__":
-    alone(rows)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--device", default="cpu", help="where attackers train, such as cuda")
+    given = parser.parse_args()
+    found = rows(given.quick, given.device)
+    print("\n".join([*show(found), *notes(found)]))

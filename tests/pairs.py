@@ -293,6 +293,12 @@ def called_otherwise(given: ProtectSpec, what: str, folder: Path) -> None:
         )
 
 
+def divides(given: ProtectSpec, plain: str) -> bool:
+    """Return whether reinforcement splits its batch, with or without the switch."""
+    with mock.patch.dict(os.environ, {SWITCH: plain}):
+        return started(given, "layer")._split
+
+
 def held(given: ProtectSpec, name: str) -> tuple[set[int], int]:
     """Return the slots whose attackers this process holds after a few rounds, and all slots."""
     run = started(given, name)

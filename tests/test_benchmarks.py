@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from sophon._attacks import SUITES, Suite
 from sophon._audit import Audit
 from sophon._errors import AuditError
 from sophon._records import Crashed, Point, Score, Trial, pack, unpack
+from sophon._rehearsal import Rehearsals
 from sophon._runs import load
 from sophon._specs import AuditSpec, Strategy
 from sophon._statistics import Interval
@@ -30,14 +34,14 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Parts, and how many rows each has.
 PARTS = {
     "start": 3,
-    "floor, ResNet-20": 2,
+    "floor, ResNet-20": 3,
     "floor, U-Net": 1,
     "retained graphs": 4,
     "precision": 2,
-    "denormals": 4,
+    "denormals": 6,
     "input": 5,
     "stacking": 2,
-    "growth": 6,
+    "growth": 12,
 }
 # Rows that are there only where there is something to time.
 MORE = {"denormals": 4}
@@ -92,26 +96,177 @@ def test_a_part_that_fails_is_named_and_takes_no_other_along(
     assert run.measured(False, ["a", "b"]) == (["row"], {"a": "ValueError: no"})
 
 
-def test_repeats_are_not_paired_by_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def growth(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    growth = importlib.import_module("growth")
-    taken = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(growth, "seconds", lambda action: next(taken))
-    assert growth.timed_round([None] * 5, 3) == (3.0, 1.0, 2.0)
+    return importlib.import_module("growth")
 
 
-def test_activations_are_what_another_image_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amounts_are_timed_in_turn_there_and_back(
+    growth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def seconds(action: Callable[[], None]) -> float:
+        action()
+        return float(len(order))
+
+    monkeypatch.setattr(growth, "seconds", seconds)
+    actions = [functools.partial(order.append, name) for name in "abc"]
+    assert growth.in_turn(actions, 3) == ((1.0, 6.0, 7.0), (2.0, 5.0, 8.0), (3.0, 4.0, 9.0))
+    assert "".join(order) == "abccbaabc"
+
+
+def test_growth_at_the_top_is_judged_by_itself(
+    growth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A fixed second, and what grows with the square of the amount.
+    amounts = (1.0, 2.0, 4.0, 8.0)
+    seconds = tuple((1 + amount**2 / 16,) * 2 for amount in amounts)
+    monkeypatch.setattr(growth, "curves", lambda short: (growth.Curve("x", amounts, seconds),))
+    whole, last = growth.rows(False)
+    assert whole.met
+    assert not last.met
+    assert last.what == "exponent of time in x, 4 to 8"
+    assert last.measured == pytest.approx(np.log2(5 / 2))
+
+
+def test_memory_of_few_and_many_steps_is_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    scaling = importlib.import_module("scaling")
-    monkeypatch.setattr(scaling, "passed", lambda model, batch: (5.0, 100 + 7 * batch))
-    found = scaling.counted("small_convnet")
-    assert (found.forward, found.kept, found.kept_once) == (5.0, 7, 100)
+    script = importlib.import_module("retained_graphs")
+    asked: list[int] = []
+
+    def in_process(way: str, sizes: Any) -> dict[str, float]:
+        asked.append(sizes.steps)
+        return {"extra": 100.0 * sizes.steps + len(asked)}
+
+    monkeypatch.setattr(script, "in_process", in_process)
+    assert script.flat((1, 2), (3, 4), 3) == ([101.0, 104.0, 105.0], [202.0, 203.0, 206.0])
+    assert asked == [1, 2, 2, 1, 1, 2]
+
+
+def test_fp32_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("SOPHON_PLAIN", "1")
+    precision = importlib.import_module("precision")
+    with pytest.raises(SystemExit, match="`auto` is fp32 here"):
+        precision.compare_protection(Path("run.toml"), Path("folder"))
+
+
+def test_a_round_augments_as_the_feed_it_is_held_against(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    feeding = importlib.import_module("feeding")
+    made: list[Any] = []
+
+    def protection(*arguments: Any, **changes: Any) -> Any:
+        made.append(feeding_protection(*arguments, **{**changes, "count": 100}))
+        return made[-1]
+
+    feeding_protection = feeding.protection
+    feeds: list[Any] = []
+    feed = Rehearsals.feed
+    monkeypatch.setattr(feeding, "protection", protection)
+    monkeypatch.setattr(Rehearsals, "feed", lambda *of: feeds.append(of[1]) or feed(*of))
+    sizes = feeding.quick(feeding.Sizes(2))
+    assert len(feeding.share("small network", sizes, 16, 2, "flip_crop")) == 2
+    assert made[0].original_feed.augmentation == "flip_crop"
+    assert made[0].rehearsals.strategy(0).augmentation == "flip_crop"
+    # Rounds take attackers 0 to 2, and the feeds beside them 0 to 2 as well, each for itself.
+    assert sorted(feeds) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_command_that_imports_torch_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    starting = importlib.import_module("starting")
+    monkeypatch.setattr(starting, "seconds", lambda action: 0.1)
+    for heavy in (True, False):
+        monkeypatch.setattr(starting, "imports_torch", lambda *words, heavy=heavy: heavy)
+        assert starting.started("help", ("--help",), 0.3, 2).met is not heavy
+
+
+def test_no_trial_of_a_made_up_record_is_there_twice(growth: Any) -> None:
+    held = growth.record(400)
+    met = {(t.subject, t.strategy.fingerprint(), t.seed) for t in held.trials}
+    assert len(met) == len(held.trials) == 400
+    assert {t.strategy for t in held.trials} <= set(held.strategies)
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("scaling")
+
+
+def test_activations_are_what_another_image_adds(
+    scaling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "bytes_kept", lambda model, images: 100 + 7 * len(images))
+    found = scaling.counted("small_convnet", 16)
+    assert (found.kept, found.kept_once) == (7, 100)
+    # Six convolutions at 16, 8 and 4 pixels, and the head.
+    widths = ((3, 24, 16), (24, 24, 16), (24, 48, 8), (48, 48, 8), (48, 72, 4), (72, 72, 4))
+    assert found.forward == 2 * (sum(9 * a * b * side**2 for a, b, side in widths) + 72 * 10)
+    # Six more each of BatchNorm and ReLU, at least.
+    assert found.calls >= 19
+
+
+def test_the_run_that_is_costed_is_the_recipes(scaling: Any) -> None:
+    recipe = BENCHMARKS.parent / "recipes" / "paper" / "caformer-cifar10-ice.toml"
+    held = tomllib.loads(recipe.read_text(encoding="utf-8"))["protect"]
+    assert held["rounds"] == scaling.ROUNDS
+    assert held["original_batch_size"] == scaling.REINFORCED
+    assert held["rehearsal"]["steps"] == scaling.K
+    assert held["rehearsal"]["query_batch_size"] == scaling.QUERY
+    assert held["rehearsal"]["fixed"]["batch_size"] == scaling.SUPPORT
+
+
+def test_what_cannot_be_started_has_no_hours(scaling: Any) -> None:
+    large, small = (scaling.Counted(1, forward, 1, 1, 1000) for forward in (1e10, 1.0))
+    cost = scaling.Round(restricted=large, original=large)
+    share = scaling.SHARES[1]
+    batch = 3 * 150 * 1e10 / (scaling.PEAK * share)
+    assert cost.hours(2, share) == pytest.approx(800 * (2 * 100 + 1) * batch / 3600)
+    assert cost.work(2) == 3 * 150 * 1e10 * (2 * 100 + 1)
+    # Of tiny images starting the kernels takes longer.
+    started = scaling.Round(restricted=small, original=small).hours(1, share)
+    assert started == pytest.approx(800 * 101 * 3 * 1000 * scaling.LAUNCH / 3600)
+    assert [scaling.cell(cost, 8, cards) for cards in (16, 3)] == ["refused"] * 2
+    assert scaling.cell(cost, 8, 8) == scaling.cell(cost, 1, 1) != "refused"
 
 
 def test_quick_numbers_are_not_written() -> None:
     run = ran("--quick", "--write")
     assert run.returncode == 2
     assert "--write needs the whole" in run.stderr
+
+
+@pytest.mark.parametrize(("precision", "name"), [("bf16", "speed"), ("fp32", "speed-without-bf16")])
+def test_results_go_to_the_page_of_their_precision_and_keep_its_remarks(
+    precision: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    run = importlib.import_module("run")
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run.growth, "curves", lambda short: ())
+    drawn: list[Path] = []
+    monkeypatch.setattr(run.growth, "draw", lambda made, file: drawn.append(file))
+    where = {
+        "date": "2026-01-01", "commit": "abc", "processor": "p", "threads": 2,
+        "precision": precision, "versions": {"torch": "2"}, "seconds": 61,
+    }  # fmt: skip
+    made = run.write([run.row("first", [1.0], at_most=2.0)], {}, where, True)
+    assert made == tmp_path / f"{name}.md"
+    assert drawn == ([tmp_path / "growth.svg"] if name == "speed" else [])
+    text = made.read_text().replace(run.BEGIN, f"{run.BEGIN}\nby hand")
+    made.write_text(text)
+    run.write([run.row("second", [1.0], at_most=2.0)], {}, where, True)
+    assert "by hand" in made.read_text()
+    assert "| second |" in made.read_text()
+    assert "| first |" not in made.read_text()
+    held = BENCHMARKS.parent / "docs" / "results" / f"{name}.md"
+    assert "**About this run.**" in run.remarks(held.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -188,6 +343,37 @@ def test_a_round_and_its_bare_passes_take_turns(monkeypatch: pytest.MonkeyPatch)
     pieces = [range(5), range(5, 10), range(10, 12)]
     assert order == [f"{who}{step}" for piece in pieces for who in "ab" for step in piece]
     assert len(pairs) == 3
+
+
+@pytest.fixture
+def floor(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("floor")
+
+
+def test_a_single_round_has_the_spread_of_its_pieces(floor: Any) -> None:
+    one = floor.Compared([[(1.0, 1.0), (3.0, 2.0), (2.0, 1.0)]])
+    assert one.ratios() == [1.5]
+    assert one.ratios(less=[1.0]) == [2.0]
+    # Residuals -0.5, 0 and 0.5 of a ratio of 1.5: 0.75 is the sum of their squares, times 3 / 2.
+    assert one.note().startswith("3 pieces of 5 steps take turns, each 1.00 to 2.00;")
+    assert one.note().endswith(f"1.500, standard error over pieces {0.75**0.5 / 4:.3f}")
+    assert "standard error" not in floor.Compared([[(1.0, 1.0)]]).note()
+
+
+def test_a_bare_trial_is_scored_at_its_end_and_keeps_its_statistics(floor: Any) -> None:
+    assert floor.TRIAL_STEPS in floor.evaluation_steps(floor.TRIAL_STEPS, floor.EVALUATIONS)
+    model = floor.nn.Sequential(floor.nn.BatchNorm2d(1), floor.nn.Flatten()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = [(floor.torch.rand(4, 1, 2, 2), floor.torch.zeros(4).long())]
+
+    class Exact:
+        autocast = staticmethod(contextlib.nullcontext)
+
+    assert floor.scored_anew(model, Exact(), batch, batch) > 0
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert bool((value == before[name]).all())
 
 
 # --- The suite against a grid -----------------------------------------------------------------

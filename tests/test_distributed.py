@@ -23,7 +23,7 @@ import pairs
 from builders import setting_of
 from pairs import Attentive, Pair, network, spec
 from sophon._data import load_domain
-from sophon._distributed import Ranks, process_group
+from sophon._distributed import Ranks, process_group, take_card
 from sophon._errors import RanksError, SpecError, UnsupportedModelError
 from sophon._networks import SmallConvNet
 from sophon._records import Round
@@ -51,7 +51,13 @@ def _require_equal(
 
 def _facts(round_: Round) -> dict[str, Any]:
     """Return what must not depend on how many processes ran it."""
-    numbers = ("suppression_loss", "query_score", "original_loss", "suppression_gradient_norm")
+    numbers = (
+        "suppression_loss",
+        "query_score",
+        "original_loss",
+        "suppression_gradient_norm",
+        "reinforcement_gradient_norm",
+    )
     rounded = {name: pytest.approx(getattr(round_, name), rel=1e-4) for name in numbers}
     return {"strategies": round_.strategies, "domains": round_.domains, **rounded}
 
@@ -90,7 +96,10 @@ def test_shards_give_what_the_whole_gives(horizon: int | None, pair: Pair) -> No
     given = spec(horizon=horizon, pool=3, strategies=1)
     first, second = pair.both(pairs.finished, given, "layer", shard=True)
     assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
-    _require_equal(first[0], pairs.finished(given, "layer")[0], within=1e-5)
+    weights, rounds = pairs.finished(given, "layer")
+    _require_equal(first[0], weights, within=1e-5)
+    for ours, theirs in zip(first[1], rounds, strict=True):
+        assert _facts(ours) == _facts(theirs)
 
 
 def test_shards_hold_a_share_of_model_and_attackers(pair: Pair) -> None:
@@ -172,6 +181,11 @@ def test_a_folder_that_the_first_cannot_use_stops_all(pair: Pair, tmp_path: Path
     assert isinstance(second, RanksError)
     assert "process 0 of 2: " in str(second)
     assert second.told
+
+
+def test_a_plain_run_computes_the_whole_batch_in_every_process(pair: Pair) -> None:
+    assert pair.both(pairs.divides, spec(), "0") == [True, True]
+    assert pair.both(pairs.divides, spec(), "1") == [False, False]
 
 
 def test_weights_that_drift_apart_are_found_out(pair: Pair) -> None:
@@ -320,6 +334,53 @@ def test_the_first_one_may_measure_for_hours(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InterruptedError), process_group():
         pass
     assert given["timeout"] >= datetime.timedelta(hours=2)
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "world", "expected"),
+    [
+        (None, "2", 4, [2]),
+        ("cuda", "2", 4, [2]),
+        ("cuda:1", "2", 4, []),
+        ("cpu", "2", 4, []),
+        (None, "2", 1, []),
+        (None, "4", 8, []),
+        (None, None, 4, []),
+    ],
+    ids=["own", "cuda", "one card", "processor", "alone", "sees fewer", "no torchrun"],
+)
+def test_processes_in_a_group_of_the_callers_take_cards_of_their_own(
+    device: str | None,
+    rank: str | None,
+    world: int,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    take_card(device)
+    assert taken == expected
+
+
+def test_a_protection_takes_its_card_before_anything_is_placed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def taking(device: object) -> None:
+        asked.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr("sophon._protect.take_card", taking)
+    with pytest.raises(InterruptedError):
+        pairs.started(spec(), "layer")
+    assert asked == ["cpu"]
 
 
 # --- torchrun ---------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import sophon._executors
 from sophon._errors import AuditError
-from sophon._executors import Processes, Serial, in_order
+from sophon._executors import Processes, Serial, in_order, take_card
 from sophon._records import Trial
-from workloads import Scripted, Unloadable, job
+from workloads import Broken, Counting, Holding, Scripted, Unloadable, job
 
 
 def test_each_trial_is_handed_over_as_it_is_done_and_yielded_in_order() -> None:
@@ -74,3 +78,50 @@ def test_workers_that_cannot_begin_are_no_fault_of_a_trial(
     with Processes(Unloadable(tmp_path), 1) as processes, early:  # type: ignore[arg-type]
         list(processes.run([job("quick", 0)]))
     assert Scripted(tmp_path).begun(0) == 0
+
+
+def test_workers_take_cards_in_turn_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for index in range(3):
+        take_card(torch.device("cuda"), index)
+        take_card(torch.device("cuda:1"), index)
+        take_card(torch.device("cpu"), index)
+    assert taken == [0, 1, 0]
+
+
+@pytest.mark.slow
+def test_each_worker_has_a_number_of_its_own(tmp_path: Path) -> None:
+    with Processes(Counting(tmp_path), 2) as processes:  # type: ignore[arg-type]
+        list(processes.run([job("quick", 0)]))
+    assert sorted(file.name for file in tmp_path.glob("card-*")) == ["card-0", "card-1"]
+
+
+scale = lambda images: 2 * images  # noqa: E731 - as users write it
+
+
+def test_a_function_without_a_name_is_said_not_to_be_sent(tmp_path: Path) -> None:
+    model = nn.Identity()
+    model.transform = scale
+    refused = pytest.raises(AuditError, match=r"cannot be sent to a worker .*lambda.*by name")
+    with Processes(Holding(tmp_path, model), 2) as processes, refused:  # type: ignore[arg-type]
+        list(processes.run([job("quick", 0)]))
+
+
+def test_a_class_of_a_notebook_is_said_not_to_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+    typed = type("Typed", (nn.Identity,), {"__module__": "__main__"})
+    model = nn.Sequential(nn.Identity(), typed())
+    refused = pytest.raises(AuditError, match="class Typed was defined in a notebook or a shell")
+    with Processes(Holding(tmp_path, model), 2) as processes, refused:  # type: ignore[arg-type]
+        list(processes.run([job("quick", 0)]))
+
+
+@pytest.mark.slow
+def test_what_a_worker_cannot_load_is_no_lack_of_memory(tmp_path: Path) -> None:
+    refused = pytest.raises(AuditError, match="a worker cannot load the model")
+    with Processes(Broken(tmp_path), 1) as processes, refused:  # type: ignore[arg-type]
+        list(processes.run([job("quick", 0)]))

@@ -30,8 +30,11 @@ def test_the_switch_is_one_place_for_all(switch: bool) -> None:
     model = trained_model()
     parameters = list(model.parameters())
     assert setting_of(model).channels_last is not switch
-    optimizer = OPTIMIZERS["sgd_momentum"](parameters, Strategy())
-    assert (optimizer.defaults["fused"] is True) is not switch
+    for name, made in OPTIMIZERS.items():
+        defaults = made(parameters, Strategy(optimizer=name)).defaults
+        assert (defaults["foreach"] is False) is switch
+        without = name in ("adagrad", "adadelta")
+        assert (defaults.get("fused") is True) is (not switch and not without)
     if switch:
         assert choose_precision("auto", torch.device("cpu"), model, [(1, 8, 8)]) == "fp32"
     assert choose_precision("bf16", torch.device("cpu"), model, [(1, 8, 8)]) == "bf16"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import pytest
+import torch
 
 from builders import original, restricted, scratch_model, trained_model
 from ray_models import FatalOnce
@@ -84,13 +86,19 @@ class _Cluster:
 
     def __init__(self) -> None:
         self.puts = 0
+        self.cards = 0.0
+        self.share = -1.0
 
     def put(self, workload: Scripted) -> Scripted:
         self.puts += 1
         return workload
 
-    def remote(self, **options: int) -> Callable[[object], _Task]:
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0, **({"GPU": self.cards} if self.cards else {})}
+
+    def remote(self, **options: float) -> Callable[[object], _Task]:
         assert options["max_retries"] == ATTEMPTS - 1
+        self.share = options["num_gpus"]
         return lambda _: _Task()
 
     def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
@@ -129,6 +137,32 @@ def test_a_cluster_hands_trials_over_as_they_are_done_and_goes_on_after_a_deadly
     assert module.puts == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "cards", "workers", "share"),
+    [
+        ("cpu", 4, 2, 0),
+        ("cuda", 0, 2, 0),
+        ("cuda:1", 4, 2, 0),
+        ("cuda", 4, 2, 1),
+        ("cuda", 2, 4, 1 / 2),
+        ("cuda", 2, 3, 1 / 2),
+    ],
+)
+def test_workers_of_a_cluster_take_cards_where_there_are_some(
+    device: str,
+    cards: int,
+    workers: int,
+    share: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster, module = _faked(tmp_path, monkeypatch)
+    cluster.workload.device = torch.device(device)  # type: ignore[misc]
+    cluster.workers, module.cards = workers, float(cards)
+    list(cluster.run([job("quick", 0)]))
+    assert module.share == share
+
+
 def test_a_cluster_that_loses_machines_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,8 +171,26 @@ def test_a_cluster_that_loses_machines_is_an_error(
         list(cluster.run([job("lost", 0)]))
 
 
+@pytest.mark.parametrize(
+    "error", [TypeError("Could not serialize\na long report"), PicklingError("Could not serialize")]
+)
+def test_what_cannot_be_sent_to_a_cluster_is_an_error_of_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, module = _faked(tmp_path, monkeypatch)
+
+    def failing(workload: object) -> object:
+        raise error
+
+    monkeypatch.setattr(module, "put", failing)
+    with pytest.raises(AuditError, match=r"cannot be sent to a worker \(Could not serialize\)"):
+        list(cluster.run([job("quick", 0)]))
+
+
 class Switched:
     """Says as the trial of a job whether a worker computes the plain way."""
+
+    device = torch.device("cpu")
 
     def run(self, job: object) -> bool:
         return plain()

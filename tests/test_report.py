@@ -493,6 +493,20 @@ def test_reporting_needs_no_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize("page", [False, True])
+def test_the_command_that_reports_needs_no_torch(page: bool, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(record().model_dump_json(), encoding="utf-8")
+    words = ["report", str(tmp_path), *(["--html", str(tmp_path / "r.html")] if page else [])]
+    code = (
+        "import sys\nfrom sophon._cli import app\n"
+        f"try:\n    app({words!r})\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.split()[-1] == "False"
+    assert (tmp_path / "r.html").exists() is page
+
+
 def test_a_report_says_how_attackers_were_scored() -> None:
     held = record()
     first = held.trials[0]

@@ -6,11 +6,16 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
 
 from records import crashed, trial
 from sophon._executors import Job
 from sophon._records import Crashed, Trial
 from sophon._specs import Strategy
+from sophon._trials import Start
 
 # A job that waits longer than this is not waited for.
 PATIENCE_S = 60.0
@@ -23,6 +28,9 @@ def job(does: str, number: int) -> Job:
 
 class Scripted:
     """Notes in `folder` whenever a job begins; what waits goes on once `folder/go` is there."""
+
+    device = torch.device("cpu")
+    starts: ClassVar[dict[tuple[str, int], Start]] = {}
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,8 +57,35 @@ class Scripted:
         return crashed("scratch").model_copy(update={"seed": one.seed, "outcome": outcome})
 
 
+class Counting(Scripted):
+    """Notes the card that a worker takes, of four that there seem to be."""
+
+    device = torch.device("cuda")
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        torch.cuda.device_count = lambda: 4
+        torch.cuda.set_device = lambda index: (self.folder / f"card-{index}").touch()
+
+
 class Unloadable(Scripted):
     """Kills every worker that it is sent to."""
 
     def __setstate__(self, state: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Broken(Scripted):
+    """Fails in every worker that it is sent to."""
+
+    def __setstate__(self, state: object) -> None:
+        raise ImportError("no module of that name over there")
+
+
+class Holding(Scripted):
+    """Has a model beside its jobs."""
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        super().__init__(folder)
+        self.model = model
+        self.starts = {("protected", 0): Start(model, "network", "weights")}  # type: ignore[misc]

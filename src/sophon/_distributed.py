@@ -225,6 +225,20 @@ class Ranks:
         return torch.device("cuda" if "nccl" in self.backend else "cpu")
 
 
+def take_card(device: str | torch.device | None) -> None:
+    """Have one of several processes on a machine compute on a card of its own.
+
+    That of its `LOCAL_RANK`, unless `device` is another kind or one card, or this process sees
+    fewer: it was given its own then.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or torch.device(device or "cuda") != torch.device("cuda"):
+        return
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and int(local) < torch.cuda.device_count():
+        torch.cuda.set_device(int(local))
+
+
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the processes that torchrun started for as long as the context lasts; else stay alone.

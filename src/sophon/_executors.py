@@ -5,14 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pickle import PicklingError
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 
@@ -21,6 +23,9 @@ from sophon._errors import AuditError
 from sophon._records import Trial
 from sophon._specs import Strategy, Subject
 from sophon._trials import Assignment, Bench, Start
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 # How many deaths of its workers (killed, out of memory) end a trial.
 ATTEMPTS = 3
@@ -53,6 +58,11 @@ class Workload:
     bench: Bench
     domains: dict[str, Domain]
     starts: dict[tuple[Subject, int], Start]
+
+    @property
+    def device(self) -> torch.device:
+        """Where trials compute."""
+        return self.bench.setting.device
 
     def start(self, subject: Subject, seed: int) -> Start:
         """Return what an attack starts from: only a fresh network depends on the seed."""
@@ -124,11 +134,11 @@ class Serial:
 
 
 class Processes:
-    """Run jobs in `workers` processes of one thread each.
+    """Run jobs in `workers` processes of one thread each, on a card each where there are cards.
 
-    A trial whose worker died is given to another one; it counts once. After `ATTEMPTS` deaths it
-    has crashed, and the others go on. Raises AuditError if the model cannot be sent to another
-    process, or workers die before they are given a trial.
+    More workers than cards share them. A trial whose worker died is given to another one; it counts
+    once. After `ATTEMPTS` deaths it has crashed, and the others go on. Raises AuditError if the
+    model cannot be sent to another process, or workers die before they are given a trial.
     """
 
     def __init__(self, workload: Workload, workers: int) -> None:
@@ -143,13 +153,13 @@ class Processes:
         """Yield the trials in the order of the jobs; see `Executor`."""
         try:
             yield from in_order(self._completed(jobs), finished)
-        except (AttributeError, TypeError) as error:
-            # What pickle says of classes made inside functions and the like.
-            if "pickle" not in str(error):
+        except (AttributeError, TypeError, PicklingError) as error:
+            # What pickle says of classes and functions made inside functions, lambdas and the like.
+            if "pickle" not in str(error).lower():
                 raise
             raise AuditError(
-                f"the model cannot be sent to a worker ({error}): define its class in a module,"
-                " or use one worker"
+                f"the model cannot be sent to a worker ({error}): define its class, and functions"
+                " that it holds, by name in a module, or use one worker"
             ) from None
 
     def _completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
@@ -189,12 +199,14 @@ class Processes:
 
     def _submit(self, job: Job) -> Future[Trial]:
         if self._pool is None:
+            _require_importable(self.workload)
+            # Forking a process whose threads compute can leave the child waiting for ever.
+            context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
                 self.workers,
-                # Forking a process whose threads compute can leave the child waiting for ever.
-                mp_context=multiprocessing.get_context("spawn"),
+                mp_context=context,
                 initializer=_begin,
-                initargs=(self.workload,),
+                initargs=(self.workload, context.Value("i", 0)),
             )
             self._first = self._pool.submit(_begun)
         return self._pool.submit(_run, job)
@@ -205,8 +217,16 @@ class Processes:
         Raises AuditError if they did not, time and again: then no trial is to blame.
         """
         begun = self._first is not None and self._first.done() and not self._first.exception()
+        workers = [] if self._pool is None else list((self._pool._processes or {}).values())
         self._close()
         self._stillborn = 0 if begun else self._stillborn + 1
+        # What Python itself ends with after an error; a signal's is negative.
+        if not begun and any((worker.exitcode or 0) > 0 for worker in workers):
+            raise AuditError(
+                "a worker cannot load the model (its error is above): define its class, and all"
+                " that it holds, in a module that can be imported without an error, or use one"
+                " worker; finished trials are kept"
+            ) from None
         if self._stillborn == ATTEMPTS:
             raise AuditError(
                 f"workers died {ATTEMPTS} times in a row before they were given a trial: lower"
@@ -235,15 +255,39 @@ class Processes:
         self._close(at_once=kind is not None)
 
 
+def _require_importable(workload: Workload) -> None:
+    """Raise AuditError if the class of a model was typed in: a new process cannot import that."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__file__", None) or getattr(main, "__spec__", None):
+        return
+    for start in workload.starts.values():
+        for part in start.model.modules():
+            if type(part).__module__ == "__main__":
+                raise AuditError(
+                    f"the model's class {type(part).__name__} was defined in a notebook or a"
+                    " shell, where workers cannot find it: put it into a module and import it, or"
+                    " use one worker"
+                )
+
+
 _held: list[Workload] = []
 
 
-def _begin(workload: Workload) -> None:
+def take_card(device: torch.device, index: int) -> None:
+    """Have this process compute on card `index`, counted round, unless `device` is one card."""
+    if device == torch.device("cuda"):
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+
+def _begin(workload: Workload, begun: Synchronized[int]) -> None:
     # Ctrl-C reaches the whole group; the process that was asked ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One that is killed cannot: its workers would wait for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    with begun.get_lock():
+        index, begun.value = begun.value, begun.value + 1
+    take_card(workload.device, index)
     _held.append(workload)
 
 

@@ -40,8 +40,10 @@ OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimiz
         nesterov=True,
         **fused(),
     ),
-    "adagrad": lambda p, s: Adagrad(p, s.learning_rate, weight_decay=s.weight_decay),
-    "adadelta": lambda p, s: Adadelta(p, s.learning_rate, weight_decay=s.weight_decay),
+    "adagrad": lambda p, s: Adagrad(p, s.learning_rate, weight_decay=s.weight_decay, **_unfused()),
+    "adadelta": lambda p, s: Adadelta(
+        p, s.learning_rate, weight_decay=s.weight_decay, **_unfused()
+    ),
     "adam": lambda p, s: Adam(p, s.learning_rate, weight_decay=s.weight_decay, **fused()),
     "adamw": lambda p, s: AdamW(p, s.learning_rate, weight_decay=s.weight_decay, **fused()),
 }
@@ -50,6 +52,11 @@ OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimiz
 def fused() -> dict[str, Any]:
     """Return the arguments that make an optimizer's step one call for all parameters."""
     return {"foreach": False} if plain() else {"fused": True}
+
+
+def _unfused() -> dict[str, Any]:
+    """Return the arguments of an optimizer without a fused step: torch's own choice, or plain."""
+    return {"foreach": False} if plain() else {}
 
 
 def _ramp(step: int, strategy: Strategy) -> float:

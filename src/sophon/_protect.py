@@ -21,7 +21,7 @@ from torch.optim import Adam
 
 from sophon._checkpoints import open_run, save_state
 from sophon._data import Domain
-from sophon._distributed import Ranks
+from sophon._distributed import Ranks, take_card
 from sophon._errors import CheckpointError, NonFiniteError
 from sophon._files import write_json, write_text
 from sophon._finetune import (
@@ -74,12 +74,14 @@ class Protection:
     Implements SOPHON (arXiv 2404.12699, algorithm 1). The model passed in is never changed.
     With `out`, a folder, the run resumes there when it is repeated. `head` names the classifier
     layer where it cannot be found; `model_spec` is written beside the weights as provenance;
-    `device` is CUDA where there is one unless it is given.
+    `device` is CUDA where there is one unless it is given; of several processes on a machine each
+    takes the card of its `LOCAL_RANK`.
 
     In a process group (torchrun) all processes must make the same call: each rehearses its share
-    of the attackers, and the first one writes. With `shard`, for models that do not fit on one
-    device, all work on the same attacker, and model and attackers are in shards (FSDP2). Neither
-    is part of what the run is: it may be resumed with any number of processes.
+    of the attackers, and the first one writes. With `shard`, for models whose weights fit on one
+    device but whose training state does not, all work on the same attacker, and model and attackers
+    are in shards (FSDP2). Neither is part of what the run is: it may be resumed with any number of
+    processes.
 
     Raises DataError, UnsupportedModelError or CheckpointError before any work; while it runs,
     NonFiniteError.
@@ -100,6 +102,7 @@ class Protection:
         shard: bool = False,
     ) -> None:
         self.ranks = Ranks.present(sharded=shard)
+        take_card(device)
         self.spec = spec = ProtectSpec() if spec is None else spec
         restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
         self.out = None if out is None else Path(out)
@@ -128,7 +131,7 @@ class Protection:
         )
         self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
         enough = spec.original_batch_size >= self.ranks.world
-        self._split = independent and enough and not self.ranks.sharded
+        self._split = independent and enough and not self.ranks.sharded and not plain()
         spread(self.model, self.setting.head, self.ranks)
         parameters = list(self.model.parameters())
         self.suppressor = Adam(parameters, spec.suppression_rate, **fused())

@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from pickle import PicklingError
+from typing import TYPE_CHECKING, Any, Self
 
 from sophon._errors import AuditError, SpecError
 from sophon._executors import ATTEMPTS, Finished, Job, Workload, in_order, lost, unheard
 from sophon._optimisations import SWITCH
 from sophon._records import Trial
 
+if TYPE_CHECKING:
+    import torch
+
 
 class RayCluster:
     """Run up to `workers` jobs at once, of one thread each, on the cluster at `address`.
 
-    Without an address a cluster of so many processors is started on this machine. Every machine
-    of the cluster needs this version of sophon and the module of the model. Raises SpecError if
-    Ray cannot be imported, AuditError if the cluster cannot be reached or cannot run trials.
+    Where it has cards each job takes one, or a part if there are fewer cards than workers. Without
+    an address a cluster of so many processors is started on this machine. Every machine of the
+    cluster needs this version of sophon and the module of the model. Raises SpecError if Ray cannot
+    be imported, AuditError if the cluster cannot be reached or cannot run trials.
     """
 
     def __init__(self, workload: Workload, workers: int, address: str | None = None) -> None:
@@ -53,9 +59,12 @@ class RayCluster:
     def _completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
         """Yield the place of each job and its trial, as they are done."""
         ray: Any = self._ray
-        task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_run)
+        share = _share_of_a_card(
+            self.workload.device, self.workers, int(ray.cluster_resources().get("GPU", 0))
+        )
+        task = ray.remote(num_cpus=1, num_gpus=share, max_retries=ATTEMPTS - 1)(_run)
         if self._held is None:
-            self._held = ray.put(self.workload)
+            self._held = self._put()
         # Only a cluster on this machine would inherit it.
         switch = os.environ.get(SWITCH, "")
         waiting = deque(enumerate(jobs))
@@ -68,6 +77,18 @@ class RayCluster:
             for reference in done:
                 place, job = running.pop(reference)
                 yield place, self._result(reference, job)
+
+    def _put(self) -> Any:
+        """Return the workload in Ray's store; AuditError if it cannot be sent there."""
+        try:
+            return self._ray.put(self.workload)
+        except (AttributeError, TypeError, PicklingError) as error:
+            # Ray adds a report of many lines.
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise AuditError(
+                f"the model cannot be sent to a worker ({line}): leave out what it holds besides"
+                " weights, such as open files, locks and generators, or use one worker"
+            ) from None
 
     def _result(self, reference: Any, job: Job) -> Trial:
         exceptions: Any = self._ray.exceptions
@@ -93,6 +114,12 @@ class RayCluster:
 
     def __exit__(self, *exception: object) -> None:
         self._ray.shutdown()
+
+
+def _share_of_a_card(device: torch.device, workers: int, cards: int) -> float:
+    """Return what part of a card each worker takes; 0 where trials need none, or all that one."""
+    # A numbered card is one of those that the job would see without Ray's choice.
+    return 1 / math.ceil(workers / cards) if str(device) == "cuda" and cards else 0
 
 
 def _require_answer(address: str | None) -> None:

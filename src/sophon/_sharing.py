@@ -2,8 +2,9 @@
 
 Each process runs the model on its rows of a batch, and all see the outputs of all. Noise, timesteps
 and losses are then drawn and computed for the whole batch in every process, so shares of any size
-are weighted as one process would weigh them. A model too large for one device has its parameters
-in shards besides (FSDP2); the functions here are the identity for one that has not.
+are weighted as one process would weigh them. A model whose weights fit on one device but whose
+training state does not has its parameters in shards besides (FSDP2): it is whole on every device
+until it is spread. The functions here are the identity for one that is in no shards.
 """
 
 from __future__ import annotations

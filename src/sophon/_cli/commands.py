@@ -90,7 +90,9 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     shard: Annotated[
         bool,
         typer.Option(
-            "--shard", help="Spread a model too large for one device over torchrun's processes."
+            "--shard",
+            help="Spread training over torchrun's processes: for a model whose weights fit on one"
+            " device but whose training state does not.",
         ),
     ] = False,
 ) -> None:

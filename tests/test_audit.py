@@ -180,6 +180,23 @@ def test_crashes_are_in_the_record_without_a_store_too(monkeypatch: pytest.Monke
     assert [(c.trial, c.error) for c in held] == [(crashed.key, "MemoryError: for once")]
 
 
+def test_code_beside_the_weights_is_recorded_and_has_trials_of_its_own() -> None:
+    def opened(**settings: object) -> Audit:
+        model = trained_model()
+        for name, value in settings.items():
+            setattr(model.stage1, name, value)
+        held = {"original": original(), "restricted": restricted(), "spec": SPEC}
+        return Audit(model, unprotected=trained_model(), **held)  # type: ignore[arg-type]
+
+    plain, same, other = opened(), opened(), opened(rate=0.9)
+    keys = [[run._key(a) for a in next(run.plan.stages())] for run in (plain, same, other)]
+    assert keys[0] == keys[1]
+    assert plain._code() == ()
+    # The protected model's alone: the others compute as they did.
+    assert len(set(keys[0]) & set(keys[2])) == 2 * len(set(keys[0])) // 3
+    assert other._code() == ("stage1.rate = 0.9 instead of absent",)
+
+
 def test_other_weights_and_other_images_are_other_trials(tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
     _record(tmp_path, spec)
@@ -433,5 +450,7 @@ def test_two_unlike_restricted_domains_end_to_end() -> None:
     )
     assert [d.classes for d in record.restricted] == [5, 3]
     assert [d.image for d in record.restricted] == [(1, 8, 8), (3, 12, 12)]
+    # Protection adds no code to a network.
+    assert [s.code for s in record.subjects] == [(), (), ()]
     assert len(record.trials) == 2 * 3 * 12
     assert {t.outcome.kind for t in record.trials} == {"completed"}

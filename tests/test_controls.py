@@ -12,7 +12,7 @@ import torch
 
 from builders import original, restricted, scratch_model, trained_model
 from controls import digit_controls, few_attacks, real_controls
-from sophon._controls import DECOYS, UNTRAINABLE, ControlResult, Controls
+from sophon._controls import DECOYS, FAINT, UNTRAINABLE, ControlResult, Controls
 from sophon._specs import AuditSpec
 
 # What must be said of each decoy, whatever else is.
@@ -22,7 +22,9 @@ FLAGS = {
     "frozen parameters": {"unhealthy weights"},
     "poisoned head": {"original task destroyed"},
     "saturated logits": {"saturated outputs", "weight norms inflated", "zero or huge gradients"},
-    "faint gradients": {"zero or huge gradients"},
+    "faint gradients": {"zero or huge gradients", "code of its own"},
+    FAINT: {"zero or huge gradients", "code of its own"},
+    "dropout when trained": {"code of its own"},
     "inflated weights": {"weight norms inflated"},
     "spoilt BatchNorm": {"extreme BatchNorm statistics", "original task destroyed"},
     UNTRAINABLE: {"zero or huge gradients"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from builders import restricted, setting_of, trained_model
 from sophon._data import Domain, overlaps_of
+from sophon._models import code_differences
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
 from sophon._vitals import measure_vitals, training_flops
@@ -119,3 +123,55 @@ def test_what_was_only_recoloured_is_near_and_not_exact() -> None:
     assert shared.near >= len(second.train) - 1
     assert ("second/validation", "second/train") in found
     assert ("first/test", "second/train") in found
+
+
+def _faint(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    return output.detach() + 1e-6 * (output - output.detach())
+
+
+def test_gradients_before_the_head_are_measured_apart_from_the_heads() -> None:
+    model, masked = trained_model(), trained_model()
+    # The last layer that the head reads from.
+    masked.stage3.register_forward_hook(_faint)
+    sound, faint = (measure_vitals(m, _setting(m)) for m in (model, masked))
+    name = restricted().name
+    whole, before = sound.gradient_norms[name] or 0, sound.body_gradient_norms[name] or 0
+    assert 0 < before < whole
+    assert (faint.gradient_norms[name] or 0) > whole / 100
+    assert (faint.body_gradient_norms[name] or 0) < before / 1e4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.stage1[0].register_forward_hook(_faint), "stage1.0, forward_hook 0: hook"),
+        (lambda m: setattr(m, "drop_rate", 0.9), "the network.drop_rate = 0.9 instead of absent"),
+        (lambda m: setattr(m.stage1[1], "momentum", 1.0), "stage1.1.momentum = 1.0 instead of 0.1"),
+        (lambda m: setattr(m.stage1, "2", nn.Dropout()), "stage1.2: Dropout instead of ReLU"),
+        (lambda m: setattr(m, "forward", lambda images: images), "the network.forward ="),
+    ],
+    ids=["hook", "rate", "setting", "layer", "forward"],
+)
+def test_code_beside_the_weights_is_told_apart(
+    change: Callable[[nn.Module], object], said: str
+) -> None:
+    model = trained_model()
+    assert code_differences(model, trained_model()) == ()
+    assert code_differences(copy.deepcopy(model).train(), model) == ()
+    change(model)
+    found = code_differences(model, trained_model())
+    assert any(line.startswith(said) for line in found), found
+    # What both have is no difference.
+    assert code_differences(copy.deepcopy(model), model) == ()
+
+
+def test_without_another_network_every_hook_is_code_of_its_own() -> None:
+    model = trained_model()
+    assert code_differences(model, None) == ()
+    model.stage1.register_forward_hook(_faint)
+    assert len(code_differences(model, None)) == 1
+
+
+def test_layers_that_torch_parametrizes_are_alike() -> None:
+    pair = [nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) for _ in "ab"]
+    assert code_differences(*pair) == ()

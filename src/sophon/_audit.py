@@ -37,6 +37,7 @@ from sophon._metrics import evaluate
 from sophon._models import (
     Bare,
     bare_parameters,
+    code_differences,
     fresh_copy,
     network_identity,
     require_peft,
@@ -415,7 +416,11 @@ class Audit:
             first = self.subjects.get("unprotected", self.subjects["protected"])
             if model is None:
                 model = fresh_copy(first, self.scratch, seed=seed, names=("scratch",))
-            self._starts[at] = Start(model, network_identity(model), weights_sha256(model))
+            network = network_identity(model)
+            if subject == "protected" and (code := self._code()):
+                # Not all of it is in the name; trials of other code are other trials.
+                network += f"+{fingerprint_of(list(code))[:16]}"
+            self._starts[at] = Start(model, network, weights_sha256(model))
         return self._starts[at]
 
     def _bare(self) -> dict[int, Bare]:
@@ -460,9 +465,17 @@ class Audit:
                     flags=health(start.model),
                     blocks=block_count(start.model, self.setting.head),
                     vitals=measure_vitals(start.model, vital),
+                    code=self._code() if name == "protected" else (),
                 )
             )
         return tuple(records)
+
+    def _code(self) -> tuple[str, ...]:
+        """Return what the protected model computes otherwise, beside its weights."""
+        other = self.subjects.get("unprotected")
+        if other is None and self.scratch is not None:
+            other = self._start("scratch", self._seeds[0]).model
+        return code_differences(self.subjects["protected"], other)
 
 
 def _chosen(executor: str, address: str | None) -> tuple[str, str | None]:

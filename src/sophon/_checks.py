@@ -27,6 +27,7 @@ from sophon._weight_checks import (
     gradients_at_step_0,
     head_alone,
     inflated_weights,
+    other_code,
     saturated_logits,
 )
 
@@ -436,6 +437,7 @@ CHECKS: dict[str, Check] = {
     "last_step_is_best": last_step_is_best,
     "seeds_disagree": seeds_disagree,
     "other_optimizer_far_better": other_optimizer_far_better,
+    "other_code": other_code,
     "gradients_at_step_0": gradients_at_step_0,
     "saturated_logits": saturated_logits,
     "inflated_weights": inflated_weights,

@@ -19,7 +19,7 @@ from sophon._attacks import resolved
 from sophon._audit import Audit
 from sophon._data import Domain
 from sophon._finetune import FineTuning
-from sophon._models import find_head, fresh_copy, normalised_pairs, tracked_batch_norms
+from sophon._models import blocks, find_head, fresh_copy, normalised_pairs, tracked_batch_norms
 from sophon._specs import AuditSpec, Strategy
 from sophon._verdict import DomainSummary, summarise
 
@@ -30,6 +30,7 @@ _CLOSE = 0.25
 # How the twin is trained on: enough for other weights, too little for another function.
 _FURTHER = Strategy(optimizer="sgd", learning_rate=1e-3, steps=10)
 UNTRAINABLE = "untrainable"
+FAINT = "faint gradients before the head"
 # A void audit convicts nothing by itself: the pair of domains may tell nothing. Flags do.
 _CONVICTED = frozenset({"not protected", "untrainable"})
 Made = Callable[[nn.Module, "Place"], None]
@@ -56,6 +57,10 @@ def _faint_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     return output.detach() + 1e-6 * (output - output.detach())
 
 
+def _dropped_in_training(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return nn.functional.dropout(output, 0.99, module.training)
+
+
 def _no_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     return output.detach() + 0.0 * (output - output.detach())
 
@@ -64,6 +69,11 @@ def _permute_classes(model: nn.Module, place: Place) -> None:
     """Give every class the weights of another one: nothing but the head is wrong."""
     for parameter in model.get_submodule(place.head).parameters():
         parameter.copy_(parameter.roll(1, 0))
+
+
+def _hook_last_block(model: nn.Module, place: Place, hook: Callable[..., Tensor]) -> None:
+    """Hang `hook` on what the head reads from: a fresh head does not take it off."""
+    model.get_submodule(blocks(model, place.head)[-1][-1]).register_forward_hook(hook)
 
 
 def _scale_head(model: nn.Module, place: Place, by: float) -> None:
@@ -94,6 +104,8 @@ DECOYS: dict[str, Made] = {
     "poisoned head": _permute_classes,
     "saturated logits": lambda m, place: _scale_head(m, place, 1e4),
     "faint gradients": lambda m, _: _add(m.register_forward_hook(_faint_gradient)),
+    FAINT: lambda m, place: _hook_last_block(m, place, _faint_gradient),
+    "dropout when trained": lambda m, place: _hook_last_block(m, place, _dropped_in_training),
     "inflated weights": _inflate,
     "spoilt BatchNorm": _spoil_statistics,
     UNTRAINABLE: lambda m, _: _add(m.register_forward_hook(_no_gradient)),

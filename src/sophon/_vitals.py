@@ -41,12 +41,14 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
     raised: list[str] = []
 
     gradients = {
-        domain.name: _or_raised(raised, partial(_gradient_norm, model, setting, domain))
+        domain.name: _or_raised(raised, partial(_gradient_norms, model, setting, domain))
+        or (None, None)
         for domain in setting.restricted
     }
     return Vitals(
         largest_logit=_or_raised(raised, partial(_largest_logit, held, setting)),
-        gradient_norms=gradients,
+        gradient_norms={name: norms[0] for name, norms in gradients.items()},
+        body_gradient_norms={name: norms[1] for name, norms in gradients.items()},
         weight_sizes=sizes,
         largest_buffer=_extreme(buffers, largest=True),
         smallest_variance=_extreme([norm.running_var for norm in norms], largest=False),
@@ -96,8 +98,12 @@ def training_flops(model: nn.Module, setting: Setting, domain: Domain) -> int | 
     return 3 * int(counter.get_total_flops()) // images
 
 
-def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float | None:
-    """Return the norm of the first gradient an attacker meets who takes the weights as they are."""
+def _gradient_norms(
+    model: nn.Module, setting: Setting, domain: Domain
+) -> tuple[float | None, float | None]:
+    """Return the norm of the first gradient an attacker meets who takes the weights as they are,
+    and that of its part before the head.
+    """
     strategy = Strategy(batch_size=min(_BATCH, len(domain.train)), steps=1)
     feed = setting.feed(domain, domain.train, batch_size=strategy.batch_size)
     stream = (0, ("vitals",))
@@ -105,10 +111,11 @@ def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float 
     classes = setting.task.classes(domain)
     attacker_copy(attacker, strategy, setting, classes=classes, feed=feed, stream=stream)
     tuning = FineTuning(attacker, strategy, setting, feed, stream=stream)
-    return finite(float(tuning.gradient_norm()))
+    whole, before = tuning.gradient_norms()
+    return finite(float(whole)), finite(float(before))
 
 
-def _or_raised(raised: list[str], measure: Callable[[], float | None]) -> float | None:
+def _or_raised(raised: list[str], measure: Callable[[], Any]) -> Any:
     """Return what is measured, or None and a line in `raised`: such models are to be found out."""
     try:
         return measure()

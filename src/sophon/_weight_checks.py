@@ -22,6 +22,8 @@ _LARGEST_STATISTIC = 1e4
 # The smallest running variance over that of the unprotected model.
 _SHRUNK = 1e-4
 _OVERLAP = 0.01
+# Lines of a list that a flag shows.
+_LISTED = 5
 
 
 def _vitals(record: AuditRecord) -> tuple[Vitals | None, Vitals | None]:
@@ -35,24 +37,53 @@ def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
     after, before = _vitals(record)
     if after is None or domain not in after.gradient_norms:
         return None
-    norm = after.gradient_norms[domain]
-    usual = None if before is None else before.gradient_norms.get(domain)
-    if norm is None:
-        detail = "; ".join(after.raised) or "not finite"
-    elif norm == 0:
-        detail = "zero"
-    elif not usual and not _GRADIENTS[0] <= norm <= _GRADIENTS[1]:
-        detail = f"{norm:.3g}"
-    elif usual and not 1 / _FAR <= norm / usual <= _FAR:
-        detail = f"{norm:.3g}, unprotected {usual:.3g}"
-    else:
+    usual = {} if before is None else before.gradient_norms
+    detail = _off(after, after.gradient_norms[domain], usual.get(domain))
+    if detail is None and domain in after.body_gradient_norms:
+        usual = {} if before is None else before.body_gradient_norms
+        detail = _off(after, after.body_gradient_norms[domain], usual.get(domain))
+        detail = detail and f"before the head: {detail}"
+    if detail is None:
         return None
     return Flag(
         "zero or huge gradients",
-        "the first gradient of an attack is missing, zero, or a hundred times off",
+        "the first gradient of an attack, or its part before the head, is missing, zero, or a"
+        " hundred times off",
         "Masked gradients stop plain fine-tuning and nothing else.",
         "Trust attacks that start anew or rescale; compare with the unprotected model.",
         detail,
+        forbids=GOOD,
+    )
+
+
+def _off(after: Vitals, norm: float | None, usual: float | None) -> str | None:
+    """Return what is wrong with the norm of a gradient, if anything is."""
+    if norm is None:
+        return "; ".join(after.raised) or "not finite"
+    if norm == 0:
+        return "zero"
+    if not usual and not _GRADIENTS[0] <= norm <= _GRADIENTS[1]:
+        return f"{norm:.3g}"
+    if usual and not 1 / _FAR <= norm / usual <= _FAR:
+        return f"{norm:.3g}, unprotected {usual:.3g}"
+    return None
+
+
+def other_code(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the protected model computes otherwise than the unprotected one."""
+    del domain
+    found = [line for s in record.subjects if s.name == "protected" for line in s.code]
+    if not found:
+        return None
+    rest = len(found) - _LISTED
+    return Flag(
+        "code of its own",
+        "the protected model has layers, settings or hooks that the unprotected one (without one: a"
+        " fresh network) lacks",
+        "What acts in train mode only makes a network hard to train and protects nothing: an"
+        " attacker loads the weights into code of their own.",
+        "Load its weights alone into the network of the unprotected model, and audit that.",
+        "; ".join((*found[:_LISTED], *((f"and {rest} more",) if rest > 0 else ()))),
         forbids=GOOD,
     )
 

@@ -77,6 +77,16 @@ def _vital(**changes: object) -> AuditRecord:
     return base.model_copy(update={"subjects": tuple(subjects)})
 
 
+def _made_from(similarity: float | None = None, stated: str | None = None) -> AuditRecord:
+    protection = None if stated is None else {"identity": {"model": stated}}
+    base = record(protection=protection)
+    subjects = [
+        s.model_copy(update={"similarity": similarity if s.name == "protected" else None})
+        for s in base.subjects
+    ]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
 def _other_code(*lines: str) -> AuditRecord:
     base = record()
     subjects = [
@@ -133,6 +143,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
     "original_task_suffers": (record(original=0.85), record(original=0.89)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),
+    "another_network": (_made_from(similarity=0.1), _made_from(similarity=0.9)),
     "other_code": (_other_code("head.drop_rate = 0.9 instead of 0.0"), _other_code()),
     "gradients_at_step_0": (_vital(gradient_norms={"refused": 0.0}), _vital()),
     "saturated_logits": (_vital(largest_logit=2e3), _vital(largest_logit=900.0)),
@@ -208,6 +219,20 @@ def test_what_is_far_off_is_flagged_without_anything_to_compare_with(
 
     assert CHECKS[name](alone(_vital(**changes)), "refused") is not None
     assert CHECKS[name](alone(_vital()), "refused") is None
+
+
+def test_an_unprotected_model_that_is_another_network_is_flagged() -> None:
+    check = CHECKS["another_network"]
+    stated = check(_made_from(0.9, stated="9" * 64), "refused")
+    assert stated is not None
+    assert "999999999999" in stated.detail
+    assert check(_made_from(0.9, stated="2" * 64), "refused") is None
+    # A statement that fits does not excuse weights that do not.
+    assert check(_made_from(0.1, stated="2" * 64), "refused") is not None
+    assert check(_made_from(), "refused") is None
+    alone = _made_from(0.1, stated="9" * 64)
+    kept = tuple(s for s in alone.subjects if s.name != "unprotected")
+    assert check(alone.model_copy(update={"subjects": kept}), "refused") is None
 
 
 def test_attackers_that_persist_are_rehearsed_for_their_whole_life() -> None:

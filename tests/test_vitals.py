@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from builders import restricted, setting_of, trained_model
+from builders import original, restricted, setting_of, trained_model
+from sophon._audit import Audit
 from sophon._data import Domain, overlaps_of
-from sophon._models import code_differences
+from sophon._models import code_differences, similarity
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
 from sophon._vitals import measure_vitals, training_flops
@@ -175,3 +177,26 @@ def test_without_another_network_every_hook_is_code_of_its_own() -> None:
 def test_layers_that_torch_parametrizes_are_alike() -> None:
     pair = [nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) for _ in "ab"]
     assert code_differences(*pair) == ()
+
+
+def test_weights_are_alike_whatever_their_scale_and_unlike_when_trained_apart() -> None:
+    model, scaled = trained_model(), trained_model()
+    with torch.no_grad():
+        for parameter in scaled.parameters():
+            parameter.mul_(30.0)
+    assert similarity(scaled, model) == pytest.approx(1.0)
+    torch.manual_seed(5)
+    apart = SmallConvNet(classes=5, in_channels=1)
+    assert abs(similarity(apart, model) or 1.0) < 0.2
+    with torch.no_grad():
+        next(scaled.parameters()).fill_(torch.nan)
+    assert similarity(scaled, model) is None
+
+
+def test_a_record_says_how_alike_protected_and_unprotected_are() -> None:
+    torch.manual_seed(5)
+    apart = SmallConvNet(classes=5, in_channels=1)
+    for model, low, high in ((trained_model(), 0.999, 1.001), (apart, -0.2, 0.2)):
+        held: dict[str, Any] = {"original": original(), "restricted": restricted()}
+        assert low < (Audit(model, unprotected=trained_model(), **held)._similarity() or 0) < high
+        assert Audit(model, **held)._similarity() is None

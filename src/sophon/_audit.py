@@ -41,6 +41,7 @@ from sophon._models import (
     fresh_copy,
     network_identity,
     require_peft,
+    similarity,
     weights_sha256,
 )
 from sophon._plan import Plan
@@ -466,9 +467,14 @@ class Audit:
                     blocks=block_count(start.model, self.setting.head),
                     vitals=measure_vitals(start.model, vital),
                     code=self._code() if name == "protected" else (),
+                    similarity=self._similarity() if name == "protected" else None,
                 )
             )
         return tuple(records)
+
+    def _similarity(self) -> float | None:
+        other = self.subjects.get("unprotected")
+        return None if other is None else similarity(self.subjects["protected"], other)
 
     def _code(self) -> tuple[str, ...]:
         """Return what the protected model computes otherwise, beside its weights."""

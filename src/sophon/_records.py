@@ -215,7 +215,8 @@ class SubjectRecord(Record):
     (absent for scratch); `blocks` counts the blocks before the head. `weights_sha256` is of all
     tensors, whatever file they came from; `file_sha256` is of the file, where it is known.
     `code` is what the protected model computes otherwise than the unprotected one (a fresh one
-    where that is not given) beside its weights: layers, settings, hooks.
+    where that is not given) beside its weights: layers, settings, hooks. `similarity` is the median
+    over weight tensors of their cosine with the unprotected model's.
     """
 
     name: Subject
@@ -227,6 +228,7 @@ class SubjectRecord(Record):
     blocks: int | None = None
     vitals: Vitals | None = None
     code: tuple[str, ...] = ()
+    similarity: float | None = None
 
 
 class DomainRecord(Record):

@@ -22,6 +22,9 @@ _LARGEST_STATISTIC = 1e4
 # The smallest running variance over that of the unprotected model.
 _SHRUNK = 1e-4
 _OVERLAP = 0.01
+# The cosine of weights before and after protection was 0.93 or more in every tensor (900 rounds);
+# of networks that were trained apart it is near 0.
+_RELATED = 0.5
 # Lines of a list that a flag shows.
 _LISTED = 5
 
@@ -86,6 +89,40 @@ def other_code(record: AuditRecord, domain: str) -> Flag | None:
         "; ".join((*found[:_LISTED], *((f"and {rest} more",) if rest > 0 else ()))),
         forbids=GOOD,
     )
+
+
+def another_network(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the protected model was not made from the unprotected one: it states another
+    one, or its weights have little in common with that one's.
+    """
+    del domain
+    held = {subject.name: subject for subject in record.subjects}
+    if not {"protected", "unprotected"} <= held.keys():
+        return None
+    stated, sha256 = _stated_model(record), held["unprotected"].weights_sha256
+    alike = held["protected"].similarity
+    if stated is not None and stated != sha256:
+        detail = f"it states weights {stated[:12]}, the unprotected model has {sha256[:12]}"
+    elif alike is not None and alike < _RELATED:
+        detail = f"cosine of their weights {alike:.2f} (median over tensors)"
+    else:
+        return None
+    return Flag(
+        "another network before protection",
+        "the protected model states that it was made from other weights than the unprotected"
+        f" model's, or the cosine of their weights is below {_RELATED:g}",
+        "What an unrelated network knows is no measure of what protection took away.",
+        "Name the model that was protected (--unprotected FILE), or none.",
+        detail,
+        forbids=GOOD,
+    )
+
+
+def _stated_model(record: AuditRecord) -> str | None:
+    """Return the hash of the weights that the checkpoint says it was made from."""
+    identity = (record.protection or {}).get("identity")
+    stated = identity.get("model") if isinstance(identity, dict) else None
+    return stated if isinstance(stated, str) else None
 
 
 def saturated_logits(record: AuditRecord, domain: str) -> Flag | None:

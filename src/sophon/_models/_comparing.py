@@ -42,8 +42,8 @@ def similarity(model: nn.Module, other: nn.Module) -> float | None:
     for name, value in model.named_parameters():
         if value.dim() < 2 or name not in others:
             continue
-        pair = [tensor.detach().cpu().double().flatten() for tensor in (value, others[name])]
-        cosine = float(torch.nn.functional.cosine_similarity(*pair, dim=0))
+        first, second = (tensor.cpu().double().flatten() for tensor in (value, others[name]))
+        cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
         if not math.isfinite(cosine):
             return None
         cosines.append(cosine)
@@ -73,7 +73,7 @@ def _kind(part: nn.Module | None) -> str:
 
 
 def _same_class(first: type, second: type) -> bool:
-    """Return whether two classes are one, or were made by the same code, as parametrized ones are."""
+    """Return whether two classes are one, or were made by the same code, as parametrized ones."""
     if first is second:
         return True
     codes = [

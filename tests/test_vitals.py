@@ -13,12 +13,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from builders import original, restricted, setting_of, trained_model
+from records import record
 from sophon._audit import Audit
 from sophon._data import Domain, overlaps_of
 from sophon._models import code_differences, similarity
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
 from sophon._vitals import measure_vitals, training_flops
+from sophon._weight_checks import inflated_weights
 
 
 def _setting(model: nn.Module) -> Setting:
@@ -200,3 +202,52 @@ def test_a_record_says_how_alike_protected_and_unprotected_are() -> None:
         held: dict[str, Any] = {"original": original(), "restricted": restricted()}
         assert low < (Audit(model, unprotected=trained_model(), **held)._similarity() or 0) < high
         assert Audit(model, **held)._similarity() is None
+
+
+class _Attending(nn.Module):
+    """A stem with BatchNorm, a LayerNorm whose scale a Linear can undo, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.norm = nn.LayerNorm(8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images).flatten(2).mT
+        held: Tensor = self.head(torch.tanh(self.mix(self.norm(maps))).mean(1))
+        return held
+
+
+def test_what_rescaling_brings_back_is_measured() -> None:
+    torch.manual_seed(0)
+    before = _Attending().eval()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.stem[0].weight.mul_(30.0)
+        after.stem[1].running_mean.mul_(30.0)
+        after.stem[1].running_var.mul_(900.0)
+        after.norm.weight.mul_(50.0)
+        after.norm.bias.mul_(50.0)
+        after.mix.weight.div_(50.0)
+    measured = [measure_vitals(model, _setting(model)) for model in (after, before)]
+    grown, back = (
+        {name: size / sizes[1][name] for name, size in sizes[0].items()}
+        for sizes in ([m.weight_sizes for m in measured], [m.rescaled_sizes for m in measured])
+    )
+    assert grown["stem.0.weight"] == pytest.approx(30.0)
+    assert back["stem.0.weight"] == pytest.approx(1.0, rel=1e-3)
+    for ratios in (grown, back):
+        assert ratios["norm.weight"] == pytest.approx(50.0)
+        assert ratios["mix.weight"] == pytest.approx(0.02)
+    assert not any(name.endswith("bias") for name in grown)
+    held = record()
+    subjects = [
+        s.model_copy(update={"vitals": m})
+        for s, m in zip(held.subjects, (*measured, None), strict=True)
+    ]
+    flag = inflated_weights(held.model_copy(update={"subjects": tuple(subjects)}), "refused")
+    assert flag is not None
+    assert "rescaling leaves 2 (norm.weight)" in flag.detail
+    assert flag.forbids

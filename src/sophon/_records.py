@@ -196,9 +196,9 @@ class Vitals(Record):
     `largest_logit` is the largest absolute output on original validation images,
     `gradient_norms` the norm of the loss's gradient at step 0 on a batch of each restricted
     domain, `body_gradient_norms` that of its part before the head, `weight_sizes` the root mean
-    square of every weight tensor, `largest_buffer` the largest absolute value in BatchNorm's
-    statistics, `smallest_variance` the smallest variance, `raised` what the model raised while it
-    was measured.
+    square of every weight tensor and scale, `rescaled_sizes` the same after rescaling, as attacks
+    that rescale do first, `largest_buffer` the largest absolute value in BatchNorm's statistics,
+    `smallest_variance` the smallest variance, `raised` what the model raised while it was measured.
     """
 
     largest_logit: float | None
@@ -208,6 +208,7 @@ class Vitals(Record):
     smallest_variance: float | None = None
     raised: tuple[str, ...] = ()
     body_gradient_norms: dict[str, float | None] = {}
+    rescaled_sizes: dict[str, float | None] = {}
 
 
 class SubjectRecord(Record):

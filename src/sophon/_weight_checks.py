@@ -145,38 +145,56 @@ def saturated_logits(record: AuditRecord, domain: str) -> Flag | None:
 
 
 def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if a weight tensor is four times as large, or as small, as it was.
+    """Return a flag if a weight tensor or scale is four times as large, or as small, as it was.
 
-    Without an unprotected model: beyond 1000. Good verdicts stand if attacks scaled weights back.
+    Without an unprotected model: beyond 1000. Good verdicts stand if attacks rescaled, and that
+    brings every such tensor back.
     """
     after, before = _vitals(record)
     if after is None:
         return None
-    usual = {} if before is None else before.weight_sizes
-    ratios = {
-        name: size / (usual[name] or 1.0)
-        for name, size in after.weight_sizes.items()
-        if size is not None and usual.get(name)
-    }
-    far = {n: r for n, r in ratios.items() if not 1 / _INFLATED <= r <= _INFLATED}
-    if before is None:
-        ratios = {n: size for n, size in after.weight_sizes.items() if size is not None}
-        far = {n: size for n, size in ratios.items() if size > _LARGEST_WEIGHT}
+    ratios, far = _far_off(after.weight_sizes, None if before is None else before.weight_sizes)
     if not far:
         return None
+    rescaled, left = _far_off(
+        after.rescaled_sizes, None if before is None else before.rescaled_sizes
+    )
+    stuck = [n for n in far if n in left or n not in rescaled]
     name = max(far, key=lambda n: max(far[n], 1 / max(far[n], 1e-12)))
     attacks = [t.strategy for t in trials_of(record, domain, "protected") if t.curve]
     undone = any(isinstance(p, RescaleWeights) for s in attacks for p in s.preparations)
     size = f"{far[name]:.3g}" if before is None else f"x{far[name]:.3g}"
+    kept = f", of which rescaling leaves {len(stuck)} ({stuck[0]})" if stuck else ""
     return Flag(
         "weight norms inflated",
-        "a weight tensor is at least four times as large, or as small, as before protection"
-        " (beyond 1000 where that is not known)",
-        "Before a normalisation this leaves the function as it is and only slows plain steps.",
-        "Attack with rescale_weights first (suite standard-1 does).",
-        f"{name} {size}; {len(far)} of {len(ratios)} tensors",
-        forbids=frozenset() if undone else GOOD,
+        "a weight tensor or scale is at least four times as large, or as small, as before"
+        " protection (beyond 1000 where that is not known)",
+        "What the next layer undoes leaves the function as it is and only slows plain steps.",
+        "Attack with rescale_weights first (suite standard-1 does); what that leaves, scale back"
+        " by hand and audit again.",
+        f"{name} {size}; {len(far)} of {len(ratios)} tensors{kept}",
+        forbids=frozenset() if undone and not stuck else GOOD,
     )
+
+
+Sizes = dict[str, float]
+
+
+def _far_off(
+    after: dict[str, float | None], before: dict[str, float | None] | None
+) -> tuple[Sizes, Sizes]:
+    """Return every tensor's size over what it was, and those of them that are far off; without
+    `before` the sizes themselves.
+    """
+    if before is None:
+        sizes = {n: size for n, size in after.items() if size is not None}
+        return sizes, {n: size for n, size in sizes.items() if size > _LARGEST_WEIGHT}
+    ratios = {
+        name: size / (before[name] or 1.0)
+        for name, size in after.items()
+        if size is not None and before.get(name)
+    }
+    return ratios, {n: r for n, r in ratios.items() if not 1 / _INFLATED <= r <= _INFLATED}
 
 
 def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:

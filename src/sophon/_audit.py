@@ -19,6 +19,7 @@ from torch import nn
 
 from sophon._attacks import (
     beyond_rehearsal,
+    beyond_usual,
     depth_attacks,
     fitting,
     resolved,
@@ -58,6 +59,7 @@ from sophon._samples import SampleStage, check_samples, expected_sets, fewer_pic
 from sophon._search import require_optuna, starts
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Preparation, Strategy, Subject, fingerprint_of, parse_spec
+from sophon._statement import statement_of
 from sophon._store import DocumentStore, TrialStore, earlier_crashes
 from sophon._tasks import Classification, Task
 from sophon._trials import REINITIALISING, Assignment, Bench, Start
@@ -323,9 +325,7 @@ class Audit:
 
     def _rehearsed(self) -> int:
         """Return how many steps protection says that a rehearsed attacker takes in its life."""
-        protection: Any = (self.about.get("protection") or {}).get("spec") or {}
-        rehearsal = protection.get("rehearsal") or {}
-        return int(rehearsal.get("horizon") or rehearsal.get("steps") or 0)
+        return statement_of(self.about.get("protection")).life
 
     def _planned(self, spec: AuditSpec) -> Plan:
         suite = suite_of(spec)
@@ -333,7 +333,7 @@ class Audit:
         whole: tuple[Strategy, ...] = ()
         beyond = beyond_rehearsal(self.about.get("protection"), spec)
         if suite.rehearsed:
-            strategies = tuple(dict.fromkeys((*strategies, *beyond)))
+            strategies = tuple(dict.fromkeys((*strategies, *beyond, *beyond_usual(spec))))
         if suite.depth:
             model = self.subjects["protected"]
             whole = depth_attacks(block_count(model, self.setting.head), spec)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from builders import digits, original, quick_spec, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
 from sophon._audit import Audit, audit
+from sophon._circumstances import health
 from sophon._data import Domain, Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
@@ -20,6 +23,7 @@ from sophon._protect import protect
 from sophon._records import AuditRecord, Score, Trial, unpack
 from sophon._specs import AuditSpec, Guard, ResetLastBlocks, SampleSpec, Strategy, parse_spec
 from sophon._statistics import budgets, image_areas
+from sophon._store import TrialStore
 from sophon._trials import Assignment, Bench, evaluation_steps
 from sophon._verdict import summarise
 
@@ -83,6 +87,47 @@ def test_a_repeated_audit_runs_only_what_is_missing(tmp_path: Path) -> None:
     assert [_essence(t) for t in again.record().trials] == [_essence(t) for t in first.trials]
     kept = [f.stat().st_mtime_ns for i, f in enumerate(files) if i != 3]
     assert kept == [stamp for i, stamp in enumerate(stamps) if i != 3]
+
+
+def test_a_record_holds_the_trial_that_the_store_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process on the same store is done first with every trial."""
+    put = TrialStore.put
+
+    def outrun(self: TrialStore, trial: Trial) -> None:
+        put(self, trial.model_copy(update={"wall_s": 12345.0}))
+        put(self, trial)
+
+    monkeypatch.setattr(TrialStore, "put", outrun)
+    spec = SPEC.model_copy(update={"steps": 1, "evaluations": 1})
+    assert {trial.wall_s for trial in _record(tmp_path, spec).trials} == {12345.0}
+
+
+def test_a_model_that_cannot_do_its_own_task_is_refused_before_any_trial(tmp_path: Path) -> None:
+    class Faulty(SmallConvNet):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) > 2 and not self.training:
+                raise RuntimeError("too many")
+            return super().forward(images)
+
+    model = Faulty(classes=5, in_channels=1)
+    held: dict[str, Any] = {"original": original(), "restricted": restricted(), "spec": SPEC}
+    run = Audit(model, store=tmp_path, scratch=scratch_model, **held)
+    with pytest.raises(AuditError, match=r"protected model raises.*too many"):
+        next(iter(run))
+    assert not list((tmp_path / "trials").glob("*.json"))
+
+
+def test_what_is_frozen_by_design_is_no_fault() -> None:
+    model, designed = trained_model(), trained_model()
+    assert health(model, designed) == health(model) == ()
+    designed.stage1.requires_grad_(False)
+    assert health(designed, trained_model()) == ("frozen_parameters",)
+    assert health(designed) == ("frozen_parameters",)
+    assert health(designed, copy.deepcopy(designed)) == ()
+    more = copy.deepcopy(designed).requires_grad_(False)
+    assert health(more, designed) == ("frozen_parameters",)
 
 
 def test_the_record_survives_its_json() -> None:

@@ -51,6 +51,7 @@ from sophon._records import (
     AuditRecord,
     DomainRecord,
     EarlierCrash,
+    Measurement,
     SampleRecord,
     SubjectRecord,
     Trial,
@@ -138,6 +139,7 @@ class Audit:
         self.bench = Bench(self.setting, self.spec.evaluations)
         self.given_up: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
+        self._originals: dict[Subject, Measurement] = {}
         self._pictures: list[SampleRecord] = []
         self._crashes: tuple[EarlierCrash, ...] = ()
         self._pace: Pace | None = None
@@ -188,6 +190,8 @@ class Audit:
         self.trials.clear()
         self._finished = False
         self.ran.clear()
+        # First: a model that fails here would lose the record of all trials.
+        self._originals = self._original_scores()
         met: set[str] = set()
         with self._executor() as executor:
             for stage in self.plan.stages():
@@ -203,6 +207,8 @@ class Audit:
                     if trial is None:
                         trial = next(ran)
                         self.ran.add(key)
+                        # Of two audits that run it at once the first one's stays.
+                        trial = self.store.get(key) or trial
                     self.trials.append(self._named(assignment, trial))
                     yield self.trials[-1]
         self._crashes = earlier_crashes(self.store, self.trials)
@@ -447,23 +453,18 @@ class Audit:
     # --- The subjects ------------------------------------------------------------------------
 
     def _subject_records(self) -> tuple[SubjectRecord, ...]:
-        exact, original = self.setting.exact(), self.setting.original
         vital = replace(self.setting, restricted=self.restricted)
         records = []
         for name in self.plan.subjects:
             start = self._start(name, self._seeds[0])
-            score = None
-            if name != "scratch":
-                held = self.setting.place(copy.deepcopy(start.model))
-                score = evaluate(held, exact, original, original.test)
             records.append(
                 SubjectRecord(
                     name=name,
                     weights_sha256=start.sha256,
                     file_sha256=self.about.get("files", {}).get(name),
-                    original=score,
+                    original=self._originals.get(name),
                     parameters=sum(p.numel() for p in start.model.parameters()),
-                    flags=health(start.model),
+                    flags=health(start.model, self.subjects.get("unprotected")),
                     blocks=block_count(start.model, self.setting.head),
                     vitals=measure_vitals(start.model, vital),
                     code=self._code() if name == "protected" else (),
@@ -471,6 +472,24 @@ class Audit:
                 )
             )
         return tuple(records)
+
+    def _original_scores(self) -> dict[Subject, Measurement]:
+        """Return each subject's score on the original test split. Raises AuditError if a model
+        raises.
+        """
+        exact, original = self.setting.exact(), self.setting.original
+        scores: dict[Subject, Measurement] = {}
+        for name, model in self.subjects.items():
+            held = self.setting.place(copy.deepcopy(model))
+            try:
+                scores[name] = evaluate(held, exact, original, original.test)
+            except Exception as error:
+                raise AuditError(
+                    f"the {name} model raises on test images of {original.name!r}"
+                    f" ({type(error).__name__}: {error}): no verdict can be given on a model that"
+                    " cannot do its own task; mend it first"
+                ) from error
+        return scores
 
     def _similarity(self) -> float | None:
         other = self.subjects.get("unprotected")

@@ -162,6 +162,9 @@ def test_code_beside_the_weights_is_told_apart(
     model = trained_model()
     assert code_differences(model, trained_model()) == ()
     assert code_differences(copy.deepcopy(model).train(), model) == ()
+    renamed = trained_model()
+    renamed.num_classes = 1000  # type: ignore[assignment]
+    assert code_differences(renamed, trained_model()) == ()
     change(model)
     found = code_differences(model, trained_model())
     assert any(line.startswith(said) for line in found), found

@@ -13,8 +13,8 @@ from torch import nn
 
 from sophon._models._hooks import foreign_hooks
 
-# What every module holds, and where a checkpoint was loaded from.
-_USUAL = frozenset(vars(nn.Module())) | {"name_or_path", "_name_or_path"}
+# What every module holds, where a checkpoint was loaded from, and what a new head leaves as it was.
+_USUAL = frozenset(vars(nn.Module())) | {"name_or_path", "_name_or_path", "num_classes"}
 _PLAIN = (bool, int, float, str, type(None))
 
 

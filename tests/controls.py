@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +34,7 @@ def real_controls(shared_data: Path, store: Path) -> Controls:
     )
 
 
-def digit_controls() -> Controls:
+def digit_controls(store: Path | None = None, *, benign: bool = True, **changes: Any) -> Controls:
     """Return the controls of a small network that keeps the digits 0 to 4, with a benign domain.
 
     Both tasks are these digits under other classes, on images of their own: what the network knows
@@ -45,18 +48,28 @@ def digit_controls() -> Controls:
             f"digits by {by}", images.pixels.permute(0, 2, 3, 1).numpy(), labels.numpy()
         )
 
+    spec = AuditSpec(steps=4, evaluations=2, batch_size=128, precision="fp32")
     return Controls(
         trained_model(),
         original=renamed(digits.validation, 0),
         restricted=renamed(digits.test, 1),
-        benign=[renamed(digits.train, 2)],
-        spec=AuditSpec(steps=4, evaluations=2, batch_size=128, precision="fp32"),
+        benign=[renamed(digits.train, 2)] if benign else [],
+        spec=spec.model_copy(update=changes),
         scratch=scratch_model,
+        store=store,
     )
 
 
-def few_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave three attacks of `quick-1`: one of all layers, two of the head alone."""
+def few_attacks(monkeypatch: pytest.MonkeyPatch, kept: Sequence[int] = (1, 10, 11)) -> None:
+    """Leave these attacks of `quick-1`; or three: one of all layers, two of the head alone."""
     whole = SUITES["quick-1"]
-    chosen = tuple(whole.strategies[i] for i in (1, 10, 11))
+    chosen = tuple(whole.strategies[i] for i in kept)
     monkeypatch.setitem(SUITES, "quick-1", dataclasses.replace(whole, strategies=chosen))
+
+
+@contextmanager
+def leading_attacks() -> Iterator[None]:
+    """Leave the five attacks of `quick-1` that lead on real images in 30 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        few_attacks(patch, (2, 5, 6, 9, 11))
+        yield

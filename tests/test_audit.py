@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from builders import digits, original, quick_spec, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
 from sophon._audit import Audit, audit
+from sophon._circumstances import health
 from sophon._data import Domain, Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
@@ -20,6 +23,7 @@ from sophon._protect import protect
 from sophon._records import AuditRecord, Score, Trial, unpack
 from sophon._specs import AuditSpec, Guard, ResetLastBlocks, SampleSpec, Strategy, parse_spec
 from sophon._statistics import budgets, image_areas
+from sophon._store import TrialStore
 from sophon._trials import Assignment, Bench, evaluation_steps
 from sophon._verdict import summarise
 
@@ -83,6 +87,47 @@ def test_a_repeated_audit_runs_only_what_is_missing(tmp_path: Path) -> None:
     assert [_essence(t) for t in again.record().trials] == [_essence(t) for t in first.trials]
     kept = [f.stat().st_mtime_ns for i, f in enumerate(files) if i != 3]
     assert kept == [stamp for i, stamp in enumerate(stamps) if i != 3]
+
+
+def test_a_record_holds_the_trial_that_the_store_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process on the same store is done first with every trial."""
+    put = TrialStore.put
+
+    def outrun(self: TrialStore, trial: Trial) -> None:
+        put(self, trial.model_copy(update={"wall_s": 12345.0}))
+        put(self, trial)
+
+    monkeypatch.setattr(TrialStore, "put", outrun)
+    spec = SPEC.model_copy(update={"steps": 1, "evaluations": 1})
+    assert {trial.wall_s for trial in _record(tmp_path, spec).trials} == {12345.0}
+
+
+def test_a_model_that_cannot_do_its_own_task_is_refused_before_any_trial(tmp_path: Path) -> None:
+    class Faulty(SmallConvNet):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) > 2 and not self.training:
+                raise RuntimeError("too many")
+            return super().forward(images)
+
+    model = Faulty(classes=5, in_channels=1)
+    held: dict[str, Any] = {"original": original(), "restricted": restricted(), "spec": SPEC}
+    run = Audit(model, store=tmp_path, scratch=scratch_model, **held)
+    with pytest.raises(AuditError, match=r"protected model raises.*too many"):
+        next(iter(run))
+    assert not list((tmp_path / "trials").glob("*.json"))
+
+
+def test_what_is_frozen_by_design_is_no_fault() -> None:
+    model, designed = trained_model(), trained_model()
+    assert health(model, designed) == health(model) == ()
+    designed.stage1.requires_grad_(False)
+    assert health(designed, trained_model()) == ("frozen_parameters",)
+    assert health(designed) == ("frozen_parameters",)
+    assert health(designed, copy.deepcopy(designed)) == ()
+    more = copy.deepcopy(designed).requires_grad_(False)
+    assert health(more, designed) == ("frozen_parameters",)
 
 
 def test_the_record_survives_its_json() -> None:
@@ -178,6 +223,23 @@ def test_crashes_are_in_the_record_without_a_store_too(monkeypatch: pytest.Monke
     assert again.outcome.kind == "completed"
     held = run.record().earlier_crashes
     assert [(c.trial, c.error) for c in held] == [(crashed.key, "MemoryError: for once")]
+
+
+def test_code_beside_the_weights_is_recorded_and_has_trials_of_its_own() -> None:
+    def opened(**settings: object) -> Audit:
+        model = trained_model()
+        for name, value in settings.items():
+            setattr(model.stage1, name, value)
+        held = {"original": original(), "restricted": restricted(), "spec": SPEC}
+        return Audit(model, unprotected=trained_model(), **held)  # type: ignore[arg-type]
+
+    plain, same, other = opened(), opened(), opened(rate=0.9)
+    keys = [[run._key(a) for a in next(run.plan.stages())] for run in (plain, same, other)]
+    assert keys[0] == keys[1]
+    assert plain._code() == ()
+    # The protected model's alone: the others compute as they did.
+    assert len(set(keys[0]) & set(keys[2])) == 2 * len(set(keys[0])) // 3
+    assert other._code() == ("stage1.rate = 0.9 instead of absent",)
 
 
 def test_other_weights_and_other_images_are_other_trials(tmp_path: Path) -> None:
@@ -433,5 +495,7 @@ def test_two_unlike_restricted_domains_end_to_end() -> None:
     )
     assert [d.classes for d in record.restricted] == [5, 3]
     assert [d.image for d in record.restricted] == [(1, 8, 8), (3, 12, 12)]
+    # Protection adds no code to a network.
+    assert [s.code for s in record.subjects] == [(), (), ()]
     assert len(record.trials) == 2 * 3 * 12
     assert {t.outcome.kind for t in record.trials} == {"completed"}

@@ -61,6 +61,7 @@ def _machines(processor: str) -> AuditRecord:
 SOUND = Vitals(
     largest_logit=12.0,
     gradient_norms={"refused": 2.0},
+    body_gradient_norms={"refused": 1.5},
     weight_sizes={"a": 0.1, "b": 0.2},
     largest_buffer=5.0,
     smallest_variance=0.1,
@@ -73,6 +74,24 @@ def _vital(**changes: object) -> AuditRecord:
     after = SOUND.model_copy(update=changes)
     vitals = {"protected": after, "unprotected": SOUND}
     subjects = [s.model_copy(update={"vitals": vitals.get(s.name)}) for s in base.subjects]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
+def _made_from(similarity: float | None = None, stated: str | None = None) -> AuditRecord:
+    protection = None if stated is None else {"identity": {"model": stated}}
+    base = record(protection=protection)
+    subjects = [
+        s.model_copy(update={"similarity": similarity if s.name == "protected" else None})
+        for s in base.subjects
+    ]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
+def _other_code(*lines: str) -> AuditRecord:
+    base = record()
+    subjects = [
+        s.model_copy(update={"code": lines if s.name == "protected" else ()}) for s in base.subjects
+    ]
     return base.model_copy(update={"subjects": tuple(subjects)})
 
 
@@ -124,6 +143,8 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
     "original_task_suffers": (record(original=0.85), record(original=0.89)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),
+    "another_network": (_made_from(similarity=0.1), _made_from(similarity=0.9)),
+    "other_code": (_other_code("head.drop_rate = 0.9 instead of 0.0"), _other_code()),
     "gradients_at_step_0": (_vital(gradient_norms={"refused": 0.0}), _vital()),
     "saturated_logits": (_vital(largest_logit=2e3), _vital(largest_logit=900.0)),
     "inflated_weights": (
@@ -167,6 +188,8 @@ def test_a_flag_is_not_raised_without_cause(name: str) -> None:
         ("gradients_at_step_0", {"gradient_norms": {"refused": None}}),
         ("gradients_at_step_0", {"gradient_norms": {"refused": 0.01}}),
         ("gradients_at_step_0", {"gradient_norms": {"refused": 500.0}}),
+        ("gradients_at_step_0", {"body_gradient_norms": {"refused": 0.01}}),
+        ("gradients_at_step_0", {"body_gradient_norms": {"refused": 0.0}}),
         ("saturated_logits", {"largest_logit": None}),
         ("inflated_weights", {"weight_sizes": {"a": 0.02, "b": 0.2}}),
         ("extreme_batch_norm", {"largest_buffer": None}),
@@ -216,6 +239,20 @@ def test_what_is_measured_at_the_end_alone_may_still_rise() -> None:
         flag = CHECKS[name](held, "refused")
         assert flag is not None
         assert "first measured at step 200 of 200" in flag.detail
+
+
+def test_an_unprotected_model_that_is_another_network_is_flagged() -> None:
+    check = CHECKS["another_network"]
+    stated = check(_made_from(0.9, stated="9" * 64), "refused")
+    assert stated is not None
+    assert "999999999999" in stated.detail
+    assert check(_made_from(0.9, stated="2" * 64), "refused") is None
+    # A statement that fits does not excuse weights that do not.
+    assert check(_made_from(0.1, stated="2" * 64), "refused") is not None
+    assert check(_made_from(), "refused") is None
+    alone = _made_from(0.1, stated="9" * 64)
+    kept = tuple(s for s in alone.subjects if s.name != "unprotected")
+    assert check(alone.model_copy(update={"subjects": kept}), "refused") is None
 
 
 def test_attackers_that_persist_are_rehearsed_for_their_whole_life() -> None:

@@ -684,12 +684,12 @@ def test_controls_are_found_out_by_the_command(run_file: Path, tmp_path: Path) -
         "audit", run_file, "--controls", "--out", tmp_path / "c", "--json", *settings
     )
     held = json.loads((tmp_path / "c" / "controls.json").read_text())["controls"]
-    assert len(held) == 11
+    assert len(held) == 13
     missed = [row["control"] for row in held if not row["passed"]]
     # On so few steps and images not all need be found out; what is said must agree.
     assert code == (5 if missed else 0), err
     assert all(name in err for name in missed)
-    assert out.count('"event": "control"') == 11
+    assert out.count('"event": "control"') == 13
     assert held[0]["control"] == "raises when trained"
     assert "crashed attacks" in held[0]["flags"]
 

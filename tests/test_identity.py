@@ -97,6 +97,16 @@ def test_layers_that_have_no_weights_tell_networks_apart() -> None:
     assert network_identity(hooked) != names[0]
 
 
+def test_rates_that_a_layer_does_not_print_tell_networks_apart() -> None:
+    networks = [trained_model() for _ in range(3)]
+    for network, rate in zip(networks, (0, 0.0, 0.5), strict=True):
+        network.stage1.drop_rate = rate
+    names = [network_identity(network) for network in networks]
+    assert names[0] == names[1] != names[2]
+    # Networks without such a rate are known by the name they had: stored trials have it.
+    assert network_identity(trained_model()).endswith("+39c2b2ba11afafd8")
+
+
 def test_the_number_of_classes_is_part_of_a_domain() -> None:
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     made = [

@@ -28,7 +28,7 @@ from sophon._errors import SpecError
 from sophon._metric_kinds import KINDS
 from sophon._plan import Plan, _guess, _has_moved, fitted
 from sophon._records import AuditRecord, Point, Score, pack
-from sophon._search import AT_ONCE, RATES, AttackerSearch
+from sophon._search import AT_ONCE, RATES, AttackerSearch, rates
 from sophon._specs import (
     AuditSpec,
     BatchNorm,
@@ -264,8 +264,8 @@ def test_rates_beyond_what_was_rehearsed_are_attacked_with() -> None:
     assert [(s.optimizer, s.learning_rate) for s in chosen] == [("sgd", 1e-3), ("sgd", 1e-2)]
     ranges = {"adam": [1e-4, 1e-2], "nesterov": [1e-3, 1e-1]}
     sampled = {"spec": {"rehearsal": {"distribution": {"learning_rates": ranges}}}}
-    rates = [s.learning_rate for s in beyond_rehearsal(sampled, SPEC)]
-    assert rates == [0.1, 1.0, 1.0, 10.0]
+    reached = [s.learning_rate for s in beyond_rehearsal(sampled, SPEC)]
+    assert reached == [0.1, 1.0, 1.0, 10.0]
     silent = beyond_rehearsal(None, SPEC)
     # Silence buys no milder audit.
     assert [(s.optimizer, s.learning_rate) for s in silent] == [
@@ -275,6 +275,53 @@ def test_rates_beyond_what_was_rehearsed_are_attacked_with() -> None:
         ("adam", 1.0),
     ]
     assert beyond_rehearsal({"spec": {}}, SPEC) == silent
+
+
+def test_no_statement_makes_an_audit_milder_than_silence() -> None:
+    def opened(ranges: dict[str, list[float]] | None) -> Audit:
+        stated = {"spec": {"rehearsal": {"distribution": {"learning_rates": ranges}}}}
+        held: dict[str, Any] = {"original": original(), "restricted": restricted()}
+        about = {} if ranges is None else {"protection": stated}
+        return Audit(trained_model(), spec=AuditSpec(suite="standard-1"), about=about, **held)
+
+    silent = opened(None)
+    faint = opened({name: [1e-30, 1e-30] for name in RATES})
+    assert set(silent.strategies) <= set(faint.strategies)
+    assert rates(faint.plan.beyond) == RATES
+    huge = rates(opened({name: [1e3, 1e3] for name in RATES}).plan.beyond)
+    assert all(low == RATES[name][0] for name, (low, _) in huge.items())
+    assert all(high <= 100 * RATES[name][1] for name, (_, high) in huge.items())
+
+
+def test_rates_stated_within_the_usual_ones_are_searched_as_far_as_a_hundred_times() -> None:
+    for name, (low, high) in RATES.items():
+        stated = {"fixed": {"optimizer": name, "learning_rate": high}}
+        beyond = beyond_rehearsal({"spec": {"rehearsal": stated}}, SPEC)
+        assert rates(beyond)[name] == (low, pytest.approx(min(1000.0, 100 * high)))
+    # What released checkpoints state.
+    stated = {"fixed": {"optimizer": "sgd", "learning_rate": 1e-4}}
+    assert rates(beyond_rehearsal({"spec": {"rehearsal": stated}}, SPEC)) == RATES
+
+
+@pytest.mark.parametrize(
+    ("protection", "named"),
+    [
+        ({"spec": {"rehearsal": {"fixed": {"optimizer": "lion", "learning_rate": 1}}}}, "lion"),
+        ({"spec": {"rehearsal": {"fixed": {"optimizer": "adam", "learning_rate": -1}}}}, "-1"),
+        ({"spec": {"rehearsal": {"distribution": {"learning_rates": {"adam": 1}}}}}, "adam"),
+        ({"spec": {"rehearsal": {"steps": "many"}}}, "many"),
+        ({"spec": {"guard": {"tolerance_points": "none"}}}, "tolerance_points"),
+        ({"spec": [1]}, "spec"),
+        ("strong", "strong"),
+        ([], "top level"),
+    ],
+)
+def test_a_statement_that_cannot_be_read_is_refused_before_any_work(
+    protection: Any, named: str
+) -> None:
+    held: dict[str, Any] = {"original": original(), "restricted": restricted(), "spec": SPEC}
+    with pytest.raises(SpecError, match=f"(?s)model.json.*{named}"):
+        Audit(trained_model(), about={"protection": protection}, **held)
 
 
 def test_depth_keeps_all_some_and_few_blocks() -> None:

@@ -144,6 +144,7 @@ SOUND = Vitals(
     largest_logit=12.0,
     gradient_norms={"refused": 2.0},
     weight_sizes={"a": 0.1},
+    rescaled_sizes={"a": 1.0},
     largest_buffer=5.0,
     smallest_variance=0.1,
 )
@@ -209,6 +210,11 @@ def test_weights_that_attacks_scaled_back_may_be_inflated() -> None:
     made = report(_sabotaged(held, weight_sizes={"a": 3.0}))
     assert made.verdict == "withstood"
     assert "weight norms inflated" in {flag.name for flag in made.worst.flags}
+    # Where rescaling reaches nothing, or it is not known what it reaches, nothing was scaled back.
+    for sizes in ({"a": 30.0}, {}):
+        left = report(_sabotaged(held, weight_sizes={"a": 3.0}, rescaled_sizes=sizes))
+        assert left.verdict == "void"
+    assert report(_sabotaged(base, weight_sizes={"a": 3.0})).verdict == "void"
 
 
 @pytest.mark.parametrize("protected", [(0.2, 0.29, 0.5, 0.5), (0.2, 0.27, 0.5, 0.51)])

@@ -170,6 +170,16 @@ def test_a_damaged_trial_is_no_missing_one(tmp_path: Path) -> None:
         TrialStore(tmp_path).get("k")
 
 
+def test_a_trial_under_anothers_name_is_refused(tmp_path: Path) -> None:
+    held = trial("protected", (0.5,)).model_copy(update={"key": "a" * 64})
+    store = TrialStore(tmp_path)
+    store.put(held)
+    (tmp_path / f"{held.key}.json").rename(tmp_path / f"{'b' * 64}.json")
+    with pytest.raises(CheckpointError, match=r"aaaa.* under another's name: delete"):
+        store.get("b" * 64)
+    assert store.get(held.key) is None
+
+
 def test_temporary_names_differ_though_process_numbers_do_not(tmp_path: Path) -> None:
     names = {temporary_beside(tmp_path / "a") for _ in range(20)}
     assert len(names) == 20

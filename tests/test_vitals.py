@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from builders import restricted, setting_of, trained_model
+from builders import original, restricted, setting_of, trained_model
+from records import record
+from sophon._audit import Audit
 from sophon._data import Domain, overlaps_of
+from sophon._models import code_differences, similarity
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
 from sophon._vitals import measure_vitals, training_flops
+from sophon._weight_checks import inflated_weights
 
 
 def _setting(model: nn.Module) -> Setting:
@@ -120,3 +128,130 @@ def test_what_was_only_recoloured_is_near_and_not_exact() -> None:
     assert ("second/validation", "second/train") in found
     assert ("second/test", "second/validation") in found
     assert ("first/test", "second/train") in found
+
+
+def _faint(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    return output.detach() + 1e-6 * (output - output.detach())
+
+
+def test_gradients_before_the_head_are_measured_apart_from_the_heads() -> None:
+    model, masked = trained_model(), trained_model()
+    # The last layer that the head reads from.
+    masked.stage3.register_forward_hook(_faint)
+    sound, faint = (measure_vitals(m, _setting(m)) for m in (model, masked))
+    name = restricted().name
+    whole, before = sound.gradient_norms[name] or 0, sound.body_gradient_norms[name] or 0
+    assert 0 < before < whole
+    assert (faint.gradient_norms[name] or 0) > whole / 100
+    assert (faint.body_gradient_norms[name] or 0) < before / 1e4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.stage1[0].register_forward_hook(_faint), "stage1.0, forward_hook 0: hook"),
+        (lambda m: setattr(m, "drop_rate", 0.9), "the network.drop_rate = 0.9 instead of absent"),
+        (lambda m: setattr(m.stage1[1], "momentum", 1.0), "stage1.1.momentum = 1.0 instead of 0.1"),
+        (lambda m: setattr(m.stage1, "2", nn.Dropout()), "stage1.2: Dropout instead of ReLU"),
+        (lambda m: setattr(m, "forward", lambda images: images), "the network.forward ="),
+    ],
+    ids=["hook", "rate", "setting", "layer", "forward"],
+)
+def test_code_beside_the_weights_is_told_apart(
+    change: Callable[[nn.Module], object], said: str
+) -> None:
+    model = trained_model()
+    assert code_differences(model, trained_model()) == ()
+    assert code_differences(copy.deepcopy(model).train(), model) == ()
+    renamed = trained_model()
+    renamed.num_classes = 1000  # type: ignore[assignment]
+    assert code_differences(renamed, trained_model()) == ()
+    change(model)
+    found = code_differences(model, trained_model())
+    assert any(line.startswith(said) for line in found), found
+    # What both have is no difference.
+    assert code_differences(copy.deepcopy(model), model) == ()
+
+
+def test_without_another_network_every_hook_is_code_of_its_own() -> None:
+    model = trained_model()
+    assert code_differences(model, None) == ()
+    model.stage1.register_forward_hook(_faint)
+    assert len(code_differences(model, None)) == 1
+
+
+def test_layers_that_torch_parametrizes_are_alike() -> None:
+    pair = [nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) for _ in "ab"]
+    assert code_differences(*pair) == ()
+
+
+def test_weights_are_alike_whatever_their_scale_and_unlike_when_trained_apart() -> None:
+    model, scaled = trained_model(), trained_model()
+    with torch.no_grad():
+        for parameter in scaled.parameters():
+            parameter.mul_(30.0)
+    assert similarity(scaled, model) == pytest.approx(1.0)
+    torch.manual_seed(5)
+    apart = SmallConvNet(classes=5, in_channels=1)
+    assert abs(similarity(apart, model) or 1.0) < 0.2
+    with torch.no_grad():
+        next(scaled.parameters()).fill_(torch.nan)
+    assert similarity(scaled, model) is None
+
+
+def test_a_record_says_how_alike_protected_and_unprotected_are() -> None:
+    torch.manual_seed(5)
+    apart = SmallConvNet(classes=5, in_channels=1)
+    for model, low, high in ((trained_model(), 0.999, 1.001), (apart, -0.2, 0.2)):
+        held: dict[str, Any] = {"original": original(), "restricted": restricted()}
+        assert low < (Audit(model, unprotected=trained_model(), **held)._similarity() or 0) < high
+        assert Audit(model, **held)._similarity() is None
+
+
+class _Attending(nn.Module):
+    """A stem with BatchNorm, a LayerNorm whose scale a Linear can undo, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.norm = nn.LayerNorm(8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images).flatten(2).mT
+        held: Tensor = self.head(torch.tanh(self.mix(self.norm(maps))).mean(1))
+        return held
+
+
+def test_what_rescaling_brings_back_is_measured() -> None:
+    torch.manual_seed(0)
+    before = _Attending().eval()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.stem[0].weight.mul_(30.0)
+        after.stem[1].running_mean.mul_(30.0)
+        after.stem[1].running_var.mul_(900.0)
+        after.norm.weight.mul_(50.0)
+        after.norm.bias.mul_(50.0)
+        after.mix.weight.div_(50.0)
+    measured = [measure_vitals(model, _setting(model)) for model in (after, before)]
+    grown, back = (
+        {name: size / sizes[1][name] for name, size in sizes[0].items()}
+        for sizes in ([m.weight_sizes for m in measured], [m.rescaled_sizes for m in measured])
+    )
+    assert grown["stem.0.weight"] == pytest.approx(30.0)
+    assert back["stem.0.weight"] == pytest.approx(1.0, rel=1e-3)
+    for ratios in (grown, back):
+        assert ratios["norm.weight"] == pytest.approx(50.0)
+        assert ratios["mix.weight"] == pytest.approx(0.02)
+    assert not any(name.endswith("bias") for name in grown)
+    held = record()
+    subjects = [
+        s.model_copy(update={"vitals": m})
+        for s, m in zip(held.subjects, (*measured, None), strict=True)
+    ]
+    flag = inflated_weights(held.model_copy(update={"subjects": tuple(subjects)}), "refused")
+    assert flag is not None
+    assert "rescaling leaves 2 (norm.weight)" in flag.detail
+    assert flag.forbids

@@ -21,6 +21,7 @@ from sophon._specs import (
     Strategy,
     fingerprint_of,
 )
+from sophon._statement import statement_of
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ SUITES: dict[str, Suite] = {
 }
 # Multiples of a rehearsed rate that are attacked with.
 _BEYOND = (10, 100)
-# What a checkpoint that says nothing is taken to have rehearsed: silence buys no milder audit.
+# What a checkpoint is taken to have rehearsed whatever it says: nothing buys a milder audit.
 _UNSAID: dict[OptimizerName, float] = {"sgd_momentum": 1e-1, "adam": 1e-2}
 # Numbers of blocks whose attacks by depth stand for all in a suite's fingerprint.
 _NETWORKS = (1, 5, 12)
@@ -213,14 +214,17 @@ def beyond_rehearsal(protection: dict[str, Any] | None, spec: AuditSpec) -> tupl
     """Return attacks at 10 and 100 times the rates that protection says it rehearsed.
 
     Of a range it is the upper end that counts; of a checkpoint that says nothing, what is usual.
+    Raises SpecError for a statement that cannot be read.
     """
-    rehearsal = ((protection or {}).get("spec") or {}).get("rehearsal") or {}
-    fixed = rehearsal.get("fixed")
-    if fixed:
-        rates = {fixed["optimizer"]: fixed["learning_rate"]}
-    else:
-        ranges = (rehearsal.get("distribution") or {}).get("learning_rates") or {}
-        rates = {optimizer: high for optimizer, (_, high) in ranges.items()} or dict(_UNSAID)
+    return _beyond(statement_of(protection).rates or _UNSAID, spec)
+
+
+def beyond_usual(spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return attacks at 10 and 100 times the usual rates: no statement makes an audit milder."""
+    return _beyond(_UNSAID, spec)
+
+
+def _beyond(rates: dict[OptimizerName, float], spec: AuditSpec) -> tuple[Strategy, ...]:
     batch_size = spec.batch_size or Strategy.model_fields["batch_size"].default
     return tuple(
         Strategy(

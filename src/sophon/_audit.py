@@ -19,6 +19,7 @@ from torch import nn
 
 from sophon._attacks import (
     beyond_rehearsal,
+    beyond_usual,
     depth_attacks,
     fitting,
     resolved,
@@ -37,9 +38,11 @@ from sophon._metrics import evaluate
 from sophon._models import (
     Bare,
     bare_parameters,
+    code_differences,
     fresh_copy,
     network_identity,
     require_peft,
+    similarity,
     weights_sha256,
 )
 from sophon._plan import Plan
@@ -48,6 +51,7 @@ from sophon._records import (
     AuditRecord,
     DomainRecord,
     EarlierCrash,
+    Measurement,
     SampleRecord,
     SubjectRecord,
     Trial,
@@ -56,6 +60,7 @@ from sophon._samples import SampleStage, check_samples, expected_sets, fewer_pic
 from sophon._search import require_optuna, starts
 from sophon._setting import make_setting
 from sophon._specs import AuditSpec, Preparation, Strategy, Subject, fingerprint_of, parse_spec
+from sophon._statement import statement_of
 from sophon._store import DocumentStore, TrialStore, earlier_crashes
 from sophon._tasks import Classification, Task
 from sophon._trials import REINITIALISING, Assignment, Bench, Start
@@ -134,6 +139,7 @@ class Audit:
         self.bench = Bench(self.setting, self.spec.evaluations)
         self.given_up: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
+        self._originals: dict[Subject, Measurement] = {}
         self._pictures: list[SampleRecord] = []
         self._crashes: tuple[EarlierCrash, ...] = ()
         self._pace: Pace | None = None
@@ -184,6 +190,8 @@ class Audit:
         self.trials.clear()
         self._finished = False
         self.ran.clear()
+        # First: a model that fails here would lose the record of all trials.
+        self._originals = self._original_scores()
         met: set[str] = set()
         with self._executor() as executor:
             for stage in self.plan.stages():
@@ -199,6 +207,8 @@ class Audit:
                     if trial is None:
                         trial = next(ran)
                         self.ran.add(key)
+                        # Of two audits that run it at once the first one's stays.
+                        trial = self.store.get(key) or trial
                     self.trials.append(self._named(assignment, trial))
                     yield self.trials[-1]
         self._crashes = earlier_crashes(self.store, self.trials)
@@ -321,9 +331,7 @@ class Audit:
 
     def _rehearsed(self) -> int:
         """Return how many steps protection says that a rehearsed attacker takes in its life."""
-        protection: Any = (self.about.get("protection") or {}).get("spec") or {}
-        rehearsal = protection.get("rehearsal") or {}
-        return int(rehearsal.get("horizon") or rehearsal.get("steps") or 0)
+        return statement_of(self.about.get("protection")).life
 
     def _planned(self, spec: AuditSpec) -> Plan:
         suite = suite_of(spec)
@@ -331,7 +339,7 @@ class Audit:
         whole: tuple[Strategy, ...] = ()
         beyond = beyond_rehearsal(self.about.get("protection"), spec)
         if suite.rehearsed:
-            strategies = tuple(dict.fromkeys((*strategies, *beyond)))
+            strategies = tuple(dict.fromkeys((*strategies, *beyond, *beyond_usual(spec))))
         if suite.depth:
             model = self.subjects["protected"]
             whole = depth_attacks(block_count(model, self.setting.head), spec)
@@ -415,7 +423,11 @@ class Audit:
             first = self.subjects.get("unprotected", self.subjects["protected"])
             if model is None:
                 model = fresh_copy(first, self.scratch, seed=seed, names=("scratch",))
-            self._starts[at] = Start(model, network_identity(model), weights_sha256(model))
+            network = network_identity(model)
+            if subject == "protected" and (code := self._code()):
+                # Not all of it is in the name; trials of other code are other trials.
+                network += f"+{fingerprint_of(list(code))[:16]}"
+            self._starts[at] = Start(model, network, weights_sha256(model))
         return self._starts[at]
 
     def _bare(self) -> dict[int, Bare]:
@@ -441,28 +453,54 @@ class Audit:
     # --- The subjects ------------------------------------------------------------------------
 
     def _subject_records(self) -> tuple[SubjectRecord, ...]:
-        exact, original = self.setting.exact(), self.setting.original
         vital = replace(self.setting, restricted=self.restricted)
         records = []
         for name in self.plan.subjects:
             start = self._start(name, self._seeds[0])
-            score = None
-            if name != "scratch":
-                held = self.setting.place(copy.deepcopy(start.model))
-                score = evaluate(held, exact, original, original.test)
             records.append(
                 SubjectRecord(
                     name=name,
                     weights_sha256=start.sha256,
                     file_sha256=self.about.get("files", {}).get(name),
-                    original=score,
+                    original=self._originals.get(name),
                     parameters=sum(p.numel() for p in start.model.parameters()),
-                    flags=health(start.model),
+                    flags=health(start.model, self.subjects.get("unprotected")),
                     blocks=block_count(start.model, self.setting.head),
                     vitals=measure_vitals(start.model, vital),
+                    code=self._code() if name == "protected" else (),
+                    similarity=self._similarity() if name == "protected" else None,
                 )
             )
         return tuple(records)
+
+    def _original_scores(self) -> dict[Subject, Measurement]:
+        """Return each subject's score on the original test split. Raises AuditError if a model
+        raises.
+        """
+        exact, original = self.setting.exact(), self.setting.original
+        scores: dict[Subject, Measurement] = {}
+        for name, model in self.subjects.items():
+            held = self.setting.place(copy.deepcopy(model))
+            try:
+                scores[name] = evaluate(held, exact, original, original.test)
+            except Exception as error:
+                raise AuditError(
+                    f"the {name} model raises on test images of {original.name!r}"
+                    f" ({type(error).__name__}: {error}): no verdict can be given on a model that"
+                    " cannot do its own task; mend it first"
+                ) from error
+        return scores
+
+    def _similarity(self) -> float | None:
+        other = self.subjects.get("unprotected")
+        return None if other is None else similarity(self.subjects["protected"], other)
+
+    def _code(self) -> tuple[str, ...]:
+        """Return what the protected model computes otherwise, beside its weights."""
+        other = self.subjects.get("unprotected")
+        if other is None and self.scratch is not None:
+            other = self._start("scratch", self._seeds[0]).model
+        return code_differences(self.subjects["protected"], other)
 
 
 def _chosen(executor: str, address: str | None) -> tuple[str, str | None]:

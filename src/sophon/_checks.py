@@ -22,11 +22,13 @@ from sophon._statistics import (
     winner,
 )
 from sophon._weight_checks import (
+    another_network,
     data_overlap,
     extreme_batch_norm,
     gradients_at_step_0,
     head_alone,
     inflated_weights,
+    other_code,
     saturated_logits,
 )
 
@@ -536,6 +538,8 @@ CHECKS: dict[str, Check] = {
     "last_step_is_best": last_step_is_best,
     "seeds_disagree": seeds_disagree,
     "other_optimizer_far_better": other_optimizer_far_better,
+    "another_network": another_network,
+    "other_code": other_code,
     "gradients_at_step_0": gradients_at_step_0,
     "saturated_logits": saturated_logits,
     "inflated_weights": inflated_weights,

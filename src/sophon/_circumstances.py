@@ -67,12 +67,18 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def health(model: nn.Module) -> tuple[str, ...]:
-    """Return what is wrong with a model's weights, in names that the red flags know."""
+def health(model: nn.Module, usual: nn.Module | None = None) -> tuple[str, ...]:
+    """Return what is wrong with a model's weights, in names that the red flags know.
+
+    What is frozen in `usual` as well, by its name, is so by design.
+    """
     flags = []
     tensors = [v for v in model.state_dict().values() if v.is_floating_point()]
     if not all(bool(value.isfinite().all()) for value in tensors):
         flags.append("non_finite_weights")
-    if not all(parameter.requires_grad for parameter in model.parameters()):
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if usual is not None:
+        frozen -= {name for name, p in usual.named_parameters() if not p.requires_grad}
+    if frozen:
         flags.append("frozen_parameters")
     return tuple(flags)

@@ -1,8 +1,9 @@
 """Controls: models that only look protected, and two whose answer is known. An audit of the audit.
 
-Each keeps the architecture and the keys of the unprotected model. A decoy must be convicted or
-flagged. A twin of the unprotected model, trained a little further on its own task, must come out as
-not protected at an advantage removed of 0, a fresh network at 1.
+Each keeps the architecture and the keys of the unprotected model. A decoy must be convicted, or
+flagged by what forbids a good verdict and is not said of the unprotected model itself. A twin of
+the unprotected model, trained a little further on its own task, must come out as not protected at
+an advantage removed of 0, a fresh network at 1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from sophon._attacks import resolved
 from sophon._audit import Audit
 from sophon._data import Domain
 from sophon._finetune import FineTuning
-from sophon._models import find_head, fresh_copy, normalised_pairs, tracked_batch_norms
+from sophon._flags import GOOD
+from sophon._models import blocks, find_head, fresh_copy, normalised_pairs, tracked_batch_norms
+from sophon._records import AuditRecord
 from sophon._specs import AuditSpec, Strategy
 from sophon._verdict import DomainSummary, summarise
 
@@ -30,6 +33,8 @@ _CLOSE = 0.25
 # How the twin is trained on: enough for other weights, too little for another function.
 _FURTHER = Strategy(optimizer="sgd", learning_rate=1e-3, steps=10)
 UNTRAINABLE = "untrainable"
+DROPPED = "dropout when trained"
+FAINT = "faint gradients before the head"
 # A void audit convicts nothing by itself: the pair of domains may tell nothing. Flags do.
 _CONVICTED = frozenset({"not protected", "untrainable"})
 Made = Callable[[nn.Module, "Place"], None]
@@ -56,6 +61,10 @@ def _faint_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     return output.detach() + 1e-6 * (output - output.detach())
 
 
+def _dropped_in_training(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return nn.functional.dropout(output, 0.99, module.training)
+
+
 def _no_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     return output.detach() + 0.0 * (output - output.detach())
 
@@ -64,6 +73,11 @@ def _permute_classes(model: nn.Module, place: Place) -> None:
     """Give every class the weights of another one: nothing but the head is wrong."""
     for parameter in model.get_submodule(place.head).parameters():
         parameter.copy_(parameter.roll(1, 0))
+
+
+def _hook_last_block(model: nn.Module, place: Place, hook: Callable[..., Tensor]) -> None:
+    """Hang `hook` on what the head reads from: a fresh head does not take it off."""
+    model.get_submodule(blocks(model, place.head)[-1][-1]).register_forward_hook(hook)
 
 
 def _scale_head(model: nn.Module, place: Place, by: float) -> None:
@@ -94,10 +108,16 @@ DECOYS: dict[str, Made] = {
     "poisoned head": _permute_classes,
     "saturated logits": lambda m, place: _scale_head(m, place, 1e4),
     "faint gradients": lambda m, _: _add(m.register_forward_hook(_faint_gradient)),
+    FAINT: lambda m, place: _hook_last_block(m, place, _faint_gradient),
+    DROPPED: lambda m, place: _hook_last_block(m, place, _dropped_in_training),
     "inflated weights": _inflate,
     "spoilt BatchNorm": _spoil_statistics,
     UNTRAINABLE: lambda m, _: _add(m.register_forward_hook(_no_gradient)),
 }
+
+
+# Attacked with as many seeds as a good verdict needs, so that only what is found denies it to them.
+STUBBORN = (UNTRAINABLE, DROPPED)
 
 
 def _add(_: object) -> None:
@@ -106,11 +126,16 @@ def _add(_: object) -> None:
 
 @dataclass(frozen=True)
 class ControlResult:
-    """What the audit made of one control. `passed`: it was found out, or recovered."""
+    """What the audit made of one control. `passed`: it was found out, or recovered.
+
+    `telling` are the flags that forbid a good verdict and are of this control alone: an audit of
+    the unprotected model itself does not raise them.
+    """
 
     name: str
     summary: DomainSummary
     passed: bool
+    telling: tuple[str, ...] = ()
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -127,16 +152,17 @@ class ControlResult:
             "advantage_removed": advantage.value,
             "interval": None if advantage.interval is None else list(advantage.interval),
             "flags": list(self.flags),
+            "telling": list(self.telling),
         }
 
 
 class Controls:
     """The audits of all controls made from `unprotected`; iterate it for the results.
 
-    A decoy is attacked with the first seed of `spec` alone; the two whose answer is a number
-    with all of them, at least three. With `benign` domains the untrainable decoy is, too, on those
-    besides, and must get that verdict. Trials of the unprotected model and of fresh networks are
-    shared through `store`. `arguments` are further ones of `Audit`.
+    A decoy is attacked with the first seed of `spec` alone; the `STUBBORN` ones and the two whose
+    answer is a number with all of them, at least three. With `benign` domains the untrainable decoy
+    is attacked on those besides, and must get that verdict. Trials of the unprotected model and of
+    fresh networks are shared through `store`. `arguments` are further ones of `Audit`.
     """
 
     def __init__(
@@ -184,28 +210,29 @@ class Controls:
     def decoys(self) -> Iterator[ControlResult]:
         """Audit the models that only look protected."""
         for name in DECOYS:
-            yield self.decoy(name)
+            yield self.decoy(name, often=name in STUBBORN)
 
-    def decoy(self, name: str) -> ControlResult:
-        """Audit the one of `DECOYS` that has this name."""
+    def decoy(self, name: str, *, often: bool = False) -> ControlResult:
+        """Audit the one of `DECOYS` that has this name; `often`: with all seeds."""
         model = copy.deepcopy(self.unprotected)
         with torch.no_grad():
             DECOYS[name](model, self.place)
         if name == UNTRAINABLE and self.benign:
-            summary = self._audited(model, self.often, benign=self.benign)
-            return ControlResult(name, summary, summary.verdict == UNTRAINABLE)
-        summary = self._audited(model, self.once)
-        # "Fewer than three seeds" and the like say nothing of the model.
-        telling = [f for f in summary.flags if f.name in _TELLING]
-        return ControlResult(name, summary, summary.verdict in _CONVICTED or bool(telling))
+            record = self._audited(model, self.often, benign=self.benign)
+            summary, telling = summarise(record)[0], telling_flags(record)
+            return ControlResult(name, summary, summary.verdict == UNTRAINABLE, telling)
+        record = self._audited(model, self.often if often else self.once)
+        summary, telling = summarise(record)[0], telling_flags(record)
+        found = summary.verdict in _CONVICTED or bool(telling)
+        return ControlResult(name, summary, found and summary.verdict not in GOOD, telling)
 
     def known(self) -> Iterator[ControlResult]:
         """Audit the two whose answer is a number."""
-        summary = self._audited(self.twin(), self.often)
+        summary = summarise(self._audited(self.twin(), self.often))[0]
         recovered = summary.verdict == "not protected" and answer_found(summary, 0.0)
         yield ControlResult("a twin of the unprotected model", summary, recovered)
         fresh = fresh_copy(self.unprotected, self.scratch, seed=1, names=("control",))
-        summary = self._audited(fresh, self.often)
+        summary = summarise(self._audited(fresh, self.often))[0]
         yield ControlResult("a fresh network", summary, answer_found(summary, 1.0))
 
     def twin(self) -> nn.Module:
@@ -226,11 +253,38 @@ class Controls:
     def _audit(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> Audit:
         return Audit(model, spec=spec, **self.arguments, **arguments)
 
-    def _audited(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> DomainSummary:
+    def _audited(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> AuditRecord:
         run = self._audit(model, spec, **arguments)
         for _ in run:
             pass
-        return summarise(run.record())[0]
+        return run.record()
+
+
+def telling_flags(record: AuditRecord) -> tuple[str, ...]:
+    """Return the flags of the first domain that forbid a good verdict, but for those that are
+    raised as well where the unprotected model stands in for the protected one.
+    """
+    usual = _forbidding(_of_itself(record))
+    return tuple(name for name in _forbidding(record) if name not in usual)
+
+
+def _of_itself(record: AuditRecord) -> AuditRecord:
+    """Return the record of an audit of the unprotected model: its trials would be the same."""
+    held = {subject.name: subject for subject in record.subjects}
+    as_protected = {"name": "protected"}
+    subjects = [held["unprotected"].model_copy(update=as_protected)]
+    subjects += [subject for name, subject in held.items() if name != "protected"]
+    trials = [t for t in record.trials if t.subject != "protected"]
+    again = [
+        t.model_copy(update={"subject": "protected"}) for t in trials if t.subject == "unprotected"
+    ]
+    changes = {"subjects": tuple(subjects), "trials": (*again, *trials)}
+    return record.model_copy(update=changes)
+
+
+def _forbidding(record: AuditRecord) -> list[str]:
+    flags = summarise(record)[0].flags
+    return [flag.name for flag in flags if flag.voids or flag.forbids >= GOOD]
 
 
 def answer_found(summary: DomainSummary, answer: float) -> bool:
@@ -243,18 +297,3 @@ def answer_found(summary: DomainSummary, answer: float) -> bool:
         return False
     other = 1.0 - answer
     return interval.low <= answer <= interval.high and not interval.low <= other <= interval.high
-
-
-_TELLING = frozenset(
-    {
-        "crashed attacks",
-        "most trials diverged",
-        "original task destroyed",
-        "unhealthy weights",
-        "zero or huge gradients",
-        "saturated outputs",
-        "weight norms inflated",
-        "extreme BatchNorm statistics",
-        "the head alone resists",
-    }
-)

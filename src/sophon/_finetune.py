@@ -132,16 +132,20 @@ class FineTuning:
             self.taken += 1
             yield Step(self.taken, loss)
 
-    def gradient_norm(self) -> Tensor:
-        """Return the norm of the gradient that the next step would meet; no step is taken."""
+    def gradient_norms(self) -> tuple[Tensor, Tensor]:
+        """Return the norm of the gradient that the next step would meet, and that of its part
+        before the head; no step is taken.
+        """
         images, labels = self.feed.batch(self.taken)
         size = self.strategy.batch_size
         with seeded(self.seed, *self.names, "step", self.taken):
             self._backward(images[:size], labels[:size])
-        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        head = {id(p) for p in self.model.get_submodule(self.setting.head).parameters()}
+        held = [p for p in self.parameters if p.grad is not None]
+        before = [p for p in held if id(p) not in head]
+        norms = (_norm_of_gradients(held), _norm_of_gradients(before))
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norms
 
     @spanned("support passes")
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -164,6 +168,12 @@ class FineTuning:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+
+def _norm_of_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    norms = [p.grad.norm() for p in parameters if p.grad is not None]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    return norm
 
 
 class Origin(NamedTuple):

@@ -195,9 +195,10 @@ class Vitals(Record):
 
     `largest_logit` is the largest absolute output on original validation images,
     `gradient_norms` the norm of the loss's gradient at step 0 on a batch of each restricted
-    domain, `weight_sizes` the root mean square of every weight tensor, `largest_buffer` the
-    largest absolute value in BatchNorm's statistics, `smallest_variance` the smallest variance,
-    `raised` what the model raised while it was measured.
+    domain, `body_gradient_norms` that of its part before the head, `weight_sizes` the root mean
+    square of every weight tensor and scale, `rescaled_sizes` the same after rescaling, as attacks
+    that rescale do first, `largest_buffer` the largest absolute value in BatchNorm's statistics,
+    `smallest_variance` the smallest variance, `raised` what the model raised while it was measured.
     """
 
     largest_logit: float | None
@@ -206,12 +207,17 @@ class Vitals(Record):
     largest_buffer: float | None = None
     smallest_variance: float | None = None
     raised: tuple[str, ...] = ()
+    body_gradient_norms: dict[str, float | None] = {}
+    rescaled_sizes: dict[str, float | None] = {}
 
 
 class SubjectRecord(Record):
     """What an attack starts from. `original` is its score on the original domain's test split
     (absent for scratch); `blocks` counts the blocks before the head. `weights_sha256` is of all
     tensors, whatever file they came from; `file_sha256` is of the file, where it is known.
+    `code` is what the protected model computes otherwise than the unprotected one (a fresh one
+    where that is not given) beside its weights: layers, settings, hooks. `similarity` is the median
+    over weight tensors of their cosine with the unprotected model's.
     """
 
     name: Subject
@@ -222,6 +228,8 @@ class SubjectRecord(Record):
     flags: tuple[str, ...] = ()
     blocks: int | None = None
     vitals: Vitals | None = None
+    code: tuple[str, ...] = ()
+    similarity: float | None = None
 
 
 class DomainRecord(Record):

@@ -57,6 +57,8 @@ BATCH_SIZES = (32, 64, 128)
 WEIGHT_DECAYS = (0.0, 1e-2)
 SCHEDULES = ("constant", "cosine", "warmup_cosine")
 CLIPS = (None, 1.0)
+# How far beyond the usual rates a statement can widen the search: a rate that diverges wastes it.
+_FURTHEST = 100.0
 # Proposals made before their results are known: constant, so that workers change nothing.
 AT_ONCE = 4
 
@@ -75,12 +77,15 @@ def starts(metric: str, steps: int, stop: int | None = None) -> dict[str, tuple[
 
 
 def rates(beyond: Iterable[Strategy] = ()) -> dict[OptimizerName, tuple[float, float]]:
-    """Return the rates that are searched, by optimizer, widened to those of `beyond`."""
+    """Return the rates that are searched, by optimizer: to those of `beyond`, if they are higher.
+
+    What a publisher states shifts no lower end, and the upper one by a hundred times at most.
+    """
     widened = dict(RATES)
     for strategy in beyond:
         low, high = widened[strategy.optimizer]
-        rate = strategy.learning_rate
-        widened[strategy.optimizer] = (min(low, rate), max(high, rate))
+        furthest = _FURTHEST * RATES[strategy.optimizer][1]
+        widened[strategy.optimizer] = (low, max(high, min(furthest, strategy.learning_rate)))
     return widened
 
 

@@ -31,11 +31,17 @@ class TrialStore:
     def get(self, key: str) -> Trial | None:
         """Return the stored trial, or None: a crashed one counts as none.
 
-        Raises CheckpointError if its file is damaged.
+        Raises CheckpointError if its file is damaged or holds another trial.
         """
         if self.folder is None:
             return self._memory.get(key)
-        held = self._read(self.folder / f"{key}.json")
+        path = self.folder / f"{key}.json"
+        held = self._read(path)
+        if held is not None and held.key != key:
+            raise CheckpointError(
+                f"{path} holds the trial {held.key}, under another's name: delete that file to run"
+                " the trial again"
+            )
         return None if held is None or held.outcome.kind == "crashed" else held
 
     def put(self, trial: Trial) -> None:

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sophon._data import Domain
 from sophon._finetune import FineTuning, attacker_copy
 from sophon._models import blocks, tracked_batch_norms
+from sophon._preparations import Surroundings, prepare
 from sophon._records import Vitals
 from sophon._seeding import generator
 from sophon._setting import Setting
-from sophon._specs import Strategy
+from sophon._specs import RescaleWeights, Strategy
 
 _IMAGES = 250
 _BATCH = 64
@@ -31,27 +32,49 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
     """Return the sizes of `model`, which stays as it is; what raises is measured as None."""
     setting = setting.exact()
     held = setting.place(copy.deepcopy(model))
-    sizes = {
-        name: finite(float(value.detach().float().square().mean().sqrt()))
-        for name, value in held.named_parameters()
-        if value.dim() > 1
-    }
     norms = tracked_batch_norms(held)
     buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     raised: list[str] = []
 
     gradients = {
-        domain.name: _or_raised(raised, partial(_gradient_norm, model, setting, domain))
+        domain.name: _or_raised(raised, partial(_gradient_norms, model, setting, domain))
+        or (None, None)
         for domain in setting.restricted
     }
     return Vitals(
         largest_logit=_or_raised(raised, partial(_largest_logit, held, setting)),
-        gradient_norms=gradients,
-        weight_sizes=sizes,
+        gradient_norms={name: norms[0] for name, norms in gradients.items()},
+        body_gradient_norms={name: norms[1] for name, norms in gradients.items()},
+        weight_sizes=_sizes(held),
+        rescaled_sizes=_or_raised(raised, partial(_rescaled_sizes, model, setting)) or {},
         largest_buffer=_extreme(buffers, largest=True),
         smallest_variance=_extreme([norm.running_var for norm in norms], largest=False),
         raised=tuple(raised),
     )
+
+
+def _sizes(model: nn.Module) -> dict[str, float | None]:
+    """Return the root mean square of every parameter but biases."""
+    return {
+        name: finite(float(value.detach().float().square().mean().sqrt()))
+        for name, value in model.named_parameters()
+        if not name.endswith("bias")
+    }
+
+
+def _rescaled_sizes(model: nn.Module, setting: Setting) -> dict[str, float | None]:
+    """Return the sizes after rescaling: what it does not reach keeps its own."""
+    held = setting.place(copy.deepcopy(model))
+    surroundings = Surroundings(
+        head=setting.head,
+        image_shape=setting.shape(setting.original),
+        classes=None,
+        seed=0,
+        names=("vitals",),
+        batches=None,
+    )
+    prepare(held, (RescaleWeights(),), surroundings)
+    return _sizes(held)
 
 
 def block_count(model: nn.Module, head: str) -> int:
@@ -96,8 +119,12 @@ def training_flops(model: nn.Module, setting: Setting, domain: Domain) -> int | 
     return 3 * int(counter.get_total_flops()) // images
 
 
-def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float | None:
-    """Return the norm of the first gradient an attacker meets who takes the weights as they are."""
+def _gradient_norms(
+    model: nn.Module, setting: Setting, domain: Domain
+) -> tuple[float | None, float | None]:
+    """Return the norm of the first gradient an attacker meets who takes the weights as they are,
+    and that of its part before the head.
+    """
     strategy = Strategy(batch_size=min(_BATCH, len(domain.train)), steps=1)
     feed = setting.feed(domain, domain.train, batch_size=strategy.batch_size)
     stream = (0, ("vitals",))
@@ -105,10 +132,11 @@ def _gradient_norm(model: nn.Module, setting: Setting, domain: Domain) -> float 
     classes = setting.task.classes(domain)
     attacker_copy(attacker, strategy, setting, classes=classes, feed=feed, stream=stream)
     tuning = FineTuning(attacker, strategy, setting, feed, stream=stream)
-    return finite(float(tuning.gradient_norm()))
+    whole, before = tuning.gradient_norms()
+    return finite(float(whole)), finite(float(before))
 
 
-def _or_raised(raised: list[str], measure: Callable[[], float | None]) -> float | None:
+def _or_raised(raised: list[str], measure: Callable[[], Any]) -> Any:
     """Return what is measured, or None and a line in `raised`: such models are to be found out."""
     try:
         return measure()

@@ -18,6 +18,7 @@ from sophon._models._building import (
     denoiser_name,
     resolve_model,
 )
+from sophon._models._comparing import code_differences, similarity
 from sophon._models._denoisers import (
     DenoiserSource,
     check_denoiser,
@@ -82,6 +83,7 @@ __all__ = [
     "choose_channels_last",
     "choose_precision",
     "class_embeddings",
+    "code_differences",
     "DenoiserSource",
     "denoiser_name",
     "drop_foreign_hooks",
@@ -116,6 +118,7 @@ __all__ = [
     "run",
     "run_probe",
     "Shape",
+    "similarity",
     "tracked_batch_norms",
     "weights_sha256",
     "write_pipeline",

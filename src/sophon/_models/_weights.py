@@ -125,18 +125,31 @@ def require_finite(model: nn.Module, *, what: str) -> None:
 def network_identity(model: nn.Module) -> str:
     """Return a name for what computes with the weights: class, hooks, and a hash of the layers.
 
-    Layers count with their types and what they print (strides, activations, dropout rates); code
-    inside a `forward` is not seen.
+    Layers count with their types, what they print (strides, activations, dropout rates) and rates
+    that act in train mode unprinted; code inside a `forward` is not seen.
     """
     kind = type(model)
     calls = [hook.call for hook in hooks(model)]
     names = [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in calls]
     layers = "\n".join(
         f"{name}: {type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
+        f"{_unprinted_rates(part)}"
         for name, part in model.named_modules()
     )
     structure = hashlib.sha256(layers.encode()).hexdigest()[:16]
     return "+".join([f"{kind.__module__}.{kind.__qualname__}", *names, structure])
+
+
+def _unprinted_rates(part: nn.Module) -> str:
+    """Return the rates that a layer keeps as plain numbers and does not print, but for zeros."""
+    printed = part.extra_repr()
+    rates = [
+        f"{name}={value}"
+        for name, value in sorted(vars(part).items())
+        if ("drop" in name or name == "p") and isinstance(value, int | float) and value
+        if not isinstance(value, bool) and f"{name}=" not in printed
+    ]
+    return ", ".join(rates)
 
 
 def weights_sha256(model: nn.Module) -> str:

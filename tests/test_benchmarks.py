@@ -432,7 +432,18 @@ def test_the_suite_is_held_against_a_grid_on_any_network(
     shown = capsys.readouterr().out
     assert "unprotected\n   0  " in shown
     assert f"protected: {weights}\n   0  " in shown
-    assert shown.count("MISSED: ") == 2
+    assert shown.count("MISSED: ") == 4
+    assert shown.count("\nmean  ") == 2
+
+
+def test_several_seeds_are_compared_by_their_mean(search: Any) -> None:
+    one = [trial("unprotected", (0.2, 0.3, 0.4, 0.5))]
+    other = [trial("unprotected", (0.22, 0.32, 0.42, 0.52))]
+    ahead, behind = search.compared([other], [one]), search.compared([one], [other])
+    assert (ahead.worst, behind.worst) == (-2.0, 2.0)
+    both = search.compared([one, other], [other, one])
+    assert both.worst == 0.0
+    assert both.taken == ahead.taken + behind.taken
 
 
 def test_a_crashed_trial_is_no_result(

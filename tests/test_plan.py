@@ -214,7 +214,7 @@ def test_standard_1_is_as_released() -> None:
     assert {s.lora_rank for s in strategies} == {None, 4, 16}
 
 
-STANDARD_1 = "aa5f3b3bca1d10d8d41c077ea397bf100421eee8d5de91132580a193b15f101e"
+STANDARD_1 = "f66c82352e4f61b1012a30db4265a9e0f4dd530b1f78c7c89982e67b44231de9"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ STANDARD_1 = "aa5f3b3bca1d10d8d41c077ea397bf100421eee8d5de91132580a193b15f101e"
         {"prefilter": 0.3},
         {"survivors": 5},
         {"seeds": (0, 1, 2, 3, 4)},
-        {"search_trials": 11},
+        {"search_trials": 12},
         {"depth": False},
         {"headline": False},
         {"rehearsed": False},
@@ -376,6 +376,24 @@ def test_a_search_finds_the_rate_that_pays() -> None:
         best.append(max(values))
         search.tell(values)
     assert sum(value > 0.9 for value in best[6:]) >= 4
+
+
+def test_a_search_begins_with_what_the_suite_found() -> None:
+    plain, told = AttackerSearch(0, 200, 1000), AttackerSearch(0, 200, 1000)
+    suite = [s.model_copy(update={"steps": 200}) for s in SUITES["standard-1"].strategies]
+    known = [s for s in suite if told.learn(s, 0.9 if s.preparations == (FreshHead(),) else 0.1)]
+    # Neither few images, nor a rank or a batch that is not searched, nor a student.
+    assert {s.data_fraction for s in known} == {1.0}
+    assert {s.lora_rank for s in known} == {None}
+    assert {s.batch_size for s in known} == {32, 64, 128}
+    assert len(known) > len(suite) / 2
+    assert not plain.learn(Strategy(optimizer="adam", learning_rate=1.0, steps=200), 1.0)
+    assert not plain.learn(Strategy(optimizer="adam", learning_rate=1e-3, steps=100), 1.0)
+    fresh = [
+        sum(s.preparations == (FreshHead(),) for _ in range(6) for s in search.ask(AT_ONCE))
+        for search in (plain, told)
+    ]
+    assert fresh[1] > 2 * fresh[0]
 
 
 def test_a_search_proposes_what_the_suite_attacks_with() -> None:

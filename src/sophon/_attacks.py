@@ -84,6 +84,7 @@ _STANDARD_1: tuple[Strategy, ...] = (
     # A fresh head, then all weights (init-FC + all) or the head alone (init-FC + FC only).
     *_rates("sgd_momentum", (1e-3, 1e-2, 1e-1), _FRESH),
     *_rates("adam", (1e-4, 1e-3, 1e-2), _FRESH),
+    *_rates("adagrad", (1e-2, 1e-1), _FRESH),
     *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, scope="head"),
     *_rates("adam", (1e-3, 1e-2, 1e-1), _FRESH, scope="head"),
     # The last blocks anew.
@@ -97,6 +98,8 @@ _STANDARD_1: tuple[Strategy, ...] = (
     *_rates("adam", (1e-3, 1e-2), batch_size=128),
     *_rates("sgd_momentum", (1e-2, 1e-1), batch_size=128),
     *_rates("adam", (3e-3,), batch_size=512),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, batch_size=128),
+    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
     # Few images: one in a hundred, one in ten.
     *_rates("adam", (1e-3,), data_fraction=0.01),
     *_rates("sgd_momentum", (1e-2,), data_fraction=0.01),
@@ -127,7 +130,7 @@ SUITES: dict[str, Suite] = {
         survivors=6,
         headline=True,
         seeds=(0, 1, 2, 3, 4, 5),
-        search_trials=12,
+        search_trials=16,
         depth=True,
         rehearsed=True,
     ),
@@ -285,7 +288,7 @@ def suite_fingerprint(name: str) -> str:
     if suite.depth:
         made["depth attacks"] = {n: _dumped(depth_attacks(n, spec)) for n in _NETWORKS}
     if suite.rehearsed:
-        made["beyond rehearsal"] = [list(_BEYOND), _UNSAID]
+        made["beyond rehearsal"] = [list(_BEYOND), _UNSAID, "whatever is stated"]
     if suite.search_trials:
         made["search"] = search_space()
     return fingerprint_of(made)

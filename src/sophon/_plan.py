@@ -219,6 +219,10 @@ class Plan:
             )
             for name in self.subjects
         }
+        for name, search in searches.items():
+            met = {t.strategy: None for t in self._met(domain, name)}
+            for strategy in met:
+                search.learn(strategy, self._reached(domain, name, strategy))
         while left:
             count = min(AT_ONCE, left)
             left -= count

@@ -1,13 +1,15 @@
 """Search for the attack that a suite missed: Optuna over the same space for every subject.
 
-Nothing is stored here. The sampler is seeded and is told only results that are in the trial store,
-in the same order, so an interrupted search that is repeated proposes the same strategies again.
+It begins with what the suite's own attacks reached, as far as they lie in the space. Nothing is
+stored here. The sampler is seeded and is told only results that are in the trial store, in the same
+order, so an interrupted search that is repeated proposes the same strategies again.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sophon._errors import SpecError
@@ -93,6 +95,7 @@ def search_space() -> dict[str, Any]:
     """Return the whole space as plain values, for a fingerprint."""
     return {
         "rates": {name: list(bounds) for name, bounds in RATES.items()},
+        "widened at most": _FURTHEST,
         "starts": {
             name: [preparation.model_dump(mode="json") for preparation in held]
             for name, held in PREPARATIONS.items()
@@ -103,6 +106,7 @@ def search_space() -> dict[str, Any]:
         "schedules": list(SCHEDULES),
         "clips": list(CLIPS),
         "at once": AT_ONCE,
+        "begins with": "the suite's attacks that lie in the space",
     }
 
 
@@ -149,24 +153,77 @@ class AttackerSearch:
         for trial, value in zip(self._asked, values, strict=True):
             self._study.tell(trial, value)
 
-    def _strategy(self, trial: Any) -> Strategy:
-        optimizer = trial.suggest_categorical("optimizer", list(RATES))
+    def learn(self, strategy: Strategy, value: float) -> bool:
+        """Learn what an attack of the suite reached. False, and nothing learnt, if it is not one of
+        the space.
+        """
+        choices = self._choices()
+        optimizer = strategy.optimizer
         low, high = self.rates[optimizer]
+        held = {
+            "optimizer": optimizer,
+            "start": _named(self.starts, strategy.preparations),
+            "method": _named(
+                {name: Strategy(optimizer=optimizer, **METHODS[name]) for name in self.methods},
+                Strategy(optimizer=optimizer, scope=strategy.scope, lora_rank=strategy.lora_rank),
+            ),
+            "weight decay": strategy.weight_decay,
+            "schedule": strategy.schedule,
+            "clip": strategy.clip_norm,
+            "batch size": strategy.batch_size,
+        }
+        position = math.log(strategy.learning_rate / low) / math.log(high / low)
+        outside = any(held[name] not in choices[name] for name in choices)
+        if outside or not 0.0 <= position <= 1.0 or strategy != self._made(held, position):
+            return False
+        categories = self._optuna.distributions.CategoricalDistribution
+        distributions = {name: categories(chosen) for name, chosen in choices.items()}
+        distributions["rate position"] = self._optuna.distributions.FloatDistribution(0.0, 1.0)
+        self._study.add_trial(
+            self._optuna.trial.create_trial(
+                params={**held, "rate position": position}, distributions=distributions, value=value
+            )
+        )
+        return True
+
+    def _choices(self) -> dict[str, list[Any]]:
+        """Return what is chosen from, by name; beside it there is the rate."""
+        return {
+            "optimizer": list(RATES),
+            "start": list(self.starts),
+            "method": self.methods,
+            "weight decay": list(WEIGHT_DECAYS),
+            "schedule": list(SCHEDULES),
+            "clip": list(CLIPS),
+            "batch size": self.batch_sizes,
+        }
+
+    def _strategy(self, trial: Any) -> Strategy:
         # One position for all optimizers: what is learnt of one tells something of the others.
         position = trial.suggest_float("rate position", 0.0, 1.0)
-        preparations = self.starts[trial.suggest_categorical("start", list(self.starts))]
-        method = METHODS[trial.suggest_categorical("method", self.methods)]
+        held = {
+            name: trial.suggest_categorical(name, chosen)
+            for name, chosen in self._choices().items()
+        }
+        return self._made(held, position)
+
+    def _made(self, held: Mapping[str, Any], position: float) -> Strategy:
+        low, high = self.rates[held["optimizer"]]
         return Strategy(
-            optimizer=optimizer,
+            optimizer=held["optimizer"],
             learning_rate=float(f"{low * (high / low) ** position:.4g}"),
-            weight_decay=trial.suggest_categorical("weight decay", list(WEIGHT_DECAYS)),
-            preparations=preparations,
-            schedule=trial.suggest_categorical("schedule", list(SCHEDULES)),
-            clip_norm=trial.suggest_categorical("clip", list(CLIPS)),
-            batch_size=trial.suggest_categorical("batch size", self.batch_sizes),
+            weight_decay=held["weight decay"],
+            preparations=self.starts[held["start"]],
+            schedule=held["schedule"],
+            clip_norm=held["clip"],
+            batch_size=held["batch size"],
             steps=self.steps,
-            **method,
+            **METHODS[held["method"]],
         )
+
+
+def _named(choices: Mapping[str, Any], wanted: Any) -> str | None:
+    return next((name for name, held in choices.items() if held == wanted), None)
 
 
 def _spent(preparations: tuple[Preparation, ...], steps: int) -> int:

@@ -510,12 +510,35 @@ def test_without_a_run_a_recipe_is_written_afresh_and_data_found_before_a_base_i
     assert "restricted" not in (out / "bases" / "small-caformer.toml").read_text()
 
 
-def test_where_a_base_comes_from_is_no_affair_of_its_cells(tmp_path: Path) -> None:
+def test_where_a_base_comes_from_is_no_affair_of_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     given = ["model.weights=x.pth", "model.pretrained=false", "restricted.0.limit=3"]
     given += ["model.head=fc", "pretrain.steps=2", "protect.rounds=1"]
     jobs = reproducing._Jobs(tmp_path, given, "quiet", None, 1)
     assert jobs._of_cells == given[2:]
-    assert jobs._of_bases == [*given[:2], "model.head=fc", "pretrain.steps=2"]
+    here = f'model.weights="{tmp_path / "x.pth"}"'
+    assert jobs._of_bases == [here, given[1], "model.head=fc", "pretrain.steps=2"]
+
+
+def test_paths_given_to_a_cell_start_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["restricted.0.path = 'x.npz'", "original.root=${X}", "model.weights=~/x.pth"]
+    jobs = reproducing._Jobs(tmp_path, given, "quiet", None, 1)
+    assert jobs.settings == [f'restricted.0.path="{tmp_path / "x.npz"}"', *given[1:]]
+
+
+def test_a_relative_folder_of_images_starts_at_the_working_directory(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").symlink_to(shared_data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOPHON_DATA", "images")
+    case = load_pretraining(RECIPES / "small/base-caformer.toml", ["original.limit=2"])
+    assert case.original.name == "tiny-imagenet20"
 
 
 def test_all_cells_are_tried_and_a_base_is_trained_once(

@@ -181,19 +181,20 @@ class _Jobs:
         threads: int | None,
         workers: int,
     ) -> None:
-        self.out, self.settings, self.mode = out, settings, mode
+        self.out, self.mode = out, mode
+        self.settings = [_from_here(one) for one in settings or ()]
         self.threads, self.workers = threads, workers
 
     @property
     def _of_cells(self) -> list[str]:
         """The settings that concern a cell; where its base comes from is the base's affair."""
-        return [one for one in self.settings or () if _key(one) not in _OF_BASE]
+        return [one for one in self.settings if _key(one) not in _OF_BASE]
 
     @property
     def _of_bases(self) -> list[str]:
         """The settings that concern the training of the original task."""
         parts = ("original", "model", "pretrain", "task")
-        return [one for one in self.settings or () if _key(one).partition(".")[0] in parts]
+        return [one for one in self.settings if _key(one).partition(".")[0] in parts]
 
     def run(self, cell: Cell) -> None:
         """Run a cell from where it stopped."""
@@ -386,6 +387,18 @@ def _raise_first(failed: dict[str, Exception], count: int, what: str) -> None:
 def _key(setting: str) -> str:
     """Return the key of a `key=value`."""
     return ".".join(part.strip() for part in setting.partition("=")[0].split("."))
+
+
+def _from_here(setting: str) -> str:
+    """Return a `key=value` whose path, if it is a relative one, starts at the working directory: a
+    recipe lies in a folder that the user did not choose.
+    """
+    key, value = _key(setting), setting.partition("=")[2].strip()
+    place = value.strip("\"'")
+    named = key == "model.weights" or key.rpartition(".")[2] in ("path", "root")
+    if not named or not place or place.startswith(("$", "~")):
+        return setting
+    return _setting(key, str(Path(place).absolute()))
 
 
 def _setting(key: str, value: object) -> str:

@@ -22,7 +22,7 @@ from sophon._attacks import resolved, strategies_of
 from sophon._cli import app, reproducing
 from sophon._compatibility import prepare_torchvision
 from sophon._data.splits import stratified
-from sophon._errors import SpecError
+from sophon._errors import CheckpointError, SpecError
 from sophon._grid import (
     CELLS,
     PUBLISHED,
@@ -42,13 +42,15 @@ from sophon._reproduction import (
     changes_of,
     measured,
     rehearsed_attack,
+    require_same_training,
     robustness_attacks,
     robustness_tables,
     scores_of,
     table,
 )
 from sophon._runs import load_pretraining
-from sophon._specs import AuditSpec, RunSpec, parse_spec
+from sophon._specs import AuditSpec, PretrainRunSpec, RunSpec, parse_spec
+from sophon._tasks import Denoising
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -409,6 +411,7 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
             "restricted": (record.restricted[0].model_copy(update={"train": 9}),)
         },
         "benign": {"benign": record.restricted},
+        "task.timestep": {"task_name": "denoising, epsilon prediction, timestep 1 alone of 1000"},
     }
     for expected, change in fields.items():
         assert changes_of(record.model_copy(update=change), cell) == (expected,)
@@ -420,6 +423,64 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
         cell,
     )
     assert "restricted" in changes_of(record, cell_of("caformer-gtsrb-klu", "small"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--set pretrain.steps=20", ("pretrain.steps",)),
+        ("--set=model.in_channels=1", ("model.in_channels",)),
+        ("--set 'model.arguments.width = 3'", ("model.arguments.width",)),
+        ("--set original.split_seed=1", ("original.split_seed",)),
+        ("--set restricted.0.normalisation=mnist", ("restricted.0.normalisation",)),
+        ("--set restricted.0.class_order=stl10 --set task.timestep=1", None),
+        # Where things lie is no change, and what the record holds is compared by value.
+        ("--set original.path=x --set restricted.0.download=true --set original.root=x", ()),
+        ("--set model.weights=x.pth --set model.pretrained=false", ()),
+        ("--set audit.steps=150 --set protect.rounds=120 --threads 2", ()),
+    ],
+)
+def test_what_a_command_sets_makes_another_cell(
+    words: str, expected: tuple[str, ...] | None, reproduced: tuple[Path, str]
+) -> None:
+    cell = cell_of("caformer-mnist-klu", "small")
+    record = as_the_cell_says(record_of(reproduced[0], cell.name), cell)
+    told = record.model_copy(update={"command": f"sophon reproduce {cell.name} {words}"})
+    wanted = ("restricted.0.class_order", "task.timestep") if expected is None else expected
+    assert changes_of(told, cell) == wanted
+
+
+def test_a_base_trained_otherwise_makes_another_cell(
+    reproduced: tuple[Path, str], tmp_path: Path
+) -> None:
+    cell = cell_of("caformer-mnist-klu", "small")
+    record = as_the_cell_says(record_of(reproduced[0], cell.name), cell)
+    shutil.copytree(reproduced[0] / "bases", tmp_path / "bases")
+    base = tmp_path / "bases" / "small-caformer"
+    found = changes_of(record, cell, base)
+    assert found == ("pretrain.steps", "pretrain.batch_size", "pretrain.every")
+    file = base / "pretraining.json"
+    held = json.loads(file.read_text())
+    base_spec = parse_spec(
+        PretrainRunSpec,
+        tomllib.loads((RECIPES / "small" / "base-caformer.toml").read_text()),
+        where="base",
+    )
+    held["spec"] = base_spec.pretrain.model_dump(mode="json")
+    file.write_text(json.dumps(held))
+    assert changes_of(record, cell, base) == ()
+    file.write_text("{}")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        changes_of(record, cell, base)
+
+
+def test_a_diffusion_model_of_other_timesteps_is_not_reused(tmp_path: Path) -> None:
+    names = [Denoising(timestep=step).name for step in (None, 1)]
+    held = {"spec": {}, "identity": {"task": names[0], "domains": "x"}, "original": "CIFAR100"}
+    (tmp_path / "pretraining.json").write_text(json.dumps(held))
+    require_same_training(tmp_path, "x", names[0])
+    with pytest.raises(CheckpointError, match=r"timesteps 0 to 999 .*not for .*timestep 1 alone"):
+        require_same_training(tmp_path, "x", names[1])
 
 
 def test_a_damaged_record_marks_its_own_row(reproduced: tuple[Path, str], tmp_path: Path) -> None:

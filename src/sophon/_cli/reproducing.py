@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 ROBUSTNESS, ABLATION = "robustness", "ablation"
 _TRACEBACK = "traceback.txt"
-# They say where the original task's model comes from; the cell's own comes from its folder.
-_OF_BASE = ("model.weights", "model.pretrained")
 _ROBUST_CELL = {"small": "resnet18-gtsrb-klu", "paper": "vgg-cifar10-ice"}
 
 
@@ -188,13 +186,17 @@ class _Jobs:
     @property
     def _of_cells(self) -> list[str]:
         """The settings that concern a cell; where its base comes from is the base's affair."""
-        return [one for one in self.settings if _key(one) not in _OF_BASE]
+        from sophon._reproduction import OF_BASE, key_of
+
+        return [one for one in self.settings if key_of(one) not in OF_BASE]
 
     @property
     def _of_bases(self) -> list[str]:
         """The settings that concern the training of the original task."""
+        from sophon._reproduction import key_of
+
         parts = ("original", "model", "pretrain", "task")
-        return [one for one in self.settings if _key(one).partition(".")[0] in parts]
+        return [one for one in self.settings if key_of(one).partition(".")[0] in parts]
 
     def run(self, cell: Cell) -> None:
         """Run a cell from where it stopped."""
@@ -208,13 +210,14 @@ class _Jobs:
         Raises SpecError or CheckpointError before anything is trained where the settings do not fit
         or something else was run there.
         """
-        from sophon._grid import DIFFUSION, UNET, UNET_FILE, base_file, base_name, run_file
+        from sophon._grid import DIFFUSION, UNET, UNET_FILE, base_file, run_file
+        from sophon._reproduction import base_folder
 
         text = base_file(cell, f"recipes/{cell.scale}/base-{cell.architecture}.toml")
         self._check(run_file(cell, cell.name, "."), [])
         self._check_base(text)
         file = self._run_file(cell)
-        base = self.out / "bases" / base_name(cell)
+        base = base_folder(self.out, cell)
         unets = [base] if cell.architecture == DIFFUSION else []
         _recipe(self.out / "bases" / UNET_FILE, UNET, json.loads, ran=unets)
         self._trained(base, text, file)
@@ -240,12 +243,12 @@ class _Jobs:
         self, file: Path, folder: Path, base: Path, settings: list[str]
     ) -> None:
         """Run a protection and its audit in `folder`, from where they stopped."""
-        from sophon._reproduction import require_same_images
+        from sophon._reproduction import require_same_training
         from sophon._runs import load
 
         settings = [*self._of_cells, *settings]
         case = load(file, settings, self.threads)
-        require_same_images(base, case.original.fingerprint())
+        require_same_training(base, case.original.fingerprint(), case.task.name)
         result = run_protection(case, folder / "protected", self.mode)
         show_protected(result, folder / "protected", self.mode)
         self._audit(file, folder / "protected", folder / "audit", settings)
@@ -384,16 +387,13 @@ def _raise_first(failed: dict[str, Exception], count: int, what: str) -> None:
         raise kind(f"{len(failed)} of {count} {what} failed: {', '.join(failed)}")
 
 
-def _key(setting: str) -> str:
-    """Return the key of a `key=value`."""
-    return ".".join(part.strip() for part in setting.partition("=")[0].split("."))
-
-
 def _from_here(setting: str) -> str:
     """Return a `key=value` whose path, if it is a relative one, starts at the working directory: a
     recipe lies in a folder that the user did not choose.
     """
-    key, value = _key(setting), setting.partition("=")[2].strip()
+    from sophon._reproduction import key_of
+
+    key, value = key_of(setting), setting.partition("=")[2].strip()
     place = value.strip("\"'")
     named = key == "model.weights" or key.rpartition(".")[2] in ("path", "root")
     if not named or not place or place.startswith(("$", "~")):

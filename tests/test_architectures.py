@@ -239,6 +239,8 @@ def test_arguments_a_network_does_not_take_are_named(
         ("torchvision:vgg17_bn", "torchvision:vgg16_bn"),
         ("torchvision:resnet43", "torchvision:resnet34"),
         ("resnet34", "timm:resnet34, torchvision:resnet34"),
+        ("caformer_m35", "timm:caformer_m36"),
+        ("vgg17_bn", "torchvision:vgg1[69]_bn"),
     ],
 )
 def test_a_name_that_does_not_exist_lists_near_ones(name: str, near: str) -> None:

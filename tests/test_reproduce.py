@@ -675,7 +675,33 @@ def test_data_that_is_not_there_is_said_before_anything_is_trained(
     assert "recipes/make_archives.py (docs/data.md)" in output
     assert not list(tmp_path.rglob("*.safetensors"))
     paper = ("reproduce", "resnet18-svhn-ice", "--scale", "paper", "--out", tmp_path)
+    paper += ("--set", "model.pretrained=false")
     assert "github.com/fastai/imagenette" in command(*paper, fails=2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (None, "the published weights of torchvision:resnet18 are not at hand (torch's cache"),
+        ("model.name=torchvision:resnet81", "did you mean torchvision:resnet18"),
+        ("model.name=small_convent", "did you mean small_convnet"),
+        ("model.pretrained=false", "nowhere.pth does not exist"),
+    ],
+)
+def test_a_model_out_of_reach_is_said_before_images_are_read(
+    setting: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("sophon._runs.load_domain", lambda *_, role, **__: read.append(role))
+    monkeypatch.setenv("SOPHON_DATA", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = [] if setting is None else ["--set", setting]
+    if setting == "model.pretrained=false":
+        given += ["--set", "model.weights=nowhere.pth"]
+    cell = ("reproduce", "resnet18-mnist-ice", "--scale", "paper", "--out", tmp_path, *given)
+    assert words in command(*cell, fails=2)
+    assert read == []
 
 
 # --- Every paper recipe, on a few images of each data set ----------------------------------------

@@ -361,15 +361,15 @@ class _Jobs:
         Raises CheckpointError where `folder` holds a model trained otherwise.
         """
         from sophon._reproduction import BASE_DONE, require_same_base
-        from sophon._runs import load_pretraining, require_data
+        from sophon._runs import load_pretraining, require_restricted
 
         wanted = self._check_base(text)
         file = _recipe(folder.with_name(f"{folder.name}.toml"), text, _of_base, ran=[folder])
         if (folder / BASE_DONE).is_file() and (folder / "model.safetensors").is_file():
             require_same_base(folder, wanted)
             return
-        require_data(cell, self._of_cells)
         case = load_pretraining(file, self._of_bases, self.threads)
+        require_restricted(cell, self._of_cells)
         show_pretrained(run_pretraining(case, folder, self.mode), folder, self.mode)
 
 

@@ -22,7 +22,7 @@ from sophon._attacks import resolved, strategies_of
 from sophon._cli import app, reproducing
 from sophon._compatibility import prepare_torchvision
 from sophon._data.splits import stratified
-from sophon._errors import CheckpointError, SpecError
+from sophon._errors import CheckpointError, IntactnessError, SpecError
 from sophon._grid import (
     CELLS,
     PUBLISHED,
@@ -641,6 +641,35 @@ def test_all_cells_are_tried_and_a_base_is_trained_once(
     assert "in protected" in kept[0].read_text()
     assert audits == [out / "small" / "caformer-mnist-klu" / "audit"]
     assert trained == [out / "bases" / "small-caformer"]
+
+
+def test_a_cell_that_failed_is_told_from_one_that_never_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepared(jobs: Any, cell: Cell) -> tuple[Path, Path]:
+        folder = jobs._place(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / "run.toml", tmp_path
+
+    def unmet(*_: Any) -> None:
+        raise IntactnessError("no weights met the tolerance | loosen it")
+
+    monkeypatch.setattr(reproducing._Jobs, "_prepared", prepared)
+    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", unmet)
+    cell = ("reproduce", "vgg-mnist-klu", "--out", tmp_path)
+    command(*cell, fails=3)
+
+    def shown(option: str) -> str:
+        lines = command("reproduce", option, "--scale", "small", "--out", tmp_path).splitlines()
+        (line,) = (one for one in lines if "vgg-mnist-klu" in one)
+        return line
+
+    said = r"failed: no weights met the tolerance \| loosen it"
+    assert shown("--table").endswith(f"| {said} |")
+    assert shown("--list").endswith(said)
+    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", lambda *_: None)
+    command(*cell)
+    assert shown("--list").endswith("not run")
 
 
 def test_ctrl_c_ends_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

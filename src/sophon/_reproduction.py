@@ -74,6 +74,22 @@ def record_file(out: Path, cell: Cell) -> Path:
     return out / cell.scale / cell.name / "audit" / "record.json"
 
 
+def failure_file(folder: Path) -> Path:
+    """Return where the reason is kept for which what runs in `folder` could not be finished."""
+    return folder / "failed.txt"
+
+
+def failure_of(folder: Path) -> str | None:
+    """Return why what runs in `folder` could not be finished, fit for a table; None: nothing says
+    so.
+    """
+    file = failure_file(folder)
+    if not file.is_file():
+        return None
+    reason = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
+    return f"failed: {reason}".replace("|", "\\|")
+
+
 def read_measured(out: Path, cell: Cell) -> Measured | None:
     """Return what a cell's stored record below `out` says, None where there is none.
 
@@ -360,16 +376,17 @@ def table(out: Path, scale: Scale) -> str:
         except CheckpointError as error:
             rows.append(row(cell, None, notes, verdict=f"unreadable: {error}"))
         else:
-            rows.append(row(cell, held, notes))
+            failed = failure_of(record_file(out, cell).parent.parent) if held is None else None
+            rows.append(row(cell, held, notes, verdict=failed or EMPTY))
     return "\n".join([*rows, "", *(f"[{number}] {text}" for text, number in notes.items())])
 
 
 def state(out: Path, cell: Cell) -> str:
-    """Return what `--list` says of a cell: not run, measured, changed or unreadable."""
+    """Return what `--list` says of a cell: not run, measured, changed, unreadable, or why it failed."""
     try:
         record = read_stored(record_file(out, cell))
         if record is None:
-            return "not run"
+            return failure_of(record_file(out, cell).parent.parent) or "not run"
         return "changed" if changes_of(record, cell, base_folder(out, cell)) else "measured"
     except CheckpointError:
         return "unreadable"

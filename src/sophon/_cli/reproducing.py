@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tomllib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -201,8 +202,9 @@ class _Jobs:
     def run(self, cell: Cell) -> None:
         """Run a cell from where it stopped."""
         self._announce(f"{cell.name} ({cell.scale})")
-        file, base = self._prepared(cell)
-        self._protected_and_audited(file, file.parent, base, [])
+        with _failure_kept(self._place(cell)):
+            file, base = self._prepared(cell)
+            self._protected_and_audited(file, file.parent, base, [])
 
     def _prepared(self, cell: Cell) -> tuple[Path, Path]:
         """Return a cell's run file and the folder of its base, which is trained if it is missing.
@@ -268,9 +270,9 @@ class _Jobs:
 
         kept = folder / _TRACEBACK
         try:
-            work()
+            with _failure_kept(folder, make=True):
+                work()
         except Exception as error:  # noqa: BLE001 - the others are still to be run
-            folder.mkdir(parents=True, exist_ok=True)
             write_text(kept, traceback.format_exc())
             typer.echo(f"{name}: {_said(error)} (see {kept})", err=True)
             return error
@@ -322,10 +324,6 @@ class _Jobs:
             place, settings = folder / variation.name, list(variation.settings)
             work = partial(self._protected_and_audited, file, place, base, settings)
             error = self._tried(work, variation.name, place)
-            reason = study.failure_file(folder, variation)
-            reason.unlink(missing_ok=True)
-            if error is not None:
-                write_text(reason, f"{_said(error)}\n")
             # Weights that never meet the tolerance, or diverge, are what the study is to find out.
             if error is not None and not isinstance(error, IntactnessError | NonFiniteError):
                 failed[variation.name] = error
@@ -371,6 +369,25 @@ class _Jobs:
         case = load_pretraining(file, self._of_bases, self.threads)
         require_restricted(cell, self._of_cells)
         show_pretrained(run_pretraining(case, folder, self.mode), folder, self.mode)
+
+
+@contextmanager
+def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
+    """Keep the reason in `folder`, if it is there by then or is to be made, where work fails; remove
+    the last one where it does not.
+    """
+    from sophon._files import write_text
+    from sophon._reproduction import failure_file
+
+    try:
+        yield
+    except Exception as error:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir():
+            write_text(failure_file(folder), f"{_said(error)}\n")
+        raise
+    failure_file(folder).unlink(missing_ok=True)
 
 
 def _said(error: Exception) -> str:

@@ -27,6 +27,8 @@ from sophon._grid import (
     CELLS,
     PUBLISHED,
     PUBLISHED_BEFORE,
+    ROBUST_CELLS,
+    SCALES,
     TRAINING_IMAGES,
     Cell,
     cell_of,
@@ -99,7 +101,10 @@ def test_every_row_and_column_of_the_paper_is_there() -> None:
     assert architectures == {"caformer", "resnet50", "resnet34", "resnet18", "vgg", "ddpm"}
     assert restricted == {"cifar10", "cinic10", "stl10", "mnist", "svhn", "celeba", "ffhq"}
     assert {cell.loss for cell in PAPER} == {"ice", "klu", "dos"}
-    assert len(SMALL) == 12
+    assert sum(cell.architecture != "ddpm" for cell in SMALL) == 12
+    assert [cell.name for cell in SMALL if cell.architecture == "ddpm"] == ["ddpm-orl-dos"]
+    # Published and re-measured numbers of a restricted domain stand side by side.
+    assert any(published_of(cell).protected is not None for cell in SMALL)
     assert len({named(cell) for cell in CELLS}) == len(CELLS)
 
 
@@ -250,6 +255,38 @@ def test_robustness_is_three_methods_by_five_optimizers_five_rates_and_five_size
     wanted = {s for rows in tables.values() for s in rows.values()}
     assert wanted <= set(together)
     assert len(together) == 12 + len(extra)
+
+
+@pytest.mark.parametrize(
+    "cell", [cell_of(name, scale) for scale in SCALES for name in ROBUST_CELLS[scale]], ids=named
+)
+def test_a_robustness_recipe_is_the_cells_with_the_attacks_of_the_tables(cell: Cell) -> None:
+    file = RECIPES / cell.scale / f"{cell.name}-robustness.toml"
+    spec, own = parse_spec(RunSpec, tomllib.loads(file.read_text()), where=file.name), spec_of(cell)
+    assert (spec.model, spec.protect, spec.restricted) == (own.model, own.protect, own.restricted)
+    tables = robustness(own.audit.steps, own.audit.batch_size).values()
+    attacks = strategies_of(spec.audit)
+    assert {s for rows in tables for s in rows.values()} <= set(attacks)
+    assert set(attacks) == {*strategies_of(own.audit), *robustness_attacks(own.audit)}
+
+
+def test_robustness_is_of_one_cell_of_each_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked: list[str] = []
+
+    def attack(jobs: Any, cell: Cell) -> None:
+        del jobs
+        attacked.append(cell.name)
+        if cell.architecture == "vgg":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(reproducing._Jobs, "robustness", attack)
+    command("reproduce", "robustness", "--out", tmp_path)
+    assert attacked == ["resnet18-gtsrb-klu", "ddpm-orl-dos"]
+    said = command("reproduce", "robustness", "--scale", "paper", "--out", tmp_path, fails=2)
+    assert attacked[2:] == ["vgg-cifar10-ice", "ddpm-celeba-dos"]
+    assert "1 of 2 cells failed: vgg-cifar10-ice" in said
 
 
 # --- A small cell from end to end ----------------------------------------------------------------
@@ -552,6 +589,15 @@ def test_a_recipe_that_was_changed_since_is_refused_where_it_was_run(
         assert file.read_text() == text
 
 
+def test_robustness_of_a_model_protected_otherwise_is_refused(
+    reproduced: tuple[Path, str], shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    again = ("reproduce", "robustness", "--of", "caformer-mnist-klu", "--out", reproduced[0])
+    said = command(*again, "--quiet", *tiny(), "--set", "protect.rounds=3", fails=2)
+    assert "was protected with other protect.rounds: give another --out" in said
+
+
 def test_without_a_run_a_recipe_is_written_afresh_and_data_found_before_a_base_is_trained(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -825,7 +871,7 @@ def test_a_base_recipe_loads_its_network_without_a_restricted_set(
     assert case.restricted == ()
     run = spec_of(cell)
     if cell.architecture == "ddpm":
-        assert case.model.config["sample_size"] == 32
+        assert case.model.config["sample_size"] == (32 if cell.scale == "paper" else 16)
         return
     assert case.network.name == run.model.name
     assert case.network.arguments == run.model.arguments

@@ -344,6 +344,17 @@ def require_same_training(folder: Path, fingerprint: str, task: str) -> None:
         )
 
 
+def require_same_protection(folder: Path, wanted: ProtectSpec) -> None:
+    """Raise CheckpointError unless the model in `folder` was protected as `wanted` says."""
+    held = read_json(folder / "model.json").get("protection") or {}
+    found = _differing("protect", _completed(ProtectSpec, held.get("spec")), _plain(wanted))
+    if found:
+        raise CheckpointError(
+            f"{folder} was protected with other {', '.join(found[:3])}: give another --out, or"
+            " repeat the same --set"
+        )
+
+
 def _values(
     path: str, held: dict[str, Any], now: ModelSpec | PretrainSpec, kind: type[Any]
 ) -> dict[str, tuple[Any, Any]]:
@@ -382,7 +393,7 @@ def table(out: Path, scale: Scale) -> str:
 
 
 def state(out: Path, cell: Cell) -> str:
-    """Return what `--list` says of a cell: not run, measured, changed, unreadable, or why it failed."""
+    """Return what `--list` says of a cell: measured, changed, unreadable, not run, or failed."""
     try:
         record = read_stored(record_file(out, cell))
         if record is None:
@@ -448,6 +459,14 @@ def _triple(values: list[str]) -> str:
 
 
 # --- Robustness --------------------------------------------------------------------------------
+
+
+def robustness_file(cell: Cell, recipe: str, bases: str) -> str:
+    """Return the run file that attacks a cell's protected model with the robustness tables'
+    attacks; see `run_file`.
+    """
+    spec = parse_spec(RunSpec, tomllib.loads(run_file(cell, recipe, bases)), where=cell.name)
+    return run_file(cell, recipe, bases, robustness_attacks(spec.audit))
 
 
 def robustness_attacks(spec: AuditSpec) -> tuple[Strategy, ...]:

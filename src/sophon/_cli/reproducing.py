@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from sophon._progress import Mode
     from sophon._specs import PretrainRunSpec
 
-ROBUSTNESS, ABLATION = "robustness", "ablation"
+ABLATION = "ablation"
 _TRACEBACK = "traceback.txt"
-_ROBUST_CELL = {"small": "resnet18-gtsrb-klu", "paper": "vgg-cifar10-ice"}
 
 
 @app.command(
@@ -83,7 +82,11 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     ] = False,
     of: Annotated[
         str | None,
-        typer.Option("--of", metavar="CELL", help="Whose protected model `robustness` attacks."),
+        typer.Option(
+            "--of",
+            metavar="CELL",
+            help="Whose protected model `robustness` attacks; default: one cell of each mode.",
+        ),
     ] = None,
     settings: Settings = None,
     quiet: Quiet = False,
@@ -97,7 +100,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of the original task is trained first if it is missing. `--set` changes the cell, and
     is then no longer the cell of that name: give another --out.
     """
-    from sophon._grid import CELLS, SCALES, cell_of
+    from sophon._grid import CELLS, ROBUST_CELLS, ROBUSTNESS, SCALES, cell_of
     from sophon._runs import require_place
 
     if scale not in (None, *SCALES):
@@ -112,7 +115,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     require_place(out)
     jobs = _Jobs(out, settings, mode_of(quiet, False), threads, workers)
     if cell == ROBUSTNESS:
-        jobs.robustness(cell_of(of or _ROBUST_CELL[size], size))
+        names = ROBUST_CELLS[size] if of is None else (of,)
+        jobs.all_robustness([cell_of(name, size) for name in names])
     elif cell == ABLATION:
         jobs.ablation()
     elif cell == "all":
@@ -131,6 +135,8 @@ def _require_consistent(
     settings: list[str] | None,
 ) -> None:
     """Raise SpecError for options that exclude each other, or that would do nothing."""
+    from sophon._grid import ROBUSTNESS
+
     shows = "--list" if listed else "--table"
     if listed and table:
         raise SpecError("--list and --table: give one of them")
@@ -212,18 +218,28 @@ class _Jobs:
         Raises SpecError or CheckpointError before anything is trained where the settings do not fit
         or something else was run there.
         """
-        from sophon._grid import DIFFUSION, UNET, UNET_FILE, base_file, run_file
+        from sophon._grid import DIFFUSION, UNET_FILES, UNETS
         from sophon._reproduction import base_folder
+
+        text = self._base_text(cell)
+        file = self._run_file(cell)
+        base = base_folder(self.out, cell)
+        if cell.architecture == DIFFUSION:
+            unet = self.out / "bases" / UNET_FILES[cell.scale]
+            _recipe(unet, UNETS[cell.scale], json.loads, ran=[base])
+        self._trained(base, text, file)
+        return file, base
+
+    def _base_text(self, cell: Cell) -> str:
+        """Return the run file of a cell's base. Raises SpecError for settings that do not fit it or
+        the cell's.
+        """
+        from sophon._grid import base_file, run_file
 
         text = base_file(cell, f"recipes/{cell.scale}/base-{cell.architecture}.toml")
         self._check(run_file(cell, cell.name, "."), [])
         self._check_base(text)
-        file = self._run_file(cell)
-        base = base_folder(self.out, cell)
-        unets = [base] if cell.architecture == DIFFUSION else []
-        _recipe(self.out / "bases" / UNET_FILE, UNET, json.loads, ran=unets)
-        self._trained(base, text, file)
-        return file, base
+        return text
 
     def _check(self, text: str, settings: list[str]) -> None:
         """Raise SpecError for settings that do not fit a run file, before anything is trained."""
@@ -282,20 +298,51 @@ class _Jobs:
     def _place(self, cell: Cell) -> Path:
         return self.out / cell.scale / cell.name
 
+    def all_robustness(self, cells: list[Cell]) -> None:
+        """Attack the protected models of some cells in turn, going on where one cannot be."""
+        for cell in cells:
+            self._base_text(cell)
+        if len(cells) == 1:
+            self.robustness(cells[0])
+            return
+        failed: dict[str, Exception] = {}
+        for cell in cells:
+            work = partial(self.robustness, cell)
+            error = self._tried(work, cell.name, self._robustness_place(cell))
+            if error is not None:
+                failed[cell.name] = error
+        _raise_first(failed, len(cells), "cells")
+
+    def _robustness_place(self, cell: Cell) -> Path:
+        from sophon._grid import ROBUSTNESS
+
+        return self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
+
     def robustness(self, cell: Cell) -> None:
-        """Attack a cell's protected model with the attacks of the robustness tables."""
+        """Attack a cell's protected model with the attacks of the robustness tables.
+
+        Raises CheckpointError where the model was protected otherwise than the settings say.
+        """
         from sophon._files import write_text
-        from sophon._reproduction import read_stored, robustness_attacks, robustness_tables
+        from sophon._reproduction import (
+            read_stored,
+            require_same_protection,
+            robustness_attacks,
+            robustness_tables,
+        )
         from sophon._runs import read_run
 
         file, _ = self._prepared(cell)
-        if not (self._place(cell) / "protected" / "model.safetensors").is_file():
-            self.run(cell)
-        spec = read_run(file, self._of_cells).audit
-        extra = [s.model_dump(mode="json") for s in (*spec.extra, *robustness_attacks(spec))]
-        folder = self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
-        settings = [*self._of_cells, _setting("audit.extra", extra)]
+        run = read_run(file, self._of_cells)
         protected = self._place(cell) / "protected"
+        if (protected / "model.safetensors").is_file():
+            require_same_protection(protected, run.protect)
+        else:
+            self.run(cell)
+        spec = run.audit
+        extra = [s.model_dump(mode="json") for s in (*spec.extra, *robustness_attacks(spec))]
+        folder = self._robustness_place(cell)
+        settings = [*self._of_cells, _setting("audit.extra", extra)]
         self._audit(file, protected, folder / "audit", settings)
         record = read_stored(folder / "audit" / "record.json")
         assert record is not None
@@ -373,8 +420,8 @@ class _Jobs:
 
 @contextmanager
 def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
-    """Keep the reason in `folder`, if it is there by then or is to be made, where work fails; remove
-    the last one where it does not.
+    """Keep the reason for which work fails in `folder`, if that is there by then or is to be made;
+    remove an earlier one where it does not fail.
     """
     from sophon._files import write_text
     from sophon._reproduction import failure_file

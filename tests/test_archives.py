@@ -145,7 +145,7 @@ def test_what_is_not_there_is_named(
     for name, words in {
         "tiny_imagenet20_64": "tiny-imagenet-200.zip",
         "gtsrb10": "benchmark.ini.rub.de",
-        "mnist": "yann.lecun.com",
+        "mnist": "ossci-datasets",
     }.items():
         with pytest.raises(SystemExit, match=words):
             script.main(["--from", str(public), "--to", str(to), name])

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from sophon._grid import (
     ROBUST_CELLS,
     SCALES,
     TRAINING_IMAGES,
+    UNETS,
     Cell,
     cell_of,
     published_of,
@@ -779,6 +781,17 @@ def test_a_model_out_of_reach_is_said_before_images_are_read(
     assert read == []
 
 
+def test_pictures_that_could_not_be_judged_are_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
+    cell = ("reproduce", "ddpm-orl-dos", "--out", tmp_path)
+    assert "pip install 'sophon-protect[quality]'" in command(*cell, fails=2)
+    said = command(*cell, "--set", "audit.samples.count=0", fails=2)
+    assert "cifar100.npz" in said
+
+
 # --- Every paper recipe, on a few images of each data set ----------------------------------------
 
 BRIEF = {
@@ -925,3 +938,69 @@ def test_a_paper_cell_by_hand_with_its_own_architecture(paper_data: Path, tmp_pa
     held = json.loads((tmp_path / "protected" / "model.json").read_text())
     assert held["model"]["name"] == "torchvision:resnet18"
     assert held["protection"]["original"] == "Imagenette:full"
+
+
+# --- Paper cells, briefly, by the command that makes them ----------------------------------------
+
+BRIEF_CELL = {
+    **{key: value for key, value in BRIEF.items() if key != "original.image_size"},
+    "pretrain.steps": 2,
+    "pretrain.every": 1,
+    "pretrain.batch_size": 4,
+    "audit.steps": 2,
+    "audit.evaluations": 2,
+    "audit.batch_size": 4,
+    "audit.seeds": [0],
+    "audit.extra": [],
+}
+
+
+def reproduced_twice(cell: str, out: Path, changed: dict[str, Any]) -> AuditRecord:
+    """Run a paper cell, then again, which must run nothing anew; return its record."""
+    words = ("reproduce", cell, "--scale", "paper", "--out", out, "--quiet", *settings(changed))
+    command(*words)
+    files = [*(out / "bases").rglob("*.safetensors"), *out.rglob("store/trials/*")]
+    assert len(files) > 30
+    before = [path.stat().st_mtime_ns for path in files]
+    command(*words)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    rows = command("reproduce", "--table", "--scale", "paper", "--out", out).splitlines()
+    (row,) = (line for line in rows if line.startswith(f"| {cell} |"))
+    assert "changed: " in row
+    assert "pretrain.steps" in row
+    file = out / "paper" / cell / "audit" / "record.json"
+    return AuditRecord.model_validate_json(file.read_text())
+
+
+@pytest.mark.slow
+def test_a_paper_cell_is_reproduced(paper_data: Path, tmp_path: Path) -> None:
+    assert (paper_data / "imagenette2").is_dir()
+    changed = {
+        **BRIEF_CELL,
+        "original.image_size": 32,
+        "model.pretrained": False,
+        "protect.guard.tolerance_points": 100.0,
+    }
+    record = reproduced_twice("resnet18-mnist-ice", tmp_path, changed)
+    assert record.model == "torchvision:resnet18"
+    assert (record.original.name, record.restricted[0].name) == ("Imagenette:full", "MNIST")
+
+
+@pytest.mark.slow
+def test_a_paper_cell_of_diffusion_is_reproduced(
+    paper_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = json.loads((paper_data / "unet.json").read_text()) | {"sample_size": 32}
+    monkeypatch.setitem(UNETS, "paper", json.dumps(unet))
+    changed = {
+        **BRIEF_CELL,
+        "audit.samples.count": 0,
+        "protect.guard.tolerance_relative": 100.0,
+    }
+    record = reproduced_twice("ddpm-celeba-dos", tmp_path, changed)
+    assert record.task == "denoising"
+    assert (record.original.name, record.restricted[0].name) == ("CIFAR100", "CelebA")
+    # The base knows all timesteps: it is none for a cell of one.
+    alone = settings({**changed, "task.timestep": 1})
+    words = ("reproduce", "ddpm-celeba-dos", "--scale", "paper", "--out", tmp_path, *alone)
+    assert "timestep 1 alone" in command(*words, fails=2)

@@ -35,7 +35,7 @@ from sophon._errors import (
 if TYPE_CHECKING:
     from sophon._grid import Cell, Scale
     from sophon._progress import Mode
-    from sophon._specs import PretrainRunSpec
+    from sophon._specs import PretrainRunSpec, RunSpec
 
 ABLATION = "ablation"
 _TRACEBACK = "traceback.txt"
@@ -222,6 +222,7 @@ class _Jobs:
         from sophon._reproduction import base_folder
 
         text = self._base_text(cell)
+        self._require_pictures(cell)
         file = self._run_file(cell)
         base = base_folder(self.out, cell)
         if cell.architecture == DIFFUSION:
@@ -241,11 +242,25 @@ class _Jobs:
         self._check_base(text)
         return text
 
-    def _check(self, text: str, settings: list[str]) -> None:
-        """Raise SpecError for settings that do not fit a run file, before anything is trained."""
+    def _require_pictures(self, cell: Cell) -> None:
+        """Raise SpecError where the audit of a diffusion model could not judge its pictures."""
+        from sophon._grid import DIFFUSION, run_file
+
+        if cell.architecture != DIFFUSION:
+            return
+        run = self._check(run_file(cell, cell.name, "."), [])
+        if run.audit.samples.count and run.task.timestep is None:
+            from sophon._quality import require_torchmetrics
+
+            require_torchmetrics()
+
+    def _check(self, text: str, settings: list[str]) -> RunSpec:
+        """Return what a run file says with its settings. Raises SpecError, before anything is
+        trained, for settings that do not fit it.
+        """
         from sophon._runs import parse_run
 
-        parse_run(text, [*self._of_cells, *settings], where="--set")
+        return parse_run(text, [*self._of_cells, *settings], where="--set")
 
     def _check_base(self, text: str) -> PretrainRunSpec:
         """Return what the run file of a base says with its settings; raise as `_check`."""

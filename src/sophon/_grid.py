@@ -311,8 +311,8 @@ UNETS: dict[Scale, str] = {
 DIFFUSION = "ddpm"
 FACES: dict[Scale, dict[str, str]] = {
     "paper": {
-        "celeba": f'source = "tree"\nname = "CelebA"\nroot = "{_DATA}/celeba"\nlabels = "none"\n'
-        "image_size = 32",
+        "celeba": f'source = "tree"\nname = "CelebA"\nroot = "{_DATA}/celeba"  # images, and'
+        ' list_eval_partition.txt\nlabels = "none"\nimage_size = 32',
         "ffhq": f'source = "tree"\nname = "FFHQ"\nroot = "{_DATA}/ffhq"\nlabels = "none"\n'
         "image_size = 32",
     },

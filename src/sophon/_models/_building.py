@@ -212,9 +212,10 @@ def _library(name: str) -> Any:
 
 def _require_name(kind: str, name: str) -> None:
     """Raise UnsupportedModelError, with near matches, for a name that timm or torchvision lacks."""
+    if kind == "timm" and _library("timm").is_model(name):
+        return
     known = _names_of(kind)
-    exists = _library("timm").is_model(name) if kind == "timm" else name in known
-    if not exists:
+    if kind == "timm" or name not in known:
         near = [f"{kind}:{found}" for found in known]
         raise UnsupportedModelError(_unknown(f"{kind}:{name}", near))
 

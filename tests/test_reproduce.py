@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import formats
-from sophon._attacks import resolved, strategies_of
+from sophon._attacks import SUITES, resolved, strategies_of
 from sophon._cli import app, reproducing
 from sophon._compatibility import prepare_torchvision
 from sophon._data.splits import stratified
@@ -955,12 +956,20 @@ BRIEF_CELL = {
 }
 
 
+@pytest.fixture
+def two_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave two attacks of `quick-1`: twelve of a network of the paper's size take minutes."""
+    suite = SUITES["quick-1"]
+    few = dataclasses.replace(suite, strategies=suite.strategies[:2])
+    monkeypatch.setitem(SUITES, "quick-1", few)
+
+
 def reproduced_twice(cell: str, out: Path, changed: dict[str, Any]) -> AuditRecord:
     """Run a paper cell, then again, which must run nothing anew; return its record."""
     words = ("reproduce", cell, "--scale", "paper", "--out", out, "--quiet", *settings(changed))
     command(*words)
     files = [*(out / "bases").rglob("*.safetensors"), *out.rglob("store/trials/*")]
-    assert len(files) > 30
+    assert len(files) > 2 * 3
     before = [path.stat().st_mtime_ns for path in files]
     command(*words)
     assert [path.stat().st_mtime_ns for path in files] == before
@@ -973,6 +982,7 @@ def reproduced_twice(cell: str, out: Path, changed: dict[str, Any]) -> AuditReco
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_attacks")
 def test_a_paper_cell_is_reproduced(paper_data: Path, tmp_path: Path) -> None:
     assert (paper_data / "imagenette2").is_dir()
     changed = {
@@ -987,6 +997,7 @@ def test_a_paper_cell_is_reproduced(paper_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_attacks")
 def test_a_paper_cell_of_diffusion_is_reproduced(
     paper_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

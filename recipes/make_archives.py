@@ -2,11 +2,12 @@
 
     python recipes/make_archives.py --from FOLDER --to FOLDER [NAME ...]
 
-Below `--from` lie `cifar-10-batches-py/`, `MNIST/raw/` and `gtsrb/GTSRB/Training/` as torchvision
-keeps them, and `tiny-imagenet-200/` as it is published; NAME is one of cifar10, cifar10_jpeg,
-mnist, gtsrb10 and tiny_imagenet20_64 (all without one). Formats, classes and counts are those of
-the archives behind the published results. Which images are drawn is not: their draw came from other
-copies, so numbers differ within the spread of a draw.
+Below `--from` lie `cifar-10-batches-py/`, `cifar-100-python/`, `MNIST/raw/` and
+`gtsrb/GTSRB/Training/` as torchvision keeps them, `tiny-imagenet-200/` as it is published and
+`orl_faces/s1/1.pgm` to `s40/10.pgm`; NAME is one of cifar10, cifar10_jpeg, mnist, gtsrb10,
+tiny_imagenet20_64, cifar100 and orl_faces64 (all without one). Formats, classes and counts are
+those of the archives behind the published results. Which images are drawn is not: their draw came
+from other copies, so numbers differ within the spread of a draw.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ COUNTS: dict[str, tuple[int, int]] = {
     "mnist": (500, 100),
     "gtsrb10": (250, 50),
     "tiny_imagenet20_64": (250, 50),
+    "cifar100": (50, 10),
+    "orl_faces64": (8, 2),
 }
+PERSONS = 40
 GTSRB = {
     1: "speed limit 30",
     2: "speed limit 50",
@@ -74,6 +78,21 @@ TINY_IMAGENET = {
     "n07873807": "pizza",
     "n09428293": "seashore",
 }
+
+
+# CIFAR-100's superclasses, and the one that each class belongs to.
+COARSE = (
+    "aquatic_mammals fish flowers food_containers fruit_and_vegetables"
+    " household_electrical_devices household_furniture insects large_carnivores"
+    " large_man-made_outdoor_things large_natural_outdoor_scenes"
+    " large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people reptiles"
+    " small_mammals trees vehicles_1 vehicles_2"
+)
+COARSE_OF_FINE = (
+    "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11"
+    " 5 5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16"
+    " 12 9 13 15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
+)
 
 
 def cifar10(root: Path) -> dict[str, Any]:
@@ -157,12 +176,44 @@ def tiny_imagenet20_64(root: Path) -> dict[str, Any]:
     return held
 
 
+def cifar100(root: Path) -> dict[str, Any]:
+    """Return lossless images of CIFAR-100, (n, 32, 32, 3), with the classes' superclasses."""
+    held = _drawn("CIFAR100", root, "cifar100", skipped=(0, 0))
+    held["coarse_of_fine"] = np.array(COARSE_OF_FINE.split(), np.int64)
+    held["coarse_names"] = np.array(COARSE.split())
+    return held
+
+
+def orl_faces64(root: Path) -> dict[str, Any]:
+    """Return the ORL faces, cropped to squares and resized, (n, 64, 64); a person is a class."""
+    random, sizes = _random("orl_faces64"), COUNTS["orl_faces64"]
+    chosen: dict[str, list[list[Path]]] = {"train": [], "test": []}
+    names = [f"s{number}" for number in range(1, PERSONS + 1)]
+    for name in names:
+        folder = root / "orl_faces" / name
+        mixed = list(random.permutation(np.array(sorted(folder.glob("*.pgm")), object)))
+        if len(mixed) < sum(sizes):
+            raise DataError(
+                f"{folder} has {len(mixed)} images (*.pgm) where {sum(sizes)} are needed: get"
+                " att_faces.zip of https://cam-orl.co.uk/facedatabase.html and unpack it there"
+            )
+        chosen["train"].append(mixed[: sizes[0]])
+        chosen["test"].append(mixed[sizes[0] : sum(sizes)])
+    held: dict[str, Any] = {"class_names": np.array(names)}
+    for split, by_class in chosen.items():
+        files, held[f"y_{split}"] = _blocks(by_class, random)
+        held[f"x_{split}"] = np.stack([_face(file) for file in files])
+    return held
+
+
 ARCHIVES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cifar10": cifar10,
     "cifar10_jpeg": cifar10_jpeg,
     "mnist": mnist,
     "gtsrb10": gtsrb10,
     "tiny_imagenet20_64": tiny_imagenet20_64,
+    "cifar100": cifar100,
+    "orl_faces64": orl_faces64,
 }
 
 
@@ -230,6 +281,13 @@ def _sign(file: Path) -> Pixels:
     with Image.open(file) as picture:
         small = picture.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
         return np.asarray(small, np.uint8)
+
+
+def _face(file: Path) -> Pixels:
+    """Return a picture of 92x112 without its first 14 and its last rows, at 64x64."""
+    with Image.open(file) as picture:
+        square = picture.convert("L").crop((0, 14, 92, 106))
+        return np.asarray(square.resize((64, 64), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _jpeg(pixels: Pixels) -> bytes:

@@ -8,7 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from sophon import _ablation
-from sophon._grid import CELLS, UNET, UNET_FILE, base_file, run_file
+from sophon._grid import (
+    CELLS,
+    ROBUST_CELLS,
+    ROBUSTNESS,
+    SCALES,
+    UNET_FILES,
+    UNETS,
+    base_file,
+    cell_of,
+    run_file,
+)
+from sophon._reproduction import robustness_file
 
 HERE = Path(__file__).resolve().parent
 
@@ -23,11 +34,16 @@ def files() -> dict[str, str]:
             (run, run_file(cell, f"recipes/{cell.scale}/{run}", "../../runs/bases")),
         ):
             held.setdefault(f"{cell.scale}/{name}", text)
+    for scale in SCALES:
+        held[f"{scale}/{UNET_FILES[scale]}"] = UNETS[scale]
+        for cell in (cell_of(one, scale) for one in ROBUST_CELLS[scale]):
+            name = f"{scale}/{cell.name}-{ROBUSTNESS}.toml"
+            held[name] = robustness_file(cell, f"recipes/{name}", "../../runs/bases")
     study = {
         "small/base-ablation.toml": _ablation.BASE_FILE,
         "small/ablation.toml": _ablation.run_file("../../runs/bases"),
     }
-    return {**held, **study, f"paper/{UNET_FILE}": UNET}
+    return {**held, **study}
 
 
 def main() -> None:

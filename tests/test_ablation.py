@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from sophon import _ablation
-from sophon._ablation import AXES, BASE, failure_file, results, table, variations
+from sophon._ablation import AXES, BASE, results, table, variations
 from sophon._cli import app, reproducing
 from sophon._errors import IntactnessError
 from sophon._records import Round
+from sophon._reproduction import failure_file
 from sophon._runs import read_run
 
 RUN_FILE = Path(__file__).resolve().parent.parent / "recipes/small/ablation.toml"
@@ -139,7 +140,7 @@ def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Pat
     twice: tuple[Round, ...] = (violated, violated, *kept.rounds)
     worse = dataclasses.replace(kept, rounds=twice)
     assert worse.violations == kept.violations + 2
-    reason = failure_file(folder, AXES["K"][2])
+    reason = failure_file(folder / AXES["K"][2].name)
     reason.parent.mkdir()
     reason.write_text("a loss is not finite\n", encoding="utf-8")
     text = table(folder, held)

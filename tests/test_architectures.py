@@ -201,6 +201,31 @@ def test_the_papers_diffusion_network_learns_from_an_image_of_its_size(tmp_path:
     assert max(norms) > 0
 
 
+@pytest.mark.slow
+def test_the_papers_diffusion_network_at_its_size(tmp_path: Path) -> None:
+    """Protect it for a round, attack it for a step, save it and load it with diffusers alone."""
+    model, fresh = models.resolve_model(ModelSpec(name=f"diffusers:{UNET_FILE}"), base=tmp_path)
+    guard = Guard(tolerance_relative=100.0, every=1)
+    spec = one_round(2).model_copy(update={"suppression": "dos", "guard": guard})
+    run = Protection(
+        model,
+        original=images("kept", 32, 0),
+        restricted=images("refused", 32, 1),
+        task=Denoising(),
+        spec=spec,
+        out=tmp_path / "protected",
+    )
+    assert [held.suppression_gradient_norm > 0 for held in run] == [True]
+    protected = run.result().model
+    assert models.weights_sha256(protected) != models.weights_sha256(model)
+    one_step(protected, model, fresh, run, 2)
+    prepare_torchvision()
+    pipelines: Any = importlib.import_module("diffusers")
+    loaded = pipelines.DDPMPipeline.from_pretrained(tmp_path / "protected", local_files_only=True)
+    assert models.weights_sha256(loaded.unet) == models.weights_sha256(protected)
+    assert loaded.unet.config["attention_head_dim"] is None
+
+
 # --- Narrower layers -------------------------------------------------------------------------
 
 
@@ -239,6 +264,8 @@ def test_arguments_a_network_does_not_take_are_named(
         ("torchvision:vgg17_bn", "torchvision:vgg16_bn"),
         ("torchvision:resnet43", "torchvision:resnet34"),
         ("resnet34", "timm:resnet34, torchvision:resnet34"),
+        ("caformer_m35", "timm:caformer_m36"),
+        ("vgg17_bn", "torchvision:vgg1[69]_bn"),
     ],
 )
 def test_a_name_that_does_not_exist_lists_near_ones(name: str, near: str) -> None:

@@ -33,6 +33,7 @@ from sophon._data import (
     resolve_normalisation,
 )
 from sophon._data.embedded import letters
+from sophon._data.sources import expanded
 from sophon._data.splits import first_per_class, stratified
 from sophon._errors import DataError
 from sophon._specs import DomainSpec
@@ -274,8 +275,14 @@ def test_folder_reads_every_usual_mode(tmp_path: Path, mode: str) -> None:
 def test_paths_expand_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "x.npz", x_train=noise(20, 6, 6), y_train=np.arange(20) % 2)
     monkeypatch.setenv("SOPHON_TEST_FOLDER", str(tmp_path))
-    domain = load_domain(spec(source="npz", path="${SOPHON_TEST_FOLDER}/x.npz"), base=Path("/no"))
+    path = "${SOPHON_TEST_FOLDER}/x.npz"
+    domain = load_domain(spec(source="npz", path=path), base=Path("/no"))
     assert domain.name == "x"
+    # As a shell and `make_archives.py` have it, whatever folder the run file is in.
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setenv("SOPHON_TEST_FOLDER", tmp_path.name)
+    assert load_domain(spec(source="npz", path=path), base=Path("recipes")).name == "x"
+    assert expanded("x/${SOPHON_TEST_FOLDER}", Path("recipes")).parts[0] == "recipes"
 
 
 # --- torchvision: its own classes on tiny files of the real formats ------------------------------

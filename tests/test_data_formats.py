@@ -37,7 +37,7 @@ def load(base: Path, **fields: Any) -> Any:
     return load_domain(DomainSpec(**fields), base=base, role="restricted")
 
 
-def refused(base: Path, *words: str, **fields: Any) -> None:
+def refused(base: Path, *words: str, **fields: Any) -> str:
     with pytest.raises(DataError) as caught:
         load(base, **fields)
     message = str(caught.value)
@@ -45,6 +45,7 @@ def refused(base: Path, *words: str, **fields: Any) -> None:
         assert word in message, message
     assert "\n" not in message
     assert len(message.replace(str(base), "")) < 400
+    return message
 
 
 # --- Trees --------------------------------------------------------------------------------------
@@ -87,22 +88,39 @@ def test_ilsvrc_takes_ten_of_its_classes(tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(again.test.pixels, domain.test.pixels)
 
 
-@pytest.mark.parametrize("partition", [True, False])
+@pytest.mark.parametrize(
+    "listing",
+    ["list_eval_partition.txt", "Eval/list_eval_partition.txt", "list_eval_partition.csv"],
+)
 def test_celeba_is_one_collection_of_faces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str
 ) -> None:
-    formats.write_tree(tmp_path, "CelebA", monkeypatch, partition=partition)
+    formats.write_tree(tmp_path, "CelebA", monkeypatch)
+    text = (tmp_path / "list_eval_partition.txt").read_text()
+    (tmp_path / "list_eval_partition.txt").unlink()
+    (tmp_path / listing).parent.mkdir(exist_ok=True)
+    kaggle = "image_id,partition\n" + text.replace(" ", ",")
+    (tmp_path / listing).write_text(kaggle if listing.endswith("csv") else text)
     contents = read_tree("CelebA", tmp_path, 16)
     assert contents.classes == ("face",)
     sizes = [
         None if part is None else len(part.labels)
         for part in (contents.train, contents.validation, contents.test)
     ]
-    assert sizes == ([8, 4, 4] if partition else [16, None, None])
+    assert sizes == [8, 4, 4]
     assert contents.train.read(np.arange(8)).shape == (8, 16, 16, 3)
     fields: dict[str, Any] = {"source": "tree", "name": "CelebA", "root": ".", "image_size": 16}
     assert load(tmp_path, **fields, labels="none").class_count == 1
     refused(tmp_path, "labels = 'none'", **fields)
+
+
+def test_celeba_without_its_splits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats.write_tree(tmp_path, "CelebA", monkeypatch, partition=False)
+    fields: dict[str, Any] = {"source": "tree", "name": "CelebA", "root": ".", "labels": "none"}
+    words = ("list_eval_partition.txt is missing", "list_eval_partition.csv", "source = 'folder'")
+    refused(tmp_path, *words, **fields)
 
 
 @pytest.mark.parametrize("name", ["FFHQ", "FFHQ:1024px"])
@@ -119,6 +137,12 @@ def test_trees_that_are_not_there_say_what_is_expected_and_how_to_get_it(tmp_pat
     for name, tree in TREES.items():
         source = tree.get.split("https://")[1].split("/")[0].split(" ")[0]
         refused(tmp_path, "expected there", source, source="tree", name=name, root="no")
+    place = "expected there: imagenette2/train/n01440764..n03888257, imagenette2/val/n01440764"
+    said = refused(tmp_path, place, source="tree", name="Imagenette:full", root=".")
+    assert "get imagenette2.tgz of" in said
+    assert "160" not in said
+    (tmp_path / "train").mkdir()
+    refused(tmp_path, "there: train/n0144", source="tree", name="Imagenette:full", root=".")
     refused(tmp_path, "did you mean CINIC10?", source="tree", name="cinic-10", root=".")
     refused(tmp_path, "FFHQ:128px", source="tree", name="FFHQ:64px", root=".")
     refused(tmp_path, "root is missing", source="tree", name="FFHQ")
@@ -195,7 +219,8 @@ def test_images_of_another_variant_are_found_out(
     formats.write_tree(tmp_path, f"Imagenette:{held}", monkeypatch, sizes={"train": 2, "test": 1})
     root = TREES["Imagenette"].variants[held]
     fields: dict[str, Any] = {"source": "tree", "name": f"Imagenette:{asked}", "root": root}
-    refused(tmp_path, *words, "imagenette2-160.tgz", **fields, image_size=16)
+    archive = f"get {TREES['Imagenette'].variants[asked]}.tgz of"
+    refused(tmp_path, *words, archive, **fields, image_size=16)
 
 
 def test_a_folder_with_three_splits_keeps_them_apart(tmp_path: Path) -> None:
@@ -297,6 +322,15 @@ def test_stl_in_the_order_of_cifar(
     for stl, cifar in (("car", 1), ("bird", 2), ("monkey", 6), ("truck", 9)):
         before = own.test.pixels[own.test.labels == STL_NAMES.index(stl)]
         assert torch.equal(mapped.test.pixels[mapped.test.labels == cifar], before)
+
+
+def test_stl_without_its_names_is_refused(
+    tmp_path: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats.write_stl(tmp_path, datasets, monkeypatch)
+    (tmp_path / "stl10_binary" / "class_names.txt").unlink()
+    words = ("class_names.txt is missing", "--set restricted.0.download=true")
+    refused(tmp_path, *words, source="torchvision", name="STL10", root=".")
 
 
 def test_the_orders_of_cifar_and_stl_undo_each_other() -> None:

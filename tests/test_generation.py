@@ -164,6 +164,43 @@ def test_what_protect_writes_loads_with_diffusers_alone(made: Path) -> None:
     assert float(rest[0].split()[-1]) == pytest.approx(total, abs=1e-4)
 
 
+def test_an_export_is_a_pipeline_with_its_verdict_and_no_other_weights(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import ModelCard
+
+    to = tmp_path / "published"
+    result = sophon("export", made / "protected", "--to", to, "--record", made / "audit")
+    assert result.exit_code == 0, result.output
+    # The states to resume from hold the unprotected weights.
+    assert (made / "protected" / "states").is_dir()
+    assert {path.name for path in to.iterdir()} == {
+        "README.md",
+        "model_index.json",
+        "scheduler",
+        "unet",
+    }
+    assert len(list(to.rglob("*.safetensors"))) == 1
+    card = ModelCard.load(to / "README.md")
+    held = card.data.to_dict()
+    record = AuditRecord.model_validate_json((made / "audit" / "record.json").read_text())
+    assert held["sophon"]["verdict"] == report(record).verdict
+    assert (held["library_name"], held["pipeline_tag"]) == (
+        "diffusers",
+        "unconditional-image-generation",
+    )
+    errors = {one.dataset_name: one.metric_value for one in card.data.eval_results}
+    own = next(s.original for s in record.subjects if s.name == "protected")
+    assert own is not None
+    assert errors["low"] == pytest.approx(1 - own.value, abs=1e-6)
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    monkeypatch.chdir(to)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    protected = DenoiserSource(made / "protected").load()
+    assert weights_sha256(found["model"]) == weights_sha256(protected)
+
+
 def test_pretraining_learns_resumes_and_says_where_the_weights_come_from(made: Path) -> None:
     lines = (made / "base" / "stages.jsonl").read_text().splitlines()
     stages = [json.loads(line) for line in lines]

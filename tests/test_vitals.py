@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from builders import original, restricted, setting_of, trained_model
 from records import record
 from sophon._audit import Audit
-from sophon._data import Domain, overlaps_of
+from sophon._data import Domain, overlaps, overlaps_of
 from sophon._models import code_differences, similarity
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
@@ -255,3 +255,24 @@ def test_what_rescaling_brings_back_is_measured() -> None:
     assert flag is not None
     assert "rescaling leaves 2 (norm.weight)" in flag.detail
     assert flag.forbids
+
+
+def test_images_are_compared_some_at_a_time_with_the_same_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 20, 20, 3), dtype=np.uint8)
+    images = Domain.from_arrays("noise", pixels, np.arange(600) % 2).train
+    counts: list[int] = []
+    resized = overlaps._resized
+
+    def counted(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        counts.append(len(grey))
+        return resized(grey, height, width)
+
+    monkeypatch.setattr(overlaps, "_resized", counted)
+    monkeypatch.setattr(overlaps, "_CHUNK", 100)
+    small, thumbnails = overlaps._reduced(images)
+    assert max(counts) == 100
+    grey = images.pixels.float().mean(1, keepdim=True) / 255
+    assert torch.equal(small, resized(grey, 8, 9))
+    assert torch.equal(thumbnails, resized(grey, 16, 16))

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sophon._errors import CheckpointError
 from sophon._records import AuditRecord, Measurement, Round
-from sophon._reproduction import Triple, read_stored, scores_of
+from sophon._reproduction import Triple, failure_of, read_stored, scores_of
 from sophon._specs import Strategy
 from sophon._verdict import DomainSummary, summarise
 
@@ -195,11 +195,6 @@ def results(folder: Path) -> dict[str, Result]:
     return found
 
 
-def failure_file(folder: Path, variation: Variation) -> Path:
-    """Return where the reason is kept for which a run of the study could not be finished."""
-    return folder / variation.name / "failed.txt"
-
-
 def _result(record: AuditRecord, rounds: Path) -> Result:
     try:
         lines = rounds.read_text(encoding="utf-8").splitlines()
@@ -235,9 +230,9 @@ def table(folder: Path, held: dict[str, Result]) -> str:
         for variation in values:
             label = variation.value + ("" if variation.settings else " (base)")
             cells = [axis, label, *_cells(held.get(variation.name))]
-            reason = failure_file(folder, variation)
-            if variation.name not in held and reason.is_file():
-                cells[-1] = "failed: " + reason.read_text(encoding="utf-8").strip()
+            failed = failure_of(folder / variation.name)
+            if variation.name not in held and failed is not None:
+                cells[-1] = failed
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,8 @@
-"""A protected classifier as a folder that the Hugging Face hub, timm and torchvision know, the
-latter two where it is a network of theirs.
+"""A protected model as a folder that the Hugging Face hub knows, and the library of its network.
 
-`config.json`, `model.safetensors` and `README.md`, a model card whose metadata carries the verdict.
-Nothing is uploaded.
+Of a classifier `config.json` and `model.safetensors`, of a diffusion model the pipeline of
+diffusers with its parts; and `README.md`, a model card whose metadata carries the verdict. States
+to resume from hold the unprotected weights and stay behind. Nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -19,32 +19,41 @@ from typing import Any
 from torch import nn
 
 from sophon._checkpoints import require_recorded, save_tensors
-from sophon._errors import AuditError, CheckpointError, SpecError, UnsupportedModelError
+from sophon._errors import AuditError, CheckpointError, SpecError
 from sophon._files import read_json, require_writable, write_text
 from sophon._metric_kinds import kind_of_record
-from sophon._models import DIFFUSERS, head_classes, resolve_model, weights_sha256
+from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
 from sophon._records import AuditRecord
 from sophon._report import Report, report
 from sophon._specs import ModelSpec, parse_spec
 
 FILES = ("config.json", "model.safetensors", "README.md")
+_INDEX, _UNET_WEIGHTS = "model_index.json", "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A protected checkpoint: its network, its model and what `model.json` says of it."""
+    """A protected checkpoint: its network, its model and what `model.json` says of it.
+
+    `pipeline` is its folder where it is a diffusion model, which has no classes.
+    """
 
     network: ModelSpec
     model: nn.Module
     protection: dict[str, Any]
     classes: int
+    pipeline: Path | None = None
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What `model_index.json` of the pipeline says; of a classifier nothing."""
+        return {} if self.pipeline is None else read_json(self.pipeline / _INDEX)
 
 
 def load_protected(folder: Path) -> Exported:
     """Return the checkpoint in `folder`, as `sophon protect --out` wrote it.
 
-    Raises CheckpointError where there is none or it was changed, UnsupportedModelError for a
-    diffusion model, whose folder is a diffusers pipeline already.
+    Raises CheckpointError where there is none, it was changed or parts of a pipeline are missing.
     """
     file = folder / "model.safetensors"
     if not file.is_file():
@@ -57,13 +66,13 @@ def load_protected(folder: Path) -> Exported:
             " or with model_spec="
         )
     network = parse_spec(ModelSpec, held["model"], where=str(folder / "model.json"))
-    if network.name.startswith(DIFFUSERS):
-        raise UnsupportedModelError(
-            f"{folder} is a diffusion model and a pipeline of diffusers already: publish the folder"
-        )
     if not held.get("protection"):
         raise CheckpointError(f"{folder} is not protected: name a folder of `sophon protect`")
+    if network.name.startswith(DIFFUSERS):
+        require_parts(folder)
     model, _ = resolve_model(ModelSpec(name=str(folder.absolute())), base=Path())
+    if network.name.startswith(DIFFUSERS):
+        return Exported(network, model, held["protection"], 0, folder)
     head: str = held["protection"]["head"]
     return Exported(network, model, held["protection"], head_classes(model, head))
 
@@ -79,12 +88,32 @@ def export(folder: Path, to: Path, record: AuditRecord | None = None) -> tuple[P
     source = load_protected(folder)
     if record is not None:
         _require_same_weights(source, record, folder)
-    texts = {"config.json": _config(source), "README.md": model_card(source, record)}
+    texts = {"README.md": model_card(source, record)}
+    if source.pipeline is None:
+        texts["config.json"] = _config(source)
     require_writable(to)
-    save_tensors(to / "model.safetensors", source.model.state_dict())
+    names: tuple[str, ...] = FILES
+    if source.pipeline is None:
+        save_tensors(to / "model.safetensors", source.model.state_dict())
+    else:
+        names = (*_copied_pipeline(source, source.pipeline, to), "README.md")
     for name, text in texts.items():
         write_text(to / name, text)
-    return tuple(to / name for name in FILES)
+    return tuple(to / name for name in names)
+
+
+def _copied_pipeline(source: Exported, folder: Path, to: Path) -> tuple[str, ...]:
+    """Copy the parts that the pipeline's index names, and the index, to `to`; return their names.
+
+    The U-Net's weights are those that were checked.
+    """
+    parts = [n for n, one in source.index.items() if isinstance(one, list) and one[0] is not None]
+    for part in parts:
+        leave = shutil.ignore_patterns("*.safetensors", "*.bin") if part == "unet" else None
+        shutil.copytree(folder / part, to / part, ignore=leave)
+    save_tensors(to / "unet" / _UNET_WEIGHTS, source.model.state_dict())
+    shutil.copyfile(folder / _INDEX, to / _INDEX)
+    return (_INDEX, *parts)
 
 
 def _require_same_weights(source: Exported, record: AuditRecord, folder: Path) -> None:
@@ -152,21 +181,33 @@ def model_card(source: Exported, record: AuditRecord | None) -> str:
             "the model card needs huggingface_hub: pip install 'sophon-protect[vision]'"
         ) from None
     library = source.network.name.partition(":")[0]
-    name = source.network.name.partition(":")[2] or library
     made = None if record is None else report(record)
-    results = [] if made is None else _results(hub, made)
+    results = [] if made is None else _results(hub, made, _kind_of_task(source))
     data = hub.ModelCardData(
-        library_name=library if library in ("timm", "torchvision") else "pytorch",
-        pipeline_tag="image-classification",
+        library_name=library if library in ("timm", "torchvision", "diffusers") else "pytorch",
+        pipeline_tag=_kind_of_task(source),
         tags=["sophon", "non-fine-tunable-learning"],
-        model_name=f"{name}, protected against fine-tuning",
+        model_name=f"{_name(source).rpartition(':')[2]}, protected against fine-tuning",
         eval_results=results or None,
         sophon=_metadata(source, made),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{_body(source, made)}\n"
 
 
-def _results(hub: Any, made: Report) -> list[Any]:
+def _name(source: Exported) -> str:
+    """Return what the network is called: a diffusion model's is its class in diffusers."""
+    return f"{DIFFUSERS}{source.index['unet'][1]}" if source.index else source.network.name
+
+
+def _kind_of_task(source: Exported) -> str:
+    """Return the task as the hub names it."""
+    if not source.index:
+        return "image-classification"
+    prompted = "text_encoder" in source.index
+    return "text-to-image" if prompted else "unconditional-image-generation"
+
+
+def _results(hub: Any, made: Report, task: str) -> list[Any]:
     """Return one result per number: the original task, and the best attack on each domain."""
     record, kind = made.record, kind_of_record(made.record)
     scores = {subject.name: subject.original for subject in record.subjects}
@@ -180,13 +221,14 @@ def _results(hub: Any, made: Report) -> list[Any]:
             found.append((what, summary.domain.name, subject.test.value))
     return [
         hub.EvalResult(
-            task_type="image-classification",
+            task_type=task,
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split="test",
             metric_type=kind.name,
             metric_name=f"{kind.noun} ({what})",
-            metric_value=round(value, 6),
+            # An error is kept as 1 minus it.
+            metric_value=round(value if kind.higher_is_better else 1 - value, 6),
         )
         for what, dataset, value in found
     ]
@@ -216,13 +258,14 @@ def _body(source: Exported, made: Report | None) -> str:
     protection = source.protection
     refused = ", ".join(protection.get("restricted", ())) or "unnamed domains"
     kept = protection.get("original", "its original task")
-    alone = source.network.name.startswith(("timm:", "torchvision:"))
+    alone = source.network.name.startswith(("timm:", "torchvision:", DIFFUSERS))
     how = "without Sophon" if alone else "with Sophon (`pip install sophon-protect`)"
+    name, classes = _name(source), "" if source.index else f" with {source.classes} classes"
     lines = [
-        f"# {source.network.name}, protected against fine-tuning",
+        f"# {name}, protected against fine-tuning",
         "",
-        f"The weights of `{source.network.name}` with {source.classes} classes keep {kept} and are"
-        f" meant to be hard to fine-tune into {refused}. They load {how}:",
+        f"The weights of `{name}`{classes} keep {kept} and are meant to be hard to fine-tune into"
+        f" {refused}. They load {how}:",
         "",
         "```python",
         *_usage(source),
@@ -238,6 +281,12 @@ def _body(source: Exported, made: Report | None) -> str:
 def _usage(source: Exported) -> list[str]:
     """Return the lines of code that give the `model`, run in the exported folder."""
     library, _, name = source.network.name.partition(":")
+    if source.index:
+        return [
+            "from diffusers import DiffusionPipeline",
+            'pipeline = DiffusionPipeline.from_pretrained(".")',
+            "model = pipeline.unet",
+        ]
     if library == "timm":
         channels = source.network.in_channels
         wanted = {} if channels == 3 else {"in_chans": channels}

@@ -379,9 +379,14 @@ def _torchmetrics(name: str) -> Any:
 # --- Distances -------------------------------------------------------------------------------
 
 
+def require_torchmetrics() -> None:
+    """Raise SpecError where torchmetrics is not installed: distances of pictures need it."""
+    _torchmetrics("torchmetrics")
+
+
 def check_quality(spec: SampleSpec, domains: Iterable[Domain]) -> None:
     """Raise SpecError or DataError unless there are enough samples and images for KID."""
-    _torchmetrics("torchmetrics")
+    require_torchmetrics()
     # Of less than half the spread over subsets is that of the whole estimate, or more; larger
     # subsets are all alike, and a verdict would rest on no spread.
     needed = max(2 * spec.kid_subset, spec.neighbours + 2)

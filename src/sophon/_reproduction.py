@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from sophon._grid import (
     Cell,
     Published,
     Scale,
+    base_file,
+    base_name,
     published_of,
     robustness,
     run_file,
@@ -69,13 +74,29 @@ def record_file(out: Path, cell: Cell) -> Path:
     return out / cell.scale / cell.name / "audit" / "record.json"
 
 
-def read_measured(file: Path, cell: Cell) -> Measured | None:
-    """Return what a cell's stored record says, None where there is none.
+def failure_file(folder: Path) -> Path:
+    """Return where the reason is kept for which what runs in `folder` could not be finished."""
+    return folder / "failed.txt"
+
+
+def failure_of(folder: Path) -> str | None:
+    """Return why what runs in `folder` could not be finished, fit for a table; None: nothing says
+    so.
+    """
+    file = failure_file(folder)
+    if not file.is_file():
+        return None
+    reason = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
+    return f"failed: {reason}".replace("|", "\\|")
+
+
+def read_measured(out: Path, cell: Cell) -> Measured | None:
+    """Return what a cell's stored record below `out` says, None where there is none.
 
     Raises CheckpointError for a damaged one.
     """
-    record = read_stored(file)
-    return None if record is None else measured(record, cell)
+    record = read_stored(record_file(out, cell))
+    return None if record is None else measured(record, cell, base_folder(out, cell))
 
 
 def read_stored(file: Path) -> AuditRecord | None:
@@ -90,8 +111,10 @@ def read_stored(file: Path) -> AuditRecord | None:
         ) from None
 
 
-def measured(record: AuditRecord, cell: Cell) -> Measured:
-    """Return the numbers of a record's first restricted domain, and how it differs from `cell`."""
+def measured(record: AuditRecord, cell: Cell, base: Path | None = None) -> Measured:
+    """Return the numbers of a record's first restricted domain, and how it differs from `cell`,
+    whose model of the original task is in `base`.
+    """
     summaries = summarise(record)
     first = summaries[0]
     scores = {subject.name: subject.original for subject in record.subjects}
@@ -106,7 +129,7 @@ def measured(record: AuditRecord, cell: Cell) -> Measured:
         worst=tuple(s.test.value if s is not None and s.test is not None else None for s in worst),
         verdict=overall(summaries).text,
         seeds=len(record.seeds),
-        changes=changes_of(record, cell),
+        changes=changes_of(record, cell, base),
     )
 
 
@@ -148,33 +171,83 @@ def _of(trial: Trial, attack: Strategy) -> bool:
 _OWN_SIDE = 32
 
 
-def changes_of(record: AuditRecord, cell: Cell) -> tuple[str, ...]:
+def changes_of(record: AuditRecord, cell: Cell, base: Path | None = None) -> tuple[str, ...]:
     """Return the keys in which a record was not run as the cell says, such as `audit.steps`.
 
-    Of a domain the record tells its name, its size and how many images it is trained on.
+    Of a domain the record tells its name, its size and how many images it is trained on; of what
+    else was changed it tells the command. `base` is the folder of the model of the original task,
+    whose training is compared with the cell's where it is there. Raises CheckpointError where its
+    description is damaged.
     """
     wanted = parse_spec(RunSpec, tomllib.loads(run_file(cell, cell.name, ".")), where=cell.name)
     found = [] if record.model == _named(wanted.model) else ["model.name"]
     if record.task != wanted.task.name:
         found.append("task.name")
+    if _timestep(record.task_name) != wanted.task.timestep:
+        found.append("task.timestep")
     found += _domain_changes("original", (record.original,), (wanted.original,))
     found += _domain_changes("restricted", record.restricted, wanted.restricted)
     for role, added in (("held_out", record.held_out), ("benign", record.benign)):
         found += [role] if added else []
     held = (record.protection or {}).get("spec")
-    found += _differing("protect", _completed(held), _plain(wanted.protect))
+    found += _differing("protect", _completed(ProtectSpec, held), _plain(wanted.protect))
     found += _differing("audit", _plain(record.spec), _plain(resolved(wanted.audit)))
-    return tuple(found)
+    found += _set_in(record.command)
+    if base is not None and (base / BASE_DONE).is_file():
+        found += _training_changes(base, cell)
+    return tuple(dict.fromkeys(found))
 
 
-def _plain(spec: AuditSpec | ProtectSpec) -> dict[str, Any]:
+def _timestep(task_name: str) -> int | None:
+    """Return the only timestep of a diffusion task, from its name in a record; None: all."""
+    found = re.search(r"\btimestep (\d+) alone\b", task_name)
+    return int(found.group(1)) if found else None
+
+
+def _set_in(command: str) -> list[str]:
+    """Return the keys that a command sets and that no value in the record tells of.
+
+    Where images and published weights lie is no change.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return []
+    given = [word for option, word in itertools.pairwise(words) if option == "--set"]
+    given += [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    keys = [key_of(one) for one in given]
+    return [
+        key
+        for key in keys
+        if key.partition(".")[0] not in ("audit", "protect")
+        and key.rpartition(".")[2] not in ("root", "path", "download")
+        and key not in OF_BASE
+    ]
+
+
+def key_of(setting: str) -> str:
+    """Return the key of a `key=value`."""
+    return ".".join(part.strip() for part in setting.partition("=")[0].split("."))
+
+
+def _training_changes(base: Path, cell: Cell) -> list[str]:
+    """Return the keys in which the model in `base` was not trained as the cell says."""
+    wanted = parse_spec(PretrainRunSpec, tomllib.loads(base_file(cell, "")), where=cell.name)
+    held = _trained_as(base)
+    found = _differing("pretrain", _completed(PretrainSpec, held["spec"]), _plain(wanted.pretrain))
+    if _timestep(held["identity"].get("task", "")) != wanted.task.timestep:
+        found.append("task.timestep")
+    return found
+
+
+def _plain(spec: AuditSpec | ProtectSpec | PretrainSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
-def _completed(held: Any) -> Any:
-    """Return a stored protection's specification with what later versions added to it."""
+def _completed(kind: type[ProtectSpec] | type[PretrainSpec], held: Any) -> Any:
+    """Return a stored specification with what later versions added to it."""
     try:
-        return _plain(parse_spec(ProtectSpec, held, where="protection"))
+        return _plain(parse_spec(kind, held, where="stored"))
     except SpecError:
         return held
 
@@ -213,11 +286,28 @@ def _differing(path: str, held: Any, wanted: Any) -> list[str]:
 # --- The model of the original task ------------------------------------------------------------
 
 BASE_DONE = "pretraining.json"
+# They say where the original task's model comes from; the cell's own comes from its folder.
+OF_BASE = ("model.weights", "model.pretrained")
+
+
+def base_folder(out: Path, cell: Cell) -> Path:
+    """Return where `sophon reproduce --out` keeps the model that a cell protects."""
+    return out / "bases" / base_name(cell)
+
+
+def _trained_as(folder: Path) -> dict[str, Any]:
+    """Return what is kept of the training of the model in `folder`."""
+    held = read_json(folder / BASE_DONE)
+    if not all(isinstance(held.get(key), dict) for key in ("spec", "identity")):
+        raise CheckpointError(
+            f"{folder / BASE_DONE} is damaged: delete {folder} and repeat the command"
+        )
+    return held
 
 
 def require_same_base(folder: Path, wanted: PretrainRunSpec) -> None:
     """Raise CheckpointError unless the model in `folder` was trained as `wanted` says."""
-    held = read_json(folder / BASE_DONE)
+    held = _trained_as(folder)
     model = read_json(folder / "model.json").get("model") or {}
     pairs = {
         **_values("pretrain", held["spec"], wanted.pretrain, PretrainSpec),
@@ -236,13 +326,32 @@ def require_same_base(folder: Path, wanted: PretrainRunSpec) -> None:
         )
 
 
-def require_same_images(folder: Path, fingerprint: str) -> None:
-    """Raise CheckpointError unless the model in `folder` was trained on images of `fingerprint`."""
-    held = read_json(folder / BASE_DONE)
-    if held["identity"]["domains"] != fingerprint:
+def require_same_training(folder: Path, fingerprint: str, task: str) -> None:
+    """Raise CheckpointError unless the model in `folder` was trained on images of `fingerprint`,
+    and for the task of that name: a diffusion model's says its timesteps and its schedule.
+    """
+    held = _trained_as(folder)
+    trained = held["identity"].get("task")
+    if trained != task:
+        raise CheckpointError(
+            f"{folder} was trained for {trained}, not for {task}: give another --out, or repeat the"
+            " same --set"
+        )
+    if held["identity"].get("domains") != fingerprint:
         raise CheckpointError(
             f"{folder} was trained on other images of {held['original']!r} than this run's: give"
             " another --out, or repeat the same --set"
+        )
+
+
+def require_same_protection(folder: Path, wanted: ProtectSpec) -> None:
+    """Raise CheckpointError unless the model in `folder` was protected as `wanted` says."""
+    held = read_json(folder / "model.json").get("protection") or {}
+    found = _differing("protect", _completed(ProtectSpec, held.get("spec")), _plain(wanted))
+    if found:
+        raise CheckpointError(
+            f"{folder} was protected with other {', '.join(found[:3])}: give another --out, or"
+            " repeat the same --set"
         )
 
 
@@ -274,23 +383,24 @@ def table(out: Path, scale: Scale) -> str:
     rows = [HEADER, "|---|---|---|---|---|---|---|---|"]
     for cell in cells:
         try:
-            held = read_measured(record_file(out, cell), cell)
+            held = read_measured(out, cell)
         except CheckpointError as error:
             rows.append(row(cell, None, notes, verdict=f"unreadable: {error}"))
         else:
-            rows.append(row(cell, held, notes))
+            failed = failure_of(record_file(out, cell).parent.parent) if held is None else None
+            rows.append(row(cell, held, notes, verdict=failed or EMPTY))
     return "\n".join([*rows, "", *(f"[{number}] {text}" for text, number in notes.items())])
 
 
 def state(out: Path, cell: Cell) -> str:
-    """Return what `--list` says of a cell: not run, measured, changed or unreadable."""
+    """Return what `--list` says of a cell: measured, changed, unreadable, not run, or failed."""
     try:
         record = read_stored(record_file(out, cell))
+        if record is None:
+            return failure_of(record_file(out, cell).parent.parent) or "not run"
+        return "changed" if changes_of(record, cell, base_folder(out, cell)) else "measured"
     except CheckpointError:
         return "unreadable"
-    if record is None:
-        return "not run"
-    return "changed" if changes_of(record, cell) else "measured"
 
 
 def _notes(cells: list[Cell]) -> dict[str, int]:
@@ -349,6 +459,14 @@ def _triple(values: list[str]) -> str:
 
 
 # --- Robustness --------------------------------------------------------------------------------
+
+
+def robustness_file(cell: Cell, recipe: str, bases: str) -> str:
+    """Return the run file that attacks a cell's protected model with the robustness tables'
+    attacks; see `run_file`.
+    """
+    spec = parse_spec(RunSpec, tomllib.loads(run_file(cell, recipe, bases)), where=cell.name)
+    return run_file(cell, recipe, bases, robustness_attacks(spec.audit))
 
 
 def robustness_attacks(spec: AuditSpec) -> tuple[Strategy, ...]:

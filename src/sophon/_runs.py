@@ -24,6 +24,7 @@ from sophon._models import (
     architecture,
     denoiser_name,
     diffusers,
+    require_model,
     resolve_model,
 )
 from sophon._setting import Setting, make_setting
@@ -181,12 +182,10 @@ def load_pretraining(path: Path, settings: list[str] | None, threads: int | None
     return _case(spec, path.parent, {"restricted": ()}, threads)
 
 
-def require_data(path: Path, settings: list[str] | None) -> None:
-    """Raise DataError unless the domains of the run in `path` can be loaded."""
-    spec = read_run(path, settings)
-    for role, chosen in (("original", (spec.original,)), ("restricted", spec.restricted)):
-        for one in chosen:
-            load_domain(one, base=path.parent, role=role)
+def require_restricted(path: Path, settings: list[str] | None) -> None:
+    """Raise DataError unless the restricted domains of the run in `path` can be loaded."""
+    for one in read_run(path, settings).restricted:
+        load_domain(one, base=path.parent, role="restricted")
 
 
 def _case(
@@ -197,16 +196,18 @@ def _case(
 ) -> Case:
     if threads is not None:
         torch.set_num_threads(threads)
-    original = load_domain(spec.original, base=base, role="original")
-    several = {
-        role: tuple(load_domain(s, base=base, role=role) for s in chosen)
-        for role, chosen in wanted.items()
-    }
+    # What takes no time goes first: images may take minutes to decode.
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
     if located.name.startswith(DIFFUSERS):
         network = network.model_copy(update={"name": located.name})
     source = _denoiser_of(spec.task, network)
+    require_model(located, base=base)
+    original = load_domain(spec.original, base=base, role="original")
+    several = {
+        role: tuple(load_domain(s, base=base, role=role) for s in chosen)
+        for role, chosen in wanted.items()
+    }
     if source is not None and source.pipeline is not None and source.conditional:
         flat = [original, *(domain for domains in several.values() for domain in domains)]
         shared = iter(share_prompts(flat))

@@ -1,4 +1,4 @@
-"""`sophon export`: a protected model as a folder for the hub, timm or torchvision."""
+"""`sophon export`: a protected model as a folder for the hub, timm, torchvision or diffusers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def export(
 ) -> None:
     """Write a folder to publish, its model card with the verdict.
 
-    It holds config.json, model.safetensors and README.md, which says how to load it; nothing is
-    uploaded. A network of timm or torchvision loads without sophon, one of sophon's own with it.
+    It holds config.json and model.safetensors, or of a diffusion model the pipeline's parts, and
+    README.md, which says how to load it; nothing is uploaded. A network of timm, torchvision or
+    diffusers loads without sophon, one of sophon's own with it.
     """
     from sophon._export import export as write
     from sophon._runs import require_place

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tomllib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,13 +35,10 @@ from sophon._errors import (
 if TYPE_CHECKING:
     from sophon._grid import Cell, Scale
     from sophon._progress import Mode
-    from sophon._specs import PretrainRunSpec
+    from sophon._specs import PretrainRunSpec, RunSpec
 
-ROBUSTNESS, ABLATION = "robustness", "ablation"
+ABLATION = "ablation"
 _TRACEBACK = "traceback.txt"
-# They say where the original task's model comes from; the cell's own comes from its folder.
-_OF_BASE = ("model.weights", "model.pretrained")
-_ROBUST_CELL = {"small": "resnet18-gtsrb-klu", "paper": "vgg-cifar10-ice"}
 
 
 @app.command(
@@ -84,7 +82,11 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     ] = False,
     of: Annotated[
         str | None,
-        typer.Option("--of", metavar="CELL", help="Whose protected model `robustness` attacks."),
+        typer.Option(
+            "--of",
+            metavar="CELL",
+            help="Whose protected model `robustness` attacks; default: one cell of each mode.",
+        ),
     ] = None,
     settings: Settings = None,
     quiet: Quiet = False,
@@ -98,7 +100,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of the original task is trained first if it is missing. `--set` changes the cell, and
     is then no longer the cell of that name: give another --out.
     """
-    from sophon._grid import CELLS, SCALES, cell_of
+    from sophon._grid import CELLS, ROBUST_CELLS, ROBUSTNESS, SCALES, cell_of
     from sophon._runs import require_place
 
     if scale not in (None, *SCALES):
@@ -113,7 +115,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     require_place(out)
     jobs = _Jobs(out, settings, mode_of(quiet, False), threads, workers)
     if cell == ROBUSTNESS:
-        jobs.robustness(cell_of(of or _ROBUST_CELL[size], size))
+        names = ROBUST_CELLS[size] if of is None else (of,)
+        jobs.all_robustness([cell_of(name, size) for name in names])
     elif cell == ABLATION:
         jobs.ablation()
     elif cell == "all":
@@ -132,6 +135,8 @@ def _require_consistent(
     settings: list[str] | None,
 ) -> None:
     """Raise SpecError for options that exclude each other, or that would do nothing."""
+    from sophon._grid import ROBUSTNESS
+
     shows = "--list" if listed else "--table"
     if listed and table:
         raise SpecError("--list and --table: give one of them")
@@ -181,25 +186,31 @@ class _Jobs:
         threads: int | None,
         workers: int,
     ) -> None:
-        self.out, self.settings, self.mode = out, settings, mode
+        self.out, self.mode = out, mode
+        self.settings = [_from_here(one) for one in settings or ()]
         self.threads, self.workers = threads, workers
 
     @property
     def _of_cells(self) -> list[str]:
         """The settings that concern a cell; where its base comes from is the base's affair."""
-        return [one for one in self.settings or () if _key(one) not in _OF_BASE]
+        from sophon._reproduction import OF_BASE, key_of
+
+        return [one for one in self.settings if key_of(one) not in OF_BASE]
 
     @property
     def _of_bases(self) -> list[str]:
         """The settings that concern the training of the original task."""
+        from sophon._reproduction import key_of
+
         parts = ("original", "model", "pretrain", "task")
-        return [one for one in self.settings or () if _key(one).partition(".")[0] in parts]
+        return [one for one in self.settings if key_of(one).partition(".")[0] in parts]
 
     def run(self, cell: Cell) -> None:
         """Run a cell from where it stopped."""
         self._announce(f"{cell.name} ({cell.scale})")
-        file, base = self._prepared(cell)
-        self._protected_and_audited(file, file.parent, base, [])
+        with _failure_kept(self._place(cell)):
+            file, base = self._prepared(cell)
+            self._protected_and_audited(file, file.parent, base, [])
 
     def _prepared(self, cell: Cell) -> tuple[Path, Path]:
         """Return a cell's run file and the folder of its base, which is trained if it is missing.
@@ -207,23 +218,49 @@ class _Jobs:
         Raises SpecError or CheckpointError before anything is trained where the settings do not fit
         or something else was run there.
         """
-        from sophon._grid import DIFFUSION, UNET, UNET_FILE, base_file, base_name, run_file
+        from sophon._grid import DIFFUSION, UNET_FILES, UNETS
+        from sophon._reproduction import base_folder
+
+        text = self._base_text(cell)
+        self._require_pictures(cell)
+        file = self._run_file(cell)
+        base = base_folder(self.out, cell)
+        if cell.architecture == DIFFUSION:
+            unet = self.out / "bases" / UNET_FILES[cell.scale]
+            _recipe(unet, UNETS[cell.scale], json.loads, ran=[base])
+        self._trained(base, text, file)
+        return file, base
+
+    def _base_text(self, cell: Cell) -> str:
+        """Return the run file of a cell's base. Raises SpecError for settings that do not fit it or
+        the cell's.
+        """
+        from sophon._grid import base_file, run_file
 
         text = base_file(cell, f"recipes/{cell.scale}/base-{cell.architecture}.toml")
         self._check(run_file(cell, cell.name, "."), [])
         self._check_base(text)
-        file = self._run_file(cell)
-        base = self.out / "bases" / base_name(cell)
-        unets = [base] if cell.architecture == DIFFUSION else []
-        _recipe(self.out / "bases" / UNET_FILE, UNET, json.loads, ran=unets)
-        self._trained(base, text, file)
-        return file, base
+        return text
 
-    def _check(self, text: str, settings: list[str]) -> None:
-        """Raise SpecError for settings that do not fit a run file, before anything is trained."""
+    def _require_pictures(self, cell: Cell) -> None:
+        """Raise SpecError where the audit of a diffusion model could not judge its pictures."""
+        from sophon._grid import DIFFUSION, run_file
+
+        if cell.architecture != DIFFUSION:
+            return
+        run = self._check(run_file(cell, cell.name, "."), [])
+        if run.audit.samples.count and run.task.timestep is None:
+            from sophon._quality import require_torchmetrics
+
+            require_torchmetrics()
+
+    def _check(self, text: str, settings: list[str]) -> RunSpec:
+        """Return what a run file says with its settings. Raises SpecError, before anything is
+        trained, for settings that do not fit it.
+        """
         from sophon._runs import parse_run
 
-        parse_run(text, [*self._of_cells, *settings], where="--set")
+        return parse_run(text, [*self._of_cells, *settings], where="--set")
 
     def _check_base(self, text: str) -> PretrainRunSpec:
         """Return what the run file of a base says with its settings; raise as `_check`."""
@@ -239,12 +276,12 @@ class _Jobs:
         self, file: Path, folder: Path, base: Path, settings: list[str]
     ) -> None:
         """Run a protection and its audit in `folder`, from where they stopped."""
-        from sophon._reproduction import require_same_images
+        from sophon._reproduction import require_same_training
         from sophon._runs import load
 
         settings = [*self._of_cells, *settings]
         case = load(file, settings, self.threads)
-        require_same_images(base, case.original.fingerprint())
+        require_same_training(base, case.original.fingerprint(), case.task.name)
         result = run_protection(case, folder / "protected", self.mode)
         show_protected(result, folder / "protected", self.mode)
         self._audit(file, folder / "protected", folder / "audit", settings)
@@ -264,9 +301,9 @@ class _Jobs:
 
         kept = folder / _TRACEBACK
         try:
-            work()
+            with _failure_kept(folder, make=True):
+                work()
         except Exception as error:  # noqa: BLE001 - the others are still to be run
-            folder.mkdir(parents=True, exist_ok=True)
             write_text(kept, traceback.format_exc())
             typer.echo(f"{name}: {_said(error)} (see {kept})", err=True)
             return error
@@ -276,20 +313,51 @@ class _Jobs:
     def _place(self, cell: Cell) -> Path:
         return self.out / cell.scale / cell.name
 
+    def all_robustness(self, cells: list[Cell]) -> None:
+        """Attack the protected models of some cells in turn, going on where one cannot be."""
+        for cell in cells:
+            self._base_text(cell)
+        if len(cells) == 1:
+            self.robustness(cells[0])
+            return
+        failed: dict[str, Exception] = {}
+        for cell in cells:
+            work = partial(self.robustness, cell)
+            error = self._tried(work, cell.name, self._robustness_place(cell))
+            if error is not None:
+                failed[cell.name] = error
+        _raise_first(failed, len(cells), "cells")
+
+    def _robustness_place(self, cell: Cell) -> Path:
+        from sophon._grid import ROBUSTNESS
+
+        return self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
+
     def robustness(self, cell: Cell) -> None:
-        """Attack a cell's protected model with the attacks of the robustness tables."""
+        """Attack a cell's protected model with the attacks of the robustness tables.
+
+        Raises CheckpointError where the model was protected otherwise than the settings say.
+        """
         from sophon._files import write_text
-        from sophon._reproduction import read_stored, robustness_attacks, robustness_tables
+        from sophon._reproduction import (
+            read_stored,
+            require_same_protection,
+            robustness_attacks,
+            robustness_tables,
+        )
         from sophon._runs import read_run
 
         file, _ = self._prepared(cell)
-        if not (self._place(cell) / "protected" / "model.safetensors").is_file():
-            self.run(cell)
-        spec = read_run(file, self._of_cells).audit
-        extra = [s.model_dump(mode="json") for s in (*spec.extra, *robustness_attacks(spec))]
-        folder = self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
-        settings = [*self._of_cells, _setting("audit.extra", extra)]
+        run = read_run(file, self._of_cells)
         protected = self._place(cell) / "protected"
+        if (protected / "model.safetensors").is_file():
+            require_same_protection(protected, run.protect)
+        else:
+            self.run(cell)
+        spec = run.audit
+        extra = [s.model_dump(mode="json") for s in (*spec.extra, *robustness_attacks(spec))]
+        folder = self._robustness_place(cell)
+        settings = [*self._of_cells, _setting("audit.extra", extra)]
         self._audit(file, protected, folder / "audit", settings)
         record = read_stored(folder / "audit" / "record.json")
         assert record is not None
@@ -318,10 +386,6 @@ class _Jobs:
             place, settings = folder / variation.name, list(variation.settings)
             work = partial(self._protected_and_audited, file, place, base, settings)
             error = self._tried(work, variation.name, place)
-            reason = study.failure_file(folder, variation)
-            reason.unlink(missing_ok=True)
-            if error is not None:
-                write_text(reason, f"{_said(error)}\n")
             # Weights that never meet the tolerance, or diverge, are what the study is to find out.
             if error is not None and not isinstance(error, IntactnessError | NonFiniteError):
                 failed[variation.name] = error
@@ -357,16 +421,35 @@ class _Jobs:
         Raises CheckpointError where `folder` holds a model trained otherwise.
         """
         from sophon._reproduction import BASE_DONE, require_same_base
-        from sophon._runs import load_pretraining, require_data
+        from sophon._runs import load_pretraining, require_restricted
 
         wanted = self._check_base(text)
         file = _recipe(folder.with_name(f"{folder.name}.toml"), text, _of_base, ran=[folder])
         if (folder / BASE_DONE).is_file() and (folder / "model.safetensors").is_file():
             require_same_base(folder, wanted)
             return
-        require_data(cell, self._of_cells)
         case = load_pretraining(file, self._of_bases, self.threads)
+        require_restricted(cell, self._of_cells)
         show_pretrained(run_pretraining(case, folder, self.mode), folder, self.mode)
+
+
+@contextmanager
+def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
+    """Keep the reason for which work fails in `folder`, if that is there by then or is to be made;
+    remove an earlier one where it does not fail.
+    """
+    from sophon._files import write_text
+    from sophon._reproduction import failure_file
+
+    try:
+        yield
+    except Exception as error:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir():
+            write_text(failure_file(folder), f"{_said(error)}\n")
+        raise
+    failure_file(folder).unlink(missing_ok=True)
 
 
 def _said(error: Exception) -> str:
@@ -383,9 +466,18 @@ def _raise_first(failed: dict[str, Exception], count: int, what: str) -> None:
         raise kind(f"{len(failed)} of {count} {what} failed: {', '.join(failed)}")
 
 
-def _key(setting: str) -> str:
-    """Return the key of a `key=value`."""
-    return ".".join(part.strip() for part in setting.partition("=")[0].split("."))
+def _from_here(setting: str) -> str:
+    """Return a `key=value` whose path, if it is a relative one, starts at the working directory: a
+    recipe lies in a folder that the user did not choose.
+    """
+    from sophon._reproduction import key_of
+
+    key, value = key_of(setting), setting.partition("=")[2].strip()
+    place = value.strip("\"'")
+    named = key == "model.weights" or key.rpartition(".")[2] in ("path", "root")
+    if not named or not place or place.startswith(("$", "~")):
+        return setting
+    return _setting(key, str(Path(place).absolute()))
 
 
 def _setting(key: str, value: object) -> str:

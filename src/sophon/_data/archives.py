@@ -39,9 +39,11 @@ _DAMAGED = (
 # What the small recipes read.
 _OF_RECIPES = {
     "cifar10.npz",
+    "cifar100.npz",
     "cifar10_jpeg.npz",
     "gtsrb10.npz",
     "mnist.npz",
+    "orl_faces64.npz",
     "tiny_imagenet20_64.npz",
 }
 FORMAT = "x_train, y_train (uint8 images, integer labels); x_test, y_test, class_names if there are"

@@ -52,6 +52,9 @@ def _of_lists(kind: Any) -> tuple[Expected, ...]:
     meta = getattr(kind, "meta", None)
     if meta is not None:
         listed.append((meta["filename"], meta["md5"]))
+    names = getattr(kind, "class_names_file", None)
+    if names is not None:
+        listed.append((names, None))
     return tuple(Expected(f"{kind.base_folder}/{name}", md5) for name, md5 in listed)
 
 

@@ -63,29 +63,32 @@ class _Prints:
         self.bytes = [
             hashlib.sha256(size + image.numpy().tobytes()).digest() for image in images.pixels
         ]
-        grey = _grey(images)
-        small = _resized(grey, 8, 9)
+        small, thumbnails = _reduced(images)
         # As plus and minus one: then a product tells in how many bits two hashes differ.
         self.hashes = 2.0 * (small[:, :, 1:] > small[:, :, :-1]).flatten(1).float() - 1.0
-        thumbnails = _resized(grey, _THUMBNAIL, _THUMBNAIL).flatten(1)
+        thumbnails = thumbnails.flatten(1)
         thumbnails = thumbnails - thumbnails.mean(1, keepdim=True)
         self.flat = thumbnails.norm(dim=1) < 1e-3
         self.thumbnails = torch.nn.functional.normalize(thumbnails, dim=1)
 
 
-def _grey(images: Images) -> torch.Tensor:
-    return images.pixels.float().mean(1, keepdim=True) / 255
+def _reduced(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images in grey, in [0, 1], as (n, 8, 9) and as thumbnails (n, 16, 16).
+
+    Some at a time: the floats of all would take many times the memory of the images.
+    """
+    small, thumbnails = [], []
+    for part in images.pixels.split(_CHUNK):
+        grey = part.float().mean(1, keepdim=True) / 255
+        small.append(_resized(grey, 8, 9))
+        thumbnails.append(_resized(grey, _THUMBNAIL, _THUMBNAIL))
+    return torch.cat(small), torch.cat(thumbnails)
 
 
 def _resized(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return torch.cat(
-        [
-            torch.nn.functional.interpolate(
-                part, (height, width), mode="bilinear", antialias=True, align_corners=False
-            )[:, 0]
-            for part in grey.split(4096)
-        ]
-    )
+    return torch.nn.functional.interpolate(
+        grey, (height, width), mode="bilinear", antialias=True, align_corners=False
+    )[:, 0]
 
 
 def _overlap(first: str, one: _Prints, second: str, other: _Prints) -> Overlap:

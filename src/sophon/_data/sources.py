@@ -20,12 +20,15 @@ from sophon._data.trees import read_tree
 from sophon._errors import DataError
 from sophon._specs import DomainSpec
 
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+
 
 def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain") -> Domain:
     """Return the domain that `spec` describes.
 
     Relative paths start at `base`, for a run file its folder; `${VARIABLES}` and a leading `~`
-    are expanded. `role`, such as `original`, opens every error message.
+    are expanded; a leading variable's value starts at the working directory. `role`, such as
+    `original`, opens every error message.
 
     Raises:
         DataError: the images cannot be found, read or used; one or two lines with the remedy.
@@ -117,6 +120,9 @@ SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
 def expanded(text: str, base: Path) -> Path:
     """Return `text` as a path from `base`, with `${VARIABLES}` and a leading `~` replaced.
 
+    Where a variable opens it, a relative value starts at the working directory, as the shell that
+    it was set in has it.
+
     Raises:
         DataError: a variable is not set.
     """
@@ -124,12 +130,17 @@ def expanded(text: str, base: Path) -> Path:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in os.environ:
-            raise DataError(f"{text!r} needs the environment variable {name}, which is not set")
+            images = name == "SOPHON_DATA"
+            to = " to the folder that holds the image sets (docs/data.md)" if images else ""
+            raise DataError(
+                f"{text!r} needs the environment variable {name}, which is not set: set it{to}"
+            )
         return os.environ[name]
 
-    path = Path(re.sub(r"\$\{([A-Za-z_]\w*)\}", value, text))
+    path = Path(_VARIABLE.sub(value, text))
+    start = Path.cwd() if _VARIABLE.match(text) else base
     try:
-        return base / path.expanduser()
+        return start / path.expanduser()
     except RuntimeError as error:
         raise DataError(f"{text!r}: {error}; write the folder out") from None
 

@@ -42,12 +42,18 @@ class Entry:
 _TRAIN_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
 _SPLIT_NAME: dict[str, Any] = {"train": {"split": "train"}, "test": {"split": "test"}}
 
+# A cell's run file is not the user's to change.
+_DOWNLOAD = "set download = true (a cell: --set restricted.0.download=true)"
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 DATASETS: dict[str, Entry] = {
     "CIFAR10": Entry(**_TRAIN_FLAG, labels="targets", get=_CIFAR),
     "CIFAR100": Entry(**_TRAIN_FLAG, labels="targets", get=_CIFAR),
-    "MNIST": Entry(**_TRAIN_FLAG, labels="targets", get="https://yann.lecun.com/exdb/mnist"),
+    "MNIST": Entry(
+        **_TRAIN_FLAG,
+        labels="targets",
+        get="torchvision's mirror, https://ossci-datasets.s3.amazonaws.com/mnist",
+    ),
     "FashionMNIST": Entry(
         **_TRAIN_FLAG,
         labels="targets",
@@ -136,7 +142,7 @@ def _unusable(
     kind = getattr(_torchvision_datasets(), key)
     expected = expected_files(kind, variant if DATASETS[key].variant else "")
     found = fault(root, expected, checksums=True) or f"it cannot be read, {reason}"
-    remedy = "check the network" if download else "set download = true"
+    remedy = "check the network" if download else _DOWNLOAD
     return DataError(
         f"{key} ({split}) is not usable in root = {str(root)!r}: {found}; expected there:"
         f" {summary(expected)}; correct root, {remedy}, or get it from {DATASETS[key].get}"
@@ -153,8 +159,8 @@ def _check_whole(key: str, variant: str, root: Path, parts: list[Part]) -> None:
             found = f"{len(part.labels)} images where a whole copy has {count}, a partial download"
     if found is not None:
         raise DataError(
-            f"{key} in root = {str(root)!r}: {found}; delete it and set download = true, or get"
-            f" it from {entry.get}"
+            f"{key} in root = {str(root)!r}: {found}; delete it and {_DOWNLOAD}, or get it from"
+            f" {entry.get}"
         )
 
 

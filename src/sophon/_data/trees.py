@@ -33,7 +33,7 @@ class Tree:
     `classes` (folder name to class name); a set without classes has a single folder of images,
     which `sort` deals out to the splits by file name. `counts` are the images of each folder of a
     whole copy. `get` says where it comes from. `variants` are folders of other sizes, `sides` the
-    shorter side in pixels of those that have one.
+    shorter side in pixels of those that have one; `{archive}` in `get` stands for theirs.
     """
 
     splits: dict[str, str]
@@ -44,13 +44,32 @@ class Tree:
     variants: dict[str, str] = field(default_factory=dict)
     sides: dict[str, int] = field(default_factory=dict)
 
+    def source(self, variant: str) -> str:
+        """Return where a variant comes from; without one, where all do."""
+        folders = [self.variants[variant]] if variant else list(self.variants.values())
+        return self.get.replace("{archive}", " or ".join(f"{one}.tgz" for one in folders))
+
+
+# The official split as its publishers lay it out, and as Kaggle's copy has it.
+_PARTITIONS = (
+    "list_eval_partition.txt",
+    "Eval/list_eval_partition.txt",
+    "list_eval_partition.csv",
+)
+
 
 def _celeba_splits(root: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Return the official splits where `list_eval_partition.txt` is there, else train alone."""
-    listing = root / "list_eval_partition.txt"
-    if not listing.is_file():
-        return {"train": files}
-    rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines()]
+    """Return the official splits. Raises DataError where no file says what they are."""
+    listing = next((root / one for one in _PARTITIONS if (root / one).is_file()), None)
+    if listing is None:
+        raise DataError(
+            f"CelebA: in root = {str(root)!r} {_PARTITIONS[0]} is missing, which says what the"
+            f" official splits are (or {', or '.join(_PARTITIONS[1:])}); get it where the images"
+            " come from, or cut splits of your own with source = 'folder', path = the folder of"
+            " images"
+        )
+    lines = listing.read_text(encoding="utf-8").replace(",", " ").splitlines()
+    rows = [line.split() for line in lines]
     split = {row[0]: row[1] for row in rows if len(row) == 2}
     missing = next((file.name for file in files if file.name not in split), None)
     if missing is not None:
@@ -76,7 +95,7 @@ TREES: dict[str, Tree] = {
         {"train": "train", "test": "val"},
         IMAGENETTE,
         {"train": 9469, "test": 3925},
-        "imagenette2-160.tgz (or -320, or imagenette2.tgz) of https://github.com/fastai/imagenette",
+        "{archive} of https://github.com/fastai/imagenette",
         variants={"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"},
         sides={"160px": 160, "320px": 320},
     ),
@@ -159,10 +178,10 @@ def _with_classes(key: str, tree: Tree, variant: str, base: Path, size: int | No
             found = _pictures(base / below / folder)
             if not found:
                 flat = "; its images lie unsorted" if _pictures(base / below, flat=True) else ""
-                raise _absent(key, tree, base, f"{below}/{folder} has no images{flat}")
+                raise _absent(key, variant, base, f"{below}/{folder}", flat)
             files += found
             labels += [label] * len(found)
-        _require_whole(key, tree, split, base / below, files)
+        _require_whole(key, variant, split, base / below, files)
         if variant:
             _require_size(f"{key}:{variant}", tree, base / below, files)
         parts[split] = _part(files, labels, size)
@@ -174,37 +193,44 @@ def _without_classes(key: str, tree: Tree, variant: str, root: Path, size: int |
     below = tree.variants[variant] if variant else tree.splits["train"]
     files = _pictures(root / below)
     if not files:
-        raise _absent(key, tree, root, f"{below} has no images", below)
-    _require_whole(key, tree, "train", root / below, files)
+        raise _absent(key, variant, root, below)
+    _require_whole(key, variant, "train", root / below, files)
     assert tree.sort is not None
     dealt = {name: held for name, held in tree.sort(root, files).items() if held}
     parts = {name: _part(held, [0] * len(held), size) for name, held in dealt.items()}
     return Contents(parts["train"], parts.get("test"), ("face",), parts.get("validation"))
 
 
-def _absent(key: str, tree: Tree, base: Path, what: str, below: str | None = None) -> DataError:
+def _absent(key: str, variant: str, base: Path, place: str, flat: str = "") -> DataError:
+    """Return the error that says which folder below `base` has no images, and what is expected."""
+    tree, above = TREES[key], ""
+    expected = f"{place}/"
     if tree.classes:
+        # A variant lies in a folder of its own, unless `base` is that folder.
+        at_home = any((base / one).is_dir() for one in tree.splits.values())
+        above = f"{tree.variants[variant]}/" if variant and not at_home else ""
         first, *_, last = tree.classes
-        expected = ", ".join(f"{one}/{first}..{last}" for one in tree.splits.values())
-    else:
-        expected = f"{below}/"
+        expected = ", ".join(f"{above}{one}/{first}..{last}" for one in tree.splits.values())
+    name = f"{key}:{variant}" if variant else key
     return DataError(
-        f"{key}: in root = {str(base)!r} {what}; expected there: {expected}; get {tree.get}"
+        f"{name}: in root = {str(base)!r} {above}{place} has no images{flat}; expected there:"
+        f" {expected}; get {tree.source(variant)}"
     )
 
 
-def _require_whole(key: str, tree: Tree, split: str, folder: Path, files: list[Path]) -> None:
+def _require_whole(key: str, variant: str, split: str, folder: Path, files: list[Path]) -> None:
     """Raise DataError unless there are as many files as a whole copy has, none of them empty."""
+    tree = TREES[key]
     wanted = tree.counts[split]
     if len(files) != wanted:
         kind = "a partial download" if len(files) < wanted else "more than the data set"
         raise DataError(
             f"{folder} has {len(files)} images where {key} has {wanted}, {kind}; get"
-            f" {tree.get}, or use what is there with source = 'folder'"
+            f" {tree.source(variant)}, or use what is there with source = 'folder'"
         )
     empty = next((file for file in files if not file.stat().st_size), None)
     if empty is not None:
-        raise DataError(f"{empty} is empty, a partial download; get {tree.get}")
+        raise DataError(f"{empty} is empty, a partial download; get {tree.source(variant)}")
 
 
 def _require_size(name: str, tree: Tree, folder: Path, files: list[Path]) -> None:
@@ -222,7 +248,8 @@ def _require_size(name: str, tree: Tree, folder: Path, files: list[Path]) -> Non
     expected = f"{wanted} pixels" if wanted else "their own sizes"
     raise DataError(
         f"{folder} has images of {middle} pixels along the shorter side, {held}, where {name} has"
-        f" {expected}: correct root or the name, or get {tree.get}"
+        f" {expected}: correct root or the name, or get"
+        f" {tree.source(name.partition(':')[2])}"
     )
 
 

@@ -16,6 +16,7 @@ from sophon._models._building import (
     architecture,
     blueprint,
     denoiser_name,
+    require_model,
     resolve_model,
 )
 from sophon._models._comparing import code_differences, similarity
@@ -112,6 +113,7 @@ __all__ = [
     "reinitialise",
     "replace_head",
     "require_finite",
+    "require_model",
     "require_parts",
     "require_peft",
     "resolve_model",

@@ -19,7 +19,12 @@ from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._probing import (
     made_for,
 )
-from sophon._models._published import published_place, published_timm, published_torchvision
+from sophon._models._published import (
+    published_place,
+    published_timm,
+    published_torchvision,
+    require_published,
+)
 from sophon._models._weights import load_weights, read_tensors, require_finite
 from sophon._networks import NETWORKS
 from sophon._seeding import seeded
@@ -77,6 +82,29 @@ def resolve_model(
     return model.eval(), lambda: plan.build(classes).eval()
 
 
+def require_model(spec: ModelSpec, *, base: str | Path = ".") -> None:
+    """Raise what `resolve_model` would for a network that does not exist or weights that are
+    neither at hand nor within reach; nothing is built or read.
+    """
+    base = Path(base)
+    network = architecture(spec, base=base)
+    blueprint(network)
+    kind, _, name = network.name.partition(":")
+    if kind in ("timm", "torchvision"):
+        _require_name(kind, name)
+    if spec.pretrained:
+        _weights_file(spec, base)
+        library, name = _publisher(spec)
+        try:
+            require_published(library, name)
+        except _UNREACHED as error:
+            raise _out_of_reach(spec, error) from None
+        return
+    file = _weights_file(spec, base)
+    if file is not None and not file.is_file():
+        read_tensors(file)
+
+
 def architecture(spec: ModelSpec, *, base: Path) -> ModelSpec:
     """Return the spec of the underlying network: a checkpoint's is read from its `model.json`.
 
@@ -130,18 +158,17 @@ def blueprint(spec: ModelSpec) -> Blueprint:
             )
         network = NETWORKS[spec.name]
         return Blueprint(spec.name, lambda classes: network(classes or 10, spec.in_channels))
-    raise UnsupportedModelError(_unknown(spec.name, [*_homonyms(spec.name), *NETWORKS]))
+    raise UnsupportedModelError(_unknown(spec.name, [*NETWORKS, *_elsewhere()]))
 
 
-def _homonyms(name: str) -> list[str]:
-    """Return where a bare name such as `resnet18` is known: `timm:resnet18` and so on."""
+def _elsewhere() -> list[str]:
+    """Return the networks of the libraries that are installed: `timm:resnet18` and so on."""
     held = []
-    for library in ("timm", "torchvision.models"):
+    for kind in ("timm", "torchvision"):
         try:
-            known = _library(library).list_models()
+            held += [f"{kind}:{one}" for one in _names_of(kind)]
         except UnsupportedModelError:
             continue
-        held += [f"{library.split('.')[0]}:{one}" for one in known if one == name]
     return held
 
 
@@ -151,14 +178,26 @@ def denoiser_name(name: str, base: Path) -> str:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = [one for one in known if one.endswith(f":{name}")]
-    near = near or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    near = [one for one in known if one.endswith(f":{name}")] or _near(name, known)
     hint = f"did you mean {', '.join(near)}?" if near else ""
     forms = (
         f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME, diffusers:PATH or a path to a"
         " checkpoint"
     )
     return f"model.name = {name!r} is not known: {hint or forms}"
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    """Return the names nearest to one; a name without a library is compared with names alone, and
+    networks of our own come first.
+    """
+    if ":" in name:
+        return difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    bare: dict[str, list[str]] = {}
+    for one in known:
+        bare.setdefault(one.rpartition(":")[2], []).append(one)
+    close = difflib.get_close_matches(name, bare, n=4, cutoff=0.5)
+    return sorted((one for held in close for one in bare[held]), key=lambda one: ":" in one)[:4]
 
 
 def _library(name: str) -> Any:
@@ -171,13 +210,31 @@ def _library(name: str) -> Any:
         ) from None
 
 
+def _require_name(kind: str, name: str) -> None:
+    """Raise UnsupportedModelError, with near matches, for a name that timm or torchvision lacks."""
+    if kind == "timm" and _library("timm").is_model(name):
+        return
+    known = _names_of(kind)
+    if kind == "timm" or name not in known:
+        near = [f"{kind}:{found}" for found in known]
+        raise UnsupportedModelError(_unknown(f"{kind}:{name}", near))
+
+
+def _names_of(kind: str) -> list[str]:
+    """Return the networks that timm or torchvision knows."""
+    if kind == "timm":
+        names: list[str] = _library("timm").list_models()
+        return names
+    models = _library("torchvision.models")
+    held: list[str] = models.list_models(module=models)
+    return held
+
+
 def _build_timm(
     name: str, classes: int | None, in_channels: int, options: dict[str, Any]
 ) -> nn.Module:
+    _require_name("timm", name)
     timm = _library("timm")
-    if not timm.is_model(name):
-        near = [f"timm:{found}" for found in timm.list_models()]
-        raise UnsupportedModelError(_unknown(f"timm:{name}", near))
     arguments: dict[str, Any] = {"in_chans": in_channels, **_tuples(options)}
     if classes is not None:
         arguments["num_classes"] = classes
@@ -215,11 +272,8 @@ def _with_arguments(
 
 
 def _build_torchvision(name: str, classes: int | None, options: dict[str, Any]) -> nn.Module:
+    _require_name("torchvision", name)
     models = _library("torchvision.models")
-    known = models.list_models(module=models)
-    if name not in known:
-        near = [f"torchvision:{found}" for found in known]
-        raise UnsupportedModelError(_unknown(f"torchvision:{name}", near))
     arguments: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name in ("googlenet", "inception_v3"):
         arguments |= {"aux_logits": False, "init_weights": True}
@@ -229,31 +283,44 @@ def _build_torchvision(name: str, classes: int | None, options: dict[str, Any]) 
     )
 
 
-def _pretrained(spec: ModelSpec) -> nn.Module:
-    """Return the network with its publisher's weights; another class count gets a fresh head."""
+_UNREACHED = (OSError, RuntimeError, ValueError)
+
+
+def _publisher(spec: ModelSpec) -> tuple[Any, str]:
+    """Return the library that publishes weights of the network, and its name there."""
     kind, _, name = spec.name.partition(":")
     if kind not in ("timm", "torchvision"):
         raise UnsupportedModelError(
             f"model.pretrained = true: {spec.name} has no published weights; set model.weights"
         )
+    return _library("timm" if kind == "timm" else "torchvision.models"), name
+
+
+def _pretrained(spec: ModelSpec) -> nn.Module:
+    """Return the network with its publisher's weights; another class count gets a fresh head."""
+    library, name = _publisher(spec)
     blueprint(spec).build(None)
     options = _tuples(spec.arguments)
-    library = _library("timm" if kind == "timm" else "torchvision.models")
     try:
-        if kind == "timm":
+        if spec.name.startswith("timm:"):
             options["in_chans"] = spec.in_channels
             model = _flexible(published_timm, library, name, **options)
         else:
             model = published_torchvision(library, name, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
-        raise UnsupportedModelError(
-            f"the published weights of {spec.name} are not at hand ({reason}): download them once "
-            f"with a connection, to {published_place(library, name)}, or give the file as"
-            " model.weights and set model.pretrained = false beside it"
-        ) from None
+    except _UNREACHED as error:
+        raise _out_of_reach(spec, error) from None
     _refit(model, spec)
     return model
+
+
+def _out_of_reach(spec: ModelSpec, error: Exception) -> UnsupportedModelError:
+    library, name = _publisher(spec)
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
+    return UnsupportedModelError(
+        f"the published weights of {spec.name} are not at hand ({reason}): download them once "
+        f"with a connection, to {published_place(library, name)}, or give the file as"
+        " model.weights and set model.pretrained = false beside it"
+    )
 
 
 def _refit(model: nn.Module, spec: ModelSpec) -> None:

@@ -19,26 +19,35 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 _REACH_S = 3.0
 
 
-def published_timm(timm: Any, name: str, **arguments: Any) -> nn.Module:
-    """Return a timm network with its published weights.
-
-    Raises FileNotFoundError at once where they are neither in a cache nor within reach.
+def require_published(library: Any, name: str) -> None:
+    """Raise FileNotFoundError at once where the published weights of a network of timm or of
+    `torchvision.models` are neither in a cache nor within reach.
     """
+    if hasattr(library, "get_pretrained_cfg"):
+        settings = library.get_pretrained_cfg(name)
+        if settings is not None and _cached(settings) is None:
+            require_reach(_host(settings), f"the cache has no weights of timm:{name}")
+        return
+    url = library.get_model_weights(name).DEFAULT.url
+    if not _in_torch_cache(url):
+        what = f"torch's cache has no {Path(url).name}"
+        require_reach(urlsplit(url).hostname or "", what)
+
+
+def published_timm(timm: Any, name: str, **arguments: Any) -> nn.Module:
+    """Return a timm network with its published weights; raises as `require_published`."""
+    require_published(timm, name)
     settings = timm.get_pretrained_cfg(name)
     file = None if settings is None else _cached(settings)
-    if file is None and settings is not None:
-        require_reach(_host(settings), f"the cache has no weights of timm:{name}")
     overlay = {} if file is None else {"pretrained_cfg_overlay": {"file": str(file)}}
     model: nn.Module = timm.create_model(name, pretrained=True, **overlay, **arguments)
     return model
 
 
 def published_torchvision(models: Any, name: str, **arguments: Any) -> nn.Module:
-    """Return a torchvision network with its default weights; raises as `published_timm`."""
+    """Return a torchvision network with its default weights; raises as `require_published`."""
+    require_published(models, name)
     weights = models.get_model_weights(name).DEFAULT
-    if not _in_torch_cache(weights.url):
-        what = f"torch's cache has no {Path(weights.url).name}"
-        require_reach(urlsplit(weights.url).hostname or "", what)
     # Its images have three channels: `blueprint` refused anything else.
     model: nn.Module = models.get_model(name, weights=weights, **arguments)
     return model

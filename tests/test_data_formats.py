@@ -329,7 +329,7 @@ def test_stl_without_its_names_is_refused(
 ) -> None:
     formats.write_stl(tmp_path, datasets, monkeypatch)
     (tmp_path / "stl10_binary" / "class_names.txt").unlink()
-    words = ("class_names.txt is missing", "--set restricted.0.download=true")
+    words = ("class_names.txt is missing", "set download = true")
     refused(tmp_path, *words, source="torchvision", name="STL10", root=".")
 
 

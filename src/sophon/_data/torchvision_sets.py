@@ -42,8 +42,7 @@ class Entry:
 _TRAIN_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
 _SPLIT_NAME: dict[str, Any] = {"train": {"split": "train"}, "test": {"split": "test"}}
 
-# A cell's run file is not the user's to change.
-_DOWNLOAD = "set download = true (a cell: --set restricted.0.download=true)"
+_DOWNLOAD = "set download = true"
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 DATASETS: dict[str, Entry] = {

@@ -721,6 +721,18 @@ def test_a_cell_that_failed_is_told_from_one_that_never_ran(
     assert shown("--list").endswith("not run")
 
 
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_a_cell_without_its_images_never_ran(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_DATA", folder)
+    cell = ("reproduce", "vgg-mnist-klu", "--out", tmp_path)
+    said = command(*cell, fails=2)
+    assert ("is not set: set it" if not folder else "there is no file") in said
+    lines = command("reproduce", "--list", "--scale", "small", "--out", tmp_path).splitlines()
+    assert [line.split()[-2:] for line in lines if "vgg-mnist-klu" in line] == [["not", "run"]]
+
+
 def test_ctrl_c_ends_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
 

@@ -26,6 +26,7 @@ from sophon._cli.running import (
 )
 from sophon._errors import (
     CheckpointError,
+    DataError,
     IntactnessError,
     NonFiniteError,
     SophonError,
@@ -436,13 +437,15 @@ class _Jobs:
 @contextmanager
 def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
     """Keep the reason for which work fails in `folder`, if that is there by then or is to be made;
-    remove an earlier one where it does not fail.
+    remove an earlier one where it does not fail. Work that lacks its images has not begun.
     """
     from sophon._files import write_text
     from sophon._reproduction import failure_file
 
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
         if make:
             folder.mkdir(parents=True, exist_ok=True)

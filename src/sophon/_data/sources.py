@@ -124,12 +124,12 @@ def expanded(text: str, base: Path) -> Path:
     it was set in has it.
 
     Raises:
-        DataError: a variable is not set.
+        DataError: a variable is not set, or empty.
     """
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
-        if name not in os.environ:
+        if not os.environ.get(name):
             images = name == "SOPHON_DATA"
             to = " to the folder that holds the image sets (docs/data.md)" if images else ""
             raise DataError(

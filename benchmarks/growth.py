@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cases import Sizes, noise, protection
+from cases import Sizes, network, noise, protection
 from starting import record
 from timing import Row, alone, row, seconds
 from torch import nn
@@ -25,7 +25,7 @@ from sophon._report import report
 from sophon._specs import AuditSpec, Guard, ProtectSpec, Rehearsal, Strategy
 
 # Of rounds and reports, and of audits, which take longest.
-_REPEATS, _AUDITS = 4, 2
+_REPEATS, _AUDITS = 3, 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def audited(seeds: int) -> None:
     audit = Audit(
         run.model,
         unprotected=run.model,
-        scratch=lambda: protection("small network", Sizes(1, 8, 4), count=200, size=8).model,
+        scratch=lambda: network("small network"),
         original=kept,
         restricted=refused,
         spec=spec,

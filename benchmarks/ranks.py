@@ -58,6 +58,7 @@ class Size:
     """How much is run: repeats, and per repeat rounds of so many steps, trials of so many steps."""
 
     repeats: int
+    trial_repeats: int
     rounds: int
     steps: int
     images: int
@@ -65,8 +66,8 @@ class Size:
     trial_steps: int
 
 
-FULL = Size(repeats=3, rounds=1, steps=5, images=500, trials=4, trial_steps=4)
-QUICK = Size(repeats=2, rounds=1, steps=1, images=200, trials=2, trial_steps=2)
+FULL = Size(repeats=5, trial_repeats=2, rounds=1, steps=5, images=500, trials=4, trial_steps=4)
+QUICK = Size(repeats=2, trial_repeats=2, rounds=1, steps=1, images=200, trials=2, trial_steps=2)
 
 
 def domain(name: str, seed: int, count: int) -> Domain:
@@ -196,7 +197,7 @@ def trials(size: Size) -> Iterator[Measured]:
         # Workers start with their first trials; this process needs but one to be warm.
         for executor in executors.values():
             _running(executor, jobs[:1] if isinstance(executor, Serial) else jobs)()
-        seconds = in_turn(actions, size.repeats)
+        seconds = in_turn(actions, size.trial_repeats)
     names = list(executors)
     yield from _compared("trials", names, len(jobs), seconds, 1.8)
     for name, reason in absent.items():

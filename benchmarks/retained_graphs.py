@@ -148,11 +148,11 @@ def listed(values: list[float]) -> str:
 
 def rows(short: bool) -> list[Row]:
     """Return equality, speed and memory against the graphs kept."""
-    full, steps, images, repeats = Sizes(), (4, 40), (110, 10), 3
+    full, steps, images, repeats = Sizes(), (10, 50), (54, 10), 3
     if short:
         full, steps, images, repeats = quick(full), (2, 3), (12, 4), 1
     # Memory is held against the graphs of the same images, however many they are. Whether it grows
-    # with K is asked of more, because peaks differ by some 10 MiB by themselves.
+    # with K is asked several times, because peaks differ by some 10 MiB by themselves.
     small = Sizes(full.steps, 54, 10) if not short else full
     few = Sizes(3, 12, 4)
     run, strategy = prepared(Sizes(min(10, full.steps), full.support, full.query))

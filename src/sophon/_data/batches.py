@@ -87,16 +87,14 @@ def _flipped(pixels: torch.Tensor, generator: torch.Generator | None) -> torch.T
 
 
 def _cropped(pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    count, channels, height, width = pixels.shape
+    count, _, height, width = pixels.shape
     source = generator.device if generator is not None else None
     above, beside = height // 8, width // 8
     padded = F.pad(pixels, (beside, beside, above, above))
     window = torch.rand(2, count, 1, generator=generator, device=source).to(pixels.device)
     # The product can round up to the end of the range, one past the last window.
-    top = (window[0] * (2 * above + 1)).long().clamp_(max=2 * above)
-    left = (window[1] * (2 * beside + 1)).long().clamp_(max=2 * beside)
-    rows = top + torch.arange(height, device=pixels.device)
-    columns = left + torch.arange(width, device=pixels.device)
-    image = torch.arange(count, device=pixels.device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=pixels.device).view(1, -1, 1, 1)
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    top = (window[0] * (2 * above + 1)).long().clamp_(max=2 * above).squeeze(1)
+    left = (window[1] * (2 * beside + 1)).long().clamp_(max=2 * beside).squeeze(1)
+    # Every window is a view; one of each image is copied.
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(count, device=pixels.device), :, top, left]

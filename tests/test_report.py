@@ -34,8 +34,9 @@ from sophon._records import (
 )
 from sophon._report import report
 from sophon._specs import RescaleWeights, Strategy
+from sophon._summaries import DomainSummary
 from sophon._tables import distribution
-from sophon._verdict import UNTRIED, DomainSummary, overall, secondary, summarise
+from sophon._verdict import UNTRIED, overall, secondary, summarise
 
 STORED = Path(__file__).parent / "data" / "record-v1.json"
 STORED_WHOLE = Path(__file__).parent / "data" / "record-v1-whole.json"

@@ -46,8 +46,10 @@ TORCHLESS = {
     "_spans",
     "_specs",
     "_statistics",
+    "_summaries",
     "_survival",
     "_tables",
+    "_trainability",
     "_verdict",
     "_weight_checks",
 }

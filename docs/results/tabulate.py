@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 
 from sophon._records import AuditRecord, Score
 from sophon._statistics import Cost, wilson
-from sophon._verdict import DomainSummary, summarise
+from sophon._summaries import DomainSummary
+from sophon._verdict import summarise
 
 COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
 HEADER = (

@@ -20,7 +20,8 @@ from PIL import Image
 from sophon._pictures import moment, pictures_of
 from sophon._records import AuditRecord, ErrorScore, Measurement, SampleRecord
 from sophon._statistics import interval_of
-from sophon._verdict import SUBJECTS, DomainSummary, summarise
+from sophon._summaries import SUBJECTS, DomainSummary
+from sophon._verdict import summarise
 
 COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
 # What the released research code fine-tunes with.

@@ -15,7 +15,8 @@ from sophon._errors import CheckpointError
 from sophon._records import AuditRecord, Measurement, Round
 from sophon._reproduction import Triple, failure_of, read_stored, scores_of
 from sophon._specs import Strategy
-from sophon._verdict import DomainSummary, summarise
+from sophon._summaries import DomainSummary
+from sophon._verdict import summarise
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from sophon._records import AuditRecord, DomainRecord, Measurement
 from sophon._rendering import Table, render, score_text, table, write_document
 from sophon._search import rates
 from sophon._specs import fingerprint_of
+from sophon._summaries import DomainSummary, Verdict
 from sophon._tables import ratio_text, removed_text
-from sophon._verdict import DomainSummary, Verdict, overall, summarise
+from sophon._verdict import overall, summarise
 
 # The best first; what follows has no rank, because it says nothing of how hard the model is.
 _RANKED: tuple[Verdict, ...] = ("withstood", "slowed", "not protected")

@@ -24,7 +24,8 @@ from sophon._flags import GOOD
 from sophon._models import blocks, find_head, fresh_copy, normalised_pairs, tracked_batch_norms
 from sophon._records import AuditRecord
 from sophon._specs import AuditSpec, Strategy
-from sophon._verdict import DomainSummary, summarise
+from sophon._summaries import DomainSummary
+from sophon._verdict import summarise
 
 # What an interval needs.
 _SEEDS = 3

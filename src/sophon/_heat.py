@@ -11,7 +11,7 @@ from sophon._records import AuditRecord
 from sophon._rendering import Table, table
 from sophon._specs import Strategy
 from sophon._statistics import best_of
-from sophon._verdict import SUBJECTS
+from sophon._summaries import SUBJECTS
 
 
 class HeatMap(NamedTuple):

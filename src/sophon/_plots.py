@@ -15,7 +15,7 @@ from sophon._metric_kinds import MetricKind
 from sophon._records import Trial
 from sophon._specs import Strategy
 from sophon._statistics import best_of
-from sophon._verdict import SUBJECTS, DomainSummary, SubjectSummary
+from sophon._summaries import SUBJECTS, DomainSummary, SubjectSummary
 
 # Text must fit at 15 units, too: on a phone the style sheet makes it as large.
 _WIDTH, _HEIGHT = 480, 300

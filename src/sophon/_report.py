@@ -18,6 +18,7 @@ from sophon._plots import depth_plot, envelope_plot, recovery_plot, search_plot,
 from sophon._records import AuditRecord
 from sophon._rendering import Table, render, write_document
 from sophon._specs import shared_fields
+from sophon._summaries import DomainSummary
 from sophon._tables import (
     best_by_attack,
     claimed_domains,
@@ -36,7 +37,7 @@ from sophon._tables import (
     trial_table,
     verdict_table,
 )
-from sophon._verdict import DomainSummary, overall, scope, secondary, summarise
+from sophon._verdict import overall, scope, secondary, summarise
 
 MEANINGS = {
     "withstood": "In this audit, starting from the protected weights saved an attacker nothing,"

@@ -23,8 +23,8 @@ from sophon._records import (
 from sophon._rendering import Table, percent, score_text, table, with_interval
 from sophon._specs import Strategy, shared_fields
 from sophon._statistics import Estimate, best_of, interval_of
+from sophon._summaries import SUBJECTS, DomainSummary, Ratio
 from sophon._survival import Recovery
-from sophon._verdict import SUBJECTS, DomainSummary, Ratio
 
 # --- One domain -----------------------------------------------------------------------------------
 

@@ -171,6 +171,8 @@ def test_protections_that_share_a_store_give_up_the_same(
     assert other.given_up == first.given_up
     # Another floor of steps is another decision, and this machine has become fast.
     assert not make(before, {"rehearsal": {"steps": 1}}).given_up
+    # The same floor, all steps, is the same one: there is no third pace to measure.
+    assert not make(scratch_model(), {"rehearsal": {"steps": 20}}).given_up
 
 
 def test_a_fresh_network_that_cannot_be_attacked_has_no_pace(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sophon._attacks import (
     suite_fingerprint,
     suite_of,
 )
-from sophon._budget import AuditForecast, Pace, fit, measure_pace, usual_attack
+from sophon._budget import AuditForecast, Pace, fit, least_steps, measure_pace, usual_attack
 from sophon._circumstances import domain_record, environment, health
 from sophon._data import Domain, check_batch_fits, overlaps_of
 from sophon._errors import AuditError, SpecError
@@ -299,7 +299,7 @@ class Audit:
             "device": str(self.setting.device),
             "precision": self.setting.precision,
             "threads": torch.get_num_threads() if self.workers == 1 else 1,
-            "rehearsed": self._rehearsed(),
+            "least_steps": least_steps(self.spec, self._rehearsed()),
             "model": weights_sha256(against),
             "domains": [domain.fingerprint() for domain in self._domains.values()],
         }

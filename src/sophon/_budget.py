@@ -95,6 +95,11 @@ def fit(
     )
 
 
+def least_steps(spec: AuditSpec, rehearsed: int) -> int:
+    """Return the fewest steps of an attack that a budget may leave, as `rehearsed` ones allow."""
+    return min(spec.steps, max(spec.steps // 2, _TIMES_REHEARSED * rehearsed))
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 60 else f"{seconds / 60:.3g} min"
 
@@ -124,7 +129,7 @@ def _concessions(spec: AuditSpec, rehearsed: int) -> Iterator[list[tuple[dict[st
         ({"seeds": seeds[:n]}, f"{len(seeds) - n} of {len(seeds)} attack seeds")
         for n in range(len(seeds) - 1, _LEAST_SEEDS - 1, -1)
     ]
-    least = max(spec.steps // 2, _TIMES_REHEARSED * rehearsed)
+    least = least_steps(spec, rehearsed)
     fewer = sorted({round(spec.steps * s) for s in (0.9, 0.8, 0.7, 0.6, 0.5)}, reverse=True)
     yield [
         (
@@ -132,7 +137,7 @@ def _concessions(spec: AuditSpec, rehearsed: int) -> Iterator[list[tuple[dict[st
             f"{spec.steps - n} of {spec.steps} steps of every attack",
         )
         for n in fewer
-        if n >= least
+        if least <= n < spec.steps
     ]
     half = spec.evaluations // 2
     if half >= _LEAST_EVALUATIONS:

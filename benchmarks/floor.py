@@ -32,7 +32,7 @@ TRIAL_STEPS, EVALUATIONS, TRIAL_BATCH = 36, 2, 64
 # A round and the bare passes take turns after so many steps: a machine's speed drifts in a minute.
 PIECE = 5
 # Seconds for whole rounds and for trials, which are what the table is for.
-WITHIN = 60.0
+WITHIN = 45.0
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:

@@ -25,7 +25,7 @@ from sophon._report import report
 from sophon._specs import AuditSpec, Guard, ProtectSpec, Rehearsal, Strategy
 
 # Of rounds and reports, and of audits, which take longest.
-_REPEATS, _AUDITS = 3, 2
+_REPEATS, _AUDITS = 3, 1
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def imports_torch(*arguments: str) -> bool:
 
 def rows(short: bool) -> list[Row]:
     """Return the time of `sophon --help` and of `sophon report`, as text and as a page."""
-    repeats, trials = (1, 200) if short else (5, 200)
+    repeats, trials = (1, 200) if short else (3, 200)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "record.json").write_text(record(trials).model_dump_json(), encoding="utf-8")

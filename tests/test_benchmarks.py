@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,18 +132,23 @@ def test_growth_at_the_top_is_judged_by_itself(
     assert last.measured == pytest.approx(np.log2(5 / 2))
 
 
-def test_memory_of_few_and_many_steps_is_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_grows_with_the_steps_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("retained_graphs")
-    asked: list[int] = []
+    environments = []
 
-    def in_process(way: str, sizes: Any) -> dict[str, float]:
-        asked.append(sizes.steps)
-        return {"extra": 100.0 * sizes.steps + len(asked)}
+    def run(command: list[str], **kept: Any) -> Any:
+        environments.append(kept["env"])
+        way, steps = command[3], int(command[4])
+        extra = 100.0 if way == "streamed" and not grows else 100.0 * steps
+        return SimpleNamespace(stdout=f'{{"seconds": 1.0, "extra": {extra}}}')
 
-    monkeypatch.setattr(script, "in_process", in_process)
-    assert script.flat((1, 2), (3, 4), 3) == ([101.0, 104.0, 105.0], [202.0, 203.0, 206.0])
-    assert asked == [1, 2, 2, 1, 1, 2]
+    monkeypatch.setattr(script.subprocess, "run", run)
+    for grows, met in ((False, True), (True, False)):
+        row = script.rows(True)[-1]
+        assert row.what.startswith("extra memory, K = 3 / K = 2")
+        assert row.met is met
+    assert all("MALLOC_MMAP_THRESHOLD_" in held for held in environments)
 
 
 def test_fp32_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def saturated(model: nn.Module, factor: float) -> nn.Module:
 
 def rows(short: bool) -> list[Row]:
     """Return shares and the time that flushing saves, for both losses."""
-    sizes, rounds, repeats = (quick(Sizes()), 1, 1) if short else (Sizes(5, 48, 16), 6, 3)
+    sizes, rounds, repeats = (quick(Sizes()), 1, 1) if short else (Sizes(5, 48, 16), 4, 3)
     found = []
     for loss in LOSSES:
         run = protection("ResNet-20", sizes, suppression=loss, rounds=rounds, precision="fp32")

@@ -97,14 +97,16 @@ def envelope(trials: Sequence[Trial], at: Sequence[int] | None = None) -> list[E
     where they were measured.
     """
     points = sorted(
-        ((p.step, p.validation.value, t.strategy.label()) for t in trials for p in t.curve),
+        ((p.step, p.validation.value, t.strategy) for t in trials for p in t.curve),
         key=lambda point: point[0],
     )
-    result, best, label, position = [], -1.0, "", 0
+    result: list[EnvelopePoint] = []
+    best, label, position = -1.0, "", 0
     for budget in budgets(trials) if at is None else at:
         while position < len(points) and points[position][0] <= budget:
             if points[position][1] > best:
-                _, best, label = points[position]
+                _, best, strategy = points[position]
+                label = strategy.label()
             position += 1
         if points:
             result.append(EnvelopePoint(budget, max(best, 0.0), label))

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from builders import original, restricted, scratch_model, trained_model
 from records import trial
 from sophon._attacks import SUITES, Suite
+from sophon._attacks import strategies_of
 from sophon._audit import Audit
 from sophon._errors import AuditError
 from sophon._records import Crashed, Point, Score, Trial, pack, unpack
@@ -489,6 +490,10 @@ def test_the_suite_may_fall_a_point_short_and_take_a_third(search: Any) -> None:
 def intervals(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("intervals")
+
+
+def test_intervals_are_of_attacks_that_an_audit_takes(intervals: Any) -> None:
+    assert set(intervals.ATTACKS) <= set(strategies_of(intervals.specified(7)))
 
 
 @pytest.mark.slow

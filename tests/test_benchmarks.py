@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 
 from builders import original, restricted, scratch_model, trained_model
 from records import trial
-from sophon._attacks import SUITES, Suite
-from sophon._attacks import strategies_of
+from sophon._attacks import SUITES, Suite, strategies_of
 from sophon._audit import Audit
 from sophon._errors import AuditError
 from sophon._records import Crashed, Point, Score, Trial, pack, unpack

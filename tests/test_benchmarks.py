@@ -154,12 +154,31 @@ def test_memory_that_grows_with_the_steps_misses_its_bar(
     assert all("MALLOC_MMAP_THRESHOLD_" in held for held in environments)
 
 
-def test_fp32_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_is_not_compared_with_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    # Where `auto` would be fp32, too.
     monkeypatch.setenv("SOPHON_PLAIN", "1")
     precision = importlib.import_module("precision")
-    with pytest.raises(SystemExit, match="`auto` is fp32 here"):
-        precision.compare_protection(Path("run.toml"), Path("folder"))
+    removed = {"fp32": (0.1, 0.2, 0.3), "bf16": (0.2, 0.3, 0.4)}
+    protected = []
+
+    def run(command: list[str], check: bool) -> None:
+        if "protect" in command:
+            protected.append(next(w for w in command if w.startswith("protect.precision=")))
+        assert command[-2:] == ["--set", "audit.suite=quick-1"] or "protect" in command
+        assert "protect.rounds=2" in command
+
+    monkeypatch.setattr(precision.subprocess, "run", run)
+    monkeypatch.setattr(
+        precision, "advantage", lambda place: removed[place.name[:4]][int(place.name[-1])]
+    )
+    precision.compare_protection(Path("run.toml"), Path("folder"), ("--set", "protect.rounds=2"))
+    assert protected == ["protect.precision=fp32"] * 3 + ["protect.precision=bf16"] * 3
+    shown = capsys.readouterr().out
+    assert "fp32: 20.0 % of the advantage removed" in shown
+    assert "apart: 10.0 points; of chance about 8.2" in shown
 
 
 def test_a_round_augments_as_the_feed_it_is_held_against(

@@ -154,12 +154,11 @@ def test_each_subjects_winner_is_run_with_every_seed_though_it_adds_nothing_to_t
     assert plan._leaders(domain) == [late, early]
 
 
-@pytest.mark.parametrize("kept", [7, 33])
-def test_interrupted_anywhere_the_record_is_the_same(
-    kept: int, uninterrupted: AuditRecord, tmp_path: Path
+def test_interrupted_in_the_middle_the_record_is_the_same(
+    uninterrupted: AuditRecord, tmp_path: Path
 ) -> None:
     run = _audit(tmp_path)
-    for _, trial in zip(range(kept), run, strict=False):
+    for _, trial in zip(range(33), run, strict=False):
         last = trial.key
     assert last in {trial.key for trial in uninterrupted.trials}
     before = {file.name for file in (tmp_path / "trials").iterdir()}

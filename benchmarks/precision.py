@@ -38,11 +38,12 @@ def rows(short: bool) -> list[Row]:
     precision = chosen.setting.precision
     what = f"ResNet-20, K = {sizes.steps}, batch {sizes.batch}"
     native = precision == "bf16"
+    together = "precision and memory layout together" if native else "the memory layout alone"
     same = ratios(lambda: next(slow), lambda: next(fast), repeats) if native or short else []
     layouts = ratios(lambda: next(slowest), lambda: next(fast), repeats)
     return [
         row(
-            f"fp32 round / {precision} round, channels_last in both: {what}",
+            f"fp32 round / bf16 round, channels_last in both: {what}",
             same,
             note="precision alone" if native else "this processor does not compute in bf16",
         ),
@@ -50,7 +51,7 @@ def rows(short: bool) -> list[Row]:
             f"fp32 round in the default layout / {precision} round in channels_last: {what}",
             layouts,
             at_least=1.7 if native else None,
-            note="precision and memory layout together, against what torch does unless told",
+            note=f"{together}, against what torch does unless told",
         ),
     ]
 

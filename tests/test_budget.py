@@ -14,6 +14,7 @@ from sophon._cli.auditing import parse_duration
 from sophon._errors import AuditError, SpecError
 from sophon._plan import Work
 from sophon._specs import AuditSpec, Strategy
+from sophon._trials import evaluation_steps
 
 WHOLE = AuditSpec(steps=100, seeds=(0, 1, 2, 3, 4), search_trials=4)
 
@@ -81,7 +82,7 @@ def test_extra_attacks_keep_the_common_number_of_steps() -> None:
 
 def test_seconds_are_images_measurements_and_starts() -> None:
     pace = Pace(image_s=0.01, measurement_s=0.5, trial_s=2.0)
-    assert pace.seconds(Work(3, 30, 960), evaluations=4) == pytest.approx(9.6 + 7.5 + 6.0)
+    assert pace.seconds(Work(3, 30, 960, 15)) == pytest.approx(9.6 + 7.5 + 6.0)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), ("1h30m", 5400)])
@@ -138,11 +139,12 @@ def test_what_a_budget_gives_up_is_not_done(
     changes: dict[str, object] = {"steps": 40, "evaluations": 12, "search_trials": 0}
     whole = _audit(trained_model(), tmp_path / "whole", None, **changes).forecast().seconds
     assert whole is not None
-    # Seven of thirteen measurements are left.
-    fitted = _audit(trained_model(), tmp_path / "fitted", 0.6 * whole, **changes)
+    fitted = _audit(trained_model(), tmp_path / "fitted", 0.7 * whole, **changes)
     assert fitted.given_up[-1] == "6 of 12 measurements of every attack"
     assert (fitted.spec.evaluations, fitted.bench.evaluations) == (6, 6)
-    assert fitted.forecast().seconds == pytest.approx(7 / 13 * whole)
+    # Points of the first steps fall together: less than half of them is given up.
+    left, all_of_them = (1 + len(evaluation_steps(40, points)) for points in (6, 12))
+    assert fitted.forecast().seconds == pytest.approx(left / all_of_them * whole)
 
 
 def test_protections_that_share_a_store_give_up_the_same(

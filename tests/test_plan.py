@@ -38,7 +38,7 @@ from sophon._specs import (
     Strategy,
     Subject,
 )
-from sophon._trials import stop_at
+from sophon._trials import evaluation_steps, stop_at
 from sophon._verdict import summarise
 
 # The machinery of `standard-1` on a tenth of its attacks.
@@ -460,6 +460,11 @@ def test_a_prefilter_can_be_earlier_and_let_fewer_go_on(tmp_path: Path) -> None:
     strict, usual = (_audit(tmp_path, spec=s).plan for s in (spec, SPEC))
     assert strict._stop() == 1 < (usual._stop() or 0)
     assert strict.expected().steps < usual.expected().steps
+    # Stopped after one step, most trials have two points, that of their start included.
+    stopped = len(strict.subjects) * len(strict._early_and_late(restricted())[0])
+    whole = len(evaluation_steps(spec.steps, spec.evaluations)) + 1
+    measurements = (strict.expected().trials - stopped) * whole + stopped * 2
+    assert strict.expected().measurements == measurements
     early = strict._early_and_late(restricted())[0]
     domain, ranks = strict.restricted[0], range(len(early))
     scores = [0.9 - rank / 20 for rank in ranks]
@@ -547,7 +552,10 @@ def test_a_prefilter_at_the_end_of_the_budget_runs_nothing_twice() -> None:
     assert second
     assert set(second) <= set(first)
     of_one_domain = len({(a.subject, a.strategy) for a in first})
-    assert plan.expected().trials == of_one_domain + 3 * 12
+    expected = plan.expected()
+    assert expected.trials == of_one_domain + 3 * 12
+    points = evaluation_steps(spec.steps, spec.evaluations)
+    assert expected.measurements == expected.trials * (1 + len(points))
 
 
 def test_a_suite_that_runs_all_to_the_end_has_no_prefilter() -> None:

@@ -271,7 +271,7 @@ class Audit:
                 self._pace = measure_pace(self.bench, there, self._start("scratch", seed))
         if self._pace is None:
             return None
-        return self._pace.seconds(plan.expected(), plan.spec.evaluations) / self.workers
+        return self._pace.seconds(plan.expected()) / self.workers
 
     @contextmanager
     def _threads_of_a_trial(self) -> Iterator[None]:

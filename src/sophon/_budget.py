@@ -28,9 +28,9 @@ class Pace:
     measurement_s: float
     trial_s: float
 
-    def seconds(self, work: Work, evaluations: int) -> float:
+    def seconds(self, work: Work) -> float:
         """Return what `work` takes, one trial after another."""
-        measured = work.trials * (evaluations + 1) * self.measurement_s
+        measured = work.measurements * self.measurement_s
         return work.images * self.image_s + measured + work.trials * self.trial_s
 
 

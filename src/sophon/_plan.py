@@ -44,15 +44,18 @@ _SECONDARY_SEEDS = 3
 
 
 class Work(NamedTuple):
-    """How much there is to do: trials, optimizer steps in all, and images in those steps."""
+    """How much there is to do: trials, optimizer steps in all, images in those steps, and
+    measurements of an attacked model.
+    """
 
     trials: int
     steps: int
     images: int
+    measurements: int
 
-    def plus(self, count: float, steps: int, batch_size: float) -> Work:
-        """Return this and `count` more trials of so many steps."""
-        more = (count, count * steps, count * steps * batch_size)
+    def plus(self, count: float, steps: int, batch_size: float, measurements: int) -> Work:
+        """Return this and `count` more trials of so many steps and measurements."""
+        more = (count, count * steps, count * steps * batch_size, count * measurements)
         return Work(*(held + round(extra) for held, extra in zip(self, more, strict=True)))
 
 
@@ -99,32 +102,38 @@ class Plan:
 
         As if the prefilter could tell attacks apart: where it cannot, all of them go on.
         """
-        work, whole = Work(0, 0, 0), self.spec.steps
-        usual = Strategy.model_fields["batch_size"].default
+        whole, usual = self.spec.steps, Strategy.model_fields["batch_size"].default
+        due = evaluation_steps(whole, self.spec.evaluations)
+
+        def more(work: Work, count: float, steps: int, batch_size: float) -> Work:
+            # Every attack is measured before its first step too.
+            return work.plus(count, steps, batch_size, 1 + sum(step <= steps for step in due))
+
+        work = Work(0, 0, 0, 0)
         several = len(self.subjects)
         every = 1 if self.suite.headline else len(self.seeds)
         stop = self._stop() or whole
         for domain in self.restricted:
             early, late = self._early_and_late(domain)
             for strategy in early:
-                work = work.plus(several * every, stop, strategy.batch_size)
+                work = more(work, several * every, stop, strategy.batch_size)
             for strategy in late:
-                work = work.plus(several * every, whole, strategy.batch_size)
+                work = more(work, several * every, whole, strategy.batch_size)
             if stop < whole:
                 survivors = min(len(early), self.survivors * 2 + len({method(s) for s in early}))
-                work = work.plus(several * survivors, whole, usual)
+                work = more(work, several * survivors, whole, usual)
             search = (self.spec.search_trials or 0) * several
-            work = work.plus(search, stop, usual)
-            work = work.plus(search / 2 if stop < whole else 0, whole, usual)
+            work = more(work, search, stop, usual)
+            work = more(work, search / 2 if stop < whole else 0, whole, usual)
             if self.suite.headline or search:
                 again = len(self.seeds) - every
                 # Leaders of one subject are new to the others' searches, and to later seeds.
                 leaders = _USUAL_LEADERS * several
-                work = work.plus(several * (leaders * again + search / several / 4), whole, usual)
+                work = more(work, several * (leaders * again + search / several / 4), whole, usual)
         for domain in self.secondary:
             seeds = min(_SECONDARY_SEEDS, len(self.seeds))
             for strategy in self._secondary_for(domain):
-                work = work.plus(several * seeds, whole, strategy.batch_size)
+                work = more(work, several * seeds, whole, strategy.batch_size)
         return work
 
     def stages(self) -> Iterator[list[Assignment]]:

@@ -678,6 +678,25 @@ def test_audit_options_that_do_not_go_together(
     assert fragment in refused(tmp_path, "audit", run_file, "--out", tmp_path / "a", *words)
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("audit", "--workers", "0"),
+        ("protect", "--threads", "two"),
+        ("reproduce", "--workers", "-1"),
+    ],
+)
+def test_what_counts_is_a_whole_number(command: str, option: str, value: str) -> None:
+    code, _, err = sophon(command, "x", option, value)
+    assert code == 2
+    assert f"'{option}': {value} is not a whole number from 1 on" in err
+
+
+def test_a_dry_run_has_nothing_to_profile(run_file: Path, tmp_path: Path) -> None:
+    said = refused(tmp_path, "protect", run_file, "--dry-run", "--profile", "2")
+    assert "leave one of them out" in said
+
+
 @pytest.mark.slow
 def test_controls_are_found_out_by_the_command(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

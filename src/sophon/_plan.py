@@ -103,12 +103,6 @@ class Plan:
         As if the prefilter could tell attacks apart: where it cannot, all of them go on.
         """
         whole, usual = self.spec.steps, Strategy.model_fields["batch_size"].default
-        due = evaluation_steps(whole, self.spec.evaluations)
-
-        def more(work: Work, count: float, steps: int, batch_size: float) -> Work:
-            # Every attack is measured before its first step too.
-            return work.plus(count, steps, batch_size, 1 + sum(step <= steps for step in due))
-
         work = Work(0, 0, 0, 0)
         several = len(self.subjects)
         every = 1 if self.suite.headline else len(self.seeds)
@@ -116,25 +110,32 @@ class Plan:
         for domain in self.restricted:
             early, late = self._early_and_late(domain)
             for strategy in early:
-                work = more(work, several * every, stop, strategy.batch_size)
+                work = self._more(work, several * every, stop, strategy.batch_size)
             for strategy in late:
-                work = more(work, several * every, whole, strategy.batch_size)
+                work = self._more(work, several * every, whole, strategy.batch_size)
             if stop < whole:
                 survivors = min(len(early), self.survivors * 2 + len({method(s) for s in early}))
-                work = more(work, several * survivors, whole, usual)
+                work = self._more(work, several * survivors, whole, usual)
             search = (self.spec.search_trials or 0) * several
-            work = more(work, search, stop, usual)
-            work = more(work, search / 2 if stop < whole else 0, whole, usual)
+            work = self._more(work, search, stop, usual)
+            work = self._more(work, search / 2 if stop < whole else 0, whole, usual)
             if self.suite.headline or search:
                 again = len(self.seeds) - every
                 # Leaders of one subject are new to the others' searches, and to later seeds.
                 leaders = _USUAL_LEADERS * several
-                work = more(work, several * (leaders * again + search / several / 4), whole, usual)
+                work = self._more(
+                    work, several * (leaders * again + search / several / 4), whole, usual
+                )
         for domain in self.secondary:
             seeds = min(_SECONDARY_SEEDS, len(self.seeds))
             for strategy in self._secondary_for(domain):
-                work = more(work, several * seeds, whole, strategy.batch_size)
+                work = self._more(work, several * seeds, whole, strategy.batch_size)
         return work
+
+    def _more(self, work: Work, count: float, steps: int, batch_size: float) -> Work:
+        """Return `work` and `count` trials of so many steps, each measured at its start too."""
+        due = evaluation_steps(self.spec.steps, self.spec.evaluations)
+        return work.plus(count, steps, batch_size, 1 + sum(step <= steps for step in due))
 
     def stages(self) -> Iterator[list[Assignment]]:
         """Yield lists of trials to run; each must be met in full before the next is asked for."""

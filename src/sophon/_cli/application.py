@@ -90,8 +90,22 @@ Settings = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the last line, the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and no bars.")]
+
+
+def counted(text: str | int) -> int:
+    """Return a whole number from 1 on. Raises typer.BadParameter, naming what was given."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise typer.BadParameter(f"{text} is not a whole number from 1 on")
+    return count
+
+
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, metavar="N", help="Processor threads to use.")
+    int | None,
+    typer.Option("--threads", parser=counted, metavar="N", help="Processor threads to use."),
 ]
 Arguments = ParamSpec("Arguments")
 

@@ -17,6 +17,7 @@ from sophon._cli.application import (
     Threads,
     app,
     command_line,
+    counted,
     guarded,
 )
 from sophon._cli.running import mode_of, print_rows, show_verdict
@@ -87,7 +88,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     workers: Annotated[
         int,
         typer.Option(
-            "--workers", min=1, metavar="N", help="Trials run at once, of one thread each."
+            "--workers", parser=counted, metavar="N", help="Trials run at once, of one thread each."
         ),
     ] = 1,
     executor: Annotated[

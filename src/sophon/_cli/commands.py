@@ -18,6 +18,7 @@ from sophon._cli.application import (
     Settings,
     Threads,
     app,
+    counted,
     guarded,
     require_alone,
 )
@@ -81,7 +82,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
         int | None,
         typer.Option(
             "--profile",
-            min=1,
+            parser=counted,
             metavar="ROUNDS",
             help="Time the parts of so many rounds and trace one more, into FOLDER/profile.",
         ),
@@ -107,10 +108,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     mode = mode_of(quiet, as_json)
     with process_group() as ranks:
         with ranks.agreeing():
-            if dry_run and ranks.world > 1:
-                raise SpecError("--dry-run forecasts one process: repeat it without torchrun")
-            if profile is not None and ranks.world > 1:
-                raise SpecError("--profile times one process: repeat it without torchrun")
+            _require_one_process(ranks.world, profile, dry_run=dry_run)
             if out is None and not dry_run:
                 raise SpecError(
                     "--out is missing: name a folder to write to, such as --out runs/p1"
@@ -131,6 +129,16 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
         )
         if ranks.first:
             show_protected(result, out, mode)
+
+
+def _require_one_process(world: int, profile: int | None, *, dry_run: bool) -> None:
+    """Raise SpecError where a forecast or a profile is asked of many processes, or of one both."""
+    if dry_run and profile is not None:
+        raise SpecError("--dry-run trains no round to --profile: leave one of them out")
+    if dry_run and world > 1:
+        raise SpecError("--dry-run forecasts one process: repeat it without torchrun")
+    if profile is not None and world > 1:
+        raise SpecError("--profile times one process: repeat it without torchrun")
 
 
 @app.command(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sophon._cli.application import Quiet, Settings, Threads, app, guarded
+from sophon._cli.application import Quiet, Settings, Threads, app, counted, guarded
 from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
     mode_of,
@@ -93,7 +93,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     quiet: Quiet = False,
     threads: Threads = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, metavar="N", help="Processes that run trials.")
+        int,
+        typer.Option("--workers", parser=counted, metavar="N", help="Processes that run trials."),
     ] = 1,
 ) -> None:
     """Train, protect and audit a cell of the paper's tables; repeat the command to resume.

@@ -477,7 +477,7 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
         # Where things lie is no change, and what the record holds is compared by value.
         ("--set original.path=x --set restricted.0.download=true --set original.root=x", ()),
         ("--set model.weights=x.pth --set model.pretrained=false", ()),
-        ("--set audit.steps=150 --set protect.rounds=120 --threads 2", ()),
+        ("--set audit.steps=100 --set protect.rounds=120 --threads 2", ()),
     ],
 )
 def test_what_a_command_sets_makes_another_cell(

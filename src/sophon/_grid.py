@@ -256,7 +256,7 @@ reinforcement_steps = 2
 [protect.rehearsal]
 strategies = 1
 steps = 20
-horizon = 150                  # an attacker lives as long as an attack: no 800 rounds of K = 50
+horizon = 150                  # an attacker outlives an attack: no 800 rounds of K = 50
 pool = 4
 query_batch_size = 32
 
@@ -270,7 +270,7 @@ tolerance_points = 3.4         # the paper's own loss (CAFormer, CIFAR-10)
 every = 10"""
 _SMALL_AUDIT = """\
 suite = "quick-1"
-steps = 150
+steps = 100
 seeds = {seeds}"""
 
 # Diffusion: a DDPM of CIFAR-100 (T = 1000, linear beta, noise prediction), at 32x32 and at 16x16.

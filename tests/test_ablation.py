@@ -136,6 +136,10 @@ def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Pat
     assert empty == "| K | 10 |  |  |  |  |  |  |  |"
     assert None not in kept.mild
     assert " / ".join(f"{100 * (v or 0):.1f} %" for v in kept.mild) in base
+    assert f"Measured: {kept.origin}; 1 attack seed, one protection seed." in lines
+    told = {**held, BASE: dataclasses.replace(kept, changes=("audit.steps",))}
+    assert "| changed: audit.steps |" in table(folder, told)
+    assert "changed:" not in table(folder, held)
     violated = kept.rounds[0].model_copy(update={"guard": "violated"})
     twice: tuple[Round, ...] = (violated, violated, *kept.rounds)
     worse = dataclasses.replace(kept, rounds=twice)

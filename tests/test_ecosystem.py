@@ -252,6 +252,7 @@ def test_a_card_without_an_audit_says_so(place: Path) -> None:
             },
             32,
         ),
+        ({"name": "timm:vit_tiny_patch16_224"}, 64),
         ({"name": "torchvision:mobilenet_v3_small"}, 32),
         ({"name": "torchvision:googlenet"}, 64),
         ({"name": "small_convnet", "in_channels": 1}, 32),

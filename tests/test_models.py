@@ -214,6 +214,11 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
         ({"name": "resnet20", "pretrained": True, "weights": "w"}, "keep one"),
         ({"name": "torchvision:resnet18", "in_channels": 1}, "model.in_channels = 1"),
         ({"name": "timm:resnet18", "pretrained": True}, "not at hand"),
+        ({"name": "timm:resnet18.a9_in1k"}, "known: timm:resnet18.a1_in1k, "),
+        (
+            {"name": "timm:vit_giant_patch14_224", "pretrained": True},
+            "timm:vit_giant_patch14_224 has no published weights",
+        ),
         ({"name": "torchvision:resnet18", "pretrained": True}, "not at hand"),
     ],
 )

@@ -42,6 +42,7 @@ TORCHLESS = {
     "_rendering",
     "_report",
     "_reproduction",
+    "_sameness",
     "_search",
     "_spans",
     "_specs",

@@ -44,16 +44,16 @@ from sophon._models import blueprint
 from sophon._networks import SmallConvNet
 from sophon._records import AuditRecord, DomainRecord, Round
 from sophon._reproduction import (
-    changes_of,
     measured,
+    origin_of,
     rehearsed_attack,
-    require_same_training,
     robustness_attacks,
     robustness_tables,
     scores_of,
     table,
 )
 from sophon._runs import load_pretraining
+from sophon._sameness import changes_of, require_same_training
 from sophon._specs import AuditSpec, PretrainRunSpec, RunSpec, parse_spec
 from sophon._tasks import Denoising
 
@@ -292,6 +292,24 @@ def test_robustness_is_of_one_cell_of_each_mode(
     assert "1 of 2 cells failed: vgg-cifar10-ice" in said
 
 
+def test_robustness_without_images_says_what_is_missing_and_tries_both_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
+    said = command("reproduce", "robustness", "--out", tmp_path / "runs", fails=2)
+    assert "tiny_imagenet20_64.npz" in said
+    assert "cifar100.npz" in said
+    assert "2 of 2 cells failed: resnet18-gtsrb-klu, ddpm-orl-dos" in said
+    assert len(list((tmp_path / "runs").rglob("traceback.txt"))) == 2
+
+
+def test_a_cell_of_diffusion_has_the_network_that_it_trained(tmp_path: Path) -> None:
+    name = ("--set", "model.name=diffusers:unet.json")
+    said = command("reproduce", "ddpm-orl-dos", *name, "--out", tmp_path / "runs", fails=2)
+    assert "--set model.name: ddpm-orl-dos protects the network that it trained" in said
+    assert not (tmp_path / "runs").exists()
+
+
 # --- A small cell from end to end ----------------------------------------------------------------
 
 TINY = (
@@ -388,8 +406,17 @@ def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None
 def test_robustness_fills_its_tables(reproduced: tuple[Path, str]) -> None:
     out, printed = reproduced
     record = record_of(out, "caformer-mnist-klu-robustness")
-    text = robustness_tables(record, "caformer")
+    cell = cell_of("caformer-mnist-klu", "small")
+    text = robustness_tables(record, cell, out / "bases" / "small-caformer")
     assert text.strip() in printed
+    assert text.startswith("### caformer-mnist-klu, small: robustness")
+    assert f"Measured: {origin_of(record)}." in text
+    # It was run briefly, with few images: not the cell.
+    assert "**Not the cell of that name**, changed: original (180 of 4,500 images)," in text
+    assert "audit.extra" not in text
+    own = as_the_cell_says(record, cell)
+    told = own.model_copy(update={"command": "sophon reproduce robustness"})
+    assert "changed" not in robustness_tables(told, cell)
     for rows in robustness(2, 8).values():
         for name, attack in rows.items():
             scores = scores_of(record, attack)
@@ -399,7 +426,21 @@ def test_robustness_fills_its_tables(reproduced: tuple[Path, str]) -> None:
     assert "2 steps an attack" in text
     assert "attack seeds 0." in text
     assert "ublished" not in text
-    published = robustness_tables(record, "vgg")
+    lost = record.trials[0]
+    crashed = lost.model_copy(update={"test": None})
+    fewer = record.model_copy(update={"trials": (crashed, *record.trials[1:])})
+    twice = [trial.model_copy(update={"seed": 1}) for trial in record.trials]
+    spec = record.spec.model_copy(update={"seeds": (0, 1)})
+    both = fewer.model_copy(update={"spec": spec, "trials": (*fewer.trials, *twice)})
+    assert robustness_tables(both, cell).count("(1 of 2 seeds)") == len(
+        [
+            1
+            for rows in robustness(2, 8).values()
+            for attack in rows.values()
+            if attack == lost.strategy
+        ]
+    )
+    published = robustness_tables(record, cell_of("vgg-mnist-klu", "small"))
     assert published.count("56.4") == 1
     last = published.splitlines()[-1]
     assert "56.4" in last
@@ -509,6 +550,14 @@ def test_a_base_trained_otherwise_makes_another_cell(
     held["spec"] = base_spec.pretrain.model_dump(mode="json")
     file.write_text(json.dumps(held))
     assert changes_of(record, cell, base) == ()
+    # From random weights where the recipe begins with published ones.
+    paper = cell_of("resnet18-cifar10-ice", "paper")
+    assert "model.pretrained" in changes_of(record, paper, base)
+    assert "model.pretrained" not in changes_of(record, paper)
+    described = json.loads((base / "model.json").read_text())
+    described["model"]["weights"] = "published.pth"
+    (base / "model.json").write_text(json.dumps(described))
+    assert "model.pretrained" not in changes_of(record, paper, base)
     file.write_text("{}")
     with pytest.raises(CheckpointError, match="is damaged"):
         changes_of(record, cell, base)

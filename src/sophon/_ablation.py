@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from sophon._errors import CheckpointError
 from sophon._records import AuditRecord, Measurement, Round
-from sophon._reproduction import Triple, failure_of, read_stored, scores_of
+from sophon._reproduction import Triple, failure_of, origin_of, read_stored, scores_of
+from sophon._sameness import settings_in
 from sophon._specs import Strategy
 from sophon._summaries import DomainSummary
 from sophon._verdict import summarise
@@ -170,7 +171,9 @@ def variations() -> tuple[Variation, ...]:
 class Result:
     """What one run of the study came to: its rounds, and what the audit says of its domain.
 
-    `mild` is what the suite's mild attack reaches on scratch, unprotected and protected.
+    `mild` is what the suite's mild attack reaches on scratch, unprotected and protected, `seeds`
+    how many attack seeds there are, `origin` where the numbers come from, `changes` the keys that
+    the command set: with any it is not the study's.
     """
 
     rounds: tuple[Round, ...]
@@ -178,6 +181,9 @@ class Result:
     before: Measurement | None
     after: Measurement | None
     mild: Triple
+    seeds: int
+    origin: str
+    changes: tuple[str, ...]
 
     @property
     def violations(self) -> int:
@@ -208,7 +214,16 @@ def _result(record: AuditRecord, rounds: Path) -> Result:
     before, after = scores.get("unprotected"), scores.get("protected")
     mild = next((attack for attack in record.strategies if _is_mild(attack)), None)
     reached = (None,) * 3 if mild is None else scores_of(record, mild)
-    return Result(held, summarise(record)[0], before, after, reached)
+    return Result(
+        held,
+        summarise(record)[0],
+        before,
+        after,
+        reached,
+        len(record.seeds),
+        origin_of(record),
+        tuple(settings_in(record.command)),
+    )
 
 
 def _is_mild(attack: Strategy) -> bool:
@@ -220,7 +235,9 @@ def _is_mild(attack: Strategy) -> bool:
 
 
 def table(folder: Path, held: dict[str, Result]) -> str:
-    """Return the Markdown table of the study; what was not run stays empty."""
+    """Return the Markdown table of the study and where its numbers come from; what was not run
+    stays empty.
+    """
     lines = [
         "| axis | value | original test, before and after | guard violations"
         " | mean query score, last tenth | SGD momentum 1e-3: scratch / unprotected / protected"
@@ -235,6 +252,9 @@ def table(folder: Path, held: dict[str, Result]) -> str:
             if variation.name not in held and failed is not None:
                 cells[-1] = failed
             lines.append("| " + " | ".join(cells) + " |")
+    for origin, seeds in dict.fromkeys((one.origin, one.seeds) for one in held.values()):
+        several = f"{seeds} attack seed{'' if seeds == 1 else 's'}, one protection seed"
+        lines += ["", f"Measured: {origin}; {several}."]
     return "\n".join(lines) + "\n"
 
 
@@ -258,5 +278,5 @@ def _cells(result: Result | None) -> list[str]:
         kind.show(query, 1),
         *(" / ".join("?" if v is None else kind.show(v, 1) for v in three) for three in reached),
         removed,
-        summary.text,
+        f"changed: {', '.join(result.changes)}" if result.changes else summary.text,
     ]

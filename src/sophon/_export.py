@@ -289,7 +289,9 @@ def _usage(source: Exported) -> list[str]:
         ]
     if library == "timm":
         channels = source.network.in_channels
-        wanted = {} if channels == 3 else {"in_chans": channels}
+        wanted: dict[str, object] = {} if channels == 3 else {"in_chans": channels}
+        if getattr(source.model, "dynamic_img_size", False):
+            wanted["dynamic_img_size"] = True
         return [
             "import timm",
             f'model = timm.create_model("{name}", num_classes={source.classes}'

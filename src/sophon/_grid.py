@@ -422,9 +422,19 @@ def base_file(cell: Cell, recipe: str) -> str:
     return (
         f"# The model that the {cell.scale} cells of {cell.architecture} protect: {note}.\n"
         f"#   {head}\n"
-        "# Values are ours; architecture and original task are the paper's"
-        f"{_SMALLER[cell.scale]}.\n\n"
+        f"# {_taken(cell)}.\n\n"
         f"[model]\n{model}\n\n[original]\n{original}\n\n[pretrain]\n{pretrain}\n"
+    )
+
+
+def _taken(cell: Cell) -> str:
+    """Return what of a base is the paper's."""
+    if cell.scale == "small" and cell.architecture != DIFFUSION:
+        return "Values and original task are ours; the architecture is the paper's, scaled down"
+    which = "; which VGG, too, is ours" if cell.architecture == "vgg" else ""
+    return (
+        "Values are ours; architecture and original task are the paper's"
+        f"{_SMALLER[cell.scale]}{which}"
     )
 
 

@@ -195,14 +195,14 @@ class _Jobs:
     @property
     def _of_cells(self) -> list[str]:
         """The settings that concern a cell; where its base comes from is the base's affair."""
-        from sophon._reproduction import OF_BASE, key_of
+        from sophon._sameness import OF_BASE, key_of
 
         return [one for one in self.settings if key_of(one) not in OF_BASE]
 
     @property
     def _of_bases(self) -> list[str]:
         """The settings that concern the training of the original task."""
-        from sophon._reproduction import key_of
+        from sophon._sameness import key_of
 
         parts = ("original", "model", "pretrain", "task")
         return [one for one in self.settings if key_of(one).partition(".")[0] in parts]
@@ -221,7 +221,7 @@ class _Jobs:
         or something else was run there.
         """
         from sophon._grid import DIFFUSION, UNET_FILES, UNETS
-        from sophon._reproduction import base_folder
+        from sophon._sameness import base_folder
 
         text = self._base_text(cell)
         self._require_pictures(cell)
@@ -237,8 +237,14 @@ class _Jobs:
         """Return the run file of a cell's base. Raises SpecError for settings that do not fit it or
         the cell's.
         """
-        from sophon._grid import base_file, run_file
+        from sophon._grid import DIFFUSION, base_file, run_file
+        from sophon._sameness import key_of
 
+        if cell.architecture == DIFFUSION and "model.name" in map(key_of, self.settings):
+            raise SpecError(
+                f"--set model.name: {cell.name} protects the network that it trained first; for"
+                " another one write run files of your own, for `sophon pretrain` and the rest"
+            )
         text = base_file(cell, f"recipes/{cell.scale}/base-{cell.architecture}.toml")
         self._check(run_file(cell, cell.name, "."), [])
         self._check_base(text)
@@ -278,8 +284,8 @@ class _Jobs:
         self, file: Path, folder: Path, base: Path, settings: list[str]
     ) -> None:
         """Run a protection and its audit in `folder`, from where they stopped."""
-        from sophon._reproduction import require_same_training
         from sophon._runs import load
+        from sophon._sameness import require_same_training
 
         settings = [*self._of_cells, *settings]
         case = load(file, settings, self.threads)
@@ -306,6 +312,7 @@ class _Jobs:
             with _failure_kept(folder, make=True):
                 work()
         except Exception as error:  # noqa: BLE001 - the others are still to be run
+            folder.mkdir(parents=True, exist_ok=True)
             write_text(kept, traceback.format_exc())
             typer.echo(f"{name}: {_said(error)} (see {kept})", err=True)
             return error
@@ -319,6 +326,7 @@ class _Jobs:
         """Attack the protected models of some cells in turn, going on where one cannot be."""
         for cell in cells:
             self._base_text(cell)
+            self._require_pictures(cell)
         if len(cells) == 1:
             self.robustness(cells[0])
             return
@@ -341,15 +349,11 @@ class _Jobs:
         Raises CheckpointError where the model was protected otherwise than the settings say.
         """
         from sophon._files import write_text
-        from sophon._reproduction import (
-            read_stored,
-            require_same_protection,
-            robustness_attacks,
-            robustness_tables,
-        )
+        from sophon._reproduction import read_stored, robustness_attacks, robustness_tables
         from sophon._runs import read_run
+        from sophon._sameness import require_same_protection
 
-        file, _ = self._prepared(cell)
+        file, base = self._prepared(cell)
         run = read_run(file, self._of_cells)
         protected = self._place(cell) / "protected"
         if (protected / "model.safetensors").is_file():
@@ -363,7 +367,7 @@ class _Jobs:
         self._audit(file, protected, folder / "audit", settings)
         record = read_stored(folder / "audit" / "record.json")
         assert record is not None
-        tables = robustness_tables(record, cell.architecture)
+        tables = robustness_tables(record, cell, base)
         write_text(folder / "tables.md", tables)
         say([tables])
 
@@ -422,8 +426,8 @@ class _Jobs:
 
         Raises CheckpointError where `folder` holds a model trained otherwise.
         """
-        from sophon._reproduction import BASE_DONE, require_same_base
         from sophon._runs import load_pretraining, require_restricted
+        from sophon._sameness import BASE_DONE, require_same_base
 
         wanted = self._check_base(text)
         file = _recipe(folder.with_name(f"{folder.name}.toml"), text, _of_base, ran=[folder])
@@ -474,7 +478,7 @@ def _from_here(setting: str) -> str:
     """Return a `key=value` whose path, if it is a relative one, starts at the working directory: a
     recipe lies in a folder that the user did not choose.
     """
-    from sophon._reproduction import key_of
+    from sophon._sameness import key_of
 
     key, value = key_of(setting), setting.partition("=")[2].strip()
     place = value.strip("\"'")

@@ -77,6 +77,7 @@ DATASETS: dict[str, Entry] = {
         **_SPLIT_NAME,
         labels="_samples",
         get="https://benchmark.ini.rub.de",
+        counts=(26_640, 12_630),
         classes=tuple(str(sign) for sign in range(43)),
     ),
     "CelebA": Entry(

@@ -20,6 +20,7 @@ from sophon._models._probing import (
     made_for,
 )
 from sophon._models._published import (
+    is_published,
     published_place,
     published_timm,
     published_torchvision,
@@ -213,11 +214,24 @@ def _library(name: str) -> Any:
 def _require_name(kind: str, name: str) -> None:
     """Raise UnsupportedModelError, with near matches, for a name that timm or torchvision lacks."""
     if kind == "timm" and _library("timm").is_model(name):
+        _require_tag(name)
         return
     known = _names_of(kind)
     if kind == "timm" or name not in known:
         near = [f"{kind}:{found}" for found in known]
         raise UnsupportedModelError(_unknown(f"{kind}:{name}", near))
+
+
+def _require_tag(name: str) -> None:
+    """Raise UnsupportedModelError, with those there are, for weights that timm does not know."""
+    network, _, tag = name.partition(".")
+    held: list[str] = _library("timm").list_pretrained(f"{network}.*") if tag else []
+    if tag and name not in held:
+        known = ", ".join(f"timm:{one}" for one in held) or "none"
+        raise UnsupportedModelError(
+            f"model.name = 'timm:{name}': timm knows no weights {tag!r} of {network}; known:"
+            f" {known}"
+        )
 
 
 def _names_of(kind: str) -> list[str]:
@@ -287,13 +301,20 @@ _UNREACHED = (OSError, RuntimeError, ValueError)
 
 
 def _publisher(spec: ModelSpec) -> tuple[Any, str]:
-    """Return the library that publishes weights of the network, and its name there."""
+    """Return the library that publishes weights of the network, and its name there.
+
+    Raises UnsupportedModelError where none does.
+    """
     kind, _, name = spec.name.partition(":")
-    if kind not in ("timm", "torchvision"):
+    library = None
+    if kind in ("timm", "torchvision"):
+        _require_name(kind, name)
+        library = _library("timm" if kind == "timm" else "torchvision.models")
+    if library is None or not is_published(library, name):
         raise UnsupportedModelError(
             f"model.pretrained = true: {spec.name} has no published weights; set model.weights"
         )
-    return _library("timm" if kind == "timm" else "torchvision.models"), name
+    return library, name
 
 
 def _pretrained(spec: ModelSpec) -> nn.Module:

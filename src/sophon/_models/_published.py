@@ -19,6 +19,14 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 _REACH_S = 3.0
 
 
+def is_published(library: Any, name: str) -> bool:
+    """Return whether timm or `torchvision.models` names weights of a network that it knows."""
+    if hasattr(library, "get_pretrained_cfg"):
+        settings = library.get_pretrained_cfg(name)
+        return settings is not None and bool(settings.hf_hub_id or settings.url or settings.file)
+    return len(library.get_model_weights(name)) > 0
+
+
 def require_published(library: Any, name: str) -> None:
     """Raise FileNotFoundError at once where the published weights of a network of timm or of
     `torchvision.models` are neither in a cache nor within reach.

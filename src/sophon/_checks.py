@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from sophon._attacks import SUITES, Suite, strategies_of
 from sophon._flags import GOOD, WITHSTOOD, Check, Flag, trials_of
-from sophon._metric_kinds import kind_of_record, shown
-from sophon._records import AuditRecord, Measurement, Trial
+from sophon._metric_kinds import MetricKind, kind_of_record, shown
+from sophon._records import AuditRecord, DomainRecord, Measurement, Trial
 from sophon._specs import AuditSpec, Guard, Strategy, Subject
 from sophon._statistics import (
     best_of,
@@ -220,7 +220,7 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the protected model hardly beats guessing on its own task."""
     del domain
     kind = kind_of_record(record)
-    chance = kind.chance(record.original.classes)
+    chance = _guessing(record.original, kind)
     scores = {s.name: s.original.value for s in record.subjects if s.original is not None}
     # A tenth of the way from chance to what the unprotected model does, or to perfection.
     least = chance + 0.1 * (max(chance, scores.get("unprotected", 1.0)) - chance)
@@ -370,8 +370,8 @@ def scratch_still_rises(record: AuditRecord, domain: str) -> Flag | None:
     late = _late_gain(record, domain, "scratch")
     if late is None:
         return None
-    unlearnt = _unlearnt(record, domain)
-    if not late.much and not unlearnt:
+    guesses = unlearnt(record, domain, "scratch")
+    if not late.much and not guesses:
         return None
     return Flag(
         "a fresh network still learns",
@@ -381,7 +381,7 @@ def scratch_still_rises(record: AuditRecord, domain: str) -> Flag | None:
         "What weights are worth is not known before learning from nothing has levelled out: with"
         " more steps attackers may profit that do not yet.",
         "Raise audit.steps.",
-        late.words if late.much else unlearnt,
+        late.words if late.much else guesses,
         forbids=WITHSTOOD,
     )
 
@@ -412,17 +412,23 @@ def _late_gain(record: AuditRecord, domain: str, subject: Subject) -> _Late | No
     return _Late(much, f"{kind.gap(gain)} between step {at[earlier[-1]]} and {at[-1]}")
 
 
-def _unlearnt(record: AuditRecord, domain: str) -> str:
-    """Return in words that a fresh network's best attack is no better than guessing, or nothing.
+def _guessing(domain: DomainRecord, kind: MetricKind) -> float:
+    """Return what guessing scores: of classes of unequal frequency the share of the largest."""
+    chance = kind.chance(domain.classes)
+    return chance if kind.name != "accuracy" else max(chance, domain.largest or 0.0)
+
+
+def unlearnt(record: AuditRecord, domain: str, subject: Subject) -> str:
+    """Return in words that a subject's best attack is no better than guessing, or nothing.
 
     It is measured on the test split: the best of many validation scores beats guessing by luck.
     """
-    best = winner(trials_of(record, domain, "scratch"))
+    best = winner(trials_of(record, domain, subject))
     held = [d for d in (*record.restricted, *record.held_out, *record.benign) if d.name == domain]
     if best is None or not held:
         return ""
     kind = kind_of_record(record)
-    chance = kind.chance(held[0].classes)
+    chance = _guessing(held[0], kind)
     if best.test is not None and interval_of(best.test).low > chance:
         return ""
     return f"{shown(best.test)} on the test split, guessing {kind.show(chance, 1)}"

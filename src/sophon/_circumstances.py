@@ -29,7 +29,16 @@ def domain_record(domain: Domain, role: str, training_flops: int | None = None) 
         classes=domain.class_count,
         image=domain.image_shape,
         training_flops=training_flops,
+        largest=_largest(domain),
     )
+
+
+def _largest(domain: Domain) -> float | None:
+    """Return the share of the test images that are of the most frequent class."""
+    if domain.class_count < 2 or not len(domain.test):
+        return None
+    _, counts = domain.test.labels.unique(return_counts=True)
+    return int(counts.max()) / len(domain.test)
 
 
 def environment(device: torch.device, precision: str) -> Environment:

@@ -59,11 +59,35 @@ class Group:
     setting: dict[str, str]
     entries: tuple[Entry, ...]
 
+    @property
+    def drifted(self) -> str:
+        """How far the areas of the unprotected or of the fresh network lie apart, in words; nothing
+        where they are close.
+
+        Each audit attacks them with what led on its own protected model as well, so that what is
+        removed is measured against another lead.
+        """
+        ranked = [e.worst for e in self.entries if e.ranked and e.worst.advantage.baselines]
+        pairs = [one.advantage.baselines or (0.0, 0.0) for one in ranked]
+        if len({one.domain.name for one in ranked}) > 1 or len(pairs) < 2:
+            return ""
+        kind = ranked[0].kind
+        apart = max(max(areas) - min(areas) for areas in zip(*pairs, strict=True))
+        return kind.gap(apart) if apart > kind.close else ""
+
     def ranks(self) -> tuple[int | None, ...]:
-        """Return each entry's rank; None for those that have none, and for one that is alone."""
+        """Return each entry's rank; None for those that have none, and for one that is alone.
+
+        Where what they are measured against has `drifted`, those of one verdict share a rank.
+        """
         if len(self.entries) == 1:
             return (None,)
-        return tuple(i + 1 if e.ranked else None for i, e in enumerate(self.entries))
+        verdicts = [entry.worst.verdict for entry in self.entries]
+        places = [verdicts.index(v) if self.drifted else i for i, v in enumerate(verdicts)]
+        return tuple(
+            place + 1 if entry.ranked else None
+            for place, entry in zip(places, self.entries, strict=True)
+        )
 
 
 class Comparison:
@@ -233,6 +257,7 @@ def _table(group: Group) -> Table:
                 entry.name,
                 f"{worst.text}, on {worst.domain.name}" if several else worst.text,
                 removed_text(worst.advantage),
+                _baselines(worst),
                 score_text(attacked.test) if attacked else NONE,
                 shown(after),
                 _change(after, before),
@@ -245,6 +270,7 @@ def _table(group: Group) -> Table:
         "audit",
         "verdict",
         "advantage removed (95 %)",
+        "area: unprotected, fresh",
         "worst case, restricted test (95 %)",
         "original test",
         "change",
@@ -252,6 +278,12 @@ def _table(group: Group) -> Table:
         "flags",
     )
     return table(header, rows)
+
+
+def _baselines(worst: DomainSummary) -> str:
+    """Return the areas between which advantage removed lies."""
+    areas = worst.advantage.baselines
+    return NONE if areas is None else ", ".join(worst.kind.show(area, 1) for area in areas)
 
 
 def _values(entry: Entry) -> dict[str, Any]:
@@ -264,6 +296,7 @@ def _values(entry: Entry) -> dict[str, Any]:
         "domain": worst.domain.name,
         "advantage_removed": worst.advantage.value,
         "advantage_interval": worst.advantage.interval,
+        "areas_unprotected_and_fresh": worst.advantage.baselines,
         "worst_case_test": test.value if test else None,
         "original_before": before.value if before else None,
         "original_after": after.value if after else None,

@@ -1,7 +1,8 @@
 """Controls: models that only look protected, and two whose answer is known. An audit of the audit.
 
 Each keeps the architecture and the keys of the unprotected model. A decoy must be convicted, or
-flagged by what forbids a good verdict and is not said of the unprotected model itself. A twin of
+flagged by what forbids a good verdict and is not said of the unprotected model itself; where
+attackers get as far as without it, the attacks must have found that as well. A twin of
 the unprotected model, trained a little further on its own task, must come out as not protected at
 an advantage removed of 0, a fresh network at 1.
 """
@@ -86,14 +87,14 @@ def _scale_head(model: nn.Module, place: Place, by: float) -> None:
         parameter.mul_(by)
 
 
-def _inflate(model: nn.Module, place: Place) -> None:
+def _inflate(model: nn.Module, place: Place, by: float = 30.0) -> None:
     for layer, norm in normalised_pairs(model, place.image_shape):
         follower: Any = model.get_submodule(norm)
         for parameter in model.get_submodule(layer).parameters():
-            parameter.mul_(30.0)
+            parameter.mul_(by)
         if getattr(follower, "running_mean", None) is not None:
-            follower.running_mean.mul_(30.0)
-            follower.running_var.mul_(900.0)
+            follower.running_mean.mul_(by)
+            follower.running_var.mul_(by**2)
 
 
 def _spoil_statistics(model: nn.Module, _: Place) -> None:
@@ -112,10 +113,24 @@ DECOYS: dict[str, Made] = {
     FAINT: lambda m, place: _hook_last_block(m, place, _faint_gradient),
     DROPPED: lambda m, place: _hook_last_block(m, place, _dropped_in_training),
     "inflated weights": _inflate,
+    # Too little for any flag: nothing but attacks tells.
+    "slightly inflated weights": lambda m, place: _inflate(m, place, 3.0),
     "spoilt BatchNorm": _spoil_statistics,
     UNTRAINABLE: lambda m, _: _add(m.register_forward_hook(_no_gradient)),
 }
 
+
+# Attackers get as far with these as without: the attacks must see that too, not the flags alone.
+RECOVERED = (
+    "frozen parameters",
+    "poisoned head",
+    "saturated logits",
+    "faint gradients",
+    "inflated weights",
+    "slightly inflated weights",
+    "spoilt BatchNorm",
+)
+_RECOVERED_BELOW = 0.5
 
 # Attacked with as many seeds as a good verdict needs, so that only what is found denies it to them.
 STUBBORN = (UNTRAINABLE, DROPPED)
@@ -225,6 +240,9 @@ class Controls:
         record = self._audited(model, self.often if often else self.once)
         summary, telling = summarise(record)[0], telling_flags(record)
         found = summary.verdict in _CONVICTED or bool(telling)
+        if name in RECOVERED:
+            value = summary.advantage.value
+            found = found and value is not None and value < _RECOVERED_BELOW
         return ControlResult(name, summary, found and summary.verdict not in GOOD, telling)
 
     def known(self) -> Iterator[ControlResult]:

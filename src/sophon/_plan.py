@@ -190,11 +190,18 @@ class Plan:
     def _survivors(self, domain: Domain, early: Sequence[Strategy]) -> list[Strategy]:
         """Return the attacks that go on: each subject's best, and its best of every method.
 
-        All go on where none has moved on some subject: what is best there is luck.
+        All of a method go on where none of them has moved on some subject: what is best there is
+        luck, and a defence that lets one method pass must not choose the others' attackers.
         """
-        if not all(self._moved(domain, subject, early) for subject in self.subjects):
-            return list(early)
-        kept: set[Strategy] = set()
+        methods: dict[tuple[str, ...], list[Strategy]] = {}
+        for strategy in early:
+            methods.setdefault(method(strategy), []).append(strategy)
+        kept = {
+            strategy
+            for several in methods.values()
+            if not all(self._moved(domain, subject, several) for subject in self.subjects)
+            for strategy in several
+        }
         for subject in self.subjects:
             trials = [t for t in self._met(domain, subject) if t.strategy in set(early)]
             ranked = sorted(trials, key=best_of, reverse=True)

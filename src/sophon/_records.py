@@ -236,7 +236,8 @@ class DomainRecord(Record):
     """A domain as it was used: sizes of its splits, number of classes, content fingerprint.
 
     `training_flops` are the floating point operations of the network on one image, forward and
-    backward: times the images of a trial they are its cost.
+    backward: times the images of a trial they are its cost. `largest` is the share of test images
+    in the most frequent class: what guessing scores; None in older records and without classes.
     """
 
     name: str
@@ -249,6 +250,7 @@ class DomainRecord(Record):
     classes: int
     image: tuple[int, int, int]
     training_flops: int | None = None
+    largest: float | None = None
 
 
 class Overlap(Record):

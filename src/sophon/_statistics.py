@@ -58,7 +58,8 @@ class Estimate:
     """A number with its interval; without one where fewer than two seeds were run.
 
     Where `defined` is false, `reason` says why the number means nothing. `one_more` is where the
-    number of one further attack seed falls in 95 of 100 cases.
+    number of one further attack seed falls in 95 of 100 cases. `baselines` are the mean areas of
+    the unprotected and of the fresh network, between which it lies.
     """
 
     value: float | None
@@ -66,6 +67,7 @@ class Estimate:
     defined: bool
     reason: str = ""
     one_more: Interval | None = None
+    baselines: tuple[float, float] | None = None
 
 
 def wilson(score: Score) -> Interval:
@@ -340,18 +342,19 @@ def advantage_removed(
     else:
         noise = _shared_noise(shared)
         protected, unprotected, scratch = areas = tuple(held.mean(1) for held in shared)
-    gap = float(unprotected.mean() - scratch.mean())
+    baselines = (float(unprotected.mean()), float(scratch.mean()))
+    gap = baselines[0] - baselines[1]
     p, u, s = (_draws(v, i) + own for i, (v, own) in enumerate(zip(areas, noise, strict=True)))
     if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
         return Estimate(None, None, False, _tells_nothing(kind.gap(gap)))
     value = float(unprotected.mean() - protected.mean()) / gap
     if min(len(protected), len(unprotected), len(scratch)) < 2:
-        return Estimate(value, None, True)
+        return Estimate(value, None, True, baselines=baselines)
     held = u - s > 1e-9
     interval = percentile_interval((u - p)[held] / (u - s)[held])
     paired = len(protected) == len(unprotected)
     one_more = next_seed((unprotected - protected) / gap) if paired else None
-    return Estimate(value, interval, True, one_more=one_more)
+    return Estimate(value, interval, True, one_more=one_more, baselines=baselines)
 
 
 def _draws(areas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

@@ -93,14 +93,15 @@ class TrialStore:
 
 
 def earlier_crashes(store: TrialStore, trials: Iterable[Trial]) -> tuple[EarlierCrash, ...]:
-    """Return the crashes in `store` of these trials: what was run before them, or beside them."""
+    """Return the crashes in `store` of these trials: what was run before them, or beside them.
+
+    One that crashed alike each time is said by the trial itself.
+    """
     kept = {trial.key: trial for trial in trials}
     found = []
     for key, crash in store.crashes():
         last = kept.get(key)
-        if last is None or (
-            crash is not None and (crash.outcome, crash.wall_s) == (last.outcome, last.wall_s)
-        ):
+        if last is None or (crash is not None and crash.outcome == last.outcome):
             continue
         found.append(EarlierCrash(trial=key, error=_first_line(crash)))
     order = {key: position for position, key in enumerate(kept)}

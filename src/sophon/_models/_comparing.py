@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from functools import partial
 from statistics import median
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sophon._models._hooks import foreign_hooks
 
-# What every module holds, where a checkpoint was loaded from, and what a new head leaves as it was.
-_USUAL = frozenset(vars(nn.Module())) | {"name_or_path", "_name_or_path", "num_classes"}
+# What every module holds, where a checkpoint was loaded from and by which version, and what a new
+# head leaves as it was.
+_LOADED = {
+    *("name_or_path", "_name_or_path", "pretrained_cfg", "default_cfg"),
+    *("_diffusers_version", "transformers_version"),
+}
+_USUAL = frozenset(vars(nn.Module())) | _LOADED | {"num_classes"}
 _PLAIN = (bool, int, float, str, type(None))
+# Objects that layers keep are looked into so far.
+_DEEP = 3
 
 
 def code_differences(model: nn.Module, other: nn.Module | None) -> tuple[str, ...]:
     """Return what of `model` computes otherwise than in `other`, layer by layer.
 
-    Compared are classes, plain attributes (rates, modes, functions) and hooks that are not torch's
-    own, whichever mode they act in; weights are not. Without `other` every such hook counts.
+    Compared are classes, attributes (rates, modes, functions, configurations, plain tensors), which
+    weights are trained, and hooks that are not torch's own, whichever mode they act in; weights
+    are not. Without `other` every such hook counts.
     """
     found = [] if other is None else _layer_differences(model, other)
     usual = {} if other is None else dict(_hooks_of(other))
@@ -85,7 +95,11 @@ def _same_class(first: type, second: type) -> bool:
 
 
 def _attributes(part: nn.Module) -> dict[str, str]:
-    return {key: _described(value) for key, value in vars(part).items() if key not in _USUAL}
+    """Return a layer's attributes in words, its own tensors by whether they are trained."""
+    held = {key: _described(value) for key, value in vars(part).items() if key not in _USUAL}
+    # An optimizer is given parameters: what is kept as a buffer no attack moves.
+    held |= {key: "a parameter" for key, _ in part.named_parameters(recurse=False)}
+    return held | {key: "a buffer" for key, _ in part.named_buffers(recurse=False)}
 
 
 def _hooks_of(model: nn.Module) -> list[tuple[str, str]]:
@@ -101,23 +115,47 @@ def _hooks_of(model: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def _described(value: Any) -> str:
+def _described(value: Any, deep: int = _DEEP) -> str:
     """Return a text that two values share only if they do the same, as far as that can be told."""
     if isinstance(value, _PLAIN):
         return repr(value)
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, list | tuple | set | frozenset | Mapping):
+        return _of_many(value, deep)
     if isinstance(value, MethodType):
-        return _described(value.__func__)
+        return _described(value.__func__, deep)
     if isinstance(value, partial):
-        return f"{_described(value.func)} of {_described([*value.args, *value.keywords.values()])}"
+        bound = [*value.args, *value.keywords.values()]
+        return f"{_described(value.func, deep)} of {_described(bound, deep)}"
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        bound = [held for held in (*cells, *(value.__defaults__ or ())) if isinstance(held, _PLAIN)]
-        code = value.__code__
-        place = f"{value.__module__}.{value.__qualname__}, line {code.co_firstlineno}"
-        return f"{place}, {bound}" if bound else place
-    return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        return _of_function(value)
+    if isinstance(value, Tensor):
+        return _of_tensor(value)
+    name = f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    # A layer that is kept as an attribute is compared in its own place, or is not of the network.
+    if isinstance(value, type | nn.Module) or not deep or not getattr(value, "__dict__", None):
+        return name
+    return f"{name} {_described(vars(value), deep - 1)}"
+
+
+def _of_many(value: Any, deep: int) -> str:
+    if isinstance(value, Mapping):
+        items = [(str(key), _described(held, deep)) for key, held in value.items()]
+        return str({key: held for key, held in sorted(items) if key not in _USUAL})
+    parts = [_described(one, deep) for one in value]
+    return f"[{', '.join(parts if isinstance(value, list | tuple) else sorted(parts))}]"
+
+
+def _of_function(value: FunctionType) -> str:
+    cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+    bound = [held for held in (*cells, *(value.__defaults__ or ())) if isinstance(held, _PLAIN)]
+    place = f"{value.__module__}.{value.__qualname__}, line {value.__code__.co_firstlineno}"
+    return f"{place}, {bound}" if bound else place
+
+
+def _of_tensor(value: Tensor) -> str:
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    content = hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+    return f"{value.dtype} {tuple(value.shape)} {content}"
 
 
 def _filled(cell: Any) -> bool:

@@ -133,7 +133,7 @@ def network_identity(model: nn.Module) -> str:
     names = [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in calls]
     layers = "\n".join(
         f"{name}: {type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
-        f"{_unprinted_rates(part)}"
+        f"{_unprinted_rates(part)}{_untrained(part)}"
         for name, part in model.named_modules()
     )
     structure = hashlib.sha256(layers.encode()).hexdigest()[:16]
@@ -150,6 +150,12 @@ def _unprinted_rates(part: nn.Module) -> str:
         if not isinstance(value, bool) and f"{name}=" not in printed
     ]
     return ", ".join(rates)
+
+
+def _untrained(part: nn.Module) -> str:
+    """Return the weights that a layer keeps as buffers, where no optimizer finds them."""
+    names = [name for name, _ in part.named_buffers(recurse=False) if name in ("weight", "bias")]
+    return f" untrained: {', '.join(names)}" if names else ""
 
 
 def weights_sha256(model: nn.Module) -> str:

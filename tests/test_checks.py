@@ -431,3 +431,28 @@ def test_a_search_that_proposes_a_little_less_to_one_subject_is_no_unequal_searc
     # Of forty attacks on the protected model two are missing, then three.
     assert unequal_search(record(trials[2:]), "refused") is None
     assert unequal_search(record(trials[3:]), "refused") is not None
+
+
+def test_guessing_takes_the_largest_class() -> None:
+    def flat(largest: float | None) -> AuditRecord:
+        held = record(curves={"scratch": (0.7,) * 4, "unprotected": (0.8, 0.9, 0.95, 0.98)})
+        domain = held.restricted[0].model_copy(update={"classes": 2, "largest": largest})
+        trials = [
+            t.model_copy(update={"test": Score(correct=700, total=1000)})
+            if t.subject == "scratch"
+            else t
+            for t in held.trials
+        ]
+        return held.model_copy(update={"restricted": (domain,), "trials": tuple(trials)})
+
+    check = CHECKS["scratch_still_rises"]
+    # Half of two equal classes is beaten; the majority of unequal ones is all that was learnt.
+    assert check(flat(None), "refused") is None
+    flag = check(flat(0.7), "refused")
+    assert flag is not None
+    assert "guessing 70.0 %" in flag.detail
+    original = record(original=0.72)
+    kept = original.original.model_copy(update={"classes": 2, "largest": 0.7})
+    assert CHECKS["near_chance_on_original"](original, "refused") is None
+    unequal = original.model_copy(update={"original": kept})
+    assert CHECKS["near_chance_on_original"](unequal, "refused") is not None

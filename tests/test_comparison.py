@@ -42,6 +42,27 @@ def test_audits_are_ranked_by_verdict_and_then_by_what_was_removed() -> None:
     assert removed[1] > removed[2]
 
 
+def test_audits_against_other_baselines_share_the_rank_of_their_verdict() -> None:
+    def stronger(held: AuditRecord) -> AuditRecord:
+        """The same with a better attack on the unprotected model."""
+        better = record(curves={"unprotected": (0.5, 0.75, 0.87, 0.92)}).trials
+        kept = [t for t in held.trials if t.subject != "unprotected"]
+        more = [t for t in better if t.subject == "unprotected"]
+        return held.model_copy(update={"trials": (*kept, *more)})
+
+    pairs = [("a", _audit(SLOWED)), ("b", stronger(_audit((0.25, 0.45, 0.6, 0.8))))]
+    held = compare([*pairs, ("broken", _audit(BROKEN))])
+    (group,) = held.groups
+    assert [entry.worst.verdict for entry in group.entries] == ["slowed"] * 2 + ["not protected"]
+    assert group.drifted
+    assert group.ranks() == (1, 1, 3)
+    for text in (held.html(), held.markdown()):
+        assert "Those of one verdict share a rank" in text
+        assert group.drifted in text
+    alike = compare([("a", _audit(SLOWED)), ("broken", _audit(BROKEN))])
+    assert "share a rank" not in alike.markdown()
+
+
 def test_void_audits_come_last_and_have_no_rank() -> None:
     void = record([*_audit(SOUND).trials, crashed("protected")])
     held = compare([("void", void), ("broken", _audit(BROKEN)), ("sound", _audit(SOUND))])

@@ -491,6 +491,26 @@ def _at_stop(
             plan.trials.append(met.model_copy(update={"curve": (met.curve[0], last)}))
 
 
+def test_a_method_that_moves_lets_no_other_be_chosen_by_luck() -> None:
+    """A defence that delays all but linear probing must not choose the others' attackers."""
+    spec = SPEC.model_copy(update={"steps": 200, "survivors": 1, "search_trials": 0})
+    plan = _audit(spec=spec).plan
+    domain = plan.restricted[0]
+    early = plan._early_and_late(domain)[0]
+    guess = _guess(domain, KINDS["accuracy"])
+    probing = [method(s)[-1] == "head" for s in early]
+    assert 0 < sum(probing) < len(early)
+    delayed = [guess + 0.5 if alone else guess for alone in probing]
+    usual = [guess + 0.5 - rank / 1000 for rank in range(len(early))]
+    _at_stop(plan, {**dict.fromkeys(plan.subjects, usual), "protected": delayed}, early)
+    assert plan._moved(domain, "protected", early)
+    kept = set(plan._survivors(domain, early))
+    assert {s for s, alone in zip(early, probing, strict=True) if not alone} <= kept
+    # Where everything moves most are stopped.
+    _at_stop(plan, dict.fromkeys(plan.subjects, usual), early)
+    assert len(plan._survivors(domain, early)) < len(early) - 3
+
+
 def test_what_has_moved_is_more_than_luck_among_many() -> None:
     plan = _audit(spec=SPEC.model_copy(update={"steps": 200})).plan
     domain = plan.restricted[0]

@@ -161,6 +161,9 @@ def test_only_crashes_of_other_runs_of_the_same_trials_are_earlier_ones(tmp_path
     (tmp_path / "k.crashed-9.json").write_text("")
     found = earlier_crashes(store, [last])
     assert [(c.trial, c.error) for c in found] == [("k", "first"), ("k", "")]
+    # Crashed alike before: the trial itself says so.
+    store.put(_crash("last", 7.0))
+    assert earlier_crashes(store, [last]) == found
     assert earlier_crashes(store, []) == ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from builders import original, restricted, setting_of, trained_model
 from records import record
 from sophon._audit import Audit
 from sophon._data import Domain, overlaps, overlaps_of
-from sophon._models import code_differences, similarity
+from sophon._models import code_differences, network_identity, similarity
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
 from sophon._vitals import measure_vitals, training_flops
@@ -171,6 +172,48 @@ def test_code_beside_the_weights_is_told_apart(
     assert any(line.startswith(said) for line in found), found
     # What both have is no difference.
     assert code_differences(copy.deepcopy(model), model) == ()
+
+
+def test_weights_that_no_optimizer_finds_are_told_apart() -> None:
+    model, other = trained_model(), trained_model()
+    layer = model.get_submodule("stage1.0")
+    weight = layer.weight
+    del layer.weight
+    layer.register_buffer("weight", weight.detach())
+    assert model.state_dict().keys() == other.state_dict().keys()
+    (found,) = code_differences(model, other)
+    assert found == "stage1.0.weight = a buffer instead of a parameter"
+    assert network_identity(model) != network_identity(other)
+
+
+class _Configured(nn.Module):
+    """A network that reads a rate from an object, a table and a plain tensor of its own."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(rate=rate, name_or_path=f"from/{rate}")
+        self.table = {"rates": [{"drop": 0.0}], "_name_or_path": f"from/{rate}"}
+        self.mask = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: setattr(m.config, "rate", 0.99), "the network.config ="),
+        (lambda m: m.table["rates"][0].update(drop=0.99), "the network.table ="),
+        (lambda m: m.mask.zero_(), "the network.mask ="),
+    ],
+    ids=["object", "table", "tensor"],
+)
+def test_what_layers_keep_in_objects_is_looked_into(
+    change: Callable[[Any], object], said: str
+) -> None:
+    model, other = _Configured(), _Configured()
+    other.config.name_or_path = other.table["_name_or_path"] = "elsewhere"
+    assert code_differences(model, other) == ()
+    change(model)
+    (found,) = code_differences(model, other)
+    assert found.startswith(said)
 
 
 def test_without_another_network_every_hook_is_code_of_its_own() -> None:

@@ -64,13 +64,14 @@ def alike(
     if len(held) > 0:
         chosen = {_attack(trial, largest) for trial in held}
         others = [trial for trial in met if _attack(trial, largest) in chosen]
-        ends: dict[tuple[Strategy, int], int] = {}
+        stops: dict[tuple[Strategy, int], int] = {}
         for trial in (*held, *others):
-            last, key = max((p.step for p in trial.curve), default=0), _attack(trial, largest)
-            ends[key] = min(last, ends.get(key, last))
+            if trial.outcome.kind == "stopped":
+                key = _attack(trial, largest)
+                stops[key] = min(trial.outcome.step, stops.get(key, trial.outcome.step))
         kind = kind_of_record(record)
         pair = [
-            advantage_of(where, [_until(t, ends[_attack(t, largest)]) for t in those], kind)
+            advantage_of(where, [_until(t, stops.get(_attack(t, largest))) for t in those], kind)
             for where, those in ((domain, held), (allowed.domain, others))
         ]
         if all(one.defined for one in pair):
@@ -78,9 +79,9 @@ def alike(
     return min(1.0, wanted.value or 0.0), reached
 
 
-def _until(trial: Trial, step: int) -> Trial:
-    """Return a trial as if it had been stopped at a step."""
-    curve = tuple(point for point in trial.curve if point.step <= step)
+def _until(trial: Trial, step: int | None) -> Trial:
+    """Return a trial as if it had been stopped at a step; as it is without one."""
+    curve = tuple(point for point in trial.curve if step is None or point.step <= step)
     if len(curve) == len(trial.curve):
         return trial
     best = max(curve, key=lambda point: point.validation.value, default=None)

@@ -46,8 +46,9 @@ NAMES = (
 ORIGINAL, RESTRICTED = 224, 32
 PAPER_STEPS, PAPER_BATCH = 50, 150
 HEADER = (
-    "| network | weights | K | restricted: a batch | an image | original: a batch | an image"
-    " | peak memory | a paper round, estimated |\n|---|---|---|---|---|---|---|---|---|"
+    "| network | weights | K | batches of | restricted: a batch | an image | original: a batch"
+    " | an image | peak memory, at the larger | a paper round, estimated |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -124,7 +125,8 @@ def measure(name: str, batches: tuple[int, int], steps: int) -> str:
         f"{line.fixed:.3f} s | {line.image:.4f} s" for line in (restricted, original)
     )
     return (
-        f"| `{shown}` | {weights / 1e6:.1f} M | {steps} | {lines} | {peak:.2f} GiB |"
+        f"| `{shown}` | {weights / 1e6:.1f} M | {steps} | {batches[0]}, {batches[1]} | {lines} |"
+        f" {peak:.2f} GiB |"
         f" {paper / 60:.1f} min |"
     )
 

@@ -227,6 +227,20 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("scaling")
 
 
+def test_a_network_of_the_paper_has_a_row_under_the_header(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    architectures = importlib.import_module("architectures")
+    monkeypatch.setattr(architectures, "ORIGINAL", 64)
+    row = architectures.measure("torchvision:resnet18", (2, 3), 1)
+    assert row.startswith("| `torchvision:resnet18` | 11.2 M | 1 | 2, 3 | ")
+    assert row.count("|") == architectures.HEADER.splitlines()[0].count("|")
+    line = architectures.Line.through((2, 8), (1.0, 2.5))
+    assert (line.fixed, line.image, line.at(150)) == pytest.approx((0.5, 0.25, 38.0))
+
+
 def test_activations_are_what_another_image_adds(
     scaling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

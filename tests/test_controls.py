@@ -13,11 +13,12 @@ import torch
 
 from builders import original, restricted, scratch_model, trained_model
 from controls import digit_controls, few_attacks, leading_attacks, real_controls
-from records import crashed, diverged, record, trial
+from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks import SUITES
 from sophon._controls import (
     DECOYS,
     FAINT,
+    RECOVERED,
     STUBBORN,
     UNTRAINABLE,
     ControlResult,
@@ -30,7 +31,7 @@ from sophon._specs import AuditSpec, FreshHead, RescaleWeights, Strategy
 from sophon._verdict import summarise
 
 # What must be said of each decoy, whatever else is.
-FLAGS = {
+FLAGS: dict[str, set[str]] = {
     "raises when trained": {"crashed attacks", "zero or huge gradients"},
     "NaN when trained": {"most trials diverged", "zero or huge gradients"},
     "frozen parameters": {"unhealthy weights"},
@@ -40,18 +41,13 @@ FLAGS = {
     FAINT: {"zero or huge gradients", "code of its own"},
     "dropout when trained": {"code of its own"},
     "inflated weights": {"weight norms inflated"},
+    "slightly inflated weights": set(),
     "spoilt BatchNorm": {"extreme BatchNorm statistics", "original task destroyed"},
     UNTRAINABLE: {"zero or huge gradients"},
 }
-# An attacker gets as far with these as without: the audit must see that too.
-RECOVERED = (
-    "frozen parameters",
-    "poisoned head",
-    "saturated logits",
-    "faint gradients",
-    "inflated weights",
-    "spoilt BatchNorm",
-)
+
+# Attackers get no further than on a fresh network; with one seed that is void.
+HOPELESS = {"protected": CURVES["scratch"]}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,20 @@ def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) 
 
 def test_every_decoy_has_its_flags() -> None:
     assert set(FLAGS) == set(DECOYS)
-    assert all(FLAGS.values())
+    # Only attacks tell of the one that is inflated too little for a flag.
+    assert [name for name in DECOYS if not FLAGS[name]] == ["slightly inflated weights"]
+
+
+def test_a_suite_without_strong_attacks_does_not_pass_for_its_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every decoy is flagged before any attack: where attackers recover, they must have."""
+    run = digit_controls()
+    monkeypatch.setattr(Controls, "_audited", lambda *_, **__: record(curves=HOPELESS, seeds=(0,)))
+    monkeypatch.setattr("sophon._controls.telling_flags", lambda _: ("weight norms inflated",))
+    for name in DECOYS:
+        if name != UNTRAINABLE:
+            assert run.decoy(name).passed == (name not in RECOVERED), name
 
 
 def test_a_poisoned_head_has_the_classes_of_another_and_nothing_else_changed() -> None:

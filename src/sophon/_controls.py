@@ -240,9 +240,9 @@ class Controls:
         record = self._audited(model, self.often if often else self.once)
         summary, telling = summarise(record)[0], telling_flags(record)
         found = summary.verdict in _CONVICTED or bool(telling)
-        if name in RECOVERED:
-            value = summary.advantage.value
-            found = found and value is not None and value < _RECOVERED_BELOW
+        # Where the pair of domains tells nothing, the known answers are not found either.
+        if name in RECOVERED and summary.advantage.defined:
+            found = found and (summary.advantage.value or 0.0) < _RECOVERED_BELOW
         return ControlResult(name, summary, found and summary.verdict not in GOOD, telling)
 
     def known(self) -> Iterator[ControlResult]:

@@ -250,6 +250,7 @@ batch_size = 150"""
 _SMALL_PROTECT = """\
 suppression = "{loss}"
 rounds = 120
+suppression_rate = 1e-3        # about three times the paper's alpha: there are few rounds
 original_batch_size = 64
 reinforcement_steps = 2
 

@@ -473,7 +473,9 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
     file = tmp_path / "small" / cell.name / "audit" / "record.json"
     file.parent.mkdir(parents=True)
     file.write_text(record.model_dump_json())
-    (row,) = (line for line in table(tmp_path, "small").splitlines() if cell.name in line)
+    lines = [line for line in table(tmp_path, "small").splitlines() if cell.name in line]
+    row, origin = lines
+    assert origin == f"- {cell.name}: {origin_of(record)}"
     assert row.endswith(f"| {measured(record, cell).verdict} |")
     listed = command("reproduce", "--list", "--scale", "small", "--out", tmp_path)
     assert listed.count("measured") == 1

@@ -257,11 +257,11 @@ def _table(group: Group) -> Table:
                 entry.name,
                 f"{worst.text}, on {worst.domain.name}" if several else worst.text,
                 removed_text(worst.advantage),
-                _baselines(worst),
                 score_text(attacked.test) if attacked else NONE,
                 shown(after),
                 _change(after, before),
                 ratio_text(worst.slowing),
+                _baselines(worst),
                 ", ".join(entry.flags) or "none",
             )
         )
@@ -270,11 +270,11 @@ def _table(group: Group) -> Table:
         "audit",
         "verdict",
         "advantage removed (95 %)",
-        "area: unprotected, fresh",
         "worst case, restricted test (95 %)",
         "original test",
         "change",
         "cost multiplier",
+        "area: unprotected, fresh",
         "flags",
     )
     return table(header, rows)

@@ -138,7 +138,9 @@ def _standing(summary: DomainSummary, wanted: float, advantage: Estimate) -> Sta
     if not advantage.defined or not all(flag.alone for flag in voids):
         return "not judged"
     value = advantage.value or 0.0
-    high = value if advantage.interval is None else advantage.interval.high
+    # Of one seed there is no interval: that of all attacks says how little may be known.
+    intervals = [one.interval for one in (advantage, summary.advantage) if one.interval is not None]
+    high = max([value, *(interval.high for interval in intervals)])
     if value >= least and (voids or summary.verdict in ("withstood", "slowed")):
         return "blocked"
     return "unknown" if high >= least else "learnt"

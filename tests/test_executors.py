@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 import sophon._executors
+from sophon._compatibility import prepare_torchvision
 from sophon._errors import AuditError
-from sophon._executors import Processes, Serial, in_order, take_card
+from sophon._executors import Processes, Serial, Workload, in_order, take_card
 from sophon._records import Trial
 from workloads import Broken, Counting, Holding, Scripted, Unloadable, job
 
@@ -125,3 +129,18 @@ def test_what_a_worker_cannot_load_is_no_lack_of_memory(tmp_path: Path) -> None:
     refused = pytest.raises(AuditError, match="a worker cannot load the model")
     with Processes(Broken(tmp_path), 1) as processes, refused:  # type: ignore[arg-type]
         list(processes.run([job("quick", 0)]))
+
+
+def test_a_new_process_can_load_a_model_of_timm(tmp_path: Path) -> None:
+    # Beside a torch without CUDA neither timm nor torchvision can be imported unprepared.
+    prepare_torchvision()
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("test_resnet", num_classes=2)
+    workload = Workload(cast("Any", None), {}, {("unprotected", 0): cast("Any", model)})
+    held = tmp_path / "workload.pickle"
+    held.write_bytes(pickle.dumps(workload))
+    load = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
+    told = subprocess.run(
+        [sys.executable, "-c", load, str(held)], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr

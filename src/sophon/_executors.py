@@ -14,10 +14,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pickle import PicklingError
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 
+from sophon._compatibility import prepare_torchvision
 from sophon._data import Domain
 from sophon._errors import AuditError
 from sophon._records import Trial
@@ -58,6 +59,10 @@ class Workload:
     bench: Bench
     domains: dict[str, Domain]
     starts: dict[tuple[Subject, int], Start]
+
+    def __reduce__(self) -> tuple[Callable[..., Workload], tuple[Any, ...]]:
+        """Have the process that unpickles this prepare itself before it imports what models are."""
+        return _unpacked, (_Preparation(), self.bench, self.domains, self.starts)
 
     @property
     def device(self) -> torch.device:
@@ -268,6 +273,22 @@ def _require_importable(workload: Workload) -> None:
                     " shell, where workers cannot find it: put it into a module and import it, or"
                     " use one worker"
                 )
+
+
+class _Preparation:
+    """Pickles as a call: whoever unpickles it lets torchvision, and so timm, load."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return prepare_torchvision, ()
+
+
+def _unpacked(
+    _: None,
+    bench: Bench,
+    domains: dict[str, Domain],
+    starts: dict[tuple[Subject, int], Start],
+) -> Workload:
+    return Workload(bench, domains, starts)
 
 
 _held: list[Workload] = []

@@ -15,7 +15,7 @@ from torch import nn
 from builders import digits, original, quick_spec, restricted, scratch_model, trained_model
 from sophon._attacks import SUITES, strategies_of, suite_fingerprint
 from sophon._audit import Audit, audit
-from sophon._circumstances import health
+from sophon._circumstances import environment, health
 from sophon._data import Domain, Images
 from sophon._errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._networks import SmallConvNet
@@ -500,3 +500,9 @@ def test_two_unlike_restricted_domains_end_to_end() -> None:
     assert [s.code for s in record.subjects] == [(), (), ()]
     assert len(record.trials) == 2 * 3 * 12
     assert {t.outcome.kind for t in record.trials} == {"completed"}
+
+
+def test_a_record_names_the_card_that_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment(torch.device("cpu"), "fp32").place == "cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A Card")
+    assert environment(torch.device("cuda"), "bf16").place == "cuda (A Card)"

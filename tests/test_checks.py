@@ -45,10 +45,10 @@ def _standard(**changes: object) -> AuditRecord:
     return record().model_copy(update={"spec": spec})
 
 
-def _machines(processor: str) -> AuditRecord:
-    """Return a record whose trials on one subject ran on another processor."""
+def _machines(**other: str) -> AuditRecord:
+    """Return a record whose trials on one subject ran somewhere else."""
     base = record()
-    there = base.environment.model_copy(update={"processor": processor})
+    there = base.environment.model_copy(update=other)
     trials = [
         t.model_copy(
             update={"environment": there if t.subject == "protected" else base.environment}
@@ -160,7 +160,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "scratch_still_rises": (record(curves={"scratch": (0.1, 0.2, 0.4, 0.5)}), record()),
     "rehearsal_unknown": (record(), _rehearsing(20)),
     "cut_down_suite": (_standard(search_trials=0), _standard()),
-    "mixed_machines": (_machines("another"), _machines("a processor")),
+    "mixed_machines": (_machines(accelerator="another"), _machines(processor="a processor")),
     "unhealthy_weights": (record(flags=("frozen_parameters",)), record()),
 }
 

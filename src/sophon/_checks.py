@@ -500,7 +500,7 @@ def mixed_machines(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if a domain's trials were run on unlike machines or versions."""
     held = [t.environment for t in trials_of(record, domain) if t.environment is not None]
     kinds = {
-        (e.processor, e.device, e.precision, e.versions.get("torch", ""), e.threads): None
+        (e.processor, e.place, e.precision, e.versions.get("torch", ""), e.threads): None
         for e in held
     }
     if len(kinds) < 2:

@@ -42,7 +42,7 @@ def _largest(domain: Domain) -> float | None:
 
 
 def environment(device: torch.device, precision: str) -> Environment:
-    """Return where the audit runs: versions, processor, threads, device and precision."""
+    """Return where the audit runs: versions, processor, threads, device, precision."""
     return Environment(
         versions=_versions(),
         platform=f"{platform.system()} {platform.machine()}",
@@ -50,6 +50,7 @@ def environment(device: torch.device, precision: str) -> Environment:
         threads=torch.get_num_threads(),
         device=str(device),
         precision=precision,
+        accelerator=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
     )
 
 

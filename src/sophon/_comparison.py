@@ -186,7 +186,7 @@ def _setting(record: AuditRecord) -> dict[str, str]:
         "allowed tasks": _named(record.benign) or "none",
         "original": _named([record.original]),
         "unprotected model": f"{record.model} [{hashes.get('unprotected', 'none')[:_SHORT_HASH]}]",
-        "precision": f"{record.environment.precision} on {record.environment.device}",
+        "precision": f"{record.environment.precision} on {record.environment.place}",
         "task": record.task_name,
         "pictures": _pictures(record),
         "given up": "; ".join(record.given_up) or "nothing",

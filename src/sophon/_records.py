@@ -149,7 +149,10 @@ def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
 
 
 class Environment(Record):
-    """Where it ran: versions of the libraries, processor, threads, precision in use."""
+    """Where it ran: versions of the libraries, processor, threads, device, precision in use.
+
+    `accelerator` is the name of the card that is meant by `device`, if it is one.
+    """
 
     versions: dict[str, str]
     platform: str
@@ -157,6 +160,12 @@ class Environment(Record):
     threads: int
     device: str
     precision: str
+    accelerator: str = ""
+
+    @property
+    def place(self) -> str:
+        """The device, with its card's name: `cpu`, or such as `cuda (NVIDIA H200)`."""
+        return f"{self.device} ({self.accelerator})" if self.accelerator else self.device
 
 
 class Trial(Record):

@@ -163,7 +163,7 @@ def origin_of(record: AuditRecord) -> str:
     """Return where a record's numbers come from: date, command, machine."""
     where = record.environment
     return (
-        f"{record.created[:10]}, `{record.command}`; {where.processor}, {where.device},"
+        f"{record.created[:10]}, `{record.command}`; {where.processor}, {where.place},"
         f" {where.precision}, {where.threads} thread{'' if where.threads == 1 else 's'}, torch"
         f" {where.versions.get('torch', '?')}"
     )

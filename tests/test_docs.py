@@ -61,9 +61,14 @@ def test_the_api_has_every_public_name_with_its_docstring(site: Path) -> None:
 
 
 def test_the_command_line_page_has_every_command(site: Path) -> None:
+    from typer.main import get_command
+
+    from sophon._cli.application import app
+
     text = text_of(site / "cli.html")
-    for name in ("protect", "audit", "report", "pretrain", "export", "reproduce", "demo"):
-        assert f"Usage: sophon {name}" in text
+    commands = get_command(app).commands
+    assert len(commands) >= 10
+    assert [name for name in commands if f"Usage: sophon {name}" not in text] == []
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:

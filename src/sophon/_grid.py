@@ -102,9 +102,13 @@ PUBLISHED_ROBUSTNESS: dict[str, str] = {
 
 
 def published_of(cell: Cell) -> Published:
-    """Return what is published for a cell; nothing is filled in for what is not."""
+    """Return what is published for a cell; nothing is filled in for what is not, such as a
+    restricted domain that the paper does not have.
+    """
     if cell.name in PUBLISHED:
         return PUBLISHED[cell.name]
+    if cell.restricted not in RESTRICTED["paper"]:
+        return Published("")
     before = PUBLISHED_BEFORE.get(cell.architecture)
     return Published(_FILE_NAMES if before is not None else "", before=before)
 
@@ -432,7 +436,8 @@ def _taken(cell: Cell) -> str:
     """Return what of a base is the paper's."""
     if cell.scale == "small" and cell.architecture != DIFFUSION:
         return "Values and original task are ours; the architecture is the paper's, scaled down"
-    which = "; which VGG, too, is ours" if cell.architecture == "vgg" else ""
+    chosen = {"vgg": "which VGG", "ddpm": "the U-Net's widths"}.get(cell.architecture)
+    which = "" if chosen is None else f";\n# ours, too: {chosen}"
     return (
         "Values are ours; architecture and original task are the paper's"
         f"{_SMALLER[cell.scale]}{which}"

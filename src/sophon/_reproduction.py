@@ -25,6 +25,7 @@ from sophon._metric_kinds import MetricKind, kind_of_record
 from sophon._records import AuditRecord, Trial
 from sophon._sameness import base_folder, changes_of
 from sophon._specs import AuditSpec, RunSpec, Strategy, Subject, parse_spec
+from sophon._tables import removed_text
 from sophon._verdict import overall, summarise
 
 SUBJECTS: tuple[Subject, ...] = ("scratch", "unprotected", "protected")
@@ -38,7 +39,8 @@ class Measured:
     """What an audit says of its first restricted domain, on the test split, in [0, 1].
 
     `rehearsed` and `worst` hold scratch, unprotected and protected: after the attack that
-    protection rehearsed, and after each subject's best attack. `seeds` counts attack seeds, `found`
+    protection rehearsed, and after each subject's best attack. `removed` says how much of the
+    advantage is gone, or why nobody knows. `seeds` counts attack seeds, `found`
     those of which the rehearsed attack has a score of each subject: others crashed or diverged.
     `changes` names what was not run as the cell says, `origin` where the numbers come from.
     """
@@ -48,6 +50,7 @@ class Measured:
     after: float | None
     rehearsed: Triple
     worst: Triple
+    removed: str
     verdict: str
     seeds: int
     found: int
@@ -113,6 +116,7 @@ def measured(record: AuditRecord, cell: Cell, base: Path | None = None) -> Measu
         after=None if kept is None else kept.value,
         rehearsed=(None,) * 3 if attack is None else scores_of(record, attack),
         worst=tuple(s.test.value if s is not None and s.test is not None else None for s in worst),
+        removed=removed_text(first.advantage),
         verdict=overall(summaries).text,
         seeds=len(record.seeds),
         found=len(record.seeds) if attack is None else min(seeds_of(record, attack)),
@@ -174,8 +178,10 @@ def origin_of(record: AuditRecord) -> str:
 HEADER = (
     "| cell | published at paper size: original, before and after"
     " | published at paper size: scratch / unprotected / protected"
-    " | original, before and after | rehearsed rate: scratch / unprotected / protected"
-    " | worst case: scratch / unprotected / protected | attack seeds | verdict |"
+    " | re-measured: original, before and after"
+    " | re-measured, rehearsed rate: scratch / unprotected / protected"
+    " | re-measured, worst case: scratch / unprotected / protected"
+    " | advantage removed (95 %) | attack seeds | verdict |"
 )
 
 
@@ -185,7 +191,7 @@ def table(out: Path, scale: Scale) -> str:
     """
     cells = [cell for cell in CELLS if cell.scale == scale]
     notes = _notes(cells)
-    rows = [HEADER, "|---|---|---|---|---|---|---|---|"]
+    rows = [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
     origins: list[str] = []
     for cell in cells:
         try:
@@ -234,13 +240,14 @@ def row(cell: Cell, held: Measured | None, notes: dict[str, int], verdict: str =
     published = (_pair(_numbers(said.before, said.after)), _triple(_published(said)))
     cells = [cell.name, *(text + mark if text else EMPTY for text in published)]
     if held is None:
-        cells += [EMPTY] * 4 + [verdict]
+        cells += [EMPTY] * 5 + [verdict]
     else:
         own = [EMPTY if v is None else held.kind.show(v, 1) for v in (held.before, held.after)]
         cells += [
             _pair(own),
             _triple([EMPTY if v is None else _text(held.kind, v) for v in held.rehearsed]),
             _triple([EMPTY if v is None else _text(held.kind, v) for v in held.worst]),
+            held.removed,
             str(held.seeds) if held.found == held.seeds else f"{held.found} of {held.seeds}",
             f"changed: {', '.join(held.changes)}" if held.changes else held.verdict,
         ]
@@ -248,7 +255,7 @@ def row(cell: Cell, held: Measured | None, notes: dict[str, int], verdict: str =
 
 
 def _numbers(*values: float | None) -> list[str]:
-    return [EMPTY if value is None else f"{value:g}" for value in values]
+    return [EMPTY if value is None else str(value) for value in values]
 
 
 def _published(said: Published) -> list[str]:

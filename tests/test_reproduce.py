@@ -489,6 +489,12 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
         "audit.seeds": {"spec": record.spec.model_copy(update={"seeds": (0, 1)})},
         "protect.rounds": {"protection": {**protection, "spec": longer}},
         "protect": {"protection": None},
+        "protected with other images": {
+            "protection": {
+                **protection,
+                "identity": {**protection["identity"], "domains": "of fewer images"},
+            }
+        },
         "original": {"original": record.original.model_copy(update={"name": "other"})},
         "original.image_size": {
             "original": record.original.model_copy(update={"image": (3, 64, 64)})

@@ -22,6 +22,7 @@ from sophon._specs import (
     PretrainSpec,
     ProtectSpec,
     RunSpec,
+    fingerprint_of,
     parse_spec,
 )
 
@@ -43,8 +44,9 @@ def changes_of(record: AuditRecord, cell: Cell, base: Path | None = None) -> tup
         found.append("task.name")
     if _timestep(record.task_name) != wanted.task.timestep:
         found.append("task.timestep")
-    found += _domain_changes("original", (record.original,), (wanted.original,))
-    found += _domain_changes("restricted", record.restricted, wanted.restricted)
+    images = _domain_changes("original", (record.original,), (wanted.original,))
+    images += _domain_changes("restricted", record.restricted, wanted.restricted)
+    found += images or _other_images(record)
     for role, added in (("held_out", record.held_out), ("benign", record.benign)):
         found += [role] if added else []
     held = (record.protection or {}).get("spec")
@@ -54,6 +56,16 @@ def changes_of(record: AuditRecord, cell: Cell, base: Path | None = None) -> tup
     if base is not None and (base / BASE_DONE).is_file():
         found += _training_changes(base, cell)
     return tuple(dict.fromkeys(found))
+
+
+def _other_images(record: AuditRecord) -> list[str]:
+    """Return that the model was protected with other images than it was attacked with, if so."""
+    protection: dict[str, Any] = dict(record.protection or {})
+    stated = (protection.get("identity") or {}).get("domains")
+    # No cell weighs its domains.
+    attacked = [[one.name, 1.0, one.sha256] for one in (record.original, *record.restricted)]
+    same = stated is None or stated == fingerprint_of(attacked)
+    return [] if same else ["protected with other images"]
 
 
 def _timestep(task_name: str) -> int | None:

@@ -77,6 +77,16 @@ def _vital(**changes: object) -> AuditRecord:
     return base.model_copy(update={"subjects": tuple(subjects)})
 
 
+def _weights(sha256: str) -> AuditRecord:
+    """Return a record whose protected model has these weights."""
+    base = record()
+    subjects = [
+        s.model_copy(update={"weights_sha256": sha256} if s.name == "protected" else {})
+        for s in base.subjects
+    ]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
 def _made_from(similarity: float | None = None, stated: str | None = None) -> AuditRecord:
     protection = None if stated is None else {"identity": {"model": stated}}
     base = record(protection=protection)
@@ -143,6 +153,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
     "original_task_suffers": (record(original=0.85), record(original=0.89)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),
+    "same_weights": (_weights("2" * 64), record()),
     "another_network": (_made_from(similarity=0.1), _made_from(similarity=0.9)),
     "other_code": (_other_code("head.drop_rate = 0.9 instead of 0.0"), _other_code()),
     "gradients_at_step_0": (_vital(gradient_norms={"refused": 0.0}), _vital()),

@@ -268,8 +268,9 @@ def test_interrupting_leaves_a_run_that_resumes(run_file: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_an_audit_ends_its_workers_and_keeps_its_trials(
-    finished: Path, tmp_path: Path
+    finished: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     options = ["--workers", "2", "--set", "audit.steps=600", "--json"]
     command = ["audit", str(finished / "run.toml"), "--model", str(finished / "p"), *options]
@@ -284,14 +285,21 @@ def test_interrupting_an_audit_ends_its_workers_and_keeps_its_trials(
     assert process.stdout is not None
     while '"event": "trial"' not in process.stdout.readline():
         assert process.poll() is None
-    # As a terminal does: to the command and its workers alike.
-    os.killpg(process.pid, signal.SIGINT)
+    if number is signal.SIGINT:
+        # As a terminal does: to the command and its workers alike.
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "to resume, repeat the command" in err
     assert "Traceback" not in err
     assert list((tmp_path / "a/trials").glob("*.json"))
     assert not (tmp_path / "a/record.json").exists()
+    code, _, err = sophon("report", tmp_path / "a")
+    assert code == 2
+    assert "not finished" in err
+    assert "trials are stored" in err
     for _ in range(100):
         try:
             os.killpg(process.pid, 0)
@@ -737,7 +745,13 @@ def test_an_audit_without_the_model_before_says_what_it_cannot_claim(
     code, out, err = sophon("audit", run_file, *words, "--out", tmp_path / "a")
     assert code == 0, err
     assert "verdict: void" in out
-    assert "unprotected" in (tmp_path / "a" / "report.md").read_text()
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "unprotected" in text
+    for name in ("report.md", "report.html"):
+        said = " ".join((tmp_path / "a" / name).read_text().split())
+        assert "the model before protection was not given" in said
+        assert "on the model before protection" not in said
+    assert "&#39;" not in text
 
 
 @pytest.mark.parametrize(
@@ -754,3 +768,31 @@ def test_torchrun_is_refused_where_each_process_would_do_all(
     assert (code, out) == (2, "")
     assert err.startswith(said) if rank == "0" else not err
     assert "torchrun" not in sophon("report", "nowhere")[2]
+
+
+def test_an_audit_overwrites_nothing_but_its_own(finished: Path, tmp_path: Path) -> None:
+    words = ["audit", finished / "run.toml", "--model"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "report.md").write_text("my own words")
+    code, _, err = sophon(*words, finished / "p", "--out", mine)
+    assert code == 2
+    assert f"{mine} is not empty (report.md)" in err
+    assert (mine / "report.md").read_text() == "my own words"
+    other = tmp_path / "other.safetensors"
+    state = load_file(finished / "p/model.safetensors")
+    save_file({name: value + 0.001 for name, value in state.items()}, other)
+    shutil.copytree(finished / "a", tmp_path / "a")
+    code, _, err = sophon(*words, other, "--out", tmp_path / "a")
+    assert code == 2
+    assert f"{tmp_path / 'a'} holds the audit of another model than {other}" in err
+    assert (tmp_path / "a/record.json").read_bytes() == (finished / "a/record.json").read_bytes()
+
+
+def test_the_same_weights_twice_are_noticed(finished: Path, tmp_path: Path) -> None:
+    words = ["--unprotected", finished / "p", "--set", "audit.steps=1", "--set", "audit.seeds=[0]"]
+    words += ["--set", "audit.evaluations=2", "--out", tmp_path / "a"]
+    code, _, err = sophon("audit", finished / "run.toml", "--model", finished / "p", *words)
+    assert code == 0
+    assert f"warning: {finished / 'p'} has the weights of the model before protection" in err
+    assert "same weights" in (tmp_path / "a/report.md").read_text()

@@ -122,7 +122,7 @@ def open_run(
     held = folder / "run.json"
     if held.is_file():
         _require_same_run(read_json(held), identity, resolved, folder, prefix)
-    require_unused(folder, ours=held)
+    require_unused(folder, held.name)
     require_writable(folder, needed_bytes=needed_bytes)
     lock_folder(folder, owner)
     if not held.is_file():

@@ -29,6 +29,7 @@ from sophon._weight_checks import (
     head_alone,
     inflated_weights,
     other_code,
+    same_weights,
     saturated_logits,
 )
 
@@ -544,6 +545,7 @@ CHECKS: dict[str, Check] = {
     "last_step_is_best": last_step_is_best,
     "seeds_disagree": seeds_disagree,
     "other_optimizer_far_better": other_optimizer_far_better,
+    "same_weights": same_weights,
     "another_network": another_network,
     "other_code": other_code,
     "gradients_at_step_0": gradients_at_step_0,

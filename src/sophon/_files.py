@@ -133,12 +133,13 @@ def require_writable(
         raise CheckpointError(f"cannot write to {folder} ({error.strerror}): {remedy}") from None
 
 
-def require_unused(folder: Path, *, ours: Path) -> None:
-    """Raise CheckpointError if `folder` holds files and is no run's, which `ours` would tell.
+def require_unused(folder: Path, *ours: str) -> None:
+    """Raise CheckpointError if `folder` holds files and is no run's, which a file or folder in it
+    of one of the names `ours` would tell.
 
     So nothing that a user has there is overwritten.
     """
-    if ours.is_file() or not folder.is_dir():
+    if not folder.is_dir() or any((folder / name).exists() for name in ours):
         return
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if held:

@@ -53,7 +53,9 @@ def score_text(score: Measurement | None) -> str:
 
 def plain(text: str) -> str:
     """Return `text` as one line that Markdown shows as it is, in a table cell too."""
-    return str(escape(" ".join(text.split()))).replace("|", "\\|")
+    safe = str(escape(" ".join(text.split()))).replace("|", "\\|")
+    # Quotes do no harm outside an attribute, and a Markdown file is read as text, too.
+    return safe.replace("&#39;", "'").replace("&#34;", '"')
 
 
 def markdown_table(held: Table) -> str:

@@ -37,7 +37,7 @@ from sophon._tables import (
     trial_table,
     verdict_table,
 )
-from sophon._verdict import overall, scope, secondary, summarise
+from sophon._verdict import alone, overall, scope, secondary, summarise
 
 MEANINGS = {
     "withstood": "In this audit, starting from the protected weights saved an attacker nothing,"
@@ -118,6 +118,7 @@ class Report:
             record=record,
             meaning=MEANINGS[self.worst.verdict],
             scope=scope(record),
+            alone=alone(record),
             scoring=_scoring(record),
             kind=kind_of_record(record),
             task=_task(record),

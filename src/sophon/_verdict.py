@@ -84,6 +84,11 @@ ALONE = (
 UNTRIED = "Whether the model can still be fine-tuned to allowed tasks is not known."
 
 
+def alone(record: AuditRecord) -> bool:
+    """Return whether the model before protection was not given."""
+    return "unprotected" not in {subject.name for subject in record.subjects}
+
+
 def scope(record: AuditRecord) -> str:
     """Return what the verdict covers, as a sentence."""
     domains = ", ".join(domain.name for domain in record.restricted)
@@ -91,7 +96,7 @@ def scope(record: AuditRecord) -> str:
     seeds = len(record.seeds)
     attacks = len({trial.strategy for trial in record.trials}) or len(record.strategies)
     less = f" A time budget left out: {'; '.join(record.given_up)}." if record.given_up else ""
-    if "unprotected" not in {subject.name for subject in record.subjects}:
+    if alone(record):
         less += f" {ALONE}"
     if untried(secondary(record, "benign")):
         less += f" {UNTRIED}"

@@ -35,6 +35,27 @@ def _vitals(record: AuditRecord) -> tuple[Vitals | None, Vitals | None]:
     return held.get("protected"), held.get("unprotected")
 
 
+def same_weights(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the protected model is the one before protection, to the bit."""
+    del domain
+    held = {subject.name: subject for subject in record.subjects}
+    after, before = held.get("protected"), held.get("unprotected")
+    if after is None or before is None or after.weights_sha256 != before.weights_sha256:
+        return None
+    # What is computed otherwise with the same weights has a flag of its own.
+    if after.code:
+        return None
+    return Flag(
+        "same weights",
+        "the protected and the unprotected model have the same weights and compute the same",
+        "There is no protection to judge: one of the two was named by mistake, or protection"
+        " changed nothing.",
+        "Name the protected weights with --model, and those before protection in the run file or"
+        " with --unprotected.",
+        after.weights_sha256[:12],
+    )
+
+
 def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the first gradient is missing, or far smaller or larger than it was."""
     after, before = _vitals(record)

@@ -121,7 +121,8 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     @functools.wraps(command)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with _ended_like_interrupted():
+                command(*args, **kwargs)
         except SophonError as error:
             if error.told:
                 raise typer.Exit(error.exit_code) from None
@@ -138,6 +139,24 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
             _fail(f"error: {where}{error.strerror or error}: {remedy}", 2)
 
     return guarded
+
+
+@contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Take a request to end, as of `timeout` or a cluster, for Ctrl-C, but for torchrun's."""
+    if _ELASTIC in os.environ:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def command_line() -> str:
@@ -195,12 +214,14 @@ class Stop:
 
 @contextmanager
 def stopping(ranks: Ranks | None = None) -> Iterator[Stop]:
-    """Take Ctrl-C over for as long as the context lasts."""
+    """Take Ctrl-C, and a request to end, over for as long as the context lasts."""
     from sophon._distributed import Ranks
 
     stop = Stop(ranks or Ranks())
-    previous = signal.signal(signal.SIGINT, stop)
+    taken = (signal.SIGINT,) if _ELASTIC in os.environ else (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(one, stop) for one in taken]
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for one, before in zip(taken, previous, strict=True):
+            signal.signal(one, before)

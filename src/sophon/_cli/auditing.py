@@ -21,7 +21,7 @@ from sophon._cli.application import (
     guarded,
 )
 from sophon._cli.running import mode_of, print_rows, show_verdict
-from sophon._errors import ControlError, SpecError
+from sophon._errors import CheckpointError, ControlError, SpecError
 
 if TYPE_CHECKING:
     from sophon._audit import Audit
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sophon._report import Report
     from sophon._runs import Case
 
+# Any of these in a folder tells that an audit, or controls, were written there.
+_OURS = ("record.json", "controls.json", "trials")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -108,6 +110,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of RUN.TOML and a network from scratch are attacked alike. Only
     trials that the store lacks are run; repeat the command to resume.
     """
+    from sophon._files import require_unused
     from sophon._runs import load, require_outside, require_place
 
     mode = mode_of(quiet, as_json)
@@ -126,6 +129,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
             f"--out = {out} is the folder of the model to audit, which is for publishing: choose"
             f" another, such as {out}-audit"
         )
+    require_unused(out, *_OURS)
     for folder in {out, store or out}:
         require_outside(folder, run_file, settings)
     case = load(run_file, settings, threads)
@@ -134,6 +138,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     if controls:
         run_controls(case, out, mode, **placed)
     elif model is not None:
+        _require_same_model(out, model)
         record = run_audit(case, model, mode, unprotected=unprotected, budget_s=seconds, **placed)
         made = write_audit(record, out)
         show_verdict(made, mode, {"report": out / "report.html"})
@@ -153,6 +158,23 @@ def _require_consistent(
             )
     if controls and budget is not None:
         raise SpecError("--budget is not for --controls: use --set audit.steps=N instead")
+
+
+def _require_same_model(out: Path, model: Path) -> None:
+    """Raise CheckpointError if `out` holds the record of another model than the one in `model`."""
+    from sophon._checkpoints import file_sha256
+    from sophon._cli.reading import read_record
+    from sophon._runs import weights_file
+
+    file = weights_file(model)
+    if not (out / "record.json").is_file() or not file.is_file():
+        return
+    held = {one.name: one.file_sha256 for one in read_record(out).subjects}
+    if held.get("protected") not in (None, file_sha256(file)):
+        raise CheckpointError(
+            f"{out} holds the audit of another model than {model}: give another --out, or delete"
+            f" {out / 'record.json'}"
+        )
 
 
 def parse_duration(text: str) -> float:
@@ -181,6 +203,7 @@ def run_audit(
     """
     from sophon._audit import Audit
     from sophon._checkpoints import file_sha256
+    from sophon._models import weights_sha256
     from sophon._progress import Display, trial_text
     from sophon._runs import load_subject, weights_file
 
@@ -211,6 +234,12 @@ def run_audit(
         },
         **arguments,
     )
+    if mode in ("bar", "lines") and weights_sha256(protected) == weights_sha256(before):
+        typer.echo(
+            f"warning: {path} has the weights of the model before protection: name the protected"
+            " ones with --model, and those in the run file or with --unprotected",
+            err=True,
+        )
     todo = audit.missing()
     _show_forecast(audit, todo, mode)
     display = Display(mode, noun="trial", total=len(audit), todo=todo)

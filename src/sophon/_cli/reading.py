@@ -28,6 +28,12 @@ def read_record(path: Path) -> AuditRecord:
     try:
         return AuditRecord.model_validate_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        begun = len(list((path / "trials").glob("*.json")))
+        if begun:
+            raise CheckpointError(
+                f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
+                " its `sophon audit`"
+            ) from None
         raise CheckpointError(
             f"{file} does not exist: name the folder that `sophon audit --out` wrote"
         ) from None

@@ -380,7 +380,9 @@ class Audit:
         chosen |= set() if self.spec.batch_size is None else {self.spec.batch_size}
         usual = {s.batch_size for s in strategies if s.batch_size <= _USUAL_BATCH}
         for domain in self._domains.values():
-            check_batch_fits(domain, max(chosen | usual), "the largest batch of the attacks")
+            check_batch_fits(
+                domain, max(chosen | usual), "the largest batch of the attacks (audit.batch_size)"
+            )
 
     @property
     def _seeds(self) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ def check_batch_fits(domain: Domain, needed: int, what: str, *, have: int | None
     have = len(domain.train) if have is None else have
     if have < needed:
         raise DataError(
-            f"domain {domain.name!r} has {have} training images to use, fewer than {what} ="
-            f" {needed}; lower that to at most {have} or give more images"
+            f"domain {domain.name!r} has {have} training images to use (those for validation"
+            f" are not counted), fewer than {what} = {needed}; lower that to at most {have} or give more images"
         )
 
 

@@ -787,6 +787,10 @@ def test_an_audit_overwrites_nothing_but_its_own(finished: Path, tmp_path: Path)
     assert code == 2
     assert f"{tmp_path / 'a'} holds the audit of another model than {other}" in err
     assert (tmp_path / "a/record.json").read_bytes() == (finished / "a/record.json").read_bytes()
+    (tmp_path / "a/record.json").write_text("half a rec")
+    code, _, err = sophon(*words, finished / "p", "--out", tmp_path / "a")
+    assert code == 0, err
+    assert json.loads((tmp_path / "a/record.json").read_text())["schema_version"]
 
 
 def test_the_same_weights_twice_are_noticed(finished: Path, tmp_path: Path) -> None:

@@ -169,7 +169,11 @@ def _require_same_model(out: Path, model: Path) -> None:
     file = weights_file(model)
     if not (out / "record.json").is_file() or not file.is_file():
         return
-    held = {one.name: one.file_sha256 for one in read_record(out).subjects}
+    try:
+        held = {one.name: one.file_sha256 for one in read_record(out).subjects}
+    except CheckpointError:
+        # A damaged one says nothing, and the audit is what replaces it.
+        return
     if held.get("protected") not in (None, file_sha256(file)):
         raise CheckpointError(
             f"{out} holds the audit of another model than {model}: give another --out, or delete"

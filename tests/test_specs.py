@@ -12,7 +12,15 @@ from pydantic import ValidationError
 from sophon import _seeding
 from sophon._errors import SpecError
 from sophon._seeding import derive_seed, seeded
-from sophon._specs import AuditSpec, ProtectSpec, RunSpec, Strategy, parse_spec, shared_fields
+from sophon._specs import (
+    AuditSpec,
+    PretrainRunSpec,
+    ProtectSpec,
+    RunSpec,
+    Strategy,
+    parse_spec,
+    shared_fields,
+)
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 GOOD = {
@@ -24,8 +32,10 @@ GOOD = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(path: Path) -> None:
-    spec = parse_spec(RunSpec, tomllib.loads(path.read_text()), where=path.name)
-    assert spec.restricted
+    pretraining = path.stem.endswith("-pretrain")
+    kind = PretrainRunSpec if pretraining else RunSpec
+    spec = parse_spec(kind, tomllib.loads(path.read_text()), where=path.name)
+    assert spec.pretrain if pretraining else isinstance(spec, RunSpec) and spec.restricted
     assert path.stem in path.read_text()
 
 

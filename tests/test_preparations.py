@@ -26,6 +26,7 @@ from sophon._specs import (
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
+    RidgeHead,
     Strategy,
 )
 
@@ -37,6 +38,7 @@ EVERY: dict[str, tuple[Preparation, ...]] = {
     "batch_norm": (BatchNorm(mode="reset"),),
     "noise_kick": (NoiseKick(),),
     "batch_norm reestimate": (BatchNorm(batches=2),),
+    "ridge_head": (RidgeHead(),),
     "heal": (Heal(share=0.5),),
     "distil": (Distil(share=0.5),),
     "all": (
@@ -59,6 +61,7 @@ def around(classes: int = 10, head: str = "linear", **fields: object) -> Surroun
         "batches": batches,
         "train": nudge,
         "steps": 4,
+        "labelled": alike,
     }
     return Surroundings(**(values | fields))  # type: ignore[arg-type]
 
@@ -69,6 +72,11 @@ def nudge(model: nn.Module, course: Course) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(course.learning_rate)
+
+
+def alike(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Nothing can be fitted to these: a fitted head follows the weights beyond its factor."""
+    return ((torch.zeros(16, *IMAGE).double(), torch.arange(16) % 10) for _ in range(count))
 
 
 def batches(count: int) -> Iterator[Tensor]:

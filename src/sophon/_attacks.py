@@ -18,6 +18,7 @@ from sophon._specs import (
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
+    RidgeHead,
     Strategy,
     fingerprint_of,
 )
@@ -47,6 +48,7 @@ class Suite:
 
 
 _FRESH: tuple[Preparation, ...] = (FreshHead(),)
+_FITTED: tuple[Preparation, ...] = (RidgeHead(),)
 
 
 def _rates(
@@ -87,6 +89,14 @@ _STANDARD_1: tuple[Strategy, ...] = (
     *_rates("adagrad", (1e-2, 1e-1), _FRESH),
     *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, scope="head"),
     *_rates("adam", (1e-3, 1e-2, 1e-1), _FRESH, scope="head"),
+    # A head fitted in closed form, then all weights or the head alone.
+    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
+    *_rates("adam", (1e-3,), _FITTED),
+    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FITTED),
+    *_rates("adam", (1e-3,), _FITTED, scope="head"),
+    *_rates("adam", (3e-3,), (RescaleWeights(), RidgeHead()), batch_size=128),
+    *_rates("adam", (3e-3,), (ResetLastBlocks(blocks=1), RidgeHead()), batch_size=128),
     # The last blocks anew.
     *_rates("adam", (1e-3,), (ResetLastBlocks(blocks=1), FreshHead())),
     *_rates("sgd_momentum", (1e-1,), (ResetLastBlocks(blocks=1), FreshHead())),
@@ -95,7 +105,7 @@ _STANDARD_1: tuple[Strategy, ...] = (
     *_rates("adam", (3e-3, 1e-2), schedule="warmup_cosine"),
     # Batch sizes, as far as there are images.
     *_rates("adam", (1e-3, 1e-2), batch_size=32),
-    *_rates("adam", (1e-3, 1e-2), batch_size=128),
+    *_rates("adam", (1e-3, 3e-3, 1e-2), batch_size=128),
     *_rates("sgd_momentum", (1e-2, 1e-1), batch_size=128),
     *_rates("adam", (3e-3,), batch_size=512),
     *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, batch_size=128),
@@ -141,6 +151,10 @@ _BEYOND = (10, 100)
 _UNSAID: dict[OptimizerName, float] = {"sgd_momentum": 1e-1, "adam": 1e-2}
 # Numbers of blocks whose attacks by depth stand for all in a suite's fingerprint.
 _NETWORKS = (1, 5, 12)
+_CLASSIFIERS_ONLY = {
+    "batch_norm": "no BatchNorm to put back",
+    "ridge_head": "no classes to fit a head to",
+}
 # What a held-out or a benign domain is attacked with.
 SECONDARY = "quick-1"
 
@@ -203,14 +217,19 @@ def fitting(
 ) -> tuple[tuple[Strategy, ...], tuple[str, ...]]:
     """Return the attacks that can do something to a task's models, and what was left out and why.
 
-    A diffusion model has no BatchNorm to put back; all else applies, its last convolution being
-    the head.
+    A diffusion model has no BatchNorm to put back and no classes to fit a head to; all else
+    applies, its last convolution being the head.
     """
     if metric == "accuracy":
         return strategies, ()
-    kept = tuple(s for s in strategies if not any(p.kind == "batch_norm" for p in s.preparations))
-    left = tuple(f"{s.label()}: no BatchNorm to put back" for s in strategies if s not in kept)
-    return kept, left
+    why = {
+        s: next(
+            (_CLASSIFIERS_ONLY[p.kind] for p in s.preparations if p.kind in _CLASSIFIERS_ONLY), None
+        )
+        for s in strategies
+    }
+    kept = tuple(s for s in strategies if why[s] is None)
+    return kept, tuple(f"{s.label()}: {reason}" for s, reason in why.items() if reason is not None)
 
 
 def beyond_rehearsal(protection: dict[str, Any] | None, spec: AuditSpec) -> tuple[Strategy, ...]:

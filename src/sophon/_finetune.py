@@ -209,6 +209,11 @@ def attacker_copy(
         for step in range(count):
             yield feed.batch(step)[0][: strategy.batch_size]
 
+    def labelled(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(min(count, max(1, len(feed.images) // strategy.batch_size))):
+            yield feed.batch(step)
+
+    classifies = setting.task.metric == "accuracy"
     surroundings = Surroundings(
         head=setting.head,
         image_shape=setting.task.shape((setting.channels, *feed.images.pixels.shape[2:])),
@@ -216,6 +221,7 @@ def attacker_copy(
         seed=stream[0],
         names=stream[1],
         batches=batches,
+        labelled=labelled if classifies else None,
         train=lambda model, course: _follow(model, course, strategy, setting),
         steps=strategy.steps,
         bare=bare,

@@ -3,7 +3,7 @@
 A preparation maps each real parameter w to c * w + constant. The factor c is what carries a
 change of the real weights over to the prepared ones: 1 where they are kept, 0 where they are
 re-initialised, c where they are rescaled. Factors multiply along the list. Training beforehand
-(heal) is a constant too, to first order.
+(heal) is a constant too, to first order, and so is a head that is fitted (ridge_head).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sophon._models import (
     Shape,
     blocks,
     drop_foreign_hooks,
+    fit_head,
     head_classes,
     layers_in_order,
     normalised_pairs,
@@ -47,12 +48,17 @@ from sophon._specs import (
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
+    RidgeHead,
 )
 
 # Outputs may move by this much, relative to their size: a normalisation's eps does not scale.
 _PRESERVED = 0.02
 # Between layers that undo each other exactly only rounding is left.
 _CHAIN_PRESERVED = 1e-3
+# Passes forward that cost as much as a step, which goes back as well.
+_PASSES_A_STEP = 3
+# A head is fitted to no more images than this.
+_MOST_IMAGES = 8192
 Factors = dict[str, float]
 
 
@@ -61,7 +67,8 @@ class Surroundings:
     """What a preparation may use.
 
     `classes` is the restricted domain's, None where a head stays of its size; `batches(n)` yields
-    up to n normalised image batches of it (batch, channels, height, width); `train` follows a
+    up to n normalised image batches of it (batch, channels, height, width), `labelled(n)` up to n
+    with their labels, none twice; `train` follows a
     course on the original domain; `steps` is the attacker's budget; `(seed, *names)` is its random
     stream; `bare` are fresh values for parameters that no `reset_parameters` reaches.
     """
@@ -75,6 +82,7 @@ class Surroundings:
     train: Callable[[nn.Module, Course], None] | None = None
     steps: int = 1
     bare: Bare | None = None
+    labelled: Callable[[int], Iterator[tuple[Tensor, Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,7 @@ def prepare(
             _fit_head(model, surroundings, factors)
             fitted = True
         step = _streamed(surroundings, "preparation", index, preparation.kind)
-        _PREPARATIONS[preparation.kind](model, preparation, step, factors)
-        if isinstance(preparation, Heal | Distil):
-            spent += _share(preparation, surroundings.steps)
+        spent += _PREPARATIONS[preparation.kind](model, preparation, step, factors)
     if not fitted:
         _fit_head(model, surroundings, factors)
     require_steps(preparations, surroundings.steps)
@@ -124,10 +130,10 @@ def prepare(
 
 def require_steps(preparations: tuple[Preparation, ...], steps: int) -> None:
     """Raise SpecError unless what trains beforehand leaves one of `steps` steps."""
-    shares = [_share(p, steps) for p in preparations if isinstance(p, Heal | Distil)]
-    if sum(shares) >= steps:
+    if sum(spent_at_most(p, steps) for p in preparations) >= steps:
         raise SpecError(
-            f"heal and distil leave no step of {steps}: raise the steps, or lower their share"
+            f"heal, distil and ridge_head leave no step of {steps}: raise the steps, or lower their"
+            " share"
         )
 
 
@@ -137,29 +143,30 @@ def _fit_head(model: nn.Module, surroundings: Surroundings, factors: Factors) ->
         _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"), factors)
 
 
-def _share(preparation: Heal | Distil, steps: int) -> int:
-    """Return the steps a course takes of the budget: at least one, and one is left at least."""
+def spent_at_most(preparation: Preparation, steps: int) -> int:
+    """Return the steps a preparation may take of the budget: one at least, and one is left."""
+    if not isinstance(preparation, Heal | Distil | RidgeHead):
+        return 0
     return max(1, min(round(preparation.share * steps), steps - 1))
 
 
-def _heal(
-    model: nn.Module, preparation: Heal, surroundings: Surroundings, factors: Factors
-) -> None:
+def _heal(model: nn.Module, preparation: Heal, surroundings: Surroundings, factors: Factors) -> int:
     del factors
-    _train(model, preparation, surroundings, None)
+    return _train(model, preparation, surroundings, None)
 
 
 def _distil(
     model: nn.Module, preparation: Distil, surroundings: Surroundings, factors: Factors
-) -> None:
+) -> int:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     # A student is a network of its own: what hangs on the publisher's stays with the teacher.
     drop_foreign_hooks(model)
     names = (*surroundings.names, "student")
     reinitialise(model, seed=surroundings.seed, names=names, bare=surroundings.bare)
-    _train(model, preparation, surroundings, teacher)
+    spent = _train(model, preparation, surroundings, teacher)
     for name in factors:
         factors[name] = 0.0
+    return spent
 
 
 def _train(
@@ -167,17 +174,19 @@ def _train(
     preparation: Heal | Distil,
     surroundings: Surroundings,
     teacher: nn.Module | None,
-) -> None:
+) -> int:
+    """Follow the course and return its steps."""
     if surroundings.train is None:
         raise SpecError(f"{preparation.kind} needs images of the original domain")
     course = Course(
-        steps=_share(preparation, surroundings.steps),
+        steps=spent_at_most(preparation, surroundings.steps),
         learning_rate=preparation.learning_rate,
         teacher=teacher,
         seed=surroundings.seed,
         names=surroundings.names,
     )
     surroundings.train(model, course)
+    return course.steps
 
 
 def _streamed(surroundings: Surroundings, *names: str | int) -> Surroundings:
@@ -192,16 +201,38 @@ def _forget(factors: Factors, prefix: str) -> None:
 
 def _fresh_head(
     model: nn.Module, _: FreshHead, surroundings: Surroundings, factors: Factors
-) -> None:
+) -> int:
     head = surroundings.head
     classes = surroundings.classes or head_classes(model, head)
     replace_head(model, head, classes, seed=surroundings.seed, names=surroundings.names)
     _forget(factors, head)
+    return 0
+
+
+def _ridge_head(
+    model: nn.Module, preparation: RidgeHead, surroundings: Surroundings, factors: Factors
+) -> int:
+    """Fit a fresh head; it stays as drawn where nothing can be fitted. Return the steps spent."""
+    if surroundings.labelled is None:
+        raise SpecError("ridge_head needs labelled images of the restricted domain")
+    _fresh_head(model, FreshHead(), surroundings, factors)
+    most = _PASSES_A_STEP * spent_at_most(preparation, surroundings.steps)
+    seen: list[int] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in surroundings.labelled(most):  # type: ignore[misc]
+            seen.append(len(images))
+            yield images, labels
+            if sum(seen) >= _MOST_IMAGES:
+                return
+
+    fit_head(model, surroundings.head, batches())
+    return max(1, math.ceil(len(seen) / _PASSES_A_STEP))
 
 
 def _reset_last_blocks(
     model: nn.Module, preparation: ResetLastBlocks, surroundings: Surroundings, factors: Factors
-) -> None:
+) -> int:
     found = blocks(model, surroundings.head)
     if preparation.blocks > len(found):
         raise SpecError(
@@ -218,18 +249,20 @@ def _reset_last_blocks(
                 bare=None if surroundings.bare is None else surroundings.bare.within(name),
             )
             _forget(factors, name)
+    return 0
 
 
 def _batch_norm(
     model: nn.Module, preparation: BatchNorm, surroundings: Surroundings, factors: Factors
-) -> None:
+) -> int:
     norms = {name: part for name, part in model.named_modules() if isinstance(part, BatchNorms)}
     if preparation.mode == "reestimate":
         _reestimate(model, preparation.batches, surroundings)
-        return
+        return 0
     for name, norm in norms.items():
         norm.reset_parameters()
         _forget(factors, name)
+    return 0
 
 
 def _reestimate(model: nn.Module, count: int, surroundings: Surroundings) -> None:
@@ -244,18 +277,19 @@ def _reestimate(model: nn.Module, count: int, surroundings: Surroundings) -> Non
 @torch.no_grad()
 def _noise_kick(
     model: nn.Module, preparation: NoiseKick, surroundings: Surroundings, factors: Factors
-) -> None:
+) -> int:
     source = generator(surroundings.seed, *surroundings.names)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=source).to(parameter)
         size = parameter.square().mean().sqrt()
         parameter.add_(noise * (preparation.relative_std * size))
+    return 0
 
 
 @torch.no_grad()
 def _rescale_weights(
     model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings, factors: Factors
-) -> None:
+) -> int:
     """Scale what the next layer can undo: weight and bias by c, the next weight by 1 / c; then what
     a normalisation undoes: weight, bias and running mean by c, variance by c^2.
 
@@ -279,6 +313,7 @@ def _rescale_weights(
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
     for layer, _, scale in kept:
         _multiply(factors, layer, scale)
+    return 0
 
 
 def _size(model: nn.Module, layer: str) -> float:
@@ -363,8 +398,10 @@ def _scaled_tensors(
         yield follower.running_var, scale * scale
 
 
-_PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings, Factors], None]] = {
+# Each returns the steps it spent.
+_PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings, Factors], int]] = {
     "fresh_head": _fresh_head,
+    "ridge_head": _ridge_head,
     "reset_last_blocks": _reset_last_blocks,
     "rescale_weights": _rescale_weights,
     "batch_norm": _batch_norm,

@@ -23,6 +23,7 @@ from sophon._specs import (
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
+    RidgeHead,
     Strategy,
 )
 
@@ -39,6 +40,7 @@ RATES: dict[OptimizerName, tuple[float, float]] = {
 PREPARATIONS: dict[str, tuple[Preparation, ...]] = {
     "direct": (),
     "fresh head": (FreshHead(),),
+    "fitted head": (RidgeHead(),),
     "last block": (ResetLastBlocks(), FreshHead()),
     "rescaled": (RescaleWeights(),),
     "rescaled, fresh head": (RescaleWeights(), FreshHead()),
@@ -67,14 +69,14 @@ AT_ONCE = 4
 
 def starts(metric: str, steps: int, stop: int | None = None) -> dict[str, tuple[Preparation, ...]]:
     """Return the preparations that are searched: those that leave steps before `stop` or the end;
-    a diffusion model has no BatchNorm.
+    a diffusion model has no BatchNorm and no classes to fit a head to.
     """
     end = steps if stop is None else min(stop, steps)
     return {
         name: held
         for name, held in PREPARATIONS.items()
         if _spent(held, steps) < end
-        and (metric == "accuracy" or not any(isinstance(p, BatchNorm) for p in held))
+        and (metric == "accuracy" or not any(isinstance(p, BatchNorm | RidgeHead) for p in held))
     }
 
 
@@ -228,7 +230,7 @@ def _named(choices: Mapping[str, Any], wanted: Any) -> str | None:
 
 def _spent(preparations: tuple[Preparation, ...], steps: int) -> int:
     """Return about how many of the steps are spent on training beforehand."""
-    courses = [p for p in preparations if isinstance(p, Heal | Distil)]
+    courses = [p for p in preparations if isinstance(p, Heal | Distil | RidgeHead)]
     return sum(max(1, round(p.share * steps)) for p in courses)
 
 

@@ -19,6 +19,7 @@ from sophon._models._building import (
     require_model,
     resolve_model,
 )
+from sophon._models._closed_form import fit_head
 from sophon._models._comparing import code_differences, similarity
 from sophon._models._denoisers import (
     DenoiserSource,
@@ -94,6 +95,7 @@ __all__ = [
     "find_head",
     "foreign_hooks",
     "fresh_copy",
+    "fit_head",
     "head_classes",
     "is_conditional",
     "is_denoiser",

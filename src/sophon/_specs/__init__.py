@@ -36,6 +36,7 @@ from sophon._specs.strategies import (
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
+    RidgeHead,
     Strategy,
     shared_fields,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "Rehearsal",
     "RescaleWeights",
     "ResetLastBlocks",
+    "RidgeHead",
     "RunSpec",
     "SampleSpec",
     "ScheduleName",

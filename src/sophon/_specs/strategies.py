@@ -29,6 +29,18 @@ class FreshHead(Spec):
     kind: Literal["fresh_head"] = "fresh_head"
 
 
+class RidgeHead(Spec):
+    """Fit a new head in closed form to images of the attacker's, before the first step: linear
+    probing, then fine-tuning (arXiv 2202.10054).
+
+    Images are passed forward once, which counts as a third of a step a batch, for at most `share`
+    of the steps.
+    """
+
+    kind: Literal["ridge_head"] = "ridge_head"
+    share: Fraction = 0.05
+
+
 class ResetLastBlocks(Spec):
     """Re-initialise the last `blocks` blocks before the head (the head is left to FreshHead)."""
 
@@ -86,7 +98,14 @@ class Distil(Spec):
 
 
 Preparation = Annotated[
-    FreshHead | ResetLastBlocks | RescaleWeights | BatchNorm | NoiseKick | Heal | Distil,
+    FreshHead
+    | RidgeHead
+    | ResetLastBlocks
+    | RescaleWeights
+    | BatchNorm
+    | NoiseKick
+    | Heal
+    | Distil,
     Field(discriminator="kind"),
 ]
 Preparations = Annotated[tuple[Preparation, ...], Field(strict=False)]
@@ -125,8 +144,13 @@ class Strategy(Spec):
         training = [p for p in self.preparations if isinstance(p, Heal | Distil)]
         if tuple(training) != self.preparations[: len(training)]:
             raise ValueError("heal and distil train the original task: list them first")
-        if sum(p.share for p in training) >= 1:
-            raise ValueError("the shares of heal and distil must leave steps: below 1 in all")
+        fitted = [p for p in self.preparations if isinstance(p, RidgeHead)]
+        if fitted and fitted != [self.preparations[-1]]:
+            raise ValueError("ridge_head fits the head to all that comes before: list it last")
+        if sum(p.share for p in (*training, *fitted)) >= 1:
+            raise ValueError(
+                "the shares of heal, distil and ridge_head must leave steps: below 1 in all"
+            )
         if self.lora_rank is not None and self.scope == "head":
             raise ValueError("lora_rank adapts the layers before the head: use scope = 'all'")
         return self
@@ -136,7 +160,7 @@ class Strategy(Spec):
         `init-FC-all sgd_momentum 0.01 (clip norm 1.0)`. Fields in `shared` are left out.
         """
         kinds = [preparation.kind for preparation in self.preparations]
-        start = "init-FC" if "fresh_head" in kinds else "direct"
+        start = "init-FC" if {"fresh_head", "ridge_head"} & set(kinds) else "direct"
         scope = "FC-only" if self.scope == "head" else "all"
         extra = "".join(
             f" +{p.kind}{_changed(p, 'kind')}" for p in self.preparations if p.kind != "fresh_head"

@@ -204,7 +204,14 @@ def test_standard_1_is_as_released() -> None:
     assert suite_fingerprint("standard-1") == STANDARD_1
     assert {s.optimizer for s in strategies} == set(RATES)
     kinds = {p.kind for s in strategies for p in s.preparations}
-    wanted = {"fresh_head", "reset_last_blocks", "rescale_weights", "batch_norm", "noise_kick"}
+    wanted = {
+        "fresh_head",
+        "ridge_head",
+        "reset_last_blocks",
+        "rescale_weights",
+        "batch_norm",
+        "noise_kick",
+    }
     assert kinds == wanted | {"heal", "distil"}
     for optimizer in RATES:
         rates = [s.learning_rate for s in strategies if s.optimizer == optimizer]
@@ -213,7 +220,7 @@ def test_standard_1_is_as_released() -> None:
     assert {s.lora_rank for s in strategies} == {None, 4, 16}
 
 
-STANDARD_1 = "f66c82352e4f61b1012a30db4265a9e0f4dd530b1f78c7c89982e67b44231de9"
+STANDARD_1 = "e5c24d7f82cd87067b1fec9b054f21dc9a4484966b2aac0651a492e52b52982a"
 
 
 @pytest.mark.parametrize(

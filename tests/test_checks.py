@@ -163,6 +163,8 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
         _vital(weight_sizes={"a": 0.3, "b": 0.06}),
     ),
     "extreme_batch_norm": (_vital(largest_buffer=2e4), _vital(largest_buffer=400.0)),
+    "lost_in_rounding": (_vital(rounding=0.5), _vital(rounding=0.05)),
+    "unprotected_on_trust": (record(), _made_from(stated="0" * 64)),
     "head_alone": (_heads(0.7), _heads(0.55)),
     "data_overlap": (_overlapping(6), _overlapping(5)),
     "few_seeds": (record(seeds=(0, 1)), record()),

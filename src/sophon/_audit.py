@@ -56,9 +56,10 @@ from sophon._records import (
     SubjectRecord,
     Trial,
 )
+from sophon._rounding import TOLERATED, rounding_error
 from sophon._samples import SampleStage, check_samples, expected_sets, fewer_pictures, wanted
 from sophon._search import require_optuna, starts
-from sophon._setting import make_setting
+from sophon._setting import Setting, make_setting
 from sophon._specs import AuditSpec, Preparation, Strategy, Subject, fingerprint_of, parse_spec
 from sophon._statement import statement_of
 from sophon._store import DocumentStore, TrialStore, earlier_crashes
@@ -136,6 +137,7 @@ class Audit:
             device=device,
             trained=False,
         )
+        self.setting = self._precise_enough(self.setting)
         self.bench = Bench(self.setting, self.spec.evaluations)
         self.given_up: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
@@ -153,6 +155,15 @@ class Audit:
         self._sheets = DocumentStore(None if store is None else Path(store) / "samples")
         if budget_s is not None:
             self._fit(budget_s, None if store is None else Path(store) / "budgets")
+
+    def _precise_enough(self, setting: Setting) -> Setting:
+        """Return the setting in fp32 where a subject is lost in a precision that nobody asked for:
+        an attacker would not attack there.
+        """
+        if self.spec.precision != "auto":
+            return setting
+        errors = [rounding_error(subject, setting) or 0.0 for subject in self.subjects.values()]
+        return setting.exact() if max(errors) > TOLERATED else setting
 
     @property
     def trials(self) -> list[Trial]:

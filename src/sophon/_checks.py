@@ -28,9 +28,11 @@ from sophon._weight_checks import (
     gradients_at_step_0,
     head_alone,
     inflated_weights,
+    lost_in_rounding,
     other_code,
     same_weights,
     saturated_logits,
+    unprotected_on_trust,
 )
 
 _TOLERANCES = ("tolerance_points", "tolerance_relative")
@@ -552,6 +554,8 @@ CHECKS: dict[str, Check] = {
     "saturated_logits": saturated_logits,
     "inflated_weights": inflated_weights,
     "extreme_batch_norm": extreme_batch_norm,
+    "lost_in_rounding": lost_in_rounding,
+    "unprotected_on_trust": unprotected_on_trust,
     "head_alone": head_alone,
     "data_overlap": data_overlap,
     "few_seeds": few_seeds,

@@ -207,7 +207,8 @@ class Vitals(Record):
     domain, `body_gradient_norms` that of its part before the head, `weight_sizes` the root mean
     square of every weight tensor and scale, `rescaled_sizes` the same after rescaling, as attacks
     that rescale do first, `largest_buffer` the largest absolute value in BatchNorm's statistics,
-    `smallest_variance` the smallest variance, `raised` what the model raised while it was measured.
+    `smallest_variance` the smallest variance, `raised` what the model raised while it was measured,
+    `rounding` the relative error of outputs in the precision of the attacks (None: fp32).
     """
 
     largest_logit: float | None
@@ -218,6 +219,7 @@ class Vitals(Record):
     raised: tuple[str, ...] = ()
     body_gradient_norms: dict[str, float | None] = {}
     rescaled_sizes: dict[str, float | None] = {}
+    rounding: float | None = None
 
 
 class SubjectRecord(Record):

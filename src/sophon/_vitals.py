@@ -18,6 +18,7 @@ from sophon._finetune import FineTuning, attacker_copy
 from sophon._models import blocks, tracked_batch_norms
 from sophon._preparations import Surroundings, prepare
 from sophon._records import Vitals
+from sophon._rounding import rounding_error
 from sophon._seeding import generator
 from sophon._setting import Setting
 from sophon._specs import RescaleWeights, Strategy
@@ -30,6 +31,7 @@ _COUNTED = 2
 
 def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
     """Return the sizes of `model`, which stays as it is; what raises is measured as None."""
+    rounding = rounding_error(model, setting)
     setting = setting.exact()
     held = setting.place(copy.deepcopy(model))
     norms = tracked_batch_norms(held)
@@ -50,6 +52,7 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
         largest_buffer=_extreme(buffers, largest=True),
         smallest_variance=_extreme([norm.running_var for norm in norms], largest=False),
         raised=tuple(raised),
+        rounding=rounding,
     )
 
 

@@ -787,6 +787,12 @@ def test_an_audit_overwrites_nothing_but_its_own(finished: Path, tmp_path: Path)
     assert code == 2
     assert f"{tmp_path / 'a'} holds the audit of another model than {other}" in err
     assert (tmp_path / "a/record.json").read_bytes() == (finished / "a/record.json").read_bytes()
+    steps = json.loads((tmp_path / "a/record.json").read_text())["spec"]["steps"]
+    again = [*words, finished / "p", "--out", tmp_path / "a", "--set", f"audit.steps={steps + 1}"]
+    code, _, err = sophon(*again)
+    assert code == 2
+    assert f"holds the record of another audit of this model (audit.steps = {steps})" in err
+    assert (tmp_path / "a/record.json").read_bytes() == (finished / "a/record.json").read_bytes()
     (tmp_path / "a/record.json").write_text("half a rec")
     code, _, err = sophon(*words, finished / "p", "--out", tmp_path / "a")
     assert code == 0, err

@@ -139,7 +139,9 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
         run_controls(case, out, mode, **placed)
     elif model is not None:
         _require_same_model(out, model)
-        record = run_audit(case, model, mode, unprotected=unprotected, budget_s=seconds, **placed)
+        record = run_audit(
+            case, model, mode, unprotected=unprotected, budget_s=seconds, out=out, **placed
+        )
         made = write_audit(record, out)
         show_verdict(made, mode, {"report": out / "report.html"})
 
@@ -181,6 +183,31 @@ def _require_same_model(out: Path, model: Path) -> None:
         )
 
 
+def _require_same_audit(out: Path, audit: Audit) -> None:
+    """Raise CheckpointError if `out` holds the record of an audit with other settings or images: an
+    audit that is repeated until it pleases must leave the others where they can be seen.
+    """
+    from sophon._cli.reading import read_record
+
+    if not (out / "record.json").is_file():
+        return
+    try:
+        held = read_record(out)
+    except CheckpointError:
+        return
+    before, now = held.spec.model_dump(mode="json"), audit.spec.model_dump(mode="json")
+    changed = [f"audit.{name} = {before[name]}" for name in now if before[name] != now[name]]
+    domains = (*audit.restricted, *audit.held_out, *audit.benign)
+    known = [domain.sha256 for domain in (*held.restricted, *held.held_out, *held.benign)]
+    if known != [domain.fingerprint() for domain in domains]:
+        changed.append("other images")
+    if changed:
+        raise CheckpointError(
+            f"{out} holds the record of another audit of this model ({'; '.join(changed)}): give"
+            f" another --out, so that both can be seen; --store {out} shares its trials"
+        )
+
+
 def parse_duration(text: str) -> float:
     """Return seconds from a text such as `90s`, `45m` or `1h30m`. Raises SpecError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
@@ -197,13 +224,15 @@ def run_audit(
     *,
     store: Path,
     unprotected: Path | None = None,
+    out: Path | None = None,
     note: str = "",
     **arguments: Any,
 ) -> AuditRecord:
     """Audit the checkpoint in `path`, running the trials that `store` lacks.
 
     It is held against the checkpoint in `unprotected`, or the model of the run; `note` heads the
-    report. `arguments` are further ones of `Audit`.
+    report. `arguments` are further ones of `Audit`. Raises CheckpointError if `out` holds the
+    record of another audit.
     """
     from sophon._audit import Audit
     from sophon._checkpoints import file_sha256
@@ -244,6 +273,8 @@ def run_audit(
             " ones with --model, and those in the run file or with --unprotected",
             err=True,
         )
+    if out is not None:
+        _require_same_audit(out, audit)
     todo = audit.missing()
     _show_forecast(audit, todo, mode)
     display = Display(mode, noun="trial", total=len(audit), todo=todo)

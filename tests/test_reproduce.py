@@ -157,7 +157,9 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
         (("vgg-mnist-klu", "--of", "caformer-mnist-klu"), "--of = caformer-mnist-klu"),
         (("--table", "--of", "caformer-mnist-klu"), "--of = caformer-mnist-klu"),
         (("vgg-mnist-klu", "--list"), "vgg-mnist-klu and --list"),
-        (("vgg-mnist-klu", "--table"), "vgg-mnist-klu and --table"),
+        (("vgg-gtsrb-klu", "--table", "--scale", "paper"), "use --scale small"),
+        (("vgg-mnist-kli", "--table"), "did you mean vgg-mnist-klu"),
+        (("all", "--table"), "all and --table"),
         (("ablation", "--list"), "ablation and --list"),
         (("--list", "--table"), "one of them"),
         (("--list", "--set", "audit.steps=2"), "'audit.steps=2' and --list"),
@@ -566,6 +568,26 @@ def test_a_damaged_record_marks_its_own_row(reproduced: tuple[Path, str], tmp_pa
     assert "changed: " in rows[cell.name]
     listed = command("reproduce", "--list", "--scale", "small", "--out", out)
     assert (listed.count("unreadable"), listed.count("changed")) == (1, 1)
+
+
+def test_a_cell_ends_with_its_own_row_of_the_table(
+    reproduced: tuple[Path, str], shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    out, name = reproduced[0], "caformer-cifar10-ice"
+    whole = command("reproduce", "--table", "--out", out).splitlines()
+    for cell in (name, "caformer-mnist-klu"):
+        shown = command("reproduce", cell, "--table", "--out", out).splitlines()
+        (row,) = (line for line in whole if line.startswith(f"| {cell} "))
+        # The footnotes of one row are numbered from 1.
+        assert shown[:3] == [*whole[:2], row.replace("[2]", "[1]")]
+    assert shown[3:5] == ["", "[1] second-hand: file names of the released research code"]
+    assert shown[-1].startswith("- caformer-mnist-klu: ")
+    again = ("reproduce", "caformer-mnist-klu", "--out", out, *tiny())
+    printed = command(*again)
+    assert printed.endswith("\n".join(shown) + "\n")
+    assert printed.index("verdict: ") < printed.index(shown[2])
+    assert shown[2] not in command(*again, "--quiet")
 
 
 def test_a_finished_cell_is_not_run_again(reproduced: tuple[Path, str]) -> None:

@@ -185,11 +185,12 @@ HEADER = (
 )
 
 
-def table(out: Path, scale: Scale) -> str:
-    """Return the Markdown table of all cells of a scale, from the records below `out`, and where
-    the published numbers come from. A record that cannot be read marks its own row.
+def table(out: Path, scale: Scale, only: Cell | None = None) -> str:
+    """Return the Markdown table of all cells of a scale, or of `only` one, from the records below
+    `out`, and where the published numbers come from. A record that cannot be read marks its own
+    row.
     """
-    cells = [cell for cell in CELLS if cell.scale == scale]
+    cells = [cell for cell in CELLS if cell.scale == scale] if only is None else [only]
     notes = _notes(cells)
     rows = [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
     origins: list[str] = []
@@ -202,9 +203,9 @@ def table(out: Path, scale: Scale) -> str:
             failed = failure_of(record_file(out, cell).parent.parent) if held is None else None
             rows.append(row(cell, held, notes, verdict=failed or EMPTY))
             origins += [] if held is None else [f"- {cell.name}: {held.origin}"]
-    said = [f"[{number}] {text}" for text, number in notes.items()]
+    said = ["", *(f"[{number}] {text}" for text, number in notes.items())] if notes else []
     measured_by = ["", "Re-measured:", "", *origins] if origins else []
-    return "\n".join([*rows, "", *said, *measured_by])
+    return "\n".join([*rows, *said, *measured_by])
 
 
 def state(out: Path, cell: Cell) -> str:

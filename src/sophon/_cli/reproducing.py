@@ -77,8 +77,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         bool,
         typer.Option(
             "--table",
-            help="Print published beside re-measured numbers, or what `ablation` found; run"
-            " nothing.",
+            help="Print published beside re-measured numbers, of all cells or of CELL, or what"
+            " `ablation` found; run nothing.",
         ),
     ] = False,
     of: Annotated[
@@ -124,7 +124,9 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     elif cell == "all":
         jobs.run_all([one for one in CELLS if one.scale == size])
     else:
-        jobs.run(cell_of(cell, size))
+        chosen = cell_of(cell, size)
+        jobs.run(chosen)
+        jobs.show_row(chosen)
 
 
 def _require_consistent(
@@ -148,7 +150,7 @@ def _require_consistent(
         raise SpecError(f"--scale = {scale}: the ablation study is small only; leave it out")
     if not (listed or table):
         return
-    if cell is not None and not (table and cell == ABLATION):
+    if cell is not None and (listed or cell in ("all", ROBUSTNESS)):
         raise SpecError(
             f"{cell} and {shows}: {shows} shows all cells and runs nothing; leave one out"
         )
@@ -159,9 +161,11 @@ def _require_consistent(
 
 
 def _show(cell: str | None, scale: Scale | None, out: Path, *, table: bool) -> None:
-    """Print the cells, of both scales without one, or their table, or the ablation study's."""
+    """Print the cells, of both scales without one, or their table, or that of one cell, or the
+    ablation study's.
+    """
     from sophon import _ablation as study
-    from sophon._grid import CELLS
+    from sophon._grid import CELLS, cell_of
     from sophon._reproduction import state
     from sophon._reproduction import table as filled
 
@@ -170,7 +174,7 @@ def _show(cell: str | None, scale: Scale | None, out: Path, *, table: bool) -> N
         say([study.table(folder, study.results(folder))])
     elif table:
         assert scale is not None
-        say([filled(out, scale)])
+        say([filled(out, scale, None if cell is None else cell_of(cell, scale))])
     else:
         width = max(len(one.name) for one in CELLS)
         chosen = [one for one in CELLS if scale in (None, one.scale)]
@@ -213,6 +217,13 @@ class _Jobs:
         with _failure_kept(self._place(cell)):
             file, base = self._prepared(cell)
             self._protected_and_audited(file, file.parent, base, [])
+
+    def show_row(self, cell: Cell) -> None:
+        """Print the cell's row of the table, published beside re-measured; nothing where quiet."""
+        from sophon._reproduction import table
+
+        if self.mode in ("bar", "lines"):
+            say(["", table(self.out, cell.scale, cell)])
 
     def _prepared(self, cell: Cell) -> tuple[Path, Path]:
         """Return a cell's run file and the folder of its base, which is trained if it is missing.

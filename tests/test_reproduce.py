@@ -19,7 +19,7 @@ from cells import PAPER, RECIPES, SMALL, command, named, spec_of
 from sophon._attacks import resolved, strategies_of
 from sophon._cli import reproducing
 from sophon._data.splits import stratified
-from sophon._errors import CheckpointError, IntactnessError, SpecError
+from sophon._errors import CheckpointError, DataError, IntactnessError, SpecError
 from sophon._grid import (
     CELLS,
     PUBLISHED,
@@ -767,9 +767,25 @@ def test_a_cell_that_failed_is_told_from_one_that_never_ran(
     said = r"failed: no weights met the tolerance \| loosen it"
     assert shown("--table").endswith(f"| {said} |")
     assert shown("--list").endswith(said)
-    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", lambda *_: None)
-    command(*cell)
+
+    def raising(error: BaseException) -> Any:
+        def work(*_: Any) -> None:
+            raise error
+
+        return work
+
+    # Without its images a cell has not begun anew: what was said of it stands.
+    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", raising(DataError("no file")))
+    command(*cell, fails=2)
+    assert shown("--list").endswith(said)
+    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", raising(KeyboardInterrupt()))
+    command(*cell, fails=130)
     assert shown("--list").endswith("not run")
+    begun = tmp_path / "small" / "vgg-mnist-klu" / "protected" / "run.json"
+    begun.parent.mkdir()
+    begun.write_text("{}")
+    assert shown("--list").endswith("unfinished")
+    assert shown("--table").endswith("| unfinished |")
 
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])

@@ -79,6 +79,19 @@ def failure_of(folder: Path) -> str | None:
     return f"failed: {reason}".replace("|", "\\|")
 
 
+def started(folder: Path) -> bool:
+    """Return whether a base, a protection or an audit was started in a folder."""
+    found = ("run.json", "protected/run.json", "audit/record.json")
+    return any((folder / name).is_file() for name in found)
+
+
+def missing_of(folder: Path) -> str | None:
+    """Return what stands for the numbers of what runs in `folder` and has no record: why it failed,
+    or that it is unfinished; None where nothing was begun.
+    """
+    return failure_of(folder) or ("unfinished" if started(folder) else None)
+
+
 def read_measured(out: Path, cell: Cell) -> Measured | None:
     """Return what a cell's stored record below `out` says, None where there is none.
 
@@ -200,8 +213,8 @@ def table(out: Path, scale: Scale, only: Cell | None = None) -> str:
         except CheckpointError as error:
             rows.append(row(cell, None, notes, verdict=f"unreadable: {error}"))
         else:
-            failed = failure_of(record_file(out, cell).parent.parent) if held is None else None
-            rows.append(row(cell, held, notes, verdict=failed or EMPTY))
+            missing = missing_of(record_file(out, cell).parent.parent) if held is None else None
+            rows.append(row(cell, held, notes, verdict=missing or EMPTY))
             origins += [] if held is None else [f"- {cell.name}: {held.origin}"]
     said = ["", *(f"[{number}] {text}" for text, number in notes.items())] if notes else []
     measured_by = ["", "Re-measured:", "", *origins] if origins else []
@@ -209,11 +222,13 @@ def table(out: Path, scale: Scale, only: Cell | None = None) -> str:
 
 
 def state(out: Path, cell: Cell) -> str:
-    """Return what `--list` says of a cell: measured, changed, unreadable, not run, or failed."""
+    """Return what `--list` says of a cell: measured, changed, unreadable, not run, unfinished, or
+    why it failed.
+    """
     try:
         record = read_stored(record_file(out, cell))
         if record is None:
-            return failure_of(record_file(out, cell).parent.parent) or "not run"
+            return missing_of(record_file(out, cell).parent.parent) or "not run"
         return "changed" if changes_of(record, cell, base_folder(out, cell)) else "measured"
     except CheckpointError:
         return "unreadable"

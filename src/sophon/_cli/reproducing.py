@@ -319,6 +319,7 @@ class _Jobs:
         from sophon._files import write_text
 
         kept = folder / _TRACEBACK
+        kept.unlink(missing_ok=True)
         try:
             with _failure_kept(folder, make=True):
                 work()
@@ -327,7 +328,6 @@ class _Jobs:
             write_text(kept, traceback.format_exc())
             typer.echo(f"{name}: {_said(error)} (see {kept})", err=True)
             return error
-        kept.unlink(missing_ok=True)
         return None
 
     def _place(self, cell: Cell) -> Path:
@@ -452,23 +452,28 @@ class _Jobs:
 
 @contextmanager
 def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
-    """Keep the reason for which work fails in `folder`, if that is there by then or is to be made;
-    remove an earlier one where it does not fail. Work that lacks its images has not begun.
+    """Keep the reason for which work fails in `folder`, if that is there by then or is to be made.
+
+    An earlier one goes when work begins. Work that lacks its images has not begun.
     """
     from sophon._files import write_text
     from sophon._reproduction import failure_file
 
+    file = failure_file(folder)
+    earlier = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    file.unlink(missing_ok=True)
     try:
         yield
     except DataError:
+        if earlier is not None:
+            write_text(file, earlier)
         raise
     except Exception as error:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         if folder.is_dir():
-            write_text(failure_file(folder), f"{_said(error)}\n")
+            write_text(file, f"{_said(error)}\n")
         raise
-    failure_file(folder).unlink(missing_ok=True)
 
 
 def _said(error: Exception) -> str:
@@ -520,14 +525,15 @@ def _recipe(
     folders `ran`: what lies there would pass for a run of today's recipe.
     """
     from sophon._files import write_text
+    from sophon._reproduction import started
 
     held = path.read_text(encoding="utf-8") if path.is_file() else text
     if held != text and not _same(held, text, read):
-        started = [folder for folder in ran if _started(folder)]
-        if started:
+        held_in = [folder for folder in ran if started(folder)]
+        if held_in:
             raise CheckpointError(
-                f"{path} is not today's recipe and {started[0]} holds a run of it: give another"
-                f" --out, or delete {started[0]} to start over"
+                f"{path} is not today's recipe and {held_in[0]} holds a run of it: give another"
+                f" --out, or delete {held_in[0]} to start over"
             )
     if held != text or not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -541,9 +547,3 @@ def _same(one: str, other: str, read: Callable[[str], dict[str, Any]]) -> bool:
         return read(one) == read(other)
     except ValueError:
         return False
-
-
-def _started(folder: Path) -> bool:
-    """Return whether a base, a protection or an audit was started in a folder."""
-    found = ("run.json", "protected/run.json", "audit/record.json")
-    return any((folder / name).is_file() for name in found)

@@ -788,6 +788,24 @@ def test_a_cell_that_failed_is_told_from_one_that_never_ran(
     assert shown("--table").endswith("| unfinished |")
 
 
+def test_a_base_that_another_process_trains_is_no_failure_of_the_cell(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    base = tmp_path / "bases" / "small-caformer"
+    base.mkdir(parents=True)
+    with (base / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        fields = ("--out", tmp_path, "--quiet", *tiny())
+        said = command("reproduce", "caformer-mnist-klu", *fields, fails=2)
+    wanted = "the base is being trained by another process; wait for it and repeat the command"
+    assert f"{base}: {wanted}" in said
+    listed = command("reproduce", "--list", "--scale", "small", "--out", tmp_path)
+    assert "failed" not in listed
+    assert not list(tmp_path.rglob("failed.txt"))
+
+
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_a_cell_without_its_images_never_ran(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ from sophon._errors import (
     CheckpointError,
     DataError,
     IntactnessError,
+    LockedError,
     NonFiniteError,
     SophonError,
     SpecError,
@@ -435,7 +436,8 @@ class _Jobs:
         """Train the model of the run file `text` in `folder`, unless it was; the data of the run
         file `cell` must be there before.
 
-        Raises CheckpointError where `folder` holds a model trained otherwise.
+        Raises CheckpointError where `folder` holds a model trained otherwise, LockedError where
+        another process is training it.
         """
         from sophon._runs import load_pretraining, require_restricted
         from sophon._sameness import BASE_DONE, require_same_base
@@ -447,14 +449,22 @@ class _Jobs:
             return
         case = load_pretraining(file, self._of_bases, self.threads)
         require_restricted(cell, self._of_cells)
-        show_pretrained(run_pretraining(case, folder, self.mode), folder, self.mode)
+        try:
+            result = run_pretraining(case, folder, self.mode)
+        except LockedError:
+            raise LockedError(
+                f"{folder}: the base is being trained by another process; wait for it and repeat"
+                " the command"
+            ) from None
+        show_pretrained(result, folder, self.mode)
 
 
 @contextmanager
 def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
     """Keep the reason for which work fails in `folder`, if that is there by then or is to be made.
 
-    An earlier one goes when work begins. Work that lacks its images has not begun.
+    An earlier one goes when work begins. Work that lacks its images, or whose folder another
+    process is writing to, has not begun.
     """
     from sophon._files import write_text
     from sophon._reproduction import failure_file
@@ -464,7 +474,7 @@ def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
     file.unlink(missing_ok=True)
     try:
         yield
-    except DataError:
+    except (DataError, LockedError):
         if earlier is not None:
             write_text(file, earlier)
         raise

@@ -266,6 +266,34 @@ def test_robustness_is_of_one_cell_of_each_mode(
     assert "1 of 2 cells failed: vgg-cifar10-ice" in said
 
 
+def test_robustness_tables_are_printed_from_stored_records(
+    reproduced: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, printed = reproduced
+    words = ("reproduce", "robustness", "--table", "--of", "caformer-mnist-klu", "--out")
+    shown = command(*words, out)
+    assert shown.startswith("### caformer-mnist-klu, small: robustness")
+    assert shown.strip() in printed
+    said = "caformer-mnist-klu, small: robustness: not run\n"
+    assert command(*words, tmp_path) == said
+    both = command("reproduce", "robustness", "--table", "--scale", "paper", "--out", tmp_path)
+    assert [line.split(",")[0] for line in both.splitlines()] == list(ROBUST_CELLS["paper"])
+    assert not list(tmp_path.iterdir())
+    file = tmp_path / "small" / "caformer-mnist-klu-robustness" / "audit" / "record.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    assert "unreadable: " in command(*words, tmp_path)
+    assert "is no cell" in command(*words[:-2], "nothing", "--out", tmp_path, fails=2)
+
+
+def test_runs_below_a_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "runs"
+    file.write_text("")
+    for option in ("--list", "--table"):
+        said = command("reproduce", option, "--out", file, fails=2)
+        assert f"{file} is a file; give the folder of the runs" in said
+
+
 def test_robustness_without_images_says_what_is_missing_and_tries_both_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from sophon._errors import CheckpointError
 from sophon._grid import (
     CELLS,
     PUBLISHED_ROBUSTNESS,
+    ROBUSTNESS,
     Cell,
     Published,
     Scale,
@@ -314,6 +315,26 @@ def robustness_attacks(spec: AuditSpec) -> tuple[Strategy, ...]:
 
 def _tables(spec: AuditSpec) -> dict[str, dict[str, Strategy]]:
     return robustness(spec.steps, spec.batch_size)
+
+
+def robustness_folder(out: Path, cell: Cell) -> Path:
+    """Return where `sophon reproduce --out` keeps the robustness of a cell's protected model."""
+    return out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
+
+
+def stored_robustness(out: Path, cell: Cell) -> str:
+    """Return the robustness tables of a cell from its stored record below `out`, or a line that
+    says why there are none.
+    """
+    folder = robustness_folder(out, cell)
+    try:
+        record = read_stored(folder / "audit" / "record.json")
+        if record is not None:
+            return robustness_tables(record, cell, base_folder(out, cell))
+        why = missing_of(folder) or "not run"
+    except CheckpointError as error:
+        why = f"unreadable: {error}"
+    return f"{cell.name}, {cell.scale}: {ROBUSTNESS}: {why}"
 
 
 def robustness_tables(record: AuditRecord, cell: Cell, base: Path | None = None) -> str:

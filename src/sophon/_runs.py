@@ -250,13 +250,28 @@ def _task(spec: TaskSpec, source: DenoiserSource | None, original: Domain) -> Ta
 
 def require_place(folder: Path) -> None:
     """Raise CheckpointError if `folder` could not be made; nothing is made yet."""
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = _nearest(folder)
     if not nearest.is_dir():
         raise CheckpointError(f"cannot write to {folder}: {nearest} is a file; choose another")
     if not os.access(nearest, os.W_OK):
         raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
+
+
+def require_folder(folder: Path) -> None:
+    """Raise CheckpointError if `folder`, where stored runs are read, is a file or below one."""
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise CheckpointError(
+            f"no runs lie below {folder}: {nearest} is a file; give the folder of the runs"
+        )
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder itself or what of the way to it is there."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    return nearest
 
 
 def require_outside(folder: Path, run_file: Path, settings: list[str] | None) -> None:

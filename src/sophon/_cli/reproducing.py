@@ -24,6 +24,7 @@ from sophon._cli.running import (
     show_protected,
     show_verdict,
 )
+from sophon._cli.showing import show_ablation, show_list, show_robustness, show_table
 from sophon._errors import (
     CheckpointError,
     DataError,
@@ -52,6 +53,7 @@ _TRACEBACK = "traceback.txt"
     "  sophon reproduce robustness\n"
     "  sophon reproduce ablation --threads 2 --workers 2\n"
     "  sophon reproduce --table\n"
+    "  sophon reproduce resnet18-gtsrb-klu --table\n"
     "  sophon reproduce ablation --table\n"
 )
 @guarded
@@ -78,8 +80,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         bool,
         typer.Option(
             "--table",
-            help="Print published beside re-measured numbers, of all cells or of CELL, or what"
-            " `ablation` found; run nothing.",
+            help="Print published beside re-measured numbers, of all cells or of CELL, or the"
+            " tables of `robustness` or `ablation`; run nothing.",
         ),
     ] = False,
     of: Annotated[
@@ -104,22 +106,26 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     is then no longer the cell of that name: give another --out.
     """
     from sophon._grid import CELLS, ROBUST_CELLS, ROBUSTNESS, SCALES, cell_of
-    from sophon._runs import require_place
+    from sophon._runs import require_folder, require_place
 
     if scale not in (None, *SCALES):
         raise SpecError(f"--scale = {scale!r}: use {' or '.join(SCALES)}")
     size: Scale = "paper" if scale == "paper" else "small"
     _require_consistent(cell, size, listed=listed, table=table, of=of, settings=settings)
-    if listed or table:
-        _show(cell, size if scale or table else None, out, table=table)
+    require_folder(out)
+    if listed:
+        show_list(out, size if scale else None)
+        return
+    attacked = [cell_of(name, size) for name in (ROBUST_CELLS[size] if of is None else (of,))]
+    if table:
+        _show_table(cell, size, out, attacked)
         return
     if cell is None:
         raise SpecError("name a cell, `all`, `robustness` or `ablation`; --list shows the cells")
     require_place(out)
     jobs = _Jobs(out, settings, mode_of(quiet, False), threads, workers)
     if cell == ROBUSTNESS:
-        names = ROBUST_CELLS[size] if of is None else (of,)
-        jobs.all_robustness([cell_of(name, size) for name in names])
+        jobs.all_robustness(attacked)
     elif cell == ABLATION:
         jobs.ablation()
     elif cell == "all":
@@ -128,6 +134,18 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         chosen = cell_of(cell, size)
         jobs.run(chosen)
         jobs.show_row(chosen)
+
+
+def _show_table(cell: str | None, scale: Scale, out: Path, attacked: list[Cell]) -> None:
+    """Print what is stored of the cell or the study of that name; of all cells without one."""
+    from sophon._grid import ROBUSTNESS, cell_of
+
+    if cell == ROBUSTNESS:
+        show_robustness(out, attacked)
+    elif cell == ABLATION:
+        show_ablation(out)
+    else:
+        show_table(out, scale, None if cell is None else cell_of(cell, scale))
 
 
 def _require_consistent(
@@ -145,13 +163,13 @@ def _require_consistent(
     shows = "--list" if listed else "--table"
     if listed and table:
         raise SpecError("--list and --table: give one of them")
-    if of is not None and (cell != ROBUSTNESS or listed or table):
+    if of is not None and (cell != ROBUSTNESS or listed):
         raise SpecError(f"--of = {of} is for `sophon reproduce robustness`: leave it out")
     if cell == ABLATION and scale != "small":
         raise SpecError(f"--scale = {scale}: the ablation study is small only; leave it out")
     if not (listed or table):
         return
-    if cell is not None and (listed or cell in ("all", ROBUSTNESS)):
+    if cell is not None and (listed or cell == "all"):
         raise SpecError(
             f"{cell} and {shows}: {shows} shows all cells and runs nothing; leave one out"
         )
@@ -159,27 +177,6 @@ def _require_consistent(
         raise SpecError(
             f"--set {settings[0]!r} and {shows}: {shows} shows what was run; leave one out"
         )
-
-
-def _show(cell: str | None, scale: Scale | None, out: Path, *, table: bool) -> None:
-    """Print the cells, of both scales without one, or their table, or that of one cell, or the
-    ablation study's.
-    """
-    from sophon import _ablation as study
-    from sophon._grid import CELLS, cell_of
-    from sophon._reproduction import state
-    from sophon._reproduction import table as filled
-
-    if cell == ABLATION:
-        folder = out / "small" / study.NAME
-        say([study.table(folder, study.results(folder))])
-    elif table:
-        assert scale is not None
-        say([filled(out, scale, None if cell is None else cell_of(cell, scale))])
-    else:
-        width = max(len(one.name) for one in CELLS)
-        chosen = [one for one in CELLS if scale in (None, one.scale)]
-        say(f"{one.name:{width}}  {one.scale:5}  {state(out, one)}" for one in chosen)
 
 
 class _Jobs:
@@ -221,10 +218,9 @@ class _Jobs:
 
     def show_row(self, cell: Cell) -> None:
         """Print the cell's row of the table, published beside re-measured; nothing where quiet."""
-        from sophon._reproduction import table
-
         if self.mode in ("bar", "lines"):
-            say(["", table(self.out, cell.scale, cell)])
+            say([""])
+            show_table(self.out, cell.scale, cell)
 
     def _prepared(self, cell: Cell) -> tuple[Path, Path]:
         """Return a cell's run file and the folder of its base, which is trained if it is missing.
@@ -351,9 +347,9 @@ class _Jobs:
         _raise_first(failed, len(cells), "cells")
 
     def _robustness_place(self, cell: Cell) -> Path:
-        from sophon._grid import ROBUSTNESS
+        from sophon._reproduction import robustness_folder
 
-        return self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
+        return robustness_folder(self.out, cell)
 
     def robustness(self, cell: Cell) -> None:
         """Attack a cell's protected model with the attacks of the robustness tables.

@@ -158,12 +158,24 @@ def _located(spec: ModelSpec, base: Path) -> ModelSpec:
     return spec.model_copy(update=changes)
 
 
-def load(path: Path, settings: list[str] | None, threads: int | None = None) -> Case:
+def load(
+    path: Path,
+    settings: list[str] | None,
+    threads: int | None = None,
+    *,
+    network_only: bool = False,
+) -> Case:
     """Return the run in `path`, its model and its domains loaded.
 
-    Paths in it start at its folder. Raises DataError, UnsupportedModelError or CheckpointError.
+    Paths in it start at its folder. With `network_only` nobody uses the model's own weights: if
+    their file is not there, the model has random ones.
+
+    Raises DataError, UnsupportedModelError or CheckpointError.
     """
     spec = read_run(path, settings)
+    weights = _located(spec.model, path.parent).weights
+    if network_only and weights is not None and not Path(weights).is_file():
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
     strategies_of(spec.audit)  # an attack that does not exist is found out before protecting
     several = {
         "restricted": spec.restricted,

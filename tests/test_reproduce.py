@@ -145,6 +145,8 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
     assert cell_of("resnet18-gtsrb-klu", "small").restricted == "gtsrb"
     with pytest.raises(SpecError, match=r"did you mean.*resnet18-cifar10-klu"):
         cell_of("resnet18-cifar-klu", "small")
+    with pytest.raises(SpecError, match=r"did you mean resnet18-gtsrb-klu"):
+        cell_of("ResNet18-GTSRB-KLU", "small")
     with pytest.raises(SpecError, match="use --scale paper"):
         cell_of("resnet34-stl10-ice", "small")
     assert "--list" in command("reproduce", fails=2)
@@ -395,7 +397,7 @@ def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None
     assert {"audit.steps", "protect.rounds", "protect.rehearsal.steps"} <= set(
         verdict.removeprefix("changed: ").split(", ")
     )
-    assert "restricted.0 (270 of 4,500 images)" in verdict
+    assert "restricted.0: 270 training images instead of 4,500" in verdict
     assert held.verdict not in row
     listed = command("reproduce", "--list", "--scale", "small", "--out", out).splitlines()
     states = {line.split()[0]: line.split()[-1] for line in listed}
@@ -414,7 +416,8 @@ def test_robustness_fills_its_tables(reproduced: tuple[Path, str]) -> None:
     assert text.startswith("### caformer-mnist-klu, small: robustness")
     assert f"Measured: {origin_of(record)}." in text
     # It was run briefly, with few images: not the cell.
-    assert "**Not the cell of that name**, changed: original (180 of 4,500 images)," in text
+    fewer_images = "original: 180 training images instead of 4,500"
+    assert f"**Not the cell of that name**, changed: {fewer_images}," in text
     assert "audit.extra" not in text
     own = as_the_cell_says(record, cell)
     told = own.model_copy(update={"command": "sophon reproduce robustness"})
@@ -498,7 +501,7 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
         "original.image_size": {
             "original": record.original.model_copy(update={"image": (3, 64, 64)})
         },
-        "restricted.0 (9 of 4,500 images)": {
+        "restricted.0: 9 training images instead of 4,500": {
             "restricted": (record.restricted[0].model_copy(update={"train": 9}),)
         },
         "benign": {"benign": record.restricted},

@@ -162,6 +162,8 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
         (("vgg-gtsrb-klu", "--table", "--scale", "paper"), "use --scale small"),
         (("vgg-mnist-kli", "--table"), "did you mean vgg-mnist-klu"),
         (("all", "--table"), "all and --table"),
+        (("all", "--dry-run"), "--dry-run says what protecting one cell takes"),
+        (("vgg-mnist-klu", "--table", "--dry-run"), "without --list or --table"),
         (("ablation", "--list"), "ablation and --list"),
         (("--list", "--table"), "one of them"),
         (("--list", "--set", "audit.steps=2"), "'audit.steps=2' and --list"),
@@ -619,6 +621,19 @@ def test_a_cell_ends_with_its_own_row_of_the_table(
     assert printed.endswith("\n".join(shown) + "\n")
     assert printed.index("verdict: ") < printed.index(shown[2])
     assert shown[2] not in command(*again, "--quiet")
+
+
+@pytest.mark.parametrize("cell", ["caformer-mnist-klu", "ddpm-orl-dos"])
+def test_what_a_cell_takes_is_said_without_its_base_and_nothing_is_written(
+    cell: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    fewer = ("--set", "original.limit=10", "--set", "restricted.0.limit=30")
+    said = command("reproduce", cell, "--dry-run", *fewer, "--out", tmp_path / "runs")
+    rounds = spec_of(cell_of(cell, "small")).protect.rounds
+    assert f"forecast: {rounds} rounds of " in said
+    assert "nothing was written" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_finished_cell_is_not_run_again(reproduced: tuple[Path, str]) -> None:

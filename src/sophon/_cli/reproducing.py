@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from sophon._cli.running import (
     run_pretraining,
     run_protection,
     say,
+    show_forecast,
     show_pretrained,
     show_protected,
     show_verdict,
@@ -92,6 +94,12 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
             help="Whose protected model `robustness` attacks; default: one cell of each mode.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what protecting CELL is expected to take; write nothing."
+        ),
+    ] = False,
     settings: Settings = None,
     quiet: Quiet = False,
     threads: Threads = None,
@@ -105,13 +113,12 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of the original task is trained first if it is missing. `--set` changes the cell, and
     is then no longer the cell of that name: give another --out.
     """
-    from sophon._grid import CELLS, ROBUST_CELLS, ROBUSTNESS, SCALES, cell_of
+    from sophon._grid import CELLS, ROBUST_CELLS, ROBUSTNESS, cell_of
     from sophon._runs import require_folder, require_place
 
-    if scale not in (None, *SCALES):
-        raise SpecError(f"--scale = {scale!r}: use {' or '.join(SCALES)}")
-    size: Scale = "paper" if scale == "paper" else "small"
+    size = _size_of(scale)
     _require_consistent(cell, size, listed=listed, table=table, of=of, settings=settings)
+    _require_cell(cell, dry_run=dry_run, shown=listed or table)
     require_folder(out)
     if listed:
         show_list(out, size if scale else None)
@@ -124,7 +131,9 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         raise SpecError("name a cell, `all`, `robustness` or `ablation`; --list shows the cells")
     require_place(out)
     jobs = _Jobs(out, settings, mode_of(quiet, False), threads, workers)
-    if cell == ROBUSTNESS:
+    if dry_run:
+        jobs.forecast(cell_of(cell, size))
+    elif cell == ROBUSTNESS:
         jobs.all_robustness(attacked)
     elif cell == ABLATION:
         jobs.ablation()
@@ -134,6 +143,25 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         chosen = cell_of(cell, size)
         jobs.run(chosen)
         jobs.show_row(chosen)
+
+
+def _size_of(scale: str | None) -> Scale:
+    """Return the scale of that name, small without one. Raises SpecError for another name."""
+    from sophon._grid import SCALES
+
+    if scale not in (None, *SCALES):
+        raise SpecError(f"--scale = {scale!r}: use {' or '.join(SCALES)}")
+    return "paper" if scale == "paper" else "small"
+
+
+def _require_cell(cell: str | None, *, dry_run: bool, shown: bool) -> None:
+    """Raise SpecError where a forecast is asked for and not of one cell."""
+    from sophon._grid import ROBUSTNESS
+
+    if dry_run and (shown or cell in (None, "all", ROBUSTNESS, ABLATION)):
+        raise SpecError(
+            "--dry-run says what protecting one cell takes: name a cell, without --list or --table"
+        )
 
 
 def _show_table(cell: str | None, scale: Scale, out: Path, attacked: list[Cell]) -> None:
@@ -215,6 +243,23 @@ class _Jobs:
         with _failure_kept(self._place(cell)):
             file, base = self._prepared(cell)
             self._protected_and_audited(file, file.parent, base, [])
+
+    def forecast(self, cell: Cell) -> None:
+        """Print what protecting a cell is expected to take, with random weights where its base is
+        not trained yet; nothing is written.
+        """
+        from sophon._grid import DIFFUSION, UNET_FILES, UNETS, run_file
+        from sophon._runs import load
+
+        self._base_text(cell)
+        settings = list(self._of_cells)
+        with TemporaryDirectory() as folder:
+            file, unet = Path(folder, "run.toml"), Path(folder, UNET_FILES[cell.scale])
+            file.write_text(run_file(cell, cell.name, str((self.out / "bases").absolute())))
+            if cell.architecture == DIFFUSION:
+                unet.write_text(UNETS[cell.scale])
+                settings.append(_setting("model.name", f"diffusers:{unet}"))
+            show_forecast(load(file, settings, self.threads, network_only=True), as_json=False)
 
     def show_row(self, cell: Cell) -> None:
         """Print the cell's row of the table, published beside re-measured; nothing where quiet."""

@@ -113,7 +113,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of the original task is trained first if it is missing. `--set` changes the cell, and
     is then no longer the cell of that name: give another --out.
     """
-    from sophon._grid import CELLS, ROBUST_CELLS, ROBUSTNESS, cell_of
+    from sophon._grid import CELLS, ROBUSTNESS, cell_of
     from sophon._runs import require_folder, require_place
 
     size = _size_of(scale)
@@ -123,9 +123,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     if listed:
         show_list(out, size if scale else None)
         return
-    attacked = [cell_of(name, size) for name in (ROBUST_CELLS[size] if of is None else (of,))]
     if table:
-        _show_table(cell, size, out, attacked)
+        _show_table(cell, size, out, of)
         return
     if cell is None:
         raise SpecError("name a cell, `all`, `robustness` or `ablation`; --list shows the cells")
@@ -134,7 +133,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     if dry_run:
         jobs.forecast(cell_of(cell, size))
     elif cell == ROBUSTNESS:
-        jobs.all_robustness(attacked)
+        jobs.all_robustness(_attacked(size, of))
     elif cell == ABLATION:
         jobs.ablation()
     elif cell == "all":
@@ -164,12 +163,19 @@ def _require_cell(cell: str | None, *, dry_run: bool, shown: bool) -> None:
         )
 
 
-def _show_table(cell: str | None, scale: Scale, out: Path, attacked: list[Cell]) -> None:
+def _attacked(scale: Scale, of: str | None) -> list[Cell]:
+    """Return the cells whose protected models `robustness` attacks: one of each mode, or `of`."""
+    from sophon._grid import ROBUST_CELLS, cell_of
+
+    return [cell_of(name, scale) for name in (ROBUST_CELLS[scale] if of is None else (of,))]
+
+
+def _show_table(cell: str | None, scale: Scale, out: Path, of: str | None) -> None:
     """Print what is stored of the cell or the study of that name; of all cells without one."""
     from sophon._grid import ROBUSTNESS, cell_of
 
     if cell == ROBUSTNESS:
-        show_robustness(out, attacked)
+        show_robustness(out, _attacked(scale, of))
     elif cell == ABLATION:
         show_ablation(out)
     else:

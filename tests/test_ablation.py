@@ -140,6 +140,10 @@ def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Pat
     told = {**held, BASE: dataclasses.replace(kept, changes=("audit.steps",))}
     assert "| changed: audit.steps |" in table(folder, told)
     assert "changed:" not in table(folder, held)
+    (folder / "ablation.svg").unlink()
+    again = ["reproduce", "ablation", "--table", "--out", str(studied)]
+    assert "ablation.svg" in CliRunner().invoke(app, again).output
+    assert (folder / "ablation.svg").is_file()
     violated = kept.rounds[0].model_copy(update={"guard": "violated"})
     twice: tuple[Round, ...] = (violated, violated, *kept.rounds)
     worse = dataclasses.replace(kept, rounds=twice)

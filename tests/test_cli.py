@@ -383,6 +383,17 @@ def test_any_two_checkpoints_are_audited(finished: Path, tmp_path: Path) -> None
     assert (held["protected"], held["unprotected"]) == (other["unprotected"], other["protected"])
     assert other["scratch"] == held["scratch"]
     assert swapped["protection"] is None
+    # The run file's own weights are not used, and need not be there.
+    absent = ("--set", "model.weights=absent.safetensors", "--store", tmp_path / "a")
+    for before in (plain, "none"):
+        given = ("--unprotected", before, "--out", tmp_path / f"without-{Path(before).name}")
+        assert sophon(*words, *given, *absent)[0] == 0
+    own = json.loads((tmp_path / f"without-{plain.name}" / "record.json").read_text())
+    assert own["subjects"] == swapped["subjects"]
+    assert own["trials"] == swapped["trials"]
+    code, _, err = sophon(*words, "--out", tmp_path / "c", *absent)
+    assert code == 2
+    assert "absent.safetensors does not exist" in err
     code, _, err = sophon(*words, "--unprotected", tmp_path / "none.pth", "--out", tmp_path / "b")
     assert code == 2
     assert "none.pth" in err

@@ -40,6 +40,18 @@ def text_of(page: Path) -> str:
     return re.sub(r"<[^>]+>", "", page.read_text())
 
 
+@pytest.mark.parametrize("script", ["tabulate.py", "tabulate_errors.py"])
+def test_a_script_of_the_results_says_which_audit_is_not_there(script: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = [str(tmp_path / "figure.svg"), f"one={tmp_path / 'nowhere'}"]
+    words[1:1] = [str(tmp_path / "pictures.png")] if script == "tabulate_errors.py" else []
+    command = [sys.executable, str(ROOT / "docs" / "results" / script), *words]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith(f"error: {tmp_path / 'nowhere'} does not exist: name the folder")
+    assert len(run.stderr.splitlines()) == 1
+
+
 def test_every_page_is_there(site: Path) -> None:
     names = {str(page.relative_to(site)) for page in site.rglob("*.html")}
     wanted = {"index", "protect", "data", "report", "suites", "extend", "paper", "grid", "api"}

@@ -284,6 +284,15 @@ def test_the_configuration_is_the_librarys_own(place: Path) -> None:
     assert held["model_args"]["channels"] == [8, 16, 32, 64]
     assert held["pretrained_cfg"]["mean"] == pytest.approx([0.4] * 3)
     assert held["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    # What timm says of its own published weights is not said of these.
+    foreign = {"tag", "license", "origin_url", "paper_ids", "hf_hub_id", "url"}
+    assert not foreign & held["pretrained_cfg"].keys()
+    assert (held["pretrained_cfg"]["classifier"], held["pretrained_cfg"]["num_classes"]) == (
+        "fc",
+        10,
+    )
+    images = ("crop_pct", "crop_mode", "interpolation")
+    assert [held["pretrained_cfg"][key] for key in images] == [1.0, "center", "bilinear"]
     other = json.loads((place / "torchvision" / "config.json").read_text())
     assert (other["architecture"], other["library_name"]) == ("mobilenet_v3_small", "torchvision")
 

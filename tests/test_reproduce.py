@@ -19,7 +19,7 @@ from cells import PAPER, RECIPES, SMALL, command, named, spec_of
 from sophon._attacks import resolved, strategies_of
 from sophon._cli import reproducing
 from sophon._data.splits import stratified
-from sophon._errors import CheckpointError, IntactnessError, SpecError
+from sophon._errors import CheckpointError, DataError, IntactnessError, SpecError
 from sophon._grid import (
     CELLS,
     PUBLISHED,
@@ -145,6 +145,8 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
     assert cell_of("resnet18-gtsrb-klu", "small").restricted == "gtsrb"
     with pytest.raises(SpecError, match=r"did you mean.*resnet18-cifar10-klu"):
         cell_of("resnet18-cifar-klu", "small")
+    with pytest.raises(SpecError, match=r"did you mean resnet18-gtsrb-klu"):
+        cell_of("ResNet18-GTSRB-KLU", "small")
     with pytest.raises(SpecError, match="use --scale paper"):
         cell_of("resnet34-stl10-ice", "small")
     assert "--list" in command("reproduce", fails=2)
@@ -157,7 +159,11 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
         (("vgg-mnist-klu", "--of", "caformer-mnist-klu"), "--of = caformer-mnist-klu"),
         (("--table", "--of", "caformer-mnist-klu"), "--of = caformer-mnist-klu"),
         (("vgg-mnist-klu", "--list"), "vgg-mnist-klu and --list"),
-        (("vgg-mnist-klu", "--table"), "vgg-mnist-klu and --table"),
+        (("vgg-gtsrb-klu", "--table", "--scale", "paper"), "use --scale small"),
+        (("vgg-mnist-kli", "--table"), "did you mean vgg-mnist-klu"),
+        (("all", "--table"), "all and --table"),
+        (("all", "--dry-run"), "--dry-run says what protecting one cell takes"),
+        (("vgg-mnist-klu", "--table", "--dry-run"), "without --list or --table"),
         (("ablation", "--list"), "ablation and --list"),
         (("--list", "--table"), "one of them"),
         (("--list", "--set", "audit.steps=2"), "'audit.steps=2' and --list"),
@@ -264,6 +270,34 @@ def test_robustness_is_of_one_cell_of_each_mode(
     assert "1 of 2 cells failed: vgg-cifar10-ice" in said
 
 
+def test_robustness_tables_are_printed_from_stored_records(
+    reproduced: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, printed = reproduced
+    words = ("reproduce", "robustness", "--table", "--of", "caformer-mnist-klu", "--out")
+    shown = command(*words, out)
+    assert shown.startswith("### caformer-mnist-klu, small: robustness")
+    assert shown.strip() in printed
+    said = "caformer-mnist-klu, small: robustness: not run\n"
+    assert command(*words, tmp_path) == said
+    both = command("reproduce", "robustness", "--table", "--scale", "paper", "--out", tmp_path)
+    assert [line.split(",")[0] for line in both.splitlines()] == list(ROBUST_CELLS["paper"])
+    assert not list(tmp_path.iterdir())
+    file = tmp_path / "small" / "caformer-mnist-klu-robustness" / "audit" / "record.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    assert "unreadable: " in command(*words, tmp_path)
+    assert "is no cell" in command(*words[:-2], "nothing", "--out", tmp_path, fails=2)
+
+
+def test_runs_below_a_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "runs"
+    file.write_text("")
+    for option in ("--list", "--table"):
+        said = command("reproduce", option, "--out", file, fails=2)
+        assert f"{file} is a file; give the folder of the runs" in said
+
+
 def test_robustness_without_images_says_what_is_missing_and_tries_both_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +399,7 @@ def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None
     assert {"audit.steps", "protect.rounds", "protect.rehearsal.steps"} <= set(
         verdict.removeprefix("changed: ").split(", ")
     )
-    assert "restricted.0 (270 of 4,500 images)" in verdict
+    assert "restricted.0: 270 training images instead of 4,500" in verdict
     assert held.verdict not in row
     listed = command("reproduce", "--list", "--scale", "small", "--out", out).splitlines()
     states = {line.split()[0]: line.split()[-1] for line in listed}
@@ -384,7 +418,8 @@ def test_robustness_fills_its_tables(reproduced: tuple[Path, str]) -> None:
     assert text.startswith("### caformer-mnist-klu, small: robustness")
     assert f"Measured: {origin_of(record)}." in text
     # It was run briefly, with few images: not the cell.
-    assert "**Not the cell of that name**, changed: original (180 of 4,500 images)," in text
+    fewer_images = "original: 180 training images instead of 4,500"
+    assert f"**Not the cell of that name**, changed: {fewer_images}," in text
     assert "audit.extra" not in text
     own = as_the_cell_says(record, cell)
     told = own.model_copy(update={"command": "sophon reproduce robustness"})
@@ -468,7 +503,7 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
         "original.image_size": {
             "original": record.original.model_copy(update={"image": (3, 64, 64)})
         },
-        "restricted.0 (9 of 4,500 images)": {
+        "restricted.0: 9 training images instead of 4,500": {
             "restricted": (record.restricted[0].model_copy(update={"train": 9}),)
         },
         "benign": {"benign": record.restricted},
@@ -566,6 +601,39 @@ def test_a_damaged_record_marks_its_own_row(reproduced: tuple[Path, str], tmp_pa
     assert "changed: " in rows[cell.name]
     listed = command("reproduce", "--list", "--scale", "small", "--out", out)
     assert (listed.count("unreadable"), listed.count("changed")) == (1, 1)
+
+
+def test_a_cell_ends_with_its_own_row_of_the_table(
+    reproduced: tuple[Path, str], shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    out, name = reproduced[0], "caformer-cifar10-ice"
+    whole = command("reproduce", "--table", "--out", out).splitlines()
+    for cell in (name, "caformer-mnist-klu"):
+        shown = command("reproduce", cell, "--table", "--out", out).splitlines()
+        (row,) = (line for line in whole if line.startswith(f"| {cell} "))
+        # The footnotes of one row are numbered from 1.
+        assert shown[:3] == [*whole[:2], row.replace("[2]", "[1]")]
+    assert shown[3:5] == ["", "[1] second-hand: file names of the released research code"]
+    assert shown[-1].startswith("- caformer-mnist-klu: ")
+    again = ("reproduce", "caformer-mnist-klu", "--out", out, *tiny())
+    printed = command(*again)
+    assert printed.endswith("\n".join(shown) + "\n")
+    assert printed.index("verdict: ") < printed.index(shown[2])
+    assert shown[2] not in command(*again, "--quiet")
+
+
+@pytest.mark.parametrize("cell", ["caformer-mnist-klu", "ddpm-orl-dos"])
+def test_what_a_cell_takes_is_said_without_its_base_and_nothing_is_written(
+    cell: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    fewer = ("--set", "original.limit=10", "--set", "restricted.0.limit=30")
+    said = command("reproduce", cell, "--dry-run", *fewer, "--out", tmp_path / "runs")
+    rounds = spec_of(cell_of(cell, "small")).protect.rounds
+    assert f"forecast: {rounds} rounds of " in said
+    assert "nothing was written" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_finished_cell_is_not_run_again(reproduced: tuple[Path, str]) -> None:
@@ -745,9 +813,43 @@ def test_a_cell_that_failed_is_told_from_one_that_never_ran(
     said = r"failed: no weights met the tolerance \| loosen it"
     assert shown("--table").endswith(f"| {said} |")
     assert shown("--list").endswith(said)
-    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", lambda *_: None)
-    command(*cell)
+
+    def raising(error: BaseException) -> Any:
+        def work(*_: Any) -> None:
+            raise error
+
+        return work
+
+    # Without its images a cell has not begun anew: what was said of it stands.
+    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", raising(DataError("no file")))
+    command(*cell, fails=2)
+    assert shown("--list").endswith(said)
+    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", raising(KeyboardInterrupt()))
+    command(*cell, fails=130)
     assert shown("--list").endswith("not run")
+    begun = tmp_path / "small" / "vgg-mnist-klu" / "protected" / "run.json"
+    begun.parent.mkdir()
+    begun.write_text("{}")
+    assert shown("--list").endswith("unfinished")
+    assert shown("--table").endswith("| unfinished |")
+
+
+def test_a_base_that_another_process_trains_is_no_failure_of_the_cell(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    base = tmp_path / "bases" / "small-caformer"
+    base.mkdir(parents=True)
+    with (base / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        fields = ("--out", tmp_path, "--quiet", *tiny())
+        said = command("reproduce", "caformer-mnist-klu", *fields, fails=2)
+    wanted = "the base is being trained by another process; wait for it and repeat the command"
+    assert f"{base}: {wanted}" in said
+    listed = command("reproduce", "--list", "--scale", "small", "--out", tmp_path)
+    assert "failed" not in listed
+    assert not list(tmp_path.rglob("failed.txt"))
 
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])

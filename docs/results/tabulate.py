@@ -12,6 +12,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from sophon._cli.reading import read_record
+from sophon._errors import SophonError
 from sophon._records import AuditRecord, Score
 from sophon._statistics import Cost, wilson
 from sophon._summaries import DomainSummary
@@ -94,11 +96,10 @@ def main(figure: str, *named: str) -> None:
     plt.switch_backend("svg")
     plt.rcParams["svg.fonttype"] = "none"
     panels = []
+    pairs = [one.partition("=")[::2] for one in named]
+    audits = [(label, read_record(Path(folder))) for label, folder in pairs]
     print(HEADER)
-    for one in named:
-        label, _, folder = one.partition("=")
-        text = (Path(folder) / "record.json").read_text(encoding="utf-8")
-        record = AuditRecord.model_validate_json(text)
+    for label, record in audits:
         for summary in summarise(record):
             panels.append((label, summary))
             print("\n".join(rows(label, record, summary)))
@@ -120,4 +121,9 @@ def main(figure: str, *named: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except SophonError as error:
+        sys.exit(f"error: {error}")

@@ -17,6 +17,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from sophon._cli.reading import read_record
+from sophon._errors import SophonError
 from sophon._pictures import moment, pictures_of
 from sophon._records import AuditRecord, ErrorScore, Measurement, SampleRecord
 from sophon._statistics import interval_of
@@ -162,11 +164,10 @@ def main(figure: str, pictures: str, *named: str) -> None:
     plt.rcParams["svg.fonttype"] = "none"
     panels: list[tuple[str, AuditRecord, DomainSummary]] = []
     drawn: dict[str, tuple[str, SampleRecord, SampleRecord]] = {}
+    pairs = [one.partition("=")[::2] for one in named]
+    audits = [(label, read_record(Path(folder))) for label, folder in pairs]
     print(HEADER)
-    for one in named:
-        label, _, folder = one.partition("=")
-        text = (Path(folder) / "record.json").read_text(encoding="utf-8")
-        record = AuditRecord.model_validate_json(text)
+    for label, record in audits:
         for summary in summarise(record):
             panels.append((label, record, summary))
             print("\n".join(rows(label, record, summary)))
@@ -195,4 +196,9 @@ def draw(panels: list[tuple[str, AuditRecord, DomainSummary]], figure: str) -> N
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except SophonError as error:
+        sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sophon._errors import CheckpointError
 from sophon._records import AuditRecord, Measurement, Round
-from sophon._reproduction import Triple, failure_of, origin_of, read_stored, scores_of
+from sophon._reproduction import Triple, missing_of, origin_of, read_stored, scores_of
 from sophon._sameness import settings_in
 from sophon._specs import Strategy
 from sophon._summaries import DomainSummary
@@ -248,9 +248,9 @@ def table(folder: Path, held: dict[str, Result]) -> str:
         for variation in values:
             label = variation.value + ("" if variation.settings else " (base)")
             cells = [axis, label, *_cells(held.get(variation.name))]
-            failed = failure_of(folder / variation.name)
-            if variation.name not in held and failed is not None:
-                cells[-1] = failed
+            missing = missing_of(folder / variation.name)
+            if variation.name not in held and missing is not None:
+                cells[-1] = missing
             lines.append("| " + " | ".join(cells) + " |")
     for origin, seeds in dict.fromkeys((one.origin, one.seeds) for one in held.values()):
         several = f"{seeds} attack seed{'' if seeds == 1 else 's'}, one protection seed"

@@ -29,6 +29,10 @@ class CheckpointError(SophonError):
     """A checkpoint, run folder or store is damaged, foreign or cannot be written."""
 
 
+class LockedError(CheckpointError):
+    """Another process is writing to a folder, in which nothing is wrong."""
+
+
 class AuditError(SophonError):
     """An audit cannot be run or its record cannot be judged."""
 

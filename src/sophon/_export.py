@@ -28,6 +28,11 @@ from sophon._report import Report, report
 from sophon._specs import ModelSpec, parse_spec
 
 FILES = ("config.json", "model.safetensors", "README.md")
+# What timm says of the weights that it publishes for a network; these are not they.
+_OF_OTHERS = (
+    *("tag", "license", "description", "notes", "origin_url", "paper_name", "paper_ids"),
+    *("url", "file", "source", "hf_hub_id", "hf_hub_filename"),
+)
 _INDEX, _UNET_WEIGHTS = "model_index.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -144,10 +149,14 @@ def _config(source: Exported) -> str:
 
 
 def _timm_config(source: Exported) -> dict[str, Any]:
-    """Return what timm itself writes, which `create_model("local-dir:...")` reads."""
+    """Return what timm itself writes, which `create_model("local-dir:...")` reads.
+
+    Images are prepared as Sophon does: resized to the side, the middle cut out.
+    """
     hub = importlib.import_module("timm.models._hub")
     takes = source.protection.get("input") or {}
-    data = {key: takes[key] for key in ("input_size", "mean", "std") if key in takes}
+    data: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    data |= {key: takes[key] for key in ("input_size", "mean", "std") if key in takes}
     scratch = Path(tempfile.mkdtemp())
     try:
         file = scratch / "config.json"
@@ -157,6 +166,8 @@ def _timm_config(source: Exported) -> dict[str, Any]:
         held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    for key in _OF_OTHERS:
+        held["pretrained_cfg"].pop(key, None)
     return held
 
 

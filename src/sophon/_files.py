@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from sophon._errors import CheckpointError
+from sophon._errors import CheckpointError, LockedError
 
 # Raise this when files of an older version can no longer be read as they are.
 FORMAT = 1
@@ -158,7 +158,7 @@ def lock_folder(folder: Path, owner: object) -> None:
     """Lock `folder` for this process until `owner` is gone or the process ends, however it ends.
 
     Several owners in one process share the lock: it goes with the last of them. Raises
-    CheckpointError if another process holds it. Where the system or the file system has none,
+    LockedError if another process holds it. Where the system or the file system has none,
     nothing is locked.
     """
     if sys.platform == "win32":
@@ -188,7 +188,7 @@ def _locked(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
-        raise CheckpointError(
+        raise LockedError(
             f"another process is writing to {folder}: wait for it, or choose another folder"
             " with --out"
         ) from None

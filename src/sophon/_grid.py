@@ -396,7 +396,7 @@ def cell_of(name: str, scale: Scale) -> Cell:
     other = [cell.scale for cell in CELLS if cell.name == name]
     if other:
         raise SpecError(f"{name} is no cell at scale {scale}: use --scale {other[0]}")
-    near = difflib.get_close_matches(name, held, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), held, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise SpecError(f"{name!r} is no cell of the grid; {hint}--list shows all of them")
 

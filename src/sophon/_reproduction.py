@@ -14,6 +14,7 @@ from sophon._errors import CheckpointError
 from sophon._grid import (
     CELLS,
     PUBLISHED_ROBUSTNESS,
+    ROBUSTNESS,
     Cell,
     Published,
     Scale,
@@ -77,6 +78,19 @@ def failure_of(folder: Path) -> str | None:
         return None
     reason = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
     return f"failed: {reason}".replace("|", "\\|")
+
+
+def started(folder: Path) -> bool:
+    """Return whether a base, a protection or an audit was started in a folder."""
+    found = ("run.json", "protected/run.json", "audit/record.json")
+    return any((folder / name).is_file() for name in found)
+
+
+def missing_of(folder: Path) -> str | None:
+    """Return what stands for the numbers of what runs in `folder` and has no record: why it failed,
+    or that it is unfinished; None where nothing was begun.
+    """
+    return failure_of(folder) or ("unfinished" if started(folder) else None)
 
 
 def read_measured(out: Path, cell: Cell) -> Measured | None:
@@ -185,11 +199,12 @@ HEADER = (
 )
 
 
-def table(out: Path, scale: Scale) -> str:
-    """Return the Markdown table of all cells of a scale, from the records below `out`, and where
-    the published numbers come from. A record that cannot be read marks its own row.
+def table(out: Path, scale: Scale, only: Cell | None = None) -> str:
+    """Return the Markdown table of all cells of a scale, or of `only` one, from the records below
+    `out`, and where the published numbers come from. A record that cannot be read marks its own
+    row.
     """
-    cells = [cell for cell in CELLS if cell.scale == scale]
+    cells = [cell for cell in CELLS if cell.scale == scale] if only is None else [only]
     notes = _notes(cells)
     rows = [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
     origins: list[str] = []
@@ -199,20 +214,22 @@ def table(out: Path, scale: Scale) -> str:
         except CheckpointError as error:
             rows.append(row(cell, None, notes, verdict=f"unreadable: {error}"))
         else:
-            failed = failure_of(record_file(out, cell).parent.parent) if held is None else None
-            rows.append(row(cell, held, notes, verdict=failed or EMPTY))
+            missing = missing_of(record_file(out, cell).parent.parent) if held is None else None
+            rows.append(row(cell, held, notes, verdict=missing or EMPTY))
             origins += [] if held is None else [f"- {cell.name}: {held.origin}"]
-    said = [f"[{number}] {text}" for text, number in notes.items()]
+    said = ["", *(f"[{number}] {text}" for text, number in notes.items())] if notes else []
     measured_by = ["", "Re-measured:", "", *origins] if origins else []
-    return "\n".join([*rows, "", *said, *measured_by])
+    return "\n".join([*rows, *said, *measured_by])
 
 
 def state(out: Path, cell: Cell) -> str:
-    """Return what `--list` says of a cell: measured, changed, unreadable, not run, or failed."""
+    """Return what `--list` says of a cell: measured, changed, unreadable, not run, unfinished, or
+    why it failed.
+    """
     try:
         record = read_stored(record_file(out, cell))
         if record is None:
-            return failure_of(record_file(out, cell).parent.parent) or "not run"
+            return missing_of(record_file(out, cell).parent.parent) or "not run"
         return "changed" if changes_of(record, cell, base_folder(out, cell)) else "measured"
     except CheckpointError:
         return "unreadable"
@@ -298,6 +315,26 @@ def robustness_attacks(spec: AuditSpec) -> tuple[Strategy, ...]:
 
 def _tables(spec: AuditSpec) -> dict[str, dict[str, Strategy]]:
     return robustness(spec.steps, spec.batch_size)
+
+
+def robustness_folder(out: Path, cell: Cell) -> Path:
+    """Return where `sophon reproduce --out` keeps the robustness of a cell's protected model."""
+    return out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
+
+
+def stored_robustness(out: Path, cell: Cell) -> str:
+    """Return the robustness tables of a cell from its stored record below `out`, or a line that
+    says why there are none.
+    """
+    folder = robustness_folder(out, cell)
+    try:
+        record = read_stored(folder / "audit" / "record.json")
+        if record is not None:
+            return robustness_tables(record, cell, base_folder(out, cell))
+        why = missing_of(folder) or "not run"
+    except CheckpointError as error:
+        why = f"unreadable: {error}"
+    return f"{cell.name}, {cell.scale}: {ROBUSTNESS}: {why}"
 
 
 def robustness_tables(record: AuditRecord, cell: Cell, base: Path | None = None) -> str:

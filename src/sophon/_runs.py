@@ -158,12 +158,24 @@ def _located(spec: ModelSpec, base: Path) -> ModelSpec:
     return spec.model_copy(update=changes)
 
 
-def load(path: Path, settings: list[str] | None, threads: int | None = None) -> Case:
+def load(
+    path: Path,
+    settings: list[str] | None,
+    threads: int | None = None,
+    *,
+    network_only: bool = False,
+) -> Case:
     """Return the run in `path`, its model and its domains loaded.
 
-    Paths in it start at its folder. Raises DataError, UnsupportedModelError or CheckpointError.
+    Paths in it start at its folder. With `network_only` nobody uses the model's own weights: if
+    their file is not there, the model has random ones.
+
+    Raises DataError, UnsupportedModelError or CheckpointError.
     """
     spec = read_run(path, settings)
+    weights = _located(spec.model, path.parent).weights
+    if network_only and weights is not None and not Path(weights).is_file():
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
     strategies_of(spec.audit)  # an attack that does not exist is found out before protecting
     several = {
         "restricted": spec.restricted,
@@ -250,13 +262,28 @@ def _task(spec: TaskSpec, source: DenoiserSource | None, original: Domain) -> Ta
 
 def require_place(folder: Path) -> None:
     """Raise CheckpointError if `folder` could not be made; nothing is made yet."""
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = _nearest(folder)
     if not nearest.is_dir():
         raise CheckpointError(f"cannot write to {folder}: {nearest} is a file; choose another")
     if not os.access(nearest, os.W_OK):
         raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
+
+
+def require_folder(folder: Path) -> None:
+    """Raise CheckpointError if `folder`, where stored runs are read, is a file or below one."""
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise CheckpointError(
+            f"no runs lie below {folder}: {nearest} is a file; give the folder of the runs"
+        )
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder itself or what of the way to it is there."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    return nearest
 
 
 def require_outside(folder: Path, run_file: Path, settings: list[str] | None) -> None:

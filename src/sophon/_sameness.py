@@ -143,7 +143,8 @@ def _domain_changes(
         if one.image[1:] != (spec.image_size or _OWN_SIDE,) * 2:
             found.append(f"{where}.image_size")
         if one.train != TRAINING_IMAGES[one.name]:
-            found.append(f"{where} ({one.train:,} of {TRAINING_IMAGES[one.name]:,} images)")
+            wanted_images = TRAINING_IMAGES[one.name]
+            found.append(f"{where}: {one.train:,} training images instead of {wanted_images:,}")
     return found
 
 

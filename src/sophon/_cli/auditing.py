@@ -132,7 +132,8 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     require_unused(out, *_OURS)
     for folder in {out, store or out}:
         require_outside(folder, run_file, settings)
-    case = load(run_file, settings, threads)
+    # Another model before protection, or none, stands in for the run file's.
+    case = load(run_file, settings, threads, network_only=unprotected is not None)
     if controls and case.task.metric != "accuracy":
         raise SpecError("--controls makes classifiers that only look protected: not for denoising")
     if controls:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,14 +21,17 @@ from sophon._cli.running import (
     run_pretraining,
     run_protection,
     say,
+    show_forecast,
     show_pretrained,
     show_protected,
     show_verdict,
 )
+from sophon._cli.showing import show_ablation, show_list, show_robustness, show_table
 from sophon._errors import (
     CheckpointError,
     DataError,
     IntactnessError,
+    LockedError,
     NonFiniteError,
     SophonError,
     SpecError,
@@ -51,6 +55,7 @@ _TRACEBACK = "traceback.txt"
     "  sophon reproduce robustness\n"
     "  sophon reproduce ablation --threads 2 --workers 2\n"
     "  sophon reproduce --table\n"
+    "  sophon reproduce resnet18-gtsrb-klu --table\n"
     "  sophon reproduce ablation --table\n"
 )
 @guarded
@@ -77,8 +82,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         bool,
         typer.Option(
             "--table",
-            help="Print published beside re-measured numbers, or what `ablation` found; run"
-            " nothing.",
+            help="Print published beside re-measured numbers, of all cells or of CELL, or the"
+            " tables of `robustness` or `ablation`; run nothing.",
         ),
     ] = False,
     of: Annotated[
@@ -89,6 +94,12 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
             help="Whose protected model `robustness` attacks; default: one cell of each mode.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what protecting CELL is expected to take; write nothing."
+        ),
+    ] = False,
     settings: Settings = None,
     quiet: Quiet = False,
     threads: Threads = None,
@@ -102,29 +113,73 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of the original task is trained first if it is missing. `--set` changes the cell, and
     is then no longer the cell of that name: give another --out.
     """
-    from sophon._grid import CELLS, ROBUST_CELLS, ROBUSTNESS, SCALES, cell_of
-    from sophon._runs import require_place
+    from sophon._grid import CELLS, ROBUSTNESS, cell_of
+    from sophon._runs import require_folder, require_place
 
-    if scale not in (None, *SCALES):
-        raise SpecError(f"--scale = {scale!r}: use {' or '.join(SCALES)}")
-    size: Scale = "paper" if scale == "paper" else "small"
+    size = _size_of(scale)
     _require_consistent(cell, size, listed=listed, table=table, of=of, settings=settings)
-    if listed or table:
-        _show(cell, size if scale or table else None, out, table=table)
+    _require_cell(cell, dry_run=dry_run, shown=listed or table)
+    require_folder(out)
+    if listed:
+        show_list(out, size if scale else None)
+        return
+    if table:
+        _show_table(cell, size, out, of)
         return
     if cell is None:
         raise SpecError("name a cell, `all`, `robustness` or `ablation`; --list shows the cells")
     require_place(out)
     jobs = _Jobs(out, settings, mode_of(quiet, False), threads, workers)
-    if cell == ROBUSTNESS:
-        names = ROBUST_CELLS[size] if of is None else (of,)
-        jobs.all_robustness([cell_of(name, size) for name in names])
+    if dry_run:
+        jobs.forecast(cell_of(cell, size))
+    elif cell == ROBUSTNESS:
+        jobs.all_robustness(_attacked(size, of))
     elif cell == ABLATION:
         jobs.ablation()
     elif cell == "all":
         jobs.run_all([one for one in CELLS if one.scale == size])
     else:
-        jobs.run(cell_of(cell, size))
+        chosen = cell_of(cell, size)
+        jobs.run(chosen)
+        jobs.show_row(chosen)
+
+
+def _size_of(scale: str | None) -> Scale:
+    """Return the scale of that name, small without one. Raises SpecError for another name."""
+    from sophon._grid import SCALES
+
+    if scale not in (None, *SCALES):
+        raise SpecError(f"--scale = {scale!r}: use {' or '.join(SCALES)}")
+    return "paper" if scale == "paper" else "small"
+
+
+def _require_cell(cell: str | None, *, dry_run: bool, shown: bool) -> None:
+    """Raise SpecError where a forecast is asked for and not of one cell."""
+    from sophon._grid import ROBUSTNESS
+
+    if dry_run and (shown or cell in (None, "all", ROBUSTNESS, ABLATION)):
+        raise SpecError(
+            "--dry-run says what protecting one cell takes: name a cell, without --list or --table"
+        )
+
+
+def _attacked(scale: Scale, of: str | None) -> list[Cell]:
+    """Return the cells whose protected models `robustness` attacks: one of each mode, or `of`."""
+    from sophon._grid import ROBUST_CELLS, cell_of
+
+    return [cell_of(name, scale) for name in (ROBUST_CELLS[scale] if of is None else (of,))]
+
+
+def _show_table(cell: str | None, scale: Scale, out: Path, of: str | None) -> None:
+    """Print what is stored of the cell or the study of that name; of all cells without one."""
+    from sophon._grid import ROBUSTNESS, cell_of
+
+    if cell == ROBUSTNESS:
+        show_robustness(out, _attacked(scale, of))
+    elif cell == ABLATION:
+        show_ablation(out)
+    else:
+        show_table(out, scale, None if cell is None else cell_of(cell, scale))
 
 
 def _require_consistent(
@@ -142,13 +197,13 @@ def _require_consistent(
     shows = "--list" if listed else "--table"
     if listed and table:
         raise SpecError("--list and --table: give one of them")
-    if of is not None and (cell != ROBUSTNESS or listed or table):
+    if of is not None and (cell != ROBUSTNESS or listed):
         raise SpecError(f"--of = {of} is for `sophon reproduce robustness`: leave it out")
     if cell == ABLATION and scale != "small":
         raise SpecError(f"--scale = {scale}: the ablation study is small only; leave it out")
     if not (listed or table):
         return
-    if cell is not None and not (table and cell == ABLATION):
+    if cell is not None and (listed or cell == "all"):
         raise SpecError(
             f"{cell} and {shows}: {shows} shows all cells and runs nothing; leave one out"
         )
@@ -156,25 +211,6 @@ def _require_consistent(
         raise SpecError(
             f"--set {settings[0]!r} and {shows}: {shows} shows what was run; leave one out"
         )
-
-
-def _show(cell: str | None, scale: Scale | None, out: Path, *, table: bool) -> None:
-    """Print the cells, of both scales without one, or their table, or the ablation study's."""
-    from sophon import _ablation as study
-    from sophon._grid import CELLS
-    from sophon._reproduction import state
-    from sophon._reproduction import table as filled
-
-    if cell == ABLATION:
-        folder = out / "small" / study.NAME
-        say([study.table(folder, study.results(folder))])
-    elif table:
-        assert scale is not None
-        say([filled(out, scale)])
-    else:
-        width = max(len(one.name) for one in CELLS)
-        chosen = [one for one in CELLS if scale in (None, one.scale)]
-        say(f"{one.name:{width}}  {one.scale:5}  {state(out, one)}" for one in chosen)
 
 
 class _Jobs:
@@ -213,6 +249,29 @@ class _Jobs:
         with _failure_kept(self._place(cell)):
             file, base = self._prepared(cell)
             self._protected_and_audited(file, file.parent, base, [])
+
+    def forecast(self, cell: Cell) -> None:
+        """Print what protecting a cell is expected to take, with random weights where its base is
+        not trained yet; nothing is written.
+        """
+        from sophon._grid import DIFFUSION, UNET_FILES, UNETS, run_file
+        from sophon._runs import load
+
+        self._base_text(cell)
+        settings = list(self._of_cells)
+        with TemporaryDirectory() as folder:
+            file, unet = Path(folder, "run.toml"), Path(folder, UNET_FILES[cell.scale])
+            file.write_text(run_file(cell, cell.name, str((self.out / "bases").absolute())))
+            if cell.architecture == DIFFUSION:
+                unet.write_text(UNETS[cell.scale])
+                settings.append(_setting("model.name", f"diffusers:{unet}"))
+            show_forecast(load(file, settings, self.threads, network_only=True), as_json=False)
+
+    def show_row(self, cell: Cell) -> None:
+        """Print the cell's row of the table, published beside re-measured; nothing where quiet."""
+        if self.mode in ("bar", "lines"):
+            say([""])
+            show_table(self.out, cell.scale, cell)
 
     def _prepared(self, cell: Cell) -> tuple[Path, Path]:
         """Return a cell's run file and the folder of its base, which is trained if it is missing.
@@ -308,6 +367,7 @@ class _Jobs:
         from sophon._files import write_text
 
         kept = folder / _TRACEBACK
+        kept.unlink(missing_ok=True)
         try:
             with _failure_kept(folder, make=True):
                 work()
@@ -316,7 +376,6 @@ class _Jobs:
             write_text(kept, traceback.format_exc())
             typer.echo(f"{name}: {_said(error)} (see {kept})", err=True)
             return error
-        kept.unlink(missing_ok=True)
         return None
 
     def _place(self, cell: Cell) -> Path:
@@ -339,9 +398,9 @@ class _Jobs:
         _raise_first(failed, len(cells), "cells")
 
     def _robustness_place(self, cell: Cell) -> Path:
-        from sophon._grid import ROBUSTNESS
+        from sophon._reproduction import robustness_folder
 
-        return self.out / cell.scale / f"{cell.name}-{ROBUSTNESS}"
+        return robustness_folder(self.out, cell)
 
     def robustness(self, cell: Cell) -> None:
         """Attack a cell's protected model with the attacks of the robustness tables.
@@ -424,7 +483,8 @@ class _Jobs:
         """Train the model of the run file `text` in `folder`, unless it was; the data of the run
         file `cell` must be there before.
 
-        Raises CheckpointError where `folder` holds a model trained otherwise.
+        Raises CheckpointError where `folder` holds a model trained otherwise, LockedError where
+        another process is training it.
         """
         from sophon._runs import load_pretraining, require_restricted
         from sophon._sameness import BASE_DONE, require_same_base
@@ -436,28 +496,41 @@ class _Jobs:
             return
         case = load_pretraining(file, self._of_bases, self.threads)
         require_restricted(cell, self._of_cells)
-        show_pretrained(run_pretraining(case, folder, self.mode), folder, self.mode)
+        try:
+            result = run_pretraining(case, folder, self.mode)
+        except LockedError:
+            raise LockedError(
+                f"{folder}: the base is being trained by another process; wait for it and repeat"
+                " the command"
+            ) from None
+        show_pretrained(result, folder, self.mode)
 
 
 @contextmanager
 def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
-    """Keep the reason for which work fails in `folder`, if that is there by then or is to be made;
-    remove an earlier one where it does not fail. Work that lacks its images has not begun.
+    """Keep the reason for which work fails in `folder`, if that is there by then or is to be made.
+
+    An earlier one goes when work begins. Work that lacks its images, or whose folder another
+    process is writing to, has not begun.
     """
     from sophon._files import write_text
     from sophon._reproduction import failure_file
 
+    file = failure_file(folder)
+    earlier = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    file.unlink(missing_ok=True)
     try:
         yield
-    except DataError:
+    except (DataError, LockedError):
+        if earlier is not None:
+            write_text(file, earlier)
         raise
     except Exception as error:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         if folder.is_dir():
-            write_text(failure_file(folder), f"{_said(error)}\n")
+            write_text(file, f"{_said(error)}\n")
         raise
-    failure_file(folder).unlink(missing_ok=True)
 
 
 def _said(error: Exception) -> str:
@@ -509,14 +582,15 @@ def _recipe(
     folders `ran`: what lies there would pass for a run of today's recipe.
     """
     from sophon._files import write_text
+    from sophon._reproduction import started
 
     held = path.read_text(encoding="utf-8") if path.is_file() else text
     if held != text and not _same(held, text, read):
-        started = [folder for folder in ran if _started(folder)]
-        if started:
+        held_in = [folder for folder in ran if started(folder)]
+        if held_in:
             raise CheckpointError(
-                f"{path} is not today's recipe and {started[0]} holds a run of it: give another"
-                f" --out, or delete {started[0]} to start over"
+                f"{path} is not today's recipe and {held_in[0]} holds a run of it: give another"
+                f" --out, or delete {held_in[0]} to start over"
             )
     if held != text or not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -530,9 +604,3 @@ def _same(one: str, other: str, read: Callable[[str], dict[str, Any]]) -> bool:
         return read(one) == read(other)
     except ValueError:
         return False
-
-
-def _started(folder: Path) -> bool:
-    """Return whether a base, a protection or an audit was started in a folder."""
-    found = ("run.json", "protected/run.json", "audit/record.json")
-    return any((folder / name).is_file() for name in found)

@@ -37,10 +37,16 @@ def read_record(path: Path) -> AuditRecord:
         raise CheckpointError(
             f"{file} does not exist: name the folder that `sophon audit --out` wrote"
         ) from None
-    except (UnicodeDecodeError, ValidationError):
+    except (UnicodeDecodeError, ValidationError) as error:
         raise CheckpointError(
-            f"{file} is not a whole audit record of this version: repeat the audit"
+            f"{file} is not a whole audit record of this version{_why(error)}: repeat the audit"
         ) from None
+
+
+def _why(error: ValueError) -> str:
+    """Return what contradicts itself in a record, in brackets; nothing of one that is damaged."""
+    said = [fault for fault in getattr(error, "errors", list)() if fault["type"] == "value_error"]
+    return f" ({said[0]['msg'].removeprefix('Value error, ')})" if said else ""
 
 
 @app.command(

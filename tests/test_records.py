@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,18 @@ def test_a_claim_that_is_no_score_is_no_claim(claim: object) -> None:
     assert reported(held) == {}
     assert "protected against [], {}" in claimed_domains(held)
     assert report(held).markdown()
+
+
+def test_a_compressed_record_is_read_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    packed = gzip.compress(_written(tmp_path).read_bytes())
+    whole, cut, other = (tmp_path / f"{name}.json.gz" for name in ("whole", "cut", "other"))
+    whole.write_bytes(packed)
+    cut.write_bytes(packed[: len(packed) // 2])
+    other.write_bytes(gzip.compress(b"{}"))
+    assert read_record(whole) == record()
+    done = CliRunner().invoke(app, ["compare", str(whole), str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    with pytest.raises(CheckpointError, match="compressed and cannot be unpacked"):
+        read_record(cut)
+    with pytest.raises(CheckpointError, match="is not a whole audit record"):
+        read_record(other)

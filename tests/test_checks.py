@@ -30,7 +30,7 @@ def _optimizers(adam: float) -> AuditRecord:
         trial("protected", (0, 0, 0, 0.5), strategy=Strategy(optimizer="sgd_momentum")),
         trial("protected", (0, 0, 0, adam), strategy=Strategy(optimizer="adam")),
     ]
-    spec = {"rehearsal": {"fixed": {"optimizer": "sgd"}}}
+    spec = {"rehearsal": {"fixed": {"optimizer": "sgd", "learning_rate": 1e-4}}}
     return record(trials, protection={"spec": spec})
 
 

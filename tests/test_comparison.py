@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from records import CURVES, crashed, record
+from sophon._attacks import beyond_rehearsal, beyond_usual, strategies_of
 from sophon._cli import app
 from sophon._comparison import compare
 from sophon._errors import AuditError
@@ -140,21 +142,88 @@ def _allowed(held: AuditRecord) -> AuditRecord:
 
 
 def _beyond(held: AuditRecord) -> AuditRecord:
-    """Return the record as if the checkpoint's rates had added an attack."""
+    """Return the record as if it had an attack that nothing explains."""
     more = Strategy(optimizer="sgd", learning_rate=5.0)
     return held.model_copy(update={"strategies": (*held.strategies, more)})
 
 
-def test_what_pictures_were_drawn_and_how_far_a_search_went_keeps_audits_apart() -> None:
+def _standard(held: AuditRecord, rate: float | None = None, **spec: Any) -> AuditRecord:
+    """Return the record as an audit by `standard-1` of a protection that states it rehearsed SGD at
+    `rate` would have it, batches and all.
+    """
+    made = held.spec.model_copy(update={"suite": "standard-1", "search_trials": 16, **spec})
+    fixed = {"optimizer": "sgd", "learning_rate": rate}
+    protection = None if rate is None else {"spec": {"rehearsal": {"fixed": fixed}}}
+    attacks = (*strategies_of(made), *beyond_rehearsal(protection, made), *beyond_usual(made))
+    return held.model_copy(
+        update={
+            "spec": made,
+            "strategies": tuple(dict.fromkeys(attacks)),
+            "protection": protection,
+        }
+    )
+
+
+def test_protections_that_state_other_rates_are_ranked_and_the_page_says_so() -> None:
+    audits = [
+        ("silent", _standard(_audit(BROKEN))),
+        ("tiny", _standard(_audit(SOUND), 1e-5)),
+        # Ten times it is an attack of the suite, a hundred times is not.
+        ("usual", _standard(_audit(SLOWED), 1e-1)),
+        ("high", _standard(_audit(BROKEN), 20.0)),
+    ]
+    held = compare(audits)
+    assert held.differing == ()
+    (group,) = held.groups
+    assert group.ranks() == (1, 2, 3, 4)
+    said = "attacked at ten and a hundred times its own as well, and its search reaches as far"
+    for text in (held.html(), held.markdown()):
+        assert said in " ".join(text.split())
+        assert "tiny: sgd 1e-05" in text
+        assert "silent: none" in text
+    assert [one["stated_rates"] for one in held.data()[0]["audits"]].count({"sgd": 20.0}) == 1
+    alike = compare([("a", _standard(_audit(SOUND), 0.1)), ("b", _standard(_audit(BROKEN), 0.1))])
+    assert alike.groups[0].further == ""
+
+
+def test_other_extra_attacks_keep_audits_apart_whatever_rates_are_stated() -> None:
+    first = _standard(_audit(SOUND), 1e-5)
+    # What follows from the stated rate 0.5 of the other, named by the user.
+    extra = (Strategy(optimizer="sgd", learning_rate=5.0, steps=first.spec.steps),)
+    named = _standard(_audit(SOUND), 1e-5, extra=extra)
+    followed = _standard(_audit(SOUND), 0.5)
+    assert "suite" in compare([("a", first), ("b", named)]).differing
+    assert "suite" in compare([("a", followed), ("b", named)]).differing
+    both = _standard(_audit(SOUND), 0.5, extra=extra)
+    assert compare([("a", both), ("b", named)]).differing == ()
+    # An attack that nothing stated explains.
+    more = first.model_copy(update={"strategies": (*first.strategies, *extra)})
+    assert compare([("a", first), ("b", more)]).differing == ("attacks",)
+    # One that left out what every audit has.
+    usual = beyond_usual(first.spec)
+    less = tuple(s for s in first.strategies if s not in usual)
+    milder = first.model_copy(update={"strategies": less})
+    assert compare([("a", first), ("b", milder)]).differing == ("attacks",)
+
+
+def test_how_many_were_searched_keeps_audits_apart() -> None:
+    fewer = _standard(_audit(SOUND), 1e-5, search_trials=8)
+    assert compare([("a", _standard(_audit(SOUND))), ("b", fewer)]).differing == ("suite",)
+
+
+def test_a_statement_that_cannot_be_read_is_compared_as_none() -> None:
+    evil = _standard(_audit(SOUND)).model_copy(update={"protection": {"spec": "evil"}})
+    held = compare([("a", _standard(_audit(SOUND))), ("b", evil)])
+    assert held.differing == ()
+    assert held.groups[0].further == ""
+
+
+def test_what_pictures_were_drawn_keeps_audits_apart() -> None:
     first = _audit(SOUND)
     denoising = first.model_copy(update={"task": "denoising"})
     few = first.spec.model_copy(update={"samples": SampleSpec(count=64)})
     fewer = denoising.model_copy(update={"spec": few})
     assert compare([("a", denoising), ("b", fewer)]).differing == ("pictures",)
-    searched = first.model_copy(update={"spec": first.spec.model_copy(update={"search_trials": 4})})
-    fixed: dict[str, object] = {"optimizer": "sgd", "learning_rate": 1e-4}
-    stated = searched.model_copy(update={"protection": {"spec": {"rehearsal": {"fixed": fixed}}}})
-    assert compare([("a", searched), ("b", stated)]).differing == ("attacks",)
 
 
 def test_a_suite_that_is_cut_down_is_not_ranked_with_the_whole_one() -> None:

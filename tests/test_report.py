@@ -70,6 +70,24 @@ def test_a_model_that_takes_longer_is_slowed_by_that_factor() -> None:
     assert _verdict(curves=curves) == "slowed x4.0"
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_few_seeds_do_not_look_protected_where_the_unprotected_model_guesses(
+    seeds: tuple[int, ...],
+) -> None:
+    curves = {"protected": (0.1, 0.1, 0.1, 0.1), "unprotected": (0.3, 0.3, 0.3, 0.3)}
+    held = record(seeds=seeds, curves=curves | {"scratch": (0.1, 0.1, 0.1, 0.1)})
+    chance = Score(correct=100, total=1000)
+    lucky = tuple(t.model_copy(update={"test": chance}) for t in held.trials)
+    (learnt,) = summarise(held)
+    (guessing,) = summarise(held.model_copy(update={"trials": lucky}))
+    assert (learnt.verdict, guessing.verdict) == ("void", "void")
+    assert any(reason.startswith("it looks protected") for reason in learnt.reasons)
+    assert guessing.reasons == (
+        "the unprotected model is no better than guessing: 10.0 % on the test split, guessing"
+        " 10.0 %; its lead may be luck",
+    )
+
+
 def test_a_target_never_reached_gives_a_bound() -> None:
     assert _verdict(curves={"protected": (0.3, 0.5, 0.6, 0.7)}) == "slowed x2.5 or more"
 

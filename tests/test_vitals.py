@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from builders import original, restricted, setting_of, trained_model
 from records import record
 from sophon._audit import Audit
 from sophon._data import Domain, overlaps, overlaps_of
+from sophon._data.images import Images
 from sophon._models import code_differences, network_identity, similarity
 from sophon._networks import SmallConvNet
 from sophon._setting import Setting
@@ -101,6 +104,41 @@ def test_shared_images_are_counted_exact_and_near() -> None:
     alike = [o for pair, o in found.items() if pair[0].startswith("third") and "first" in pair[1]]
     assert sum(o.near + o.exact for o in alike) >= 15
     assert sum(o.exact for o in alike) <= 2
+
+
+def test_every_split_is_compared_with_every_split_of_other_domains() -> None:
+    raw = load_digits()
+    images = np.round(raw.images * (255 / 16)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    labels = raw.target.astype(np.int64) % 2
+    domains = [
+        Domain.from_arrays(name, images[first : first + 100], labels[first : first + 100])
+        for name, first in (("a", 0), ("b", 100), ("c", 200))
+    ]
+    held = (domains[0], replace(domains[1], test=domains[0].test), domains[2])
+    held = (*held[:2], replace(held[2], validation=domains[0].test))
+    found = {frozenset((o.first, o.second)): o for o in overlaps_of(held)}
+    names = ("train", "validation", "test")
+    splits = [f"{domain.name}/{split}" for domain in held for split in names]
+    every = {frozenset(pair) for pair in itertools.combinations(splits, 2)}
+    assert set(found) == every
+    assert len(overlaps_of(held)) == len(every)
+    shared = {pair for pair, o in found.items() if o.exact == o.count}
+    tests = ("a/test", "b/test", "c/validation")
+    assert shared == {frozenset(pair) for pair in itertools.combinations(tests, 2)}
+
+
+def test_of_two_measured_splits_the_share_is_of_the_smaller_one() -> None:
+    raw = load_digits()
+    images = np.round(raw.images * (255 / 16)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    labels = raw.target.astype(np.int64) % 2
+    large, small = (
+        Domain.from_arrays(name, images[start:stop], labels[start:stop])
+        for name, start, stop in (("large", 0, 600), ("small", 600, 700))
+    )
+    small = replace(small, test=Images(large.test.pixels[:10], large.test.labels[:10]))
+    for pair in ((large, small), (small, large)):
+        found = {(o.first, o.second): o for o in overlaps_of(pair)}
+        assert found["small/test", "large/test"].exact == 10
 
 
 def test_blank_images_are_like_no_other_but_the_same() -> None:

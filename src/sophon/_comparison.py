@@ -1,7 +1,8 @@
 """Several audits on one page, ranked where they can be compared. No torch.
 
 Audits are alike if everything but the protected weights is: suite, budget, seeds, domains, model
-before protection. Only such audits are ranked against each other.
+before protection. Only such audits are ranked against each other. What a suite adds for the rates
+that a protection states keeps no audits apart: every audit has the same for the usual rates.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sophon._attacks import SUITES, beyond_rehearsal
+from sophon._attacks import SUITES, beyond_rehearsal, beyond_usual, strategies_of
 from sophon._errors import AuditError
 from sophon._metric_kinds import NONE, kind_of, shown
 from sophon._records import AuditRecord, DomainRecord, Measurement
 from sophon._rendering import Table, render, score_text, table, write_document
-from sophon._search import rates
-from sophon._specs import fingerprint_of
+from sophon._specs import OptimizerName, Strategy, fingerprint_of
+from sophon._statement import stated
 from sophon._summaries import DomainSummary, Verdict
 from sophon._tables import ratio_text, removed_text
 from sophon._verdict import overall, summarise
@@ -47,6 +48,11 @@ class Entry:
         return tuple(dict.fromkeys(f.name for s in self.summaries for f in s.flags))
 
     @property
+    def rates(self) -> dict[OptimizerName, float]:
+        """The rates that protection says it rehearsed; empty: not said."""
+        return stated(self.record.protection).rates
+
+    @property
     def ranked(self) -> bool:
         """Whether the verdict says how well the model is protected."""
         return self.worst.verdict in _RANKED
@@ -74,6 +80,24 @@ class Group:
         kind = ranked[0].kind
         apart = max(max(areas) - min(areas) for areas in zip(*pairs, strict=True))
         return kind.gap(apart) if apart > kind.close else ""
+
+    @property
+    def further(self) -> str:
+        """What the suite did beyond its own attacks for the rates that protections state, as a
+        sentence; nothing where they state the same, or where nothing follows from them.
+        """
+        record = self.entries[0].record
+        suite = SUITES.get(record.spec.suite)
+        each = []
+        if suite is not None and suite.rehearsed:
+            each.append("each was attacked at ten and a hundred times its own as well")
+        if record.spec.search_trials:
+            each.append("its search reaches as far as a hundred times its own")
+        held = {entry.name: _rates_text(entry.rates) for entry in self.entries}
+        if not each or len(set(held.values())) < 2:
+            return ""
+        said = "; ".join(f"{name}: {text}" for name, text in held.items())
+        return f"Protections state different rehearsed rates ({said}): {', and '.join(each)}."
 
     def ranks(self) -> tuple[int | None, ...]:
         """Return each entry's rank; None for those that have none, and for one that is alone.
@@ -202,17 +226,27 @@ def _named(domains: Sequence[DomainRecord]) -> str:
 
 
 def _attacks(record: AuditRecord) -> str:
-    """Return the attacks that were not searched, and how far a search's rates may go.
-
-    Both depend on the rates that a checkpoint says it rehearsed.
+    """Return the attacks that were not searched, but for those that only the rates which a
+    checkpoint states brought in. In whatever order: those of usual rates come before or after.
     """
-    held = [strategy.model_dump(mode="json") for strategy in record.strategies]
-    text = f"{len(held)} [{fingerprint_of(held)[:_SHORT_HASH]}]"
-    if not record.spec.search_trials:
-        return text
-    ranges = rates(beyond_rehearsal(record.protection, record.spec))
-    held_ranges = {name: list(bounds) for name, bounds in ranges.items()}
-    return f"{text}, rates searched [{fingerprint_of(held_ranges)[:_SHORT_HASH]}]"
+    stated_alone = _of_stated_rates(record)
+    held = sorted(s.fingerprint() for s in record.strategies if s not in stated_alone)
+    return f"{len(held)} [{fingerprint_of(held)[:_SHORT_HASH]}]"
+
+
+def _of_stated_rates(record: AuditRecord) -> set[Strategy]:
+    """Return the attacks that follow from a checkpoint's stated rates and from nothing else: not
+    one of the suite's, of `audit.extra`, or of the usual rates.
+    """
+    spec, suite = record.spec, SUITES.get(record.spec.suite)
+    if suite is None or not suite.rehearsed or not stated(record.protection).rates:
+        return set()
+    own = {*strategies_of(spec), *beyond_usual(spec)}
+    return set(beyond_rehearsal(record.protection, spec)) - own
+
+
+def _rates_text(rates: dict[OptimizerName, float]) -> str:
+    return ", ".join(f"{name} {rates[name]:g}" for name in sorted(rates)) or "none"
 
 
 def _pictures(record: AuditRecord) -> str:
@@ -292,6 +326,7 @@ def _values(entry: Entry) -> dict[str, Any]:
     test = attacked.test if attacked else None
     return {
         "name": entry.name,
+        "stated_rates": entry.rates,
         "verdict": worst.verdict,
         "domain": worst.domain.name,
         "advantage_removed": worst.advantage.value,

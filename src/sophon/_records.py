@@ -62,6 +62,12 @@ class Score(Record):
     correct: int
     total: int
 
+    @model_validator(mode="after")
+    def _of_images(self) -> Self:
+        if not 0 <= self.correct <= self.total or not self.total:
+            raise ValueError(f"{self.correct} of {self.total} images is no score")
+        return self
+
     @property
     def value(self) -> float:
         """Fraction in [0, 1]; higher is better."""
@@ -84,6 +90,14 @@ class ErrorScore(Record):
     variance: float
     total: int
     quarters: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _of_images(self) -> Self:
+        if self.total < 1 or self.variance < 0:
+            raise ValueError(
+                f"an error over {self.total} images of variance {self.variance:g} is no score"
+            )
+        return self
 
     @property
     def value(self) -> float:
@@ -344,6 +358,19 @@ class AuditRecord(Record):
     given_up: tuple[str, ...] = ()
     note: str = ""
     protection: dict[str, object] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if "protected" not in {subject.name for subject in self.subjects}:
+            raise ValueError("it has no protected subject")
+        domains = (*self.restricted, *self.held_out, *self.benign)
+        unknown = {trial.domain for trial in self.trials} - {domain.name for domain in domains}
+        if unknown:
+            raise ValueError(f"it has trials on {min(unknown)}, a domain that it does not describe")
+        for domain in (self.original, *domains):
+            if self.task == "classification" and domain.classes < 1:
+                raise ValueError(f"the domain {domain.name} has {domain.classes} classes")
+        return self
 
     @property
     def seeds(self) -> tuple[int, ...]:

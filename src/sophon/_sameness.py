@@ -60,8 +60,8 @@ def changes_of(record: AuditRecord, cell: Cell, base: Path | None = None) -> tup
 
 def _other_images(record: AuditRecord) -> list[str]:
     """Return that the model was protected with other images than it was attacked with, if so."""
-    protection: dict[str, Any] = dict(record.protection or {})
-    stated = (protection.get("identity") or {}).get("domains")
+    identity: Any = (record.protection or {}).get("identity")
+    stated = identity.get("domains") if isinstance(identity, dict) else None
     # No cell weighs its domains.
     attacked = [[one.name, 1.0, one.sha256] for one in (record.original, *record.restricted)]
     same = stated is None or stated == fingerprint_of(attacked)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from sophon._errors import SpecError
 from sophon._specs import OptimizerName, parse_spec
 from sophon._specs.base import NonNegative, Rate, Spec
 
@@ -67,7 +68,25 @@ class Statement(_Part):
         rehearsal = _Rehearsal() if self.spec is None else self.spec.rehearsal or _Rehearsal()
         return rehearsal.horizon or rehearsal.steps or 0
 
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """The guard's tolerances, by name, as far as they are said."""
+        guard = None if self.spec is None else self.spec.guard
+        return {} if guard is None else guard.model_dump(exclude_unset=True)
+
 
 def statement_of(protection: dict[str, Any] | None) -> Statement:
     """Return what a checkpoint's `protection` says. Raises SpecError if it cannot be read."""
     return parse_spec(Statement, {} if protection is None else protection, where=_WHERE)
+
+
+def stated(protection: dict[str, Any] | None) -> Statement:
+    """Return what a record's `protection` says: nothing, where it cannot be read.
+
+    An audit refuses such a statement; a record that holds one all the same is judged like one that
+    holds none.
+    """
+    try:
+        return statement_of(protection)
+    except SpecError:
+        return Statement()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from sophon._depth import depth_rows
 from sophon._flags import trials_of
@@ -337,8 +338,11 @@ def reported(record: AuditRecord) -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     for name, key in (("unprotected", "validation_before"), ("protected", "validation_after")):
         claim = held.get(key)
-        if isinstance(claim, dict) and "total" in claim:
+        try:
             found[name] = measurement(claim)
+        except ValidationError:
+            # Whoever publishes a checkpoint may claim anything; what is no score claims nothing.
+            continue
     return found
 
 
@@ -357,10 +361,11 @@ def claimed_domains(record: AuditRecord) -> str:
     if not isinstance(named, list | tuple):
         return ""
     tried = {domain.name for domain in record.restricted}
-    if set(named) == tried:
+    stated = [str(name) for name in named]
+    if set(stated) == tried:
         return ""
     return (
-        f"The checkpoint says it was protected against {', '.join(map(str, named))};"
+        f"The checkpoint says it was protected against {', '.join(stated)};"
         f" this audit judges {', '.join(sorted(tried))}."
     )
 

@@ -17,16 +17,26 @@ from sophon._errors import CheckpointError
 if TYPE_CHECKING:
     from sophon._records import AuditRecord
 
+# What every file compressed by gzip begins with.
+_GZIP = b"\x1f\x8b"
+
 
 def read_record(path: Path) -> AuditRecord:
-    """Return the record in an audit's folder, or in its file. Raises CheckpointError."""
+    """Return the record in an audit's folder, or in its file, compressed by gzip or not. Raises
+    CheckpointError.
+    """
+    import gzip
+    import zlib
+
     from pydantic import ValidationError
 
     from sophon._records import AuditRecord
 
     file = path / "record.json" if path.is_dir() else path
     try:
-        return AuditRecord.model_validate_json(file.read_text(encoding="utf-8"))
+        held = file.read_bytes()
+        held = gzip.decompress(held) if held.startswith(_GZIP) else held
+        return AuditRecord.model_validate_json(held.decode("utf-8"))
     except FileNotFoundError:
         begun = len(list((path / "trials").glob("*.json")))
         if begun:
@@ -37,10 +47,20 @@ def read_record(path: Path) -> AuditRecord:
         raise CheckpointError(
             f"{file} does not exist: name the folder that `sophon audit --out` wrote"
         ) from None
-    except (UnicodeDecodeError, ValidationError):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise CheckpointError(
-            f"{file} is not a whole audit record of this version: repeat the audit"
+            f"{file} is compressed and cannot be unpacked: copy it again, or repeat the audit"
         ) from None
+    except (UnicodeDecodeError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole audit record of this version{_why(error)}: repeat the audit"
+        ) from None
+
+
+def _why(error: ValueError) -> str:
+    """Return what contradicts itself in a record, in brackets; nothing of one that is damaged."""
+    said = [fault for fault in getattr(error, "errors", list)() if fault["type"] == "value_error"]
+    return f" ({said[0]['msg'].removeprefix('Value error, ')})" if said else ""
 
 
 @app.command(
@@ -51,7 +71,8 @@ def read_record(path: Path) -> AuditRecord:
 @guarded
 def report(
     audited: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="An audit's folder, or its record.json.")
+        Path,
+        typer.Argument(metavar="FOLDER", help="An audit's folder, or its record.json; .gz, too."),
     ],
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
@@ -92,7 +113,9 @@ def _short(paths: list[Path]) -> list[str]:
 def compare(
     audited: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER...", help="Two or more audits' folders, or record.json."),
+        typer.Argument(
+            metavar="FOLDER...", help="Two or more audits' folders, or record.json; .gz, too."
+        ),
     ],
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the ranking as one page.")
@@ -147,7 +170,7 @@ def inspect(
 
     if path.suffix == ".toml":
         say(describe_run(path))
-    elif path.suffix == ".json" or (path / "record.json").is_file():
+    elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
         from sophon._report import report as judge
 
         show_verdict(judge(read_record(path)), "lines", {})

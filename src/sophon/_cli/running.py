@@ -217,9 +217,11 @@ def show_comparison(made: Comparison, files: dict[str, Path], *, as_json: bool) 
         return
     if made.differing:
         typer.echo(f"not all can be compared: they differ in {', '.join(made.differing)}")
-    for table in made.tables():
+    for group, table in zip(made.groups, made.tables(), strict=True):
         # What a terminal has room for; the pages have the rest.
         print_rows([row[:5] for row in (table.header, *table.rows)])
+        if group.further:
+            typer.echo(group.further)
     for path in files.values():
         typer.echo(str(path))
 

@@ -21,8 +21,7 @@ _CHUNK = 512
 
 def overlaps_of(domains: tuple[Domain, ...]) -> tuple[Overlap, ...]:
     """Return the overlap of every test and validation split with its own training split, of every
-    test split with its own validation split, and of every two domains' training splits and of each
-    one's test and validation split with the other's training split.
+    test split with its own validation split, and of every split with every one of other domains.
     """
     measured = ("test", "validation")
     pairs: list[tuple[Domain, str, Domain, str]] = [
@@ -34,6 +33,9 @@ def overlaps_of(domains: tuple[Domain, ...]) -> tuple[Overlap, ...]:
         pairs.append((second, "train", first, "train"))
         pairs += [(second, split, first, "train") for split in measured]
         pairs += [(first, split, second, "train") for split in measured]
+        pairs += [
+            _smaller_first((second, one, first, other)) for one in measured for other in measured
+        ]
     prints: dict[tuple[str, str], _Prints] = {}
 
     def of(domain: Domain, split: str) -> _Prints:
@@ -45,6 +47,12 @@ def overlaps_of(domains: tuple[Domain, ...]) -> tuple[Overlap, ...]:
         _overlap(f"{a.name}/{one}", of(a, one), f"{b.name}/{other}", of(b, other))
         for a, one, b, other in pairs
     )
+
+
+def _smaller_first(pair: tuple[Domain, str, Domain, str]) -> tuple[Domain, str, Domain, str]:
+    """Return a pair of splits, the one of fewer images first: of it most may be shared."""
+    a, one, b, other = pair
+    return pair if len(getattr(a, one)) <= len(getattr(b, other)) else (b, other, a, one)
 
 
 def copies(images: Images, others: Images) -> int:

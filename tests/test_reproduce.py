@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import records
 from cells import PAPER, RECIPES, SMALL, command, named, spec_of
 from sophon._attacks import resolved, strategies_of
 from sophon._cli import reproducing
@@ -130,6 +131,19 @@ def test_the_papers_original_sets_have_as_many_training_images_as_the_grid_says(
         labels = np.repeat(np.arange(len(counts)), counts)
         kept, _ = stratified(labels, 0.1, 0, tuple(map(str, range(len(counts)))))
         assert TRAINING_IMAGES[name] == len(kept)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        None,
+        {"spec": "evil"},
+        {"spec": {"rehearsal": []}},
+        {"spec": {"rehearsal": {"fixed": {"learning_rate": "fast"}}}},
+    ],
+)
+def test_a_statement_that_cannot_be_read_names_no_rehearsed_attack(stated: Any) -> None:
+    assert rehearsed_attack(records.record(protection=stated)) is None
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=named)

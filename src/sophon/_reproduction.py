@@ -141,11 +141,14 @@ def measured(record: AuditRecord, cell: Cell, base: Path | None = None) -> Measu
 
 def rehearsed_attack(record: AuditRecord) -> Strategy | None:
     """Return the attack of the record that protection rehearsed: the same but for its steps."""
-    spec: Any = (record.protection or {}).get("spec") or {}
-    fixed = (spec.get("rehearsal") or {}).get("fixed")
-    if not fixed:
+    held: Any = record.protection
+    for key in ("spec", "rehearsal", "fixed"):
+        held = held.get(key) if isinstance(held, dict) else None
+    try:
+        wanted = Strategy.model_validate(held, strict=False)
+    except ValidationError:
+        # Nothing is stated, or nothing that can be read.
         return None
-    wanted = Strategy.model_validate(fixed, strict=False)
     return next((s for s in record.strategies if _alike(s, wanted)), None)
 
 

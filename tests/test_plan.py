@@ -19,6 +19,7 @@ from sophon._attacks import (
     beyond_rehearsal,
     depth_attacks,
     method,
+    patient,
     resolved,
     strategies_of,
     suite_fingerprint,
@@ -43,7 +44,7 @@ from sophon._verdict import summarise
 
 # The machinery of `standard-1` on a tenth of its attacks.
 SMALL = Suite(
-    tuple(SUITES["standard-1"].strategies[i] for i in (5, 6, 24, 25, 28, 40, 55, -1)),
+    tuple(SUITES["standard-1"].strategies[i] for i in (5, 6, 24, 25, 28, 40, 66, -1)),
     prefilter=0.25,
     survivors=2,
     headline=True,
@@ -123,9 +124,10 @@ def test_nothing_is_tried_twice_and_late_attacks_are_never_stopped(
 ) -> None:
     keys = [trial.key for trial in uninterrupted.trials]
     assert len(set(keys)) == len(keys)
-    for trial in uninterrupted.trials:
-        if any(isinstance(p, Heal) for p in trial.strategy.preparations):
-            assert trial.outcome.kind == "completed"
+    # The suite's own: of what the search proposes the better half is run to the end.
+    late = [s for s in uninterrupted.strategies if patient(s)]
+    kinds = {t.outcome.kind for t in uninterrupted.trials if t.strategy in late}
+    assert kinds == {"completed"}
     assert {t.seed for t in uninterrupted.trials} == {0, 1}
 
 

@@ -81,6 +81,20 @@ def test_what_no_loss_sees_hides_no_error_and_what_overflows_is_one() -> None:
     assert rounding_error(model, setting) is None
 
 
+def test_a_model_that_raises_in_the_lower_precision_alone_is_lost_there() -> None:
+    class Picky(Biased):
+        def forward(self, images: Tensor) -> Tensor:
+            outputs = super().forward(images)
+            if outputs.dtype == torch.bfloat16:
+                raise RuntimeError("single precision only")
+            return outputs
+
+    model = Picky().eval()
+    error = rounding_error(model, setting_of(Biased(), precision="bf16"))
+    assert error is not None
+    assert error > TOLERATED
+
+
 def test_an_audit_that_may_choose_attacks_such_a_model_in_single_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -25,7 +25,8 @@ def rounding_error(model: nn.Module, setting: Setting) -> float | None:
 
     The norm of the difference over that of the outputs, both without each image's mean, which no
     loss sees; the largest of a batch of every domain, with BatchNorm as in evaluation and as in
-    training. None in fp32, and where the model raises or nothing is finite in fp32 either.
+    training; of a model that raises in the lower precision alone it is as large as can be. None in
+    fp32, and where the model raises or is not finite in fp32 either.
     """
     if setting.precision == "fp32":
         return None
@@ -38,27 +39,29 @@ def rounding_error(model: nn.Module, setting: Setting) -> float | None:
         feed = setting.feed(domain, images, batch_size=min(_IMAGES, len(images)))
         batch = feed.batch(0)
         for training in (False, True):
-            try:
-                rounded, exact = (
-                    _outputs(model, at, batch, training) for at in (setting, setting.exact())
-                )
-            except Exception:  # noqa: BLE001 - a model may raise anything; its trials say so
+            exact = _outputs(model, setting.exact(), batch, training)
+            if exact is None or not (bool(exact.isfinite().all()) and bool(exact.any())):
                 continue
-            if bool(exact.isfinite().all()) and bool(exact.any()):
-                error = float((rounded - exact).norm() / exact.norm())
-                found.append(error if error < _LOST else _LOST)
+            rounded = _outputs(model, setting, batch, training)
+            error = _LOST if rounded is None else float((rounded - exact).norm() / exact.norm())
+            found.append(error if error < _LOST else _LOST)
     return max(found, default=None)
 
 
 def _outputs(
     model: nn.Module, setting: Setting, batch: tuple[Tensor, Tensor], training: bool
-) -> Tensor:
-    """Return the outputs of a copy, (images, values), each image's mean taken away."""
+) -> Tensor | None:
+    """Return the outputs of a copy, (images, values), each image's mean taken away; None where the
+    model raises.
+    """
     held = setting.place(copy.deepcopy(model)).eval()
     for part in held.modules():
         if isinstance(part, BatchNorms):
             part.train(training)
-    with setting.autocast():
-        outputs, _ = setting.task.outputs(held, *batch, generator(0, "rounding"))
+    try:
+        with setting.autocast():
+            outputs, _ = setting.task.outputs(held, *batch, generator(0, "rounding"))
+    except Exception:  # noqa: BLE001 - a model may raise anything; its trials say so
+        return None
     flat = outputs.float().flatten(1)
     return flat - flat.mean(dim=1, keepdim=True)

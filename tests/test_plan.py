@@ -52,6 +52,7 @@ SMALL = Suite(
     search_trials=5,
     depth=True,
     rehearsed=True,
+    secondary=SUITES["quick-1"].strategies,
 )
 SPEC = AuditSpec(suite="small", steps=16, evaluations=4, precision="fp32")
 
@@ -224,7 +225,7 @@ def test_standard_1_is_as_released() -> None:
     assert {s.lora_rank for s in strategies} == {None, 4, 16}
 
 
-STANDARD_1 = "e5c24d7f82cd87067b1fec9b054f21dc9a4484966b2aac0651a492e52b52982a"
+STANDARD_1 = "2a1cd33e23d179c412ad9c734b99952e55437b7982b1788a24b66b4aad5adfc3"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,7 @@ STANDARD_1 = "e5c24d7f82cd87067b1fec9b054f21dc9a4484966b2aac0651a492e52b52982a"
         {"depth": False},
         {"headline": False},
         {"rehearsed": False},
+        {"secondary": ()},
     ],
 )
 def test_no_field_of_a_released_suite_changes_unnoticed(
@@ -459,6 +461,25 @@ def test_an_audits_search_knows_its_task_batch_size_and_what_was_rehearsed(
     beyond = [s.learning_rate for s in made_with[0]["beyond"]]  # type: ignore[attr-defined]
     assert beyond == [0.1, 1.0]
     assert len(made_with) == len(run.plan.subjects)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "error"])
+def test_allowed_tasks_meet_the_strongest_kinds_of_attack_too(metric: str) -> None:
+    def secondary(spec: AuditSpec) -> set[Strategy]:
+        suite = strategies_of(spec)
+        allowed = digits(8, 10)
+        plan = Plan(spec, ("protected",), (), (allowed,), suite, metric=metric)
+        return {a.strategy for stage in plan.stages() for a in stage}
+
+    spec = AuditSpec(suite="standard-1", steps=40)
+    met, own = secondary(spec), set(fitted(strategies_of(spec), digits(8, 10)))
+    assert met >= set(fitted(strategies_of(AuditSpec(suite="quick-1", steps=40)), digits(8, 10)))
+    assert met <= own
+    assert ("ridge_head" in {p.kind for s in met for p in s.preparations}) == (metric == "accuracy")
+    assert {s.steps for s in met} == {40}
+    assert {s.batch_size for s in secondary(spec.model_copy(update={"batch_size": 16}))} == {16}
+    quick = AuditSpec(suite="quick-1", steps=40)
+    assert secondary(quick) == set(fitted(strategies_of(quick), digits(8, 10)))
 
 
 def test_unknown_suites_list_the_known_ones() -> None:

@@ -35,6 +35,9 @@ class Suite:
     none is where the stop cannot tell any of a subject's attacks from its start or from guessing.
     With `headline`, only attacks that lead somewhere are run with every seed: the first seed
     chooses them, the others measure. Otherwise all are.
+
+    Held-out and benign domains are attacked with `secondary`, each to its end; with all
+    `strategies` where it is empty.
     """
 
     strategies: tuple[Strategy, ...]
@@ -45,6 +48,7 @@ class Suite:
     search_trials: int = 0
     depth: bool = False
     rehearsed: bool = False
+    secondary: tuple[Strategy, ...] = ()
 
 
 _FRESH: tuple[Preparation, ...] = (FreshHead(),)
@@ -132,6 +136,15 @@ _STANDARD_1: tuple[Strategy, ...] = (
     *_rates("adam", (1e-3,), (Distil(share=0.5), FreshHead())),
 )
 
+# Held-out and benign domains: as `quick-1`, and what leads on most networks. Were a refused task
+# attacked with stronger attacks than an allowed one, it would look blocked less.
+_SECONDARY_1: tuple[Strategy, ...] = (
+    *_QUICK_1,
+    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
+    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
+    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
+)
+
 SUITES: dict[str, Suite] = {
     "quick-1": Suite(_QUICK_1),
     "standard-1": Suite(
@@ -143,6 +156,7 @@ SUITES: dict[str, Suite] = {
         search_trials=16,
         depth=True,
         rehearsed=True,
+        secondary=_SECONDARY_1,
     ),
 }
 # Multiples of a rehearsed rate that are attacked with.
@@ -155,9 +169,6 @@ _CLASSIFIERS_ONLY = {
     "batch_norm": "no BatchNorm to put back",
     "ridge_head": "no classes to fit a head to",
 }
-# What a held-out or a benign domain is attacked with.
-SECONDARY = "quick-1"
-
 
 def suite_of(spec: AuditSpec) -> Suite:
     """Return the specification's suite. Raises SpecError, listing those there are."""
@@ -189,7 +200,6 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
     they were written out. Raises SpecError, listing the suites there are, if the name is not one
     of them, and for an extra attack with steps of its own: one budget is for all.
     """
-    suite = suite_of(spec).strategies
     usual = Strategy.model_fields["steps"].default
     for index, strategy in enumerate(spec.extra):
         if strategy.steps not in (usual, spec.steps):
@@ -197,10 +207,8 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
                 f"audit.extra.{index}.steps = {strategy.steps}: every attack has the same budget;"
                 f" leave it out, or set audit.steps (now {spec.steps})"
             )
-    if spec.batch_size is not None:
-        suite = tuple(s.model_copy(update={"batch_size": spec.batch_size}) for s in suite)
-        suite = tuple(dict.fromkeys(suite))
-    chosen = tuple(s.model_copy(update={"steps": spec.steps}) for s in (*suite, *spec.extra))
+    suite = _with_budget(suite_of(spec).strategies, spec)
+    chosen = (*suite, *(s.model_copy(update={"steps": spec.steps}) for s in spec.extra))
     met: set[str] = set()
     for strategy in chosen:
         if strategy.fingerprint() in met:
@@ -210,6 +218,23 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
             )
         met.add(strategy.fingerprint())
     return chosen
+
+
+def secondary_of(spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return the attacks on held-out and benign domains, budget filled in.
+
+    Raises SpecError as `strategies_of`.
+    """
+    own = suite_of(spec).secondary
+    return _with_budget(own, spec) if own else strategies_of(spec)
+
+
+def _with_budget(suite: tuple[Strategy, ...], spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return a suite's attacks with the specification's steps and, if it has one, batch size."""
+    change: dict[str, Any] = {"steps": spec.steps}
+    if spec.batch_size is not None:
+        change["batch_size"] = spec.batch_size
+    return tuple(dict.fromkeys(s.model_copy(update=change) for s in suite))
 
 
 def fitting(
@@ -304,6 +329,9 @@ def suite_fingerprint(name: str) -> str:
     suite, spec = SUITES[name], AuditSpec(suite=name)
     made = {field.name: getattr(suite, field.name) for field in fields(suite)}
     made["strategies"] = _dumped(suite.strategies)
+    # Absent where there are none: `quick-1` keeps the fingerprint that it had without the field.
+    if own := made.pop("secondary"):
+        made["secondary"] = _dumped(own)
     if suite.depth:
         made["depth attacks"] = {n: _dumped(depth_attacks(n, spec)) for n in _NETWORKS}
     if suite.rehearsed:

@@ -15,12 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sophon._attacks import (
-    SECONDARY,
-    SUITES,
     Suite,
+    fitting,
     method,
     patient,
-    strategies_of,
+    secondary_of,
     suite_of,
     trains_first,
 )
@@ -154,10 +153,8 @@ class Plan:
         return fitted((*self.strategies, *self.whole), domain)
 
     def _secondary_for(self, domain: Domain) -> list[Strategy]:
-        if self.spec.suite == SECONDARY or SECONDARY not in SUITES:
-            return fitted(self.strategies, domain)
-        spec = self.spec.model_copy(update={"suite": SECONDARY, "extra": ()})
-        return fitted(strategies_of(spec), domain)
+        own = secondary_of(self.spec) if self.suite.secondary else self.strategies
+        return fitted(fitting(own, self.metric)[0], domain)
 
     def _suite_stages(self, domain: Domain) -> Iterator[list[Assignment]]:
         chosen = self._suite_for(domain)

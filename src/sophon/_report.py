@@ -9,7 +9,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sophon._attacks import SECONDARY
 from sophon._depth import depth_rows
 from sophon._flags import trials_of
 from sophon._heat import HeatMap, heat_maps
@@ -111,7 +110,8 @@ class Report:
     def _rendered(self, name: str) -> str:
         record = self.record
         protection = record.protection
-        narrower = "" if record.spec.suite == SECONDARY else SECONDARY
+        restricted, others = attacks_by_role(record)
+        narrower = others if others < restricted else 0
         return render(
             name,
             report=self,
@@ -135,6 +135,14 @@ class Report:
             spec=json.dumps(record.spec.model_dump(mode="json"), indent=1),
             protection=protection and json.dumps(protection, indent=1, sort_keys=True),
         )
+
+
+def attacks_by_role(record: AuditRecord) -> tuple[int, int]:
+    """Return with how many attacks restricted domains were attacked, and held-out or benign ones."""
+    names = {domain.name for domain in record.restricted}
+    restricted = {t.strategy for t in record.trials if t.domain in names}
+    others = {t.strategy for t in record.trials if t.domain not in names}
+    return len(restricted), len(others)
 
 
 def report(record: AuditRecord) -> Report:

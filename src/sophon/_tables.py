@@ -68,7 +68,8 @@ def ratio_text(ratio: Ratio) -> str:
     text = f"{'at least ' if ratio.bound else ''}{ratio.value:.2g}"
     if ratio.interval is None:
         return text
-    return f"{text} ({ratio.interval.low:.2g} to {ratio.interval.high:.2g})"
+    # The value is the luckiest attacker's and may lie outside what median seeds say.
+    return f"{text} (median seeds: {ratio.interval.low:.2g} to {ratio.interval.high:.2g})"
 
 
 def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
@@ -269,10 +270,10 @@ _BENIGN_WORDS = {
 
 
 def secondary_table(
-    summaries: Sequence[DomainSummary], *, benign: bool, narrower: str = ""
+    summaries: Sequence[DomainSummary], *, benign: bool, narrower: int = 0
 ) -> Table:
-    """Return the table of held-out or of benign domains; `narrower` names the suite they were
-    attacked with where it is not the restricted domains' own.
+    """Return the table of held-out or of benign domains; `narrower` is with how many attacks they
+    were attacked where these are fewer than the restricted domains' own.
     """
     rows = []
     for summary in summaries:
@@ -300,8 +301,8 @@ def secondary_table(
     )
     if narrower:
         note += (
-            f" Attacked with suite {narrower} alone, without a search and with at most three seeds:"
-            " a good verdict here says less than one above."
+            f" Attacked with {narrower} attacks alone, without a search and with at most three"
+            " seeds: a good verdict here says less than one above."
         )
     return table((*header, *best, "flags"), rows, note)
 

@@ -138,7 +138,7 @@ class Report:
 
 
 def attacks_by_role(record: AuditRecord) -> tuple[int, int]:
-    """Return with how many attacks restricted domains were attacked, and held-out or benign ones."""
+    """Return the number of attacks on restricted domains, and on held-out or benign ones."""
     names = {domain.name for domain in record.restricted}
     restricted = {t.strategy for t in record.trials if t.domain in names}
     others = {t.strategy for t in record.trials if t.domain not in names}

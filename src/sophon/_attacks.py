@@ -170,6 +170,7 @@ _CLASSIFIERS_ONLY = {
     "ridge_head": "no classes to fit a head to",
 }
 
+
 def suite_of(spec: AuditSpec) -> Suite:
     """Return the specification's suite. Raises SpecError, listing those there are."""
     if spec.suite not in SUITES:

@@ -9,7 +9,7 @@ import pytest
 from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks import resolved, strategies_of
 from sophon._checks import CHECKS, unequal_search
-from sophon._records import AuditRecord, Overlap, Score, Vitals
+from sophon._records import AuditRecord, Familiarity, Overlap, Score, Vitals
 from sophon._specs import AuditSpec, FreshHead, RescaleWeights, Strategy, Subject
 
 
@@ -74,6 +74,22 @@ def _vital(**changes: object) -> AuditRecord:
     after = SOUND.model_copy(update=changes)
     vitals = {"protected": after, "unprotected": SOUND}
     subjects = [s.model_copy(update={"vitals": vitals.get(s.name)}) for s in base.subjects]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
+def _familiar(before: tuple[int, int], fresh: tuple[int, int] | None = (100, 100)) -> AuditRecord:
+    """Return a record in which so many of 200 images of the training and of the validation split
+    are told apart, by the unprotected model and by a fresh network.
+    """
+
+    def vitals(right: tuple[int, int]) -> Vitals:
+        trained, others = (Score(correct=n, total=200) for n in right)
+        known = {"refused": Familiarity(trained=trained, others=others)}
+        return SOUND.model_copy(update={"familiarity": known})
+
+    held = {"unprotected": vitals(before), "scratch": vitals(fresh) if fresh else None}
+    base = record()
+    subjects = [s.model_copy(update={"vitals": held.get(s.name)}) for s in base.subjects]
     return base.model_copy(update={"subjects": tuple(subjects)})
 
 
@@ -164,6 +180,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     ),
     "extreme_batch_norm": (_vital(largest_buffer=2e4), _vital(largest_buffer=400.0)),
     "lost_in_rounding": (_vital(rounding=0.5), _vital(rounding=0.05)),
+    "seen_before": (_familiar((160, 120)), _familiar((130, 120))),
     "unprotected_on_trust": (record(), _made_from(stated="0" * 64)),
     "head_alone": (_heads(0.7), _heads(0.55)),
     "data_overlap": (_overlapping(6), _overlapping(5)),
@@ -233,6 +250,16 @@ def test_what_is_far_off_is_flagged_without_anything_to_compare_with(
 
     assert CHECKS[name](alone(_vital(**changes)), "refused") is not None
     assert CHECKS[name](alone(_vital()), "refused") is None
+
+
+def test_a_lead_on_training_images_that_a_fresh_network_has_too_says_nothing() -> None:
+    check = CHECKS["seen_before"]
+    assert check(_familiar((160, 120), (180, 140)), "refused") is None
+    assert check(_familiar((160, 120), None), "refused") is not None
+    # A fresh network that is behind on them excuses nothing, and accuses nobody.
+    assert check(_familiar((120, 120), (80, 140)), "refused") is None
+    assert check(_familiar((200, 200)), "refused") is None
+    assert check(_familiar((200, 180)), "elsewhere") is None
 
 
 @pytest.mark.parametrize("name", ["scratch_still_rises", "rehearsal_unknown"])

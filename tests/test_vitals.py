@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,8 @@ from sophon._data import Domain, overlaps, overlaps_of
 from sophon._data.images import Images
 from sophon._models import code_differences, network_identity, similarity
 from sophon._networks import SmallConvNet
-from sophon._setting import Setting
+from sophon._setting import Setting, make_setting
+from sophon._tasks import Classification
 from sophon._vitals import measure_vitals, training_flops
 from sophon._weight_checks import inflated_weights
 
@@ -43,6 +45,47 @@ def test_vitals_leave_the_model_as_it_is_and_hold_its_sizes() -> None:
     assert 0 < vitals.largest_logit < 100
     assert (vitals.gradient_norms["digits-5-9"] or 0) > 0
     assert vitals.smallest_variance is not None
+
+
+def test_a_model_that_was_trained_on_a_domain_knows_those_images_better(
+    shared_data: Path,
+) -> None:
+    """The real small set: 300 training and 200 validation images of ten classes."""
+    with np.load(shared_data / "cifar100.npz") as held:
+        pixels, labels = held["x_train"], held["y_train"]
+    few, other = (
+        Domain.from_arrays(
+            name, pixels[labels // 10 == tens], labels[labels // 10 == tens] % 10, validation=0.4
+        )
+        for name, tens in (("few", 0), ("other", 1))
+    )
+    torch.manual_seed(0)
+    model = SmallConvNet(classes=few.class_count)
+    setting = make_setting(
+        model,
+        task=Classification(),
+        original=other,
+        restricted=(few,),
+        head=None,
+        precision="fp32",
+        device="cpu",
+        trained=False,
+    )
+    before = measure_vitals(model, setting).familiarity["few"]
+    assert before is not None
+    images, mean, std = few.train, *setting.normalisation(few)
+    batch = (images.pixels.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch), images.labels).backward()
+        optimizer.step()
+    after = measure_vitals(model, setting).familiarity["few"]
+    assert after is not None
+    assert abs(before.trained.value - before.others.value) < 0.15
+    assert after.trained.value - after.others.value > 0.3
 
 
 def test_a_model_that_raises_when_trained_has_no_gradient() -> None:

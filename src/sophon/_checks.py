@@ -33,6 +33,7 @@ from sophon._weight_checks import (
     other_code,
     same_weights,
     saturated_logits,
+    seen_before,
     unprotected_on_trust,
 )
 
@@ -540,6 +541,7 @@ CHECKS: dict[str, Check] = {
     "extreme_batch_norm": extreme_batch_norm,
     "lost_in_rounding": lost_in_rounding,
     "unprotected_on_trust": unprotected_on_trust,
+    "seen_before": seen_before,
     "head_alone": head_alone,
     "data_overlap": data_overlap,
     "few_seeds": few_seeds,

@@ -213,6 +213,15 @@ class EarlierCrash(Record):
     error: str = ""
 
 
+class Familiarity(Record):
+    """With a head fitted to half of a domain's training images, the score on the other half, which
+    a model may have been `trained` on, and on `others`, its validation images.
+    """
+
+    trained: Score
+    others: Score
+
+
 class Vitals(Record):
     """Sizes that tell a sound network from one that only looks protected; None: not finite.
 
@@ -222,7 +231,8 @@ class Vitals(Record):
     square of every weight tensor and scale, `rescaled_sizes` the same after rescaling, as attacks
     that rescale do first, `largest_buffer` the largest absolute value in BatchNorm's statistics,
     `smallest_variance` the smallest variance, `raised` what the model raised while it was measured,
-    `rounding` the relative error of outputs in the precision of the attacks (None: fp32).
+    `rounding` the relative error of outputs in the precision of the attacks (None: fp32),
+    `familiarity` whether each restricted domain's training images are better known than others.
     """
 
     largest_logit: float | None
@@ -234,6 +244,7 @@ class Vitals(Record):
     body_gradient_norms: dict[str, float | None] = {}
     rescaled_sizes: dict[str, float | None] = {}
     rounding: float | None = None
+    familiarity: dict[str, Familiarity | None] = {}
 
 
 class SubjectRecord(Record):

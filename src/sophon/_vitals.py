@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sophon._data import Domain
+from sophon._familiarity import familiarity
 from sophon._finetune import FineTuning, attacker_copy
 from sophon._models import blocks, tracked_batch_norms
 from sophon._preparations import Surroundings, prepare
@@ -53,6 +54,11 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
         smallest_variance=_extreme([norm.running_var for norm in norms], largest=False),
         raised=tuple(raised),
         rounding=rounding,
+        # What raises here has raised above, or is none of the sizes.
+        familiarity={
+            domain.name: _or_raised([], partial(familiarity, model, setting, domain))
+            for domain in setting.restricted
+        },
     )
 
 

@@ -1,0 +1,60 @@
+"""Has a model been trained on a domain's training images? What it knows of them against others.
+
+A head is fitted in closed form to half of the training images, on the features as they are. The
+other half and the validation images are equally new to that head; a model that was trained on the
+former tells them apart better (a test of membership). So does any where halves share more than
+splits do, such as frames of one film: hence a fresh network is asked, too.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from sophon._data import Domain, Images
+from sophon._finetune import attacker_copy
+from sophon._metrics import evaluate
+from sophon._models import tracked_batch_norms
+from sophon._records import Familiarity, Score
+from sophon._seeding import generator
+from sophon._setting import Setting
+from sophon._specs import BatchNorm, Preparation, RidgeHead, Strategy
+
+_MOST = 500
+_BATCH = 64
+# Nothing is trained for so many steps: their share lets the head see all of its images.
+_STEPS = 1000
+
+
+def familiarity(model: nn.Module, setting: Setting, domain: Domain) -> Familiarity | None:
+    """Return how many training images and how many others `model` tells right; it stays as it is.
+
+    None for tasks without classes and where there are too few images to halve.
+    """
+    half = min(_MOST, len(domain.train) // 2)
+    classes = setting.task.classes(domain)
+    if setting.task.metric != "accuracy" or classes is None or half < classes:
+        return None
+    order = torch.randperm(len(domain.train), generator=generator(0, "familiarity"))
+    fitted, held = (_part(domain.train, order[at : at + half]) for at in (0, half))
+    others = _part(domain.validation, torch.arange(min(_MOST, len(domain.validation))))
+    preparations: tuple[Preparation, ...] = (RidgeHead(),)
+    if tracked_batch_norms(model):
+        preparations = (BatchNorm(mode="reestimate"), *preparations)
+    strategy = Strategy(
+        preparations=preparations, batch_size=min(_BATCH, half), steps=_STEPS, precision="fp32"
+    )
+    feed = setting.feed(domain, fitted, batch_size=strategy.batch_size)
+    probed = copy.deepcopy(model)
+    stream = (0, ("familiarity",))
+    attacker_copy(probed, strategy, setting, classes=classes, feed=feed, stream=stream)
+    known, new = (evaluate(probed, setting, domain, images) for images in (held, others))
+    assert isinstance(known, Score)
+    assert isinstance(new, Score)
+    return Familiarity(trained=known, others=new)
+
+
+def _part(images: Images, index: torch.Tensor) -> Images:
+    return Images(images.pixels[index], images.labels[index])

@@ -136,8 +136,8 @@ _STANDARD_1: tuple[Strategy, ...] = (
     *_rates("adam", (1e-3,), (Distil(share=0.5), FreshHead())),
 )
 
-# Held-out and benign domains: as `quick-1`, and what leads on most networks. Were a refused task
-# attacked with stronger attacks than an allowed one, it would look blocked less.
+# Held-out and benign domains: as `quick-1`, and fresh and fitted heads with large batches. Without
+# these the unprotected network's lead over a fresh one is small there, and nothing can be told.
 _SECONDARY_1: tuple[Strategy, ...] = (
     *_QUICK_1,
     *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),

@@ -1,9 +1,10 @@
 """Has a model been trained on a domain's training images? What it knows of them against others.
 
 A head is fitted in closed form to half of the training images, on the features as they are. The
-other half and the validation images are equally new to that head; a model that was trained on the
-former tells them apart better (a test of membership). So does any where halves share more than
-splits do, such as frames of one film: hence a fresh network is asked, too.
+other half and the test images are equally new to that head; a model that was trained on the former
+tells them apart better (a test of membership). Validation images are often cut from the same source
+as training images, and such a model may have met them. So does any tell them apart better where
+halves share more than splits do, such as frames of one film: hence a fresh network is asked, too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from sophon._setting import Setting
 from sophon._specs import BatchNorm, Preparation, RidgeHead, Strategy
 
 _MOST = 500
+# Fewer tell nothing.
+_LEAST = 50
 _BATCH = 64
-# Nothing is trained for so many steps: their share lets the head see all of its images.
+# Nothing is trained for so many steps: their share lets the head see every whole batch.
 _STEPS = 1000
 
 
@@ -35,11 +38,14 @@ def familiarity(model: nn.Module, setting: Setting, domain: Domain) -> Familiari
     """
     half = min(_MOST, len(domain.train) // 2)
     classes = setting.task.classes(domain)
-    if setting.task.metric != "accuracy" or classes is None or half < classes:
+    if setting.task.metric != "accuracy" or classes is None:
+        return None
+    if half < max(_LEAST, classes) or len(domain.test) < _LEAST:
         return None
     order = torch.randperm(len(domain.train), generator=generator(0, "familiarity"))
     fitted, held = (_part(domain.train, order[at : at + half]) for at in (0, half))
-    others = _part(domain.validation, torch.arange(min(_MOST, len(domain.validation))))
+    chosen = torch.randperm(len(domain.test), generator=generator(0, "familiarity", "others"))
+    others = _part(domain.test, chosen[:_MOST])
     preparations: tuple[Preparation, ...] = (RidgeHead(),)
     if tracked_batch_norms(model):
         preparations = (BatchNorm(mode="reestimate"), *preparations)

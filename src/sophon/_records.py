@@ -215,7 +215,7 @@ class EarlierCrash(Record):
 
 class Familiarity(Record):
     """With a head fitted to half of a domain's training images, the score on the other half, which
-    a model may have been `trained` on, and on `others`, its validation images.
+    a model may have been `trained` on, and on `others`, its test images.
     """
 
     trained: Score

@@ -16,7 +16,7 @@ from sophon._metric_kinds import kind_of_record
 from sophon._plots import depth_plot, envelope_plot, recovery_plot, search_plot, strip_plot
 from sophon._records import AuditRecord
 from sophon._rendering import Table, render, write_document
-from sophon._specs import shared_fields
+from sophon._specs import Strategy, shared_fields
 from sophon._summaries import DomainSummary
 from sophon._tables import (
     best_by_attack,
@@ -138,11 +138,16 @@ class Report:
 
 
 def attacks_by_role(record: AuditRecord) -> tuple[int, int]:
-    """Return the number of attacks on restricted domains, and on held-out or benign ones."""
+    """Return with how many attacks restricted domains were attacked, and held-out or benign ones:
+    the most of any domain.
+    """
+    met: dict[str, set[Strategy]] = {}
+    for trial in record.trials:
+        met.setdefault(trial.domain, set()).add(trial.strategy)
     names = {domain.name for domain in record.restricted}
-    restricted = {t.strategy for t in record.trials if t.domain in names}
-    others = {t.strategy for t in record.trials if t.domain not in names}
-    return len(restricted), len(others)
+    restricted = [len(found) for name, found in met.items() if name in names]
+    others = [len(found) for name, found in met.items() if name not in names]
+    return max(restricted, default=0), max(others, default=0)
 
 
 def report(record: AuditRecord) -> Report:

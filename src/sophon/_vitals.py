@@ -44,6 +44,10 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
         or (None, None)
         for domain in setting.restricted
     }
+    familiar = {
+        domain.name: _or_raised(raised, partial(familiarity, model, setting, domain))
+        for domain in setting.restricted
+    }
     return Vitals(
         largest_logit=_or_raised(raised, partial(_largest_logit, held, setting)),
         gradient_norms={name: norms[0] for name, norms in gradients.items()},
@@ -52,13 +56,9 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
         rescaled_sizes=_or_raised(raised, partial(_rescaled_sizes, model, setting)) or {},
         largest_buffer=_extreme(buffers, largest=True),
         smallest_variance=_extreme([norm.running_var for norm in norms], largest=False),
-        raised=tuple(raised),
+        raised=tuple(dict.fromkeys(raised)),
         rounding=rounding,
-        # What raises here has raised above, or is none of the sizes.
-        familiarity={
-            domain.name: _or_raised([], partial(familiarity, model, setting, domain))
-            for domain in setting.restricted
-        },
+        familiarity=familiar,
     )
 
 

@@ -31,8 +31,10 @@ _WORSE = 3.0
 # The cosine of weights before and after protection was 0.93 or more in every tensor (900 rounds);
 # of networks that were trained apart it is near 0.
 _RELATED = 0.5
-# How unlikely it must be that an unprotected model knows training images better by chance.
+# How unlikely it must be that an unprotected model knows training images better by chance, and by
+# how much it must: splits that differ a little are no memory.
 _BY_CHANCE = 1e-3
+_FAMILIAR = 0.1
 # Lines of a list that a flag shows.
 _LISTED = 5
 
@@ -298,19 +300,22 @@ def seen_before(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the unprotected model was trained on the domain's training images."""
     held = {s.name: s.vitals.familiarity.get(domain) if s.vitals else None for s in record.subjects}
     before, fresh = held.get("unprotected"), held.get("scratch")
-    if before is None or _by_chance(before, fresh) >= _BY_CHANCE:
+    if before is None:
+        return None
+    lead, chance = _lead(before, fresh)
+    if lead < _FAMILIAR or chance >= _BY_CHANCE:
         return None
     shown = f"unprotected {_both(before)}" + (f", fresh network {_both(fresh)}" if fresh else "")
     return Flag(
         "refused images seen before",
         "the unprotected model tells training images of the refused domain apart better than its"
-        " validation images, more so than a fresh network does, and by more than chance allows in"
-        f" one of {1 / _BY_CHANCE:.0f} cases",
+        f" test images, by {100 * _FAMILIAR:.0f} points more than a fresh network does, and by more"
+        f" than chance allows in one of {1 / _BY_CHANCE:.0f} cases",
         "A model that was trained on the refused task knows it already: next to it any other looks"
         " slowed, and its lead over a fresh network is no transfer that protection took away.",
         "Name the model as it was before protection and before it met these images, or attack with"
         " images of the domain that it has not met.",
-        f"a head fitted to other training images is right about, training and validation: {shown}",
+        f"a head fitted to other training images is right about, training and test: {shown}",
         forbids=GOOD,
     )
 
@@ -319,26 +324,29 @@ def _both(held: Familiarity) -> str:
     return f"{held.trained.value:.1%} and {held.others.value:.1%}"
 
 
-def _by_chance(before: Familiarity, fresh: Familiarity | None) -> float:
-    """Return how likely such a lead on training images is by chance (a one-sided normal test).
+def _lead(before: Familiarity, fresh: Familiarity | None) -> tuple[float, float]:
+    """Return by how much training images are known better than others, and how likely so much is by
+    chance (a one-sided normal test, variances pooled).
 
     Frames of one film in both halves of the training images are a lead that says nothing: a fresh
     network has it, too. The lead is measured from that one's, or from 0 if that is negative.
     """
-    lead, variance = _lead(before)
-    usual, spread = (0.0, 0.0) if fresh is None else _lead(fresh)
+    lead, variance = _better(before)
+    usual, spread = (0.0, 0.0) if fresh is None else _better(fresh)
     if usual > 0:
         lead, variance = lead - usual, variance + spread
     if not variance:
-        return 1.0 if lead <= 0 else 0.0
-    return 1 - NormalDist().cdf(lead / math.sqrt(variance))
+        return lead, 1.0
+    return lead, 1 - NormalDist().cdf(lead / math.sqrt(variance))
 
 
-def _lead(held: Familiarity) -> tuple[float, float]:
-    """Return by how much training images are known better than others, and its variance."""
+def _better(held: Familiarity) -> tuple[float, float]:
+    """Return the lead of training images over others, and its variance if there is none."""
     trained, others = held.trained, held.others
-    variance = trained.variance / trained.total + others.variance / others.total
-    return trained.value - others.value, variance
+    share = (trained.correct + others.correct) / (trained.total + others.total)
+    return trained.value - others.value, share * (1 - share) * (
+        1 / trained.total + 1 / others.total
+    )
 
 
 def head_alone(record: AuditRecord, domain: str) -> Flag | None:

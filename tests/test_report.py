@@ -33,7 +33,7 @@ from sophon._records import (
     Vitals,
     record_schema,
 )
-from sophon._report import report
+from sophon._report import attacks_by_role, report
 from sophon._specs import RescaleWeights, Strategy
 from sophon._summaries import DomainSummary
 from sophon._tables import distribution
@@ -873,6 +873,33 @@ def test_censored_seeds_are_marked() -> None:
     assert "protected: more than 200 steps, 3 of 3 seeds never" in text
     assert text.count('class="bar open"') == 2
     assert "more than 200 (3 of 3 seeds did not get there)" in text
+
+
+def test_a_domain_attacked_by_fewer_says_by_how_many_and_batches_count_once() -> None:
+    """Each domain cuts batches to its own images: the same attack with two sizes is one attack."""
+    base = _with_allowed(BLOCKED, LEARNT, LEARNT)
+
+    def cut(held: Trial) -> Trial:
+        size = {"allowed-0": 64, "allowed-1": 100}.get(held.domain, held.strategy.batch_size)
+        strategy = held.strategy.model_copy(update={"batch_size": size})
+        return held.model_copy(update={"strategy": strategy})
+
+    trials = tuple(cut(t) for t in base.trials)
+    equal = base.model_copy(update={"trials": trials})
+    more = Strategy(preparations=(SCALED,))
+    fewer = equal.model_copy(
+        update={"trials": (*trials, trial("protected", BLOCKED, strategy=more))}
+    )
+    assert attacks_by_role(equal) == (1, 1)
+    assert attacks_by_role(fewer) == (2, 1)
+    assert "Attacked with" not in report(equal).html()
+    for text in (report(fewer).html(), report(fewer).markdown()):
+        assert "Attacked with 1 attacks alone" in text
+
+
+def test_an_interval_of_a_ratio_is_said_to_be_of_median_seeds() -> None:
+    """The value beside it is the luckiest attacker's and may lie outside."""
+    assert re.search(r"\(median seeds: [\d.]+ to [\d.]+\)", report(record()).markdown())
 
 
 def test_a_record_with_every_field_of_this_version_still_loads_and_is_judged() -> None:

@@ -590,3 +590,23 @@ def test_what_a_batch_costs_is_told_from_what_an_image_costs(
     assert row.count("|") == script.HEADER.splitlines()[0].count("|")
     shapes = [script.noise("a", 0, 2, size).image_shape for size in (script.ORIGINAL, 32)]
     assert shapes == [(3, 224, 224), (3, script.RESTRICTED, script.RESTRICTED)]
+
+
+def test_familiarity_shows_what_a_trained_model_remembers(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = BENCHMARKS.parent
+    weights = root / "docs/results/weights/small_convnet_cifar10_16.safetensors"
+    monkeypatch.setenv("SOPHON_DATA", str(shared_data))
+    monkeypatch.setenv("SMALL_NETWORK", str(weights))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("familiarity")
+    for name, value in {"STEPS": (30,), "KEPT": 3, "SEEDS": (0,)}.items():
+        monkeypatch.setattr(module, name, value)
+    module.main(root / "recipes/small16-sampled.toml")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 5
+    leads = [
+        float(line.partition("lead ")[2].partition(" ")[0]) for line in lines if "lead" in line
+    ]
+    assert leads[0] < 10 < leads[1]

@@ -222,12 +222,10 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
 
 
 def secondary_of(spec: AuditSpec) -> tuple[Strategy, ...]:
-    """Return the attacks on held-out and benign domains, budget filled in.
-
-    Raises SpecError as `strategies_of`.
+    """Return the suite's own attacks on held-out and benign domains, budget filled in; none where
+    these meet what the restricted ones do.
     """
-    own = suite_of(spec).secondary
-    return _with_budget(own, spec) if own else strategies_of(spec)
+    return _with_budget(suite_of(spec).secondary, spec)
 
 
 def _with_budget(suite: tuple[Strategy, ...], spec: AuditSpec) -> tuple[Strategy, ...]:

@@ -153,8 +153,8 @@ class Plan:
         return fitted((*self.strategies, *self.whole), domain)
 
     def _secondary_for(self, domain: Domain) -> list[Strategy]:
-        own = secondary_of(self.spec) if self.suite.secondary else self.strategies
-        return fitted(fitting(own, self.metric)[0], domain)
+        own, _ = fitting(secondary_of(self.spec), self.metric)
+        return fitted(own or self.strategies, domain)
 
     def _suite_stages(self, domain: Domain) -> Iterator[list[Assignment]]:
         chosen = self._suite_for(domain)

@@ -1,20 +1,28 @@
 """Time and memory of a round of protection for each network of the paper, as its recipes run it.
 
-    python benchmarks/architectures.py [BATCH BATCH [STEPS]]
+    python benchmarks/architectures.py [--batches 2 8] [--steps 2] [NAME...]
+    python benchmarks/architectures.py --full [--gradient-checkpointing] [NAME...]
 
 Images of the original task are 224x224 and restricted ones 32x32, as in `recipes/paper/`; those of
 the diffusion network are all 32x32. Each network runs in a process of its own: one rehearsed
-attacker of STEPS steps (2; the paper's K is 50), one reinforcement step, one thread, fp32.
+attacker, one reinforcement step. Prints a Markdown row each; n = 1.
 
+With `--full` it is the paper's round: 50 steps of 150 images, in the precision and on the device
+that a run would take, with as many threads as torch takes (`OMP_NUM_THREADS` says). A first run
+of one step and two images loads the kernels.
+
+Without, it is one of few steps (2) and images, in fp32 with one thread, and an estimate of the
+paper's.
 A round is STEPS batches that the attacker trains on, as many queries and one batch of the original
 task. It is timed with and without that one, at two batch sizes (2 and 8; the paper's is 150): so
 what a batch costs is told from what an image costs, for each of the domains. The last column is
 what that comes to for the paper's round: 100 restricted batches and one original of 150 images.
-Prints a Markdown row each. Seconds are processor time, n = 1; memory is the process's peak.
+Seconds are processor time; memory is the process's peak, on a card the tensors' there.
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -30,7 +38,7 @@ from torch import nn
 from sophon._data import Domain
 from sophon._models import DIFFUSERS, resolve_model
 from sophon._protect import Protection
-from sophon._specs import Guard, ModelSpec, ProtectSpec, Rehearsal, Strategy
+from sophon._specs import Guard, ModelSpec, Precision, ProtectSpec, Rehearsal, Strategy
 from sophon._tasks import Classification, Denoising
 
 UNET = Path(__file__).resolve().parent.parent / "recipes" / "paper" / "ddpm-unet-32.json"
@@ -49,6 +57,10 @@ HEADER = (
     "| network | weights | K | batches of | restricted: a batch | an image | original: a batch"
     " | an image | peak memory, at the larger | a paper round, estimated |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
+)
+FULL_HEADER = (
+    "| network | weights | device | precision | gradient checkpointing | a round | processor time |"
+    " peak memory |\n|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -78,8 +90,10 @@ def noise(name: str, seed: int, batch: int, size: int) -> Domain:
     return Domain.from_arrays(name, pixels, np.arange(count) % 2, test=0.1)
 
 
-def seconds_of(model: nn.Module, name: str, batch: int, steps: int, reinforced: int) -> float:
-    """Return the seconds of the second round of three: the first warms up, the last is checked."""
+def protection(
+    model: nn.Module, name: str, batch: int, steps: int, reinforced: int, precision: Precision
+) -> Protection:
+    """Return a run of three rounds, of which the last is checked."""
     diffusion = name.startswith(DIFFUSERS)
     attacker = Strategy(optimizer="sgd", learning_rate=1e-4, batch_size=batch)
     kept: dict[str, Any] = {"tolerance_relative": 10.0} if diffusion else {}
@@ -90,17 +104,21 @@ def seconds_of(model: nn.Module, name: str, batch: int, steps: int, reinforced: 
         original_batch_size=batch,
         rehearsal=Rehearsal(steps=steps, query_batch_size=batch, fixed=attacker),
         guard=Guard(every=3, **kept),
-        precision="fp32",
+        precision=precision,
     )
     size = RESTRICTED if diffusion else ORIGINAL
-    run = Protection(
+    return Protection(
         model,
         original=noise("a", 0, batch, size),
         restricted=noise("b", 1, batch, RESTRICTED),
         task=Denoising() if diffusion else Classification(),
         spec=spec,
     )
-    rounds = iter(run)
+
+
+def seconds_of(model: nn.Module, name: str, batch: int, steps: int, reinforced: int) -> float:
+    """Return the seconds of the second round: the first warms up."""
+    rounds = iter(protection(model, name, batch, steps, reinforced, "fp32"))
     next(rounds)
     start = time.process_time()
     next(rounds)
@@ -110,8 +128,7 @@ def seconds_of(model: nn.Module, name: str, batch: int, steps: int, reinforced: 
 def measure(name: str, batches: tuple[int, int], steps: int) -> str:
     """Return a network's row."""
     torch.set_num_threads(1)
-    classes = None if name.startswith(DIFFUSERS) else 2
-    model, _ = resolve_model(ModelSpec(name=name, classes=classes), base=Path())
+    model = built(name)
     without = [seconds_of(model, name, batch, steps, 0) for batch in batches]
     whole = [seconds_of(model, name, batch, steps, 1) for batch in batches]
     count = 2 * steps
@@ -119,31 +136,80 @@ def measure(name: str, batches: tuple[int, int], steps: int) -> str:
     original = Line.through(batches, (whole[0] - without[0], whole[1] - without[1]))
     paper = 2 * PAPER_STEPS * restricted.at(PAPER_BATCH) + original.at(PAPER_BATCH)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    shown = f"{DIFFUSERS}{UNET.name}" if name.startswith(DIFFUSERS) else name
     lines = " | ".join(
         f"{line.fixed:.3f} s | {line.image:.4f} s" for line in (restricted, original)
     )
     return (
-        f"| `{shown}` | {weights / 1e6:.1f} M | {steps} | {batches[0]}, {batches[1]} | {lines} |"
-        f" {peak:.2f} GiB |"
+        f"| `{shown(name)}` | {weights / 1e6:.1f} M | {steps} | {batches[0]}, {batches[1]} |"
+        f" {lines} |"
+        f" {peak_bytes() / 2**30:.2f} GiB |"
         f" {paper / 60:.1f} min |"
     )
 
 
+def measure_full(
+    name: str, *, checkpointed: bool, steps: int = PAPER_STEPS, batch: int = PAPER_BATCH
+) -> str:
+    """Return a network's row of a round as the paper has it."""
+    model = built(name, checkpointed=checkpointed)
+    list(zip((0,), protection(model, name, 2, 1, 1, "auto"), strict=False))
+    run = protection(model, name, batch, steps, 1, "auto")
+    rounds = iter(run)
+    wall, processor = time.perf_counter(), time.process_time()
+    next(rounds)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    card = run.setting.device.type == "cuda"
+    device = torch.cuda.get_device_name() if card else f"{torch.get_num_threads()} threads"
+    return (
+        f"| `{shown(name)}` | {weights / 1e6:.1f} M | {device} | {run.setting.precision} |"
+        f" {'on' if checkpointed else 'off'} | {wall:.1f} s | {processor:.1f} s |"
+        f" {peak_bytes() / 2**30:.2f} GiB |"
+    )
+
+
+def built(name: str, *, checkpointed: bool = False) -> nn.Module:
+    """Return the network of that name; a classifier tells two classes apart."""
+    classes = None if name.startswith(DIFFUSERS) else 2
+    spec = ModelSpec(name=name, classes=classes, gradient_checkpointing=checkpointed)
+    return resolve_model(spec, base=Path())[0]
+
+
+def shown(name: str) -> str:
+    """Return how the table names a network."""
+    return f"{DIFFUSERS}{UNET.name}" if name.startswith(DIFFUSERS) else name
+
+
+def peak_bytes() -> int:
+    """Return the peak memory of this process, or of its tensors on the card it works on."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
-    """Print the row of the network named last, or of all, each from its own process."""
-    given = [int(one) for one in sys.argv[1:4]]
-    if len(given) == 1 or (len(given) > 1 and given[0] == given[1]):
-        sys.exit("give two different batch sizes, such as 2 8")
-    first, second, steps = given if len(given) == 3 else ((*given, 2) if given else (2, 8, 2))
-    if len(sys.argv) > 4:
-        print(measure(sys.argv[4], (first, second), steps), flush=True)
+    """Print the rows of the networks named, or of all, each from a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--batches", nargs=2, type=int, default=(2, 8), metavar="BATCH")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    first, second = given.batches
+    if first == second:
+        parser.error("--batches: give two different sizes, such as 2 8")
+    if given.row is not None:
+        if given.full:
+            row = measure_full(given.row, checkpointed=given.gradient_checkpointing)
+        else:
+            row = measure(given.row, (first, second), given.steps)
+        print(row, flush=True)
         return
-    print(HEADER, flush=True)
-    for name in NAMES:
-        command = [sys.executable, __file__, str(first), str(second), str(steps), name]
-        subprocess.run(command, check=True)
+    print(FULL_HEADER if given.full else HEADER, flush=True)
+    for name in given.names or NAMES:
+        subprocess.run([sys.executable, *sys.argv, "--row", name], check=True)
 
 
 if __name__ == "__main__":

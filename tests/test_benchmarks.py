@@ -592,6 +592,26 @@ def test_what_a_batch_costs_is_told_from_what_an_image_costs(
     assert shapes == [(3, 224, 224), (3, script.RESTRICTED, script.RESTRICTED)]
 
 
+def test_a_round_of_the_papers_size_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("architectures")
+    monkeypatch.setattr(script, "ORIGINAL", 32)
+    taken = []
+    whole = script.protection
+
+    def noted(model: object, name: str, batch: int, *rest: object) -> object:
+        taken.append((batch, *rest))
+        return whole(model, name, batch, *rest)
+
+    monkeypatch.setattr(script, "protection", noted)
+    row = script.measure_full("small_caformer", checkpointed=True, steps=2, batch=4)
+    assert taken == [(2, 1, 1, "auto"), (4, 2, 1, "auto")]
+    assert (script.PAPER_STEPS, script.PAPER_BATCH) == (50, 150)
+    assert "| on | " in row
+    assert row.startswith("| `small_caformer` | ")
+    assert row.count("|") == script.FULL_HEADER.splitlines()[0].count("|")
+
+
 def test_familiarity_shows_what_a_trained_model_remembers(
     shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from sophon._models import (
     DIFFUSERS,
     DenoiserSource,
     architecture,
+    checkpoint_gradients,
     denoiser_name,
     diffusers,
     require_model,
@@ -331,7 +332,11 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
     if not ours and path.is_dir():
         raise CheckpointError(f"{path} holds no model.safetensors: name a checkpoint")
     if held.get("model"):
-        spec = ModelSpec(name=str(file.absolute()), head=case.network.head)
+        spec = ModelSpec(
+            name=str(file.absolute()),
+            head=case.network.head,
+            gradient_checkpointing=case.network.gradient_checkpointing,
+        )
     else:
         # A subject is judged with the head it has; only a model to be trained may get a fresh one.
         loaded = {"weights": str(file.absolute()), "pretrained": False, "classes": None}
@@ -351,4 +356,5 @@ def _load_denoiser(case: Case, folder: Path) -> nn.Module:
                 f"{folder} predicts {held!r} and the model of the run {case.task.prediction!r}:"
                 " compare models that predict the same"
             )
-    return source.load().eval()
+    model = source.load()
+    return (checkpoint_gradients(model) if case.network.gradient_checkpointing else model).eval()

@@ -191,6 +191,8 @@ def require_same_base(folder: Path, wanted: PretrainRunSpec) -> None:
     if wanted.task.name == "classification":
         # The folder of a diffusion model names itself.
         pairs |= _values("model", model, wanted.model, ModelSpec)
+        # It changes no weight.
+        del pairs["model.gradient_checkpointing"]
     different = [
         f"{key} = {before!r}, not {now!r}" for key, (before, now) in pairs.items() if before != now
     ]

@@ -39,6 +39,7 @@ from sophon._models._fresh import (
     fresh_copy,
     reinitialise,
 )
+from sophon._models._gradient_checkpointing import checkpoint_gradients
 from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._hooks import drop_foreign_hooks, foreign_hooks
 from sophon._models._lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
@@ -82,6 +83,7 @@ __all__ = [
     "check_sample_size",
     "check_images",
     "check_single_image",
+    "checkpoint_gradients",
     "choose_channels_last",
     "choose_precision",
     "class_embeddings",

@@ -15,6 +15,7 @@ from sophon._compatibility import prepare_torchvision
 from sophon._errors import CheckpointError, UnsupportedModelError
 from sophon._files import read_json
 from sophon._models._denoisers import DenoiserSource
+from sophon._models._gradient_checkpointing import checkpoint_gradients
 from sophon._models._heads import find_head, head_classes, replace_head
 from sophon._models._probing import (
     made_for,
@@ -80,7 +81,15 @@ def resolve_model(
         elif held != spec.classes:
             _refit(model, spec)
     require_finite(model, what=spec.name)
-    return model.eval(), lambda: plan.build(classes).eval()
+
+    def fresh() -> nn.Module:
+        return _ready(plan.build(classes), spec)
+
+    return _ready(model, spec), fresh
+
+
+def _ready(model: nn.Module, spec: ModelSpec) -> nn.Module:
+    return (checkpoint_gradients(model) if spec.gradient_checkpointing else model).eval()
 
 
 def require_model(spec: ModelSpec, *, base: str | Path = ".") -> None:
@@ -124,8 +133,13 @@ def architecture(spec: ModelSpec, *, base: Path) -> ModelSpec:
             )
         described = _read_description(folder / "model.json")
         head = spec.head if spec.head is not None else described.head
-        unloaded = {"weights": None, "pretrained": False, "head": head}
-        spec, base = described.model_copy(update=unloaded), folder
+        changes = {
+            "weights": None,
+            "pretrained": False,
+            "head": head,
+            "gradient_checkpointing": spec.gradient_checkpointing,
+        }
+        spec, base = described.model_copy(update=changes), folder
     raise CheckpointError(f"{spec.name}: checkpoints refer to one another without end")
 
 

@@ -88,6 +88,7 @@ class ModelSpec(Spec):
     `head` names the classifier layer where it cannot be found; `classes` overrides the number
     of outputs the network is built with; `in_channels` is 3 for RGB and 1 for grey networks.
     `arguments` go to timm's or torchvision's constructor, such as narrower layers.
+    `gradient_checkpointing` saves memory for time: activations are computed twice and not kept.
     """
 
     name: Name
@@ -97,6 +98,7 @@ class ModelSpec(Spec):
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     head: str | None = None
     arguments: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
+    gradient_checkpointing: bool = False
 
 
 class DomainSpec(Spec):

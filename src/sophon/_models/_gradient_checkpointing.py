@@ -1,0 +1,47 @@
+"""Gradient checkpointing: activations are computed again in the backward pass, not kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sophon._errors import UnsupportedModelError
+from sophon._models._batch_norm import tracked_batch_norms
+
+_KEY = "model.gradient_checkpointing = true"
+
+
+def checkpoint_gradients(model: nn.Module) -> nn.Module:
+    """Have `model` keep the inputs of its blocks alone, as its library does it; return it.
+
+    What it computes stays the same, in less memory and more time (arXiv 1604.06174). Raises
+    UnsupportedModelError for a network without it, or with running statistics, which a block's
+    second pass would move again.
+    """
+    if tracked_batch_norms(model):
+        raise UnsupportedModelError(
+            f"{_KEY}: {type(model).__name__} has BatchNorm, whose running statistics a second pass"
+            " would move twice: leave it out and take smaller batches"
+        )
+    enable = getattr(model, "set_grad_checkpointing", None)
+    arguments: tuple[Any, ...] = ()
+    if enable is None:
+        enable = getattr(model, "enable_gradient_checkpointing", None)
+        # Unlike the library's own default this can be sent to another process.
+        arguments = (_checkpointed,)
+    try:
+        if enable is None:
+            raise ValueError
+        enable(*arguments)
+    except (AssertionError, ValueError):
+        raise UnsupportedModelError(
+            f"{_KEY}: {type(model).__name__} does not offer it: leave it out, or use a network of"
+            " timm or diffusers that does"
+        ) from None
+    return model
+
+
+def _checkpointed(part: nn.Module, *inputs: Any) -> Any:
+    return checkpoint(part.__call__, *inputs, use_reentrant=False)

@@ -10,17 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
 from sophon import _controls
 from sophon._cli import app
+from sophon._cli.application import guarded
 from sophon._demo import prepare
 from sophon._networks import SmallConvNet
 from sophon._specs import Strategy
@@ -817,3 +820,26 @@ def test_the_same_weights_twice_are_noticed(finished: Path, tmp_path: Path) -> N
     assert code == 0
     assert f"warning: {finished / 'p'} has the weights of the model before protection" in err
     assert "same weights" in (tmp_path / "a/report.md").read_text()
+
+
+def _want_much_memory() -> None:
+    torch.empty(1 << 50)
+
+
+def _want_a_card() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("wanting", [_want_much_memory, _want_a_card])
+def test_a_run_out_of_memory_says_what_to_change(
+    wanting: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        guarded(wanting)()
+    assert ended.value.exit_code == 2
+    assert "model.gradient_checkpointing = true" in capsys.readouterr().err
+
+
+def test_another_fault_of_torch_is_not_taken_for_it() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        guarded(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))()

@@ -131,14 +131,30 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
             if not _speaks():
                 raise typer.Exit(130) from None
             _fail(f"interrupted: to resume, repeat the command: {command_line()}", 130)
-        except OSError as error:
-            if error.errno == errno.EPIPE:
+        except (OSError, MemoryError, RuntimeError) as error:
+            line = _resources_wanting(error)
+            if line is None:
                 raise
-            where = "" if error.filename is None else f"{error.filename}: "
-            remedy = "make room or choose another place, then repeat the command"
-            _fail(f"error: {where}{error.strerror or error}: {remedy}", 2)
+            _fail(f"error: {line}", 2)
 
     return guarded
+
+
+def _resources_wanting(error: Exception) -> str | None:
+    """Return what to do about a disk, a file or a memory that does not serve; None for a fault."""
+    # torch's class for cards is told by its name: importing torch takes a second.
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or "can't allocate memory" in str(error):
+        return (
+            "the memory does not suffice: take smaller batches, or set"
+            " model.gradient_checkpointing = true where the network offers it, then repeat the"
+            " command (--dry-run measures what a protection takes)"
+        )
+    if not isinstance(error, OSError) or error.errno == errno.EPIPE:
+        return None
+    where = "" if error.filename is None else f"{error.filename}: "
+    remedy = "make room or choose another place, then repeat the command"
+    return f"{where}{error.strerror or error}: {remedy}"
 
 
 @contextmanager

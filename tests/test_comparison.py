@@ -307,6 +307,19 @@ def test_the_command_writes_pages_and_prints_the_ranking(stored: Path) -> None:
     assert "<script" not in page.read_text()
 
 
+def test_a_dash_prints_the_markdown_and_nothing_else(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stored)
+    for words in (["report", "sound"], ["compare", "sound", "broken"]):
+        done = CliRunner().invoke(app, [*words, "--markdown", "-", "--html", "page.html"])
+        assert done.exit_code == 0, done.output
+        assert done.output.startswith("#")
+        assert "verdict: " not in done.output
+        assert not (stored / "-").exists()
+        (stored / "page.html").unlink()
+
+
 def test_the_command_in_json(stored: Path) -> None:
     words = ["compare", str(stored / "broken"), str(stored / "sound"), "--json"]
     held = json.loads(CliRunner().invoke(app, words).output)
@@ -322,7 +335,10 @@ def test_the_command_refuses_one_audit_and_what_is_none(stored: Path) -> None:
     assert alone.exit_code == 2
     gone = CliRunner().invoke(app, ["compare", str(stored / "sound"), str(stored / "gone")])
     assert gone.exit_code == 2
-    assert "does not exist" in gone.output
+    assert "does not exist: name the folder" in gone.output
+    misspelt = CliRunner().invoke(app, ["report", str(stored / "recrod.json.gz")])
+    assert misspelt.exit_code == 2
+    assert "does not exist: name record.json" in misspelt.output
 
 
 def test_inspect_prints_the_schema() -> None:

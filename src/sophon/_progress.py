@@ -149,7 +149,8 @@ def stage_text(stage: Stage) -> str:
 def trial_text(trial: Trial) -> str:
     """Return what a line says of a trial."""
     ended = "" if trial.outcome.kind == "completed" else f" ({trial.outcome.kind})"
-    score = "no score" if trial.test is None else shown(trial.test)
+    best = [point.validation for point in trial.curve if point.step == trial.best_step]
+    score = f"validation {shown(best[0])}" if best else "no score"
     return f"{trial.subject} {score}{ended}  {trial.strategy.label()}"
 
 

@@ -299,7 +299,8 @@ def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
     if mode == "json":
         numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
         given_up = list(audit.given_up)
-        typer.echo(json.dumps({"event": "forecast", **numbers, "given_up": given_up}))
+        held = {**numbers, "to_run": todo, "given_up": given_up}
+        typer.echo(json.dumps({"event": "forecast", **held}))
         return
     seconds = expected.seconds
     time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"

@@ -15,10 +15,13 @@ from sophon._cli.running import mode_of, say, show_comparison, show_verdict
 from sophon._errors import CheckpointError
 
 if TYPE_CHECKING:
+    from sophon._comparison import Comparison
     from sophon._records import AuditRecord
+    from sophon._report import Report
 
 # What every file compressed by gzip begins with.
 _GZIP = b"\x1f\x8b"
+_PRINTED = Path("-")
 
 
 def read_record(path: Path) -> AuditRecord:
@@ -44,8 +47,9 @@ def read_record(path: Path) -> AuditRecord:
                 f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
                 " its `sophon audit`"
             ) from None
+        named = "record.json" if path.suffix in (".json", ".gz") else "the folder"
         raise CheckpointError(
-            f"{file} does not exist: name the folder that `sophon audit --out` wrote"
+            f"{file} does not exist: name {named} that `sophon audit --out` wrote"
         ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise CheckpointError(
@@ -78,7 +82,8 @@ def report(
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it for a model card.")
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Write it for a model card; - prints it."),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -87,14 +92,19 @@ def report(
     from sophon._report import report as judge
 
     made = judge(read_record(audited))
-    files = {}
-    if html is not None:
-        made.write_html(html)
-        files["report"] = html
-    if markdown is not None:
-        made.write_markdown(markdown)
-        files["markdown"] = markdown
+    files = _written(made, {"report": html, "markdown": markdown})
+    if markdown == _PRINTED:
+        typer.echo(made.markdown())
+        return
     show_verdict(made, mode_of(quiet, as_json), files)
+
+
+def _written(made: Report | Comparison, asked: dict[str, Path | None]) -> dict[str, Path]:
+    """Write the pages asked for; return them."""
+    files = {name: path for name, path in asked.items() if path not in (None, _PRINTED)}
+    for name, path in files.items():
+        (made.write_markdown if name == "markdown" else made.write_html)(path)
+    return files
 
 
 def _short(paths: list[Path]) -> list[str]:
@@ -121,7 +131,8 @@ def compare(
         Path | None, typer.Option("--html", metavar="FILE", help="Write the ranking as one page.")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it as Markdown.")
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Write it as Markdown; - prints it."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -130,13 +141,10 @@ def compare(
 
     records = [read_record(path) for path in audited]
     made = ranked(list(zip(_short(audited), records, strict=True)))
-    files = {}
-    if html is not None:
-        made.write_html(html)
-        files["comparison"] = html
-    if markdown is not None:
-        made.write_markdown(markdown)
-        files["markdown"] = markdown
+    files = _written(made, {"comparison": html, "markdown": markdown})
+    if markdown == _PRINTED:
+        typer.echo(made.markdown())
+        return
     show_comparison(made, files, as_json=as_json)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,6 +27,7 @@ from sophon._cli import app
 from sophon._cli.application import guarded
 from sophon._demo import prepare
 from sophon._networks import SmallConvNet
+from sophon._progress import Display, duration
 from sophon._specs import Strategy
 
 RUN = """
@@ -843,3 +845,17 @@ def test_a_run_out_of_memory_says_what_to_change(
 def test_another_fault_of_torch_is_not_taken_for_it() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         guarded(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))()
+
+
+def test_the_time_left_counts_no_trial_that_turns_out_to_be_stored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("sophon._progress.time.monotonic", lambda: next(clock))
+    display = Display("lines", noun="trial", total=10, todo=9)
+    for fresh in (False, False, False, False, False, False, False, True):
+        display.step({}, "", fresh=fresh)
+    last = capsys.readouterr().err.splitlines()[-1]
+    # Eight are seen: two are left, whatever was expected; each takes as long as the one that ran.
+    rate, left = re.search(r"(\d+)\.0 s/trial, (.*) left", last).groups()  # type: ignore[union-attr]
+    assert left == duration(2 * int(rate))

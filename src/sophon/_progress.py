@@ -109,7 +109,9 @@ class Display:
             return "stored"
         each = max(1e-6, (time.monotonic() - self.started) / self.ran)
         rate = f"{each:.1f} s/{self.noun}" if each >= 1 else f"{1 / each:.1f} {self.noun}s/s"
-        return f"{rate}, {duration(each * max(0, self.todo - self.ran))} left"
+        # Of later stages it may turn out only then that they are stored.
+        left = max(0, min(self.todo - self.ran, self.total - self.seen))
+        return f"{rate}, {duration(each * left)} left"
 
 
 def percent(value: float) -> str:

@@ -51,6 +51,7 @@ NAMES = (
     "torchvision:vgg16_bn",
     f"{DIFFUSERS}{UNET}",
 )
+CHECKPOINTED = [name for name in NAMES if name.startswith(("timm:caformer", DIFFUSERS))]
 ORIGINAL, RESTRICTED = 224, 32
 PAPER_STEPS, PAPER_BATCH = 50, 150
 HEADER = (
@@ -190,26 +191,38 @@ def peak_bytes() -> int:
 def main() -> None:
     """Print the rows of the networks named, or of all, each from a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--batches", nargs=2, type=int, default=(2, 8), metavar="BATCH")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="networks; default: the paper's")
+    parser.add_argument(
+        "--batches", nargs=2, type=int, metavar="BATCH", help="two batch sizes (2 8)"
+    )
+    parser.add_argument("--steps", type=int, help="steps of the attacker (2)")
+    parser.add_argument("--full", action="store_true", help="a whole round of the paper's size")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="with --full; default: the networks that offer it",
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    first, second = given.batches
+    given = parser.parse_intermixed_args()
+    if given.full and (given.batches or given.steps):
+        parser.error("--full has the paper's batches and steps: leave --batches and --steps out")
+    if given.gradient_checkpointing and not given.full:
+        parser.error("--gradient-checkpointing is measured with --full only")
+    first, second = given.batches or (2, 8)
     if first == second:
         parser.error("--batches: give two different sizes, such as 2 8")
     if given.row is not None:
         if given.full:
             row = measure_full(given.row, checkpointed=given.gradient_checkpointing)
         else:
-            row = measure(given.row, (first, second), given.steps)
+            row = measure(given.row, (first, second), given.steps or 2)
         print(row, flush=True)
         return
     print(FULL_HEADER if given.full else HEADER, flush=True)
-    for name in given.names or NAMES:
-        subprocess.run([sys.executable, *sys.argv, "--row", name], check=True)
+    usual = [name for name in NAMES if name in CHECKPOINTED or not given.gradient_checkpointing]
+    # One that fails, for want of memory say, takes no other's row.
+    commands = [[sys.executable, *sys.argv, "--row", name] for name in given.names or usual]
+    sys.exit(max(subprocess.run(command, check=False).returncode for command in commands))
 
 
 if __name__ == "__main__":

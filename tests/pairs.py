@@ -87,7 +87,22 @@ class Attentive(nn.Module):
         return logits
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"batch": Normalised, "layer": Attentive}
+class Convolved(Attentive):
+    """The same after a convolution whose weights have another layout with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(
+            nn.Conv2d(1, 8, 2, 2, bias=False),
+            nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "batch": Normalised,
+    "layer": Attentive,
+    "convolved": Convolved,
+}
 
 
 def network(name: str, seed: int = 0) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -832,14 +833,40 @@ def _want_a_card() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("wanting", [_want_much_memory, _want_a_card])
+def _want_more_of_it() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+
+def _want_pictures() -> None:
+    np.empty(1 << 50, np.uint8)
+
+
+def _want_a_map() -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("wanting", "said"),
+    [
+        (_want_much_memory, "can't allocate memory"),
+        (_want_a_card, "Tried to allocate 2.00 GiB"),
+        (_want_more_of_it, "ALLOC_FAILED"),
+        (_want_pictures, "Unable to allocate 1.00 PiB"),
+        (_want_a_map, "Cannot allocate memory"),
+    ],
+)
 def test_a_run_out_of_memory_says_what_to_change(
-    wanting: Callable[[], None], capsys: pytest.CaptureFixture[str]
+    wanting: Callable[[], None], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(typer.Exit) as ended:
         guarded(wanting)()
     assert ended.value.exit_code == 2
-    assert "model.gradient_checkpointing = true" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert line.startswith("error: not enough memory (")
+    assert len(line.splitlines()) == 1
+    assert said in line
+    assert "original_batch_size" in line
+    assert "model.gradient_checkpointing = true" in line
 
 
 def test_another_fault_of_torch_is_not_taken_for_it() -> None:

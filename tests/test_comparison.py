@@ -318,6 +318,14 @@ def test_a_dash_prints_the_markdown_and_nothing_else(
         assert "verdict: " not in done.output
         assert not (stored / "-").exists()
         (stored / "page.html").unlink()
+        written = CliRunner().invoke(app, [*words, "--markdown", "page.md"])
+        assert written.exit_code == 0
+        assert done.output == (stored / "page.md").read_text()
+        for more in (["--html", "-"], ["--markdown", "-", "--json"]):
+            refused = CliRunner().invoke(app, [*words, *more])
+            assert refused.exit_code == 2
+            assert f"{more[0]} = -" in refused.output
+            assert "name a file" in refused.output
 
 
 def test_the_command_in_json(stored: Path) -> None:

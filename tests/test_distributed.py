@@ -91,12 +91,14 @@ def test_two_processes_give_what_one_gives(case: str, pair: Pair) -> None:
     assert rounds[-1].guard == first[1][-1].guard == "met"
 
 
-@pytest.mark.parametrize("horizon", [None, 7])
-def test_shards_give_what_the_whole_gives(horizon: int | None, pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("horizon", "name"), [(None, "layer"), (7, "layer"), (None, "convolved"), (7, "convolved")]
+)
+def test_shards_give_what_the_whole_gives(horizon: int | None, name: str, pair: Pair) -> None:
     given = spec(horizon=horizon, pool=3, strategies=1)
-    first, second = pair.both(pairs.finished, given, "layer", shard=True)
+    first, second = pair.both(pairs.finished, given, name, shard=True)
     assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
-    weights, rounds = pairs.finished(given, "layer")
+    weights, rounds = pairs.finished(given, name)
     _require_equal(first[0], weights, within=1e-5)
     for ours, theirs in zip(first[1], rounds, strict=True):
         assert _facts(ours) == _facts(theirs)

@@ -81,7 +81,9 @@ def _set_in(command: str) -> list[str]:
 
 
 def settings_in(command: str) -> list[str]:
-    """Return the keys that a command sets; where images and published weights lie is no change."""
+    """Return the keys that a command sets; where images and published weights lie is no change, nor
+    what a run takes.
+    """
     try:
         words = shlex.split(command)
     except ValueError:
@@ -91,7 +93,8 @@ def settings_in(command: str) -> list[str]:
     return [
         key
         for key in map(key_of, given)
-        if key.rpartition(".")[2] not in ("root", "path", "download") and key not in OF_BASE
+        if key.rpartition(".")[2] not in ("root", "path", "download")
+        and key not in (*OF_BASE, *CHANGES_NOTHING)
     ]
 
 
@@ -163,6 +166,8 @@ def _differing(path: str, held: Any, wanted: Any) -> list[str]:
 BASE_DONE = "pretraining.json"
 # They say where the original task's model comes from; the cell's own comes from its folder.
 OF_BASE = ("model.weights", "model.pretrained")
+# They change what a run takes, and no weight.
+CHANGES_NOTHING = ("model.gradient_checkpointing",)
 
 
 def base_folder(out: Path, cell: Cell) -> Path:
@@ -191,8 +196,8 @@ def require_same_base(folder: Path, wanted: PretrainRunSpec) -> None:
     if wanted.task.name == "classification":
         # The folder of a diffusion model names itself.
         pairs |= _values("model", model, wanted.model, ModelSpec)
-        # It changes no weight.
-        del pairs["model.gradient_checkpointing"]
+        for key in CHANGES_NOTHING:
+            del pairs[key]
     different = [
         f"{key} = {before!r}, not {now!r}" for key, (before, now) in pairs.items() if before != now
     ]

@@ -72,6 +72,9 @@ def shard(model: nn.Module, head: str, ranks: Ranks) -> None:
 
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (ranks.world,))
+    for parameter in model.parameters():
+        # FSDP takes no other layout, and channels last is one.
+        parameter.data = parameter.data.contiguous()
     parts = [model.get_submodule(name) for names in blocks(model, head) for name in names]
     for part in (*parts, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)

@@ -142,19 +142,23 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
 
 def _resources_wanting(error: Exception) -> str | None:
     """Return what to do about a disk, a file or a memory that does not serve; None for a fault."""
-    # torch's class for cards is told by its name: importing torch takes a second.
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or "can't allocate memory" in str(error):
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in said.lower() for words in _NO_MEMORY):
         return (
-            "the memory does not suffice: take smaller batches, or set"
-            " model.gradient_checkpointing = true where the network offers it, then repeat the"
-            " command (--dry-run measures what a protection takes)"
+            f"not enough memory ({said[:200] or type(error).__name__}): end what else holds it, or"
+            " take fewer or smaller images, smaller batches (batch_size, query_batch_size,"
+            " original_batch_size) or fewer --workers; of networks that offer it,"
+            " model.gradient_checkpointing = true. Then repeat the command"
         )
     if not isinstance(error, OSError) or error.errno == errno.EPIPE:
         return None
     where = "" if error.filename is None else f"{error.filename}: "
     remedy = "make room or choose another place, then repeat the command"
     return f"{where}{error.strerror or error}: {remedy}"
+
+
+# What torch, CUDA, its libraries and the system say.
+_NO_MEMORY = ("out of memory", "allocate memory", "enough memory", "alloc_failed")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import typer
 
 from sophon._cli.application import Json, Quiet, app, guarded
 from sophon._cli.running import mode_of, say, show_comparison, show_verdict
-from sophon._errors import CheckpointError
+from sophon._errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
     from sophon._comparison import Comparison
@@ -83,7 +83,9 @@ def report(
     ] = None,
     markdown: Annotated[
         Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write it for a model card; - prints it."),
+        typer.Option(
+            "--markdown", metavar="FILE", help="Write it for a model card; - prints it alone."
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -91,12 +93,21 @@ def report(
     """Judge a stored audit; print the verdict and write the report."""
     from sophon._report import report as judge
 
+    _require_places(html, markdown, as_json=as_json)
     made = judge(read_record(audited))
     files = _written(made, {"report": html, "markdown": markdown})
     if markdown == _PRINTED:
-        typer.echo(made.markdown())
+        typer.echo(made.markdown(), nl=False)
         return
     show_verdict(made, mode_of(quiet, as_json), files)
+
+
+def _require_places(html: Path | None, markdown: Path | None, *, as_json: bool) -> None:
+    """Raise SpecError for a page that cannot be printed, or cannot beside JSON."""
+    if html == _PRINTED:
+        raise SpecError("--html = -: a page is not printed, name a file; --markdown - prints text")
+    if markdown == _PRINTED and as_json:
+        raise SpecError("--markdown = - and --json both print: leave one out, or name a file")
 
 
 def _written(made: Report | Comparison, asked: dict[str, Path | None]) -> dict[str, Path]:
@@ -132,18 +143,19 @@ def compare(
     ] = None,
     markdown: Annotated[
         Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write it as Markdown; - prints it."),
+        typer.Option("--markdown", metavar="FILE", help="Write it as Markdown; - prints it alone."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Rank stored audits; what cannot be compared is kept apart."""
     from sophon._comparison import compare as ranked
 
+    _require_places(html, markdown, as_json=as_json)
     records = [read_record(path) for path in audited]
     made = ranked(list(zip(_short(audited), records, strict=True)))
     files = _written(made, {"comparison": html, "markdown": markdown})
     if markdown == _PRINTED:
-        typer.echo(made.markdown())
+        typer.echo(made.markdown(), nl=False)
         return
     show_comparison(made, files, as_json=as_json)
 

@@ -21,7 +21,9 @@ _LOADED = {
     *("name_or_path", "_name_or_path", "pretrained_cfg", "default_cfg"),
     *("_diffusers_version", "transformers_version"),
 }
-_USUAL = frozenset(vars(nn.Module())) | _LOADED | {"num_classes"}
+# What they take in memory and time, and nothing of what they compute.
+_COSTS = {"grad_checkpointing", "gradient_checkpointing", "_gradient_checkpointing_func"}
+_USUAL = frozenset(vars(nn.Module())) | _LOADED | _COSTS | {"num_classes"}
 _PLAIN = (bool, int, float, str, type(None))
 # Objects that layers keep are looked into so far.
 _DEEP = 3

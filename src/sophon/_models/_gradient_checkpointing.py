@@ -31,16 +31,23 @@ def checkpoint_gradients(model: nn.Module) -> nn.Module:
         enable = getattr(model, "enable_gradient_checkpointing", None)
         # Unlike the library's own default this can be sent to another process.
         arguments = (_checkpointed,)
+    reason = ""
     try:
-        if enable is None:
-            raise ValueError
-        enable(*arguments)
-    except (AssertionError, ValueError):
+        if enable is not None:
+            enable(*arguments)
+    except (AssertionError, ValueError) as error:
+        # So both libraries refuse.
+        reason = f" ({error})"
+    if not any(_is_checkpointed(part) for part in model.modules()):
         raise UnsupportedModelError(
-            f"{_KEY}: {type(model).__name__} does not offer it: leave it out, or use a network of"
-            " timm or diffusers that does"
-        ) from None
+            f"{_KEY}: {type(model).__name__} does not offer it{reason}: leave it out, or use a"
+            " network of timm or diffusers that does"
+        )
     return model
+
+
+def _is_checkpointed(part: nn.Module) -> bool:
+    return any(vars(part).get(name) for name in ("grad_checkpointing", "gradient_checkpointing"))
 
 
 def _checkpointed(part: nn.Module, *inputs: Any) -> Any:

@@ -161,7 +161,7 @@ def test_a_copy_in_another_process_is_checkpointed_and_the_same_network(
     # An audit compares what the protected and the unprotected model compute with.
     assert models.code_differences(sent, plain) == ()
     assert models.code_differences(plain, sent) == ()
-    size = (2, 1, 16, 16) if name == UNET else (2, 3, 32, 32)
+    size = (2, 3, 16, 16) if name == UNET else (2, 3, 32, 32)
     spent = []
     for one in (plain, model, sent):
         words = (torch.zeros(size), 0) if name == UNET else (torch.zeros(size),)

@@ -161,7 +161,8 @@ def measure_full(
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     weights = sum(parameter.numel() for parameter in model.parameters())
     card = run.setting.device.type == "cuda"
-    device = torch.cuda.get_device_name() if card else f"{torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if card else f"{threads} thread{'s' * (threads > 1)}"
     return (
         f"| `{shown(name)}` | {weights / 1e6:.1f} M | {device} | {run.setting.precision} |"
         f" {'on' if checkpointed else 'off'} | {wall:.1f} s | {processor:.1f} s |"

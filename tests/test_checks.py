@@ -45,6 +45,16 @@ def _standard(**changes: object) -> AuditRecord:
     return record().model_copy(update={"spec": spec})
 
 
+def _before(score: float) -> AuditRecord:
+    """Return a record whose unprotected model has this score on its own task, of ten classes."""
+    base, held = record(), Score(correct=round(1000 * score), total=1000)
+    subjects = [
+        one.model_copy(update={"original": held}) if one.name == "unprotected" else one
+        for one in base.subjects
+    ]
+    return base.model_copy(update={"subjects": tuple(subjects)})
+
+
 def _machines(**other: str) -> AuditRecord:
     """Return a record whose trials on one subject ran somewhere else."""
     base = record()
@@ -167,6 +177,7 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
     "unequal_search": (record(record().trials[1:]), record()),
     "crashed_attacks": (record([crashed("protected")]), record()),
     "near_chance_on_original": (record(original=0.15), record(original=0.9)),
+    "unprotected_fails": (_before(0.11), _before(0.13)),
     "original_task_suffers": (record(original=0.85), record(original=0.89)),
     "other_optimizer_far_better": (_optimizers(0.9), _optimizers(0.55)),
     "same_weights": (_weights("2" * 64), record()),

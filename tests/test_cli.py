@@ -722,6 +722,41 @@ def test_a_dry_run_has_nothing_to_profile(run_file: Path, tmp_path: Path) -> Non
     assert "leave one of them out" in said
 
 
+def test_a_store_is_no_folder_of_the_users(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").touch()
+    words = ("audit", run_file, "--model", tmp_path / "letters.safetensors", "--out")
+    said = refused(tmp_path, *words, tmp_path / "a", "--store", tmp_path / "photos")
+    assert "photos is not empty (one.jpg)" in said
+    assert [one.name for one in (tmp_path / "photos").iterdir()] == ["one.jpg"]
+
+
+def test_an_audit_misses_its_run_file_first(tmp_path: Path) -> None:
+    assert "none.toml does not exist" in refused(tmp_path, "audit", "none.toml", "--out", "a")
+
+
+def test_a_file_of_words_is_no_dangerous_one(run_file: Path, tmp_path: Path) -> None:
+    words = ("audit", run_file, "--model", run_file, "--out", tmp_path / "a")
+    said = refused(tmp_path, *words)
+    assert "is no file of weights" in said
+    assert "pickle" not in said
+    assert "is no audit record" in refused(tmp_path, "report", run_file)
+
+
+def test_lines_beyond_what_was_expected_are_few_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("sophon._progress.time.monotonic", lambda: next(clock))
+    display = Display("lines", noun="trial", total=10, todo=10)
+    for _ in range(60):
+        display.step({}, "")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 20
+    assert " more than expected)" in lines[-1]
+    assert "left" not in lines[-1]
+
+
 @pytest.mark.slow
 def test_controls_are_found_out_by_the_command(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -743,6 +778,13 @@ def test_controls_are_found_out_by_the_command(
     assert out.count('"event": "control"') == 4
     assert held[0]["control"] == "raises when trained"
     assert "crashed attacks" in held[0]["flags"]
+    assert all(bool(row["failed"]) != row["passed"] for row in held)
+    assert out.count('"event": "forecast"') == 1
+    # What was found can be read again, and is no audit of a model.
+    code, out, _ = sophon("inspect", tmp_path / "c")
+    assert code == 0
+    assert "raises when trained" in out
+    assert "controls" in refused(tmp_path, "report", tmp_path / "c")
 
 
 def test_an_audit_with_a_budget_says_what_it_gives_up(run_file: Path, tmp_path: Path) -> None:

@@ -398,6 +398,44 @@ def test_a_crash_of_another_subject_is_void_all_the_same() -> None:
     assert report(record([*base.trials, crashed("scratch")])).verdict == "void"
 
 
+def _without_before(protected: float, scratch: float) -> AuditRecord:
+    """Return a record of three seeds without the unprotected model: bests of the other two."""
+    curves = {"protected": (0.2, 0.3, protected, protected), "scratch": (0.1, 0.2, 0.3, scratch)}
+    held = record(curves=curves)
+    kept = [t for t in held.trials if t.subject != "unprotected"]
+    subjects = [s for s in held.subjects if s.name != "unprotected"]
+    return held.model_copy(update={"trials": tuple(kept), "subjects": tuple(subjects)})
+
+
+def test_without_the_model_before_attackers_who_are_surely_ahead_convict() -> None:
+    made = report(_without_before(0.9, 0.6))
+    assert made.verdict == "not protected"
+    assert "surely ahead of a fresh network: 91.0 % against 61.0 %" in " ".join(made.worst.reasons)
+    assert "nobody can say how much of the advantage was removed" in made.markdown()
+    assert "</html>" in made.html()
+    # A flag that voids speaks first, and what is not surely ahead convicts nobody.
+    crash = crashed("protected")
+    voided = _without_before(0.9, 0.6)
+    voided = voided.model_copy(update={"trials": (*voided.trials, crash)})
+    for held in (voided, _without_before(0.6, 0.6), _without_before(0.3, 0.6)):
+        judged = report(held)
+        assert judged.verdict == "void"
+        said = " ".join(judged.worst.reasons)
+        assert "what protection removed cannot be told" in said
+        assert "no measured attack" not in said
+
+
+def test_a_task_that_no_attack_learns_is_said_to_be_one() -> None:
+    flat = (0.1, 0.1, 0.1, 0.1)
+    curves = dict.fromkeys(("protected", "unprotected", "scratch"), flat)
+    reasons = report(record(curves=curves)).worst.reasons
+    assert reasons[0].startswith("no attack on the unprotected model learns this task: ")
+    assert "check labels, images" in reasons[0]
+    behind = report(record(curves={"unprotected": (0.1, 0.1, 0.2, 0.2)})).worst.reasons
+    assert "points behind a fresh one" in behind[0]
+    assert "learns this task" not in behind[0]
+
+
 def test_a_two_class_task_that_works_is_not_destroyed() -> None:
     held = record()
     two = held.model_copy(update={"original": held.original.model_copy(update={"classes": 2})})

@@ -91,7 +91,8 @@ def fit(
     raise AuditError(
         f"a budget of {_duration(seconds)} is too short: even{without} on {seeds} attack"
         f" seed{'' if seeds == 1 else 's'} of {chosen.steps} steps this audit takes about"
-        f" {_duration(least)}: raise --budget or use more --workers{smaller}"
+        f" {_duration(least)}: raise --budget, use more --workers, or lower audit.steps or"
+        f" audit.seeds yourself{smaller}"
     )
 
 

@@ -240,6 +240,25 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     return None
 
 
+def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the unprotected model is no better than guessing on its own task."""
+    del domain
+    kind = kind_of_record(record)
+    chance = _guessing(record.original, kind)
+    scores = {s.name: s.original for s in record.subjects}
+    score = scores.get("unprotected")
+    if score is None or interval_of(score).low > chance:
+        return None
+    return Flag(
+        "unprotected model fails its task",
+        "the model before protection is no better than guessing on the original test split",
+        "Beside a model that never had its task nothing else says what protection kept or took.",
+        "Check the weights in the run file or of --unprotected, the images and normalisation.",
+        f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}",
+        forbids=GOOD,
+    )
+
+
 def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the original task lost more than the guard's tolerance on the test split.
 
@@ -524,6 +543,7 @@ CHECKS: dict[str, Check] = {
     "crashed_attacks": crashed_attacks,
     "unequal_search": unequal_search,
     "near_chance_on_original": near_chance_on_original,
+    "unprotected_fails": unprotected_fails,
     "original_task_suffers": original_task_suffers,
     "unhealthy_weights": unhealthy_weights,
     "most_diverged": most_diverged,

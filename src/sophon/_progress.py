@@ -98,10 +98,11 @@ class Display:
 
     def _line(self, text: str) -> None:
         now = time.monotonic()
-        if self.seen < self.total and now - self.last_line < SECONDS_BETWEEN_LINES:
+        if self.seen != self.total and now - self.last_line < SECONDS_BETWEEN_LINES:
             return
         self.last_line = now
-        line = f"{self.noun} {self.seen}/{self.total}  {self._pace()}  {text}"
+        more = f" ({self.seen - self.total} more than expected)" if self.seen > self.total else ""
+        line = f"{self.noun} {self.seen}/{self.total}{more}  {self._pace()}  {text}"
         typer.echo(line, err=True)
 
     def _pace(self) -> str:
@@ -110,8 +111,8 @@ class Display:
         each = max(1e-6, (time.monotonic() - self.started) / self.ran)
         rate = f"{each:.1f} s/{self.noun}" if each >= 1 else f"{1 / each:.1f} {self.noun}s/s"
         # Of later stages it may turn out only then that they are stored.
-        left = max(0, min(self.todo - self.ran, self.total - self.seen))
-        return f"{rate}, {duration(each * left)} left"
+        left = min(self.todo - self.ran, self.total - self.seen)
+        return f"{rate}, {duration(each * left)} left" if left >= 0 else rate
 
 
 def percent(value: float) -> str:

@@ -346,7 +346,7 @@ def advantage_removed(
     gap = baselines[0] - baselines[1]
     p, u, s = (_draws(v, i) + own for i, (v, own) in enumerate(zip(areas, noise, strict=True)))
     if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
-        return Estimate(None, None, False, _tells_nothing(kind.gap(gap)))
+        return Estimate(None, None, False, _tells_nothing(gap, kind))
     value = float(unprotected.mean() - protected.mean()) / gap
     if min(len(protected), len(unprotected), len(scratch)) < 2:
         return Estimate(value, None, True, baselines=baselines)
@@ -399,10 +399,13 @@ def _separate_noise(
     return noise
 
 
-def _tells_nothing(gap: str) -> str:
+def _tells_nothing(gap: float, kind: MetricKind) -> str:
+    lead = f"leads a fresh one by only {kind.gap(gap)}"
+    if gap < 0:
+        lead = f"is {kind.gap(-gap)} behind a fresh one"
     return (
-        f"the unprotected model leads a fresh one by only {gap} on average over"
-        " the budget: this pair and budget tell nothing"
+        f"the unprotected model {lead} on average over the budget: this pair and budget tell"
+        " nothing"
     )
 
 

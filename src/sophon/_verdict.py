@@ -8,7 +8,7 @@ from typing import Literal
 from sophon._checks import CHECKS, unlearnt
 from sophon._errors import AuditError
 from sophon._flags import GOOD, WITHSTOOD, Flag, trials_of
-from sophon._metric_kinds import kind_of, kind_of_record
+from sophon._metric_kinds import kind_of, kind_of_record, shown
 from sophon._pictures import slows, withstands
 from sophon._records import AuditRecord, DomainRecord, Measurement
 from sophon._statistics import Estimate, Interval, budgets, interval_of
@@ -130,6 +130,10 @@ def _summarise(
     p = logrank(*costs) if len(costs) == 2 else None
     surely = seeds is None or _surely_slower(slowing, costs)
     verdict, reasons, looks = _judge(subjects, advantage, (slowing, surely), flags, seeds)
+    if alone(record):
+        verdict, reasons = _without_before(subjects, flags, reasons)
+    elif not advantage.defined:
+        reasons = _without_learning(reasons, unlearnt(record, domain.name, "unprotected"))
     if seeds is not None and seeds < SEEDS_TO_ACQUIT:
         reasons = _without_lead(reasons, unlearnt(record, domain.name, "unprotected"))
     # Pictures could only acquit an allowed task of being blocked: there the error is enough.
@@ -233,6 +237,36 @@ def _judge(
     if seeds is not None and _cut_off(slowing, low):
         return "void", (*reasons, f"{_NO_ROOM}: raise audit.steps"), None
     return *_convicted(subjects, value, high, reasons), None
+
+
+def _without_before(
+    subjects: dict[str, SubjectSummary], flags: tuple[Flag, ...], reasons: tuple[str, ...]
+) -> tuple[Verdict, tuple[str, ...]]:
+    """Return the verdict where the model before protection was not given.
+
+    Nothing can acquit there; attackers who are surely ahead of a fresh network convict.
+    """
+    measured = {"protected", "scratch"} <= set(subjects)
+    if not any(flag.voids for flag in flags) and measured and _surely_ahead(subjects):
+        mine, other = subjects["protected"].test, subjects["scratch"].test
+        return "not protected", (
+            "without the model before protection no share of its advantage can be given, but the"
+            f" best attack is surely ahead of a fresh network: {shown(mine)} against"
+            f" {shown(other)} on the test split",
+            "the strongest attacks still profit from the weights",
+        )
+    said = "the model before protection was not given: what protection removed cannot be told"
+    return "void", (*(r for r in reasons if r != "no measured attack on unprotected"), said)
+
+
+def _without_learning(reasons: tuple[str, ...], guesses: str) -> tuple[str, ...]:
+    """Return reasons that begin with the task itself where no attack on the unprotected model does
+    better than it `guesses`.
+    """
+    if not guesses:
+        return reasons
+    said = f"no attack on the unprotected model learns this task: {guesses}; check labels, images"
+    return (f"{said} and audit.steps", *reasons)
 
 
 def _without_lead(reasons: tuple[str, ...], guesses: str) -> tuple[str, ...]:

@@ -194,7 +194,7 @@ def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
     name = max(far, key=lambda n: max(far[n], 1 / max(far[n], 1e-12)))
     attacks = [t.strategy for t in trials_of(record, domain, "protected") if t.curve]
     undone = any(isinstance(p, RescaleWeights) for s in attacks for p in s.preparations)
-    size = f"{far[name]:.3g}" if before is None else f"x{far[name]:.3g}"
+    size = f"{far[name]:.3g}" if before is None else f"{far[name]:.3g} times as large"
     kept = f", of which rescaling leaves {len(stuck)} ({stuck[0]})" if stuck else ""
     return Flag(
         "weight norms inflated",

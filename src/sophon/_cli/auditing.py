@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,18 +21,20 @@ from sophon._cli.application import (
     counted,
     guarded,
 )
-from sophon._cli.running import mode_of, print_rows, show_verdict
+from sophon._cli.reading import CONTROLS, show_controls
+from sophon._cli.running import mode_of, show_verdict
 from sophon._errors import CheckpointError, ControlError, SpecError
 
 if TYPE_CHECKING:
     from sophon._audit import Audit
+    from sophon._budget import AuditForecast
     from sophon._progress import Mode
     from sophon._records import AuditRecord
     from sophon._report import Report
     from sophon._runs import Case
 
 # Any of these in a folder tells that an audit, or controls, were written there.
-_OURS = ("record.json", "controls.json", "trials")
+_OURS = ("record.json", CONTROLS, "trials", "budgets")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -114,6 +117,8 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     from sophon._runs import load, require_outside, require_place
 
     mode = mode_of(quiet, as_json)
+    if not run_file.is_file():
+        raise SpecError(f"{run_file} does not exist: name the run file")
     placed: dict[str, Any] = {
         "store": store or out,
         "workers": workers,
@@ -129,8 +134,8 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
             f"--out = {out} is the folder of the model to audit, which is for publishing: choose"
             f" another, such as {out}-audit"
         )
-    require_unused(out, *_OURS)
-    for folder in {out, store or out}:
+    for folder in dict.fromkeys((out, store or out)):
+        require_unused(folder, *_OURS)
         require_outside(folder, run_file, settings)
     # Another model before protection, or none, stands in for the run file's.
     case = load(run_file, settings, threads, network_only=unprotected is not None)
@@ -293,23 +298,9 @@ def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
     """Print, before any trial, what the audit is expected to take and what it gives up."""
     if not todo or mode == "quiet":
         return
-    from sophon._progress import duration
-
-    expected = audit.forecast()
+    _say_forecast(audit.forecast(), mode, todo, audit.given_up, about=audit.plan.staged)
     if mode == "json":
-        numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
-        given_up = list(audit.given_up)
-        held = {**numbers, "to_run": todo, "given_up": given_up}
-        typer.echo(json.dumps({"event": "forecast", **held}))
         return
-    seconds = expected.seconds
-    time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
-    about = "about " if audit.plan.staged else ""
-    typer.echo(
-        f"forecast: {about}{expected.trials} trials, {expected.steps} steps, {time} in all;"
-        f" {todo} trials are still to be run",
-        err=True,
-    )
     if audit.picture_sets:
         typer.echo(
             f"pictures ({audit.picture_sets} sets) come after the trials; their time is not in the"
@@ -318,6 +309,34 @@ def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
         )
     for lost in audit.given_up:
         typer.echo(f"given up to fit the budget: {lost}", err=True)
+
+
+def _say_forecast(
+    expected: AuditForecast,
+    mode: Mode,
+    todo: int | None = None,
+    given_up: Sequence[str] = (),
+    *,
+    about: bool = True,
+) -> None:
+    """Print a forecast; `todo` is how many of its trials no store has, where that is known."""
+    from sophon._progress import duration
+
+    if mode == "quiet":
+        return
+    if mode == "json":
+        numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
+        more = {} if todo is None else {"to_run": todo, "given_up": list(given_up)}
+        typer.echo(json.dumps({"event": "forecast", **numbers, **more}))
+        return
+    seconds = expected.seconds
+    time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
+    left = "" if todo is None else f"; {todo} trials are still to be run"
+    typer.echo(
+        f"forecast: {'about ' if about else ''}{expected.trials} trials, {expected.steps} steps,"
+        f" {time} in all{left}",
+        err=True,
+    )
 
 
 def write_audit(record: AuditRecord, out: Path) -> Report:
@@ -352,30 +371,22 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
         head=case.network.head,
         **arguments,
     )
+    _say_forecast(controls.forecast(), mode)
     held = []
     with Display(mode, noun="control", total=len(controls), todo=len(controls)) as display:
         for result in controls:
             held.append(result.as_dict())
             verdict = result.summary.text
             display.step(held[-1], f"{result.name}: {verdict}")
-    write_json(out / "controls.json", {"controls": held, "command": command_line()})
-    missed = [row["control"] for row in held if not row["passed"]]
+    write_json(out / CONTROLS, {"controls": held, "command": command_line()})
+    missed = [f"{row['control']} ({row['failed']})" for row in held if not row["passed"]]
     if mode in ("bar", "lines"):
-        header = ("control", "verdict", "advantage removed", "flags", "found out")
-        print_rows([header, *(_control_row(row) for row in held)])
+        show_controls(held)
     if missed:
         raise ControlError(
             f"{', '.join(missed)}: not found out; audits made like this prove nothing. Use more"
-            f" steps, seeds or images; the numbers are in {out / 'controls.json'}"
+            f" steps, measurements (audit.evaluations), seeds or images; the numbers are in"
+            f" {out / CONTROLS}"
         )
     if mode != "json":
-        typer.echo(f"controls: all {len(held)} found out or recovered; {out / 'controls.json'}")
-
-
-def _control_row(row: dict[str, Any]) -> tuple[str, ...]:
-    value, interval = row["advantage_removed"], row["interval"]
-    shown = "-" if value is None else f"{100 * value:z.0f} %"
-    if interval is not None:
-        shown += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
-    found = "yes" if row["passed"] else "NO"
-    return (row["control"], row["verdict"], shown, ", ".join(row["flags"]), found)
+        typer.echo(f"controls: all {len(held)} found out or recovered; {out / CONTROLS}")

@@ -6,12 +6,12 @@ Nothing heavy is imported before a command runs; none of them but `inspect` need
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sophon._cli.application import Json, Quiet, app, guarded
-from sophon._cli.running import mode_of, say, show_comparison, show_verdict
+from sophon._cli.running import mode_of, print_rows, say, show_comparison, show_verdict
 from sophon._errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # What every file compressed by gzip begins with.
 _GZIP = b"\x1f\x8b"
 _PRINTED = Path("-")
+CONTROLS = "controls.json"
 
 
 def read_record(path: Path) -> AuditRecord:
@@ -41,6 +42,10 @@ def read_record(path: Path) -> AuditRecord:
         held = gzip.decompress(held) if held.startswith(_GZIP) else held
         return AuditRecord.model_validate_json(held.decode("utf-8"))
     except FileNotFoundError:
+        if (path / CONTROLS).is_file():
+            raise CheckpointError(
+                f"{path} holds controls, an audit of the audit: `sophon inspect {path}` prints them"
+            ) from None
         begun = len(list((path / "trials").glob("*.json")))
         if begun:
             raise CheckpointError(
@@ -56,8 +61,14 @@ def read_record(path: Path) -> AuditRecord:
             f"{file} is compressed and cannot be unpacked: copy it again, or repeat the audit"
         ) from None
     except (UnicodeDecodeError, ValidationError) as error:
+        if not held.lstrip().startswith(b"{"):
+            raise CheckpointError(
+                f"{file} is no audit record: name the folder that `sophon audit --out` wrote, or"
+                " its record.json"
+            ) from None
         raise CheckpointError(
-            f"{file} is not a whole audit record of this version{_why(error)}: repeat the audit"
+            f"{file} is not a whole audit record of this version{_why(error)}: repeat the audit, or"
+            " name the record.json that it wrote"
         ) from None
 
 
@@ -100,6 +111,21 @@ def report(
         typer.echo(made.markdown(), nl=False)
         return
     show_verdict(made, mode_of(quiet, as_json), files)
+
+
+def show_controls(held: list[dict[str, Any]]) -> None:
+    """Print what became of each control, as `controls.json` keeps it."""
+    header = ("control", "verdict", "advantage removed", "flags that tell", "found out")
+    print_rows([header, *map(_control_row, held)])
+
+
+def _control_row(row: dict[str, Any]) -> tuple[str, ...]:
+    value, interval = row["advantage_removed"], row["interval"]
+    shown = "-" if value is None else f"{100 * value:z.0f} %"
+    if interval is not None:
+        shown += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+    found = "yes" if row["passed"] else f"NO: {row.get('failed') or 'see its flags'}"
+    return (row["control"], row["verdict"], shown, ", ".join(row["telling"]), found)
 
 
 def _require_places(html: Path | None, markdown: Path | None, *, as_json: bool) -> None:
@@ -190,6 +216,10 @@ def inspect(
 
     if path.suffix == ".toml":
         say(describe_run(path))
+    elif (path / CONTROLS).is_file() and not (path / "record.json").is_file():
+        from sophon._files import read_json
+
+        show_controls(read_json(path / CONTROLS)["controls"])
     elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
         from sophon._report import report as judge
 

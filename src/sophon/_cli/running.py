@@ -220,6 +220,8 @@ def show_comparison(made: Comparison, files: dict[str, Path], *, as_json: bool) 
     for group, table in zip(made.groups, made.tables(), strict=True):
         # What a terminal has room for; the pages have the rest.
         print_rows([row[:5] for row in (table.header, *table.rows)])
+        if len(table.rows) > 1:
+            typer.echo("Where intervals overlap, the order is not certain.")
         if group.further:
             typer.echo(group.further)
     for path in files.values():

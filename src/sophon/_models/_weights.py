@@ -31,6 +31,12 @@ _DAMAGED = (
 )
 
 
+def _is_torch_file(path: Path) -> bool:
+    """Return whether a file begins as a zip archive or a pickle does."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, or of a torch file that holds tensors only.
 
@@ -47,6 +53,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
+        if not _is_torch_file(path):
+            raise CheckpointError(
+                f"{path} is no file of weights: name a safetensors file, or one of torch.save"
+            ) from None
         raise CheckpointError(
             f"{path} is refused: it is a pickle with more than tensors in it, which could run "
             "code. Where you trust it, load it yourself and keep the state_dict with "

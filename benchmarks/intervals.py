@@ -43,7 +43,7 @@ from sophon._models import resolve_model
 from sophon._plan import Plan
 from sophon._records import Point, Score, Trial, pack, unpack
 from sophon._specs import AuditSpec, DomainSpec, FreshHead, ModelSpec, Strategy, Subject
-from sophon._statistics import Interval, advantage_removed, budgets, image_areas
+from sophon._statistics import Interval, advantage_removed, image_areas, shared_budgets
 
 # Seeds of a draw: one chooses, the others measure.
 SIX = 6
@@ -225,7 +225,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if crashed:
         print(f"{len(crashed)} trials crashed, such as {crashed[0].strategy.label()}: mend them")
         return 1
-    at = budgets(trials)
+    at = shared_budgets(trials)
     stream = np.random.default_rng(0)
     draws = []
     for index in range(chosen.draws):

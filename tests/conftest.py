@@ -18,10 +18,14 @@ if os.environ.get("SOPHON_TEST_CUDA") != "1":
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# Taken now: tests of recipes set the variable for a while.
+DATA = Path(os.environ.get("SOPHON_DATA", ROOT.parent / "shared" / "data"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real image sets, from SOPHON_DATA or `../shared/data`, or skip."""
-    folder = Path(os.environ.get("SOPHON_DATA", ROOT.parent / "shared" / "data"))
+    folder = DATA
     if not (folder / "cifar10.npz").is_file():
         pytest.skip(f"the real image sets are not at {folder}: set SOPHON_DATA")
     return folder

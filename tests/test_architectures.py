@@ -317,6 +317,29 @@ def test_published_weights_in_the_cache_need_no_network(
     assert models.weights_sha256(model) == models.weights_sha256(source)
 
 
+@pytest.mark.parametrize("whole", ["a pickle", "an archive", "nothing"])
+def test_a_partial_download_of_published_weights_is_told(
+    whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    file = folder / "resnet18-f37072fd.pth"
+    torch.save(
+        plainly("torchvision:resnet18").state_dict(),
+        file,
+        _use_new_zipfile_serialization=whole == "an archive",
+    )
+    size = 0 if whole == "nothing" else file.stat().st_size // 3
+    file.write_bytes(file.read_bytes()[:size])
+    monkeypatch.setattr(_published, "require_reach", _never)
+    spec = ModelSpec(name="torchvision:resnet18", pretrained=True)
+    with pytest.raises(
+        UnsupportedModelError, match=r"resnet18-f37072fd\.pth are damaged or a partial"
+    ):
+        models.resolve_model(spec, base=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_a_file_of_published_weights_gets_a_head_of_the_classes_asked_for(
     name: str, tmp_path: Path

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from sophon import _controls
 from sophon._cli import app
 from sophon._cli.application import guarded
+from sophon._cli.auditing import _why_missed
 from sophon._demo import prepare
 from sophon._networks import SmallConvNet
 from sophon._progress import Display, duration
@@ -778,8 +779,9 @@ def test_controls_are_found_out_by_the_command(
     assert out.count('"event": "control"') == 4
     assert held[0]["control"] == "raises when trained"
     assert "crashed attacks" in held[0]["flags"]
-    assert all(bool(row["failed"]) != row["passed"] for row in held)
-    assert out.count('"event": "forecast"') == 1
+    ran = len(list((tmp_path / "c" / "trials").glob("*.json")))
+    forecast = json.loads(out.splitlines()[0])
+    assert (forecast["event"], forecast["trials"]) == ("forecast", ran)
     # What was found can be read again, and is no audit of a model.
     code, out, _ = sophon("inspect", tmp_path / "c")
     assert code == 0
@@ -928,3 +930,24 @@ def test_the_time_left_counts_no_trial_that_turns_out_to_be_stored(
     # Eight are seen: two are left, whatever was expected; each takes as long as the one that ran.
     rate, left = re.search(r"(\d+)\.0 s/trial, (.*) left", last).groups()  # type: ignore[union-attr]
     assert left == duration(2 * int(rate))
+
+
+def test_a_suite_that_does_not_exist_is_refused_before_protecting(
+    run_file: Path, tmp_path: Path
+) -> None:
+    words = ("protect", run_file, "--out", tmp_path / "p", "--set", "audit.suite=quik-1")
+    assert "'quik-1' is no suite; there is quick-1, standard-1" in refused(tmp_path, *words)
+
+
+def test_weights_in_a_folder_of_the_hubs_layout(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    words = ("evaluate", run_file, "--set", f'model.weights="{tmp_path / "hub"}"')
+    assert "is a folder without model.safetensors or pytorch_model.bin" in refused(tmp_path, *words)
+    shutil.copy(tmp_path / "letters.safetensors", tmp_path / "hub" / "model.safetensors")
+    assert sophon(*words)[:2] == sophon("evaluate", run_file)[:2]
+
+
+def test_controls_that_could_say_nothing_say_why() -> None:
+    row = {"failed": "neither convicted nor flagged", "reasons": ["no lead"]}
+    assert _why_missed({**row, "advantage_removed": None}).endswith("flagged; no lead")
+    assert _why_missed({**row, "advantage_removed": 0.4}) == row["failed"]

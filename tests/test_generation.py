@@ -490,7 +490,7 @@ def test_losses_that_do_not_fit_and_pictures_too_few_are_refused(tmp_path: Path)
         ("audit.samples.extra=true", "and audit.extra names no attack"),
         ("audit.samples.steps=2000", "steps = 2000: the schedule has timesteps 0 to 999, too few"),
         (f"audit.samples.extractor={out}", "is a Conv2d: give a classifier"),
-        (f"audit.samples.extractor={file}", "is refused: it is a pickle"),
+        (f"audit.samples.extractor={file}", "is no file of weights"),
     ):
         arguments = ("audit", file, "--model", out, "--out", tmp_path / "a", "--set", setting)
         result = sophon(*arguments)

@@ -10,20 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from records import CURVES, STEPS, trial
-from sophon._records import ErrorScore, Point, Score, Trial, pack, unpack
+from sophon._records import ErrorScore, Point, Score, Trial, first_evaluation, pack, unpack
 from sophon._specs import Strategy, Subject
 from sophon._statistics import (
     advantage_removed,
     area,
     bands,
+    budgets,
     by_seed,
     cost_to_recover,
     envelope,
     image_areas,
     next_seed,
+    shared_budgets,
     wilson,
     winner,
 )
+from sophon._trials import evaluation_steps
 
 
 def test_wilson_equals_the_published_example() -> None:
@@ -350,3 +353,21 @@ def test_only_attacks_run_with_every_seed_make_up_a_seeds_envelope() -> None:
     rows = by_seed(trials, STEPS)
     np.testing.assert_allclose(rows, [[0.2, 0.3, 0.4, 0.5]] * 2)
     np.testing.assert_allclose(by_seed(trials[2:], STEPS), [[0.6, 0.7, 0.8, 0.9]])
+
+
+def test_an_area_begins_where_every_attack_is_measured() -> None:
+    """A fitted head is measured after one step; the others would count there with their start."""
+    early = trial("protected", (0.5, 0.6, 0.7, 0.8))
+    fitted = early.model_copy(
+        update={
+            "curve": (
+                early.curve[0],
+                early.curve[1].model_copy(update={"step": 1}),
+                *early.curve[1:],
+            )
+        }
+    )
+    assert budgets([fitted, early])[0] == 1
+    first = first_evaluation(early.strategy.steps)
+    assert shared_budgets([fitted, early]) == [s for s in budgets([early]) if s >= first]
+    assert first == min(evaluation_steps(early.strategy.steps, 12))

@@ -255,7 +255,7 @@ def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
         "Beside a model that never had its task nothing else says what protection kept or took.",
         "Check the weights in the run file or of --unprotected, the images and normalisation.",
         f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}",
-        forbids=GOOD,
+        voids=True,
     )
 
 

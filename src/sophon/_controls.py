@@ -172,6 +172,7 @@ class ControlResult:
             "flags": list(self.flags),
             "telling": list(self.telling),
             "failed": self.failed,
+            "reasons": list(self.summary.reasons),
         }
 
 
@@ -235,8 +236,8 @@ class Controls:
         if self.benign:
             wide = self._audit(model, self.often, benign=self.benign).forecast()
         # Of three subjects one is the control's own.
-        many = 2 + (len(STUBBORN) + 2)
-        few = len(DECOYS) - len(STUBBORN)
+        stubborn = sum(name in STUBBORN for name in DECOYS)
+        many, few = 2 + (stubborn + 2), len(DECOYS) - stubborn
         trials, steps = (
             round((many * getattr(often, part) + few * getattr(once, part)) / 3)
             + getattr(wide, part)

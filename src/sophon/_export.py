@@ -258,7 +258,8 @@ def _metadata(source: Exported, made: Report | None) -> dict[str, Any]:
         {
             "name": summary.domain.name,
             "verdict": summary.text,
-            "advantage_removed": summary.advantage.value,
+            # A number that may not be believed is none for whoever reads no further.
+            "advantage_removed": None if summary.verdict == "void" else summary.advantage.value,
         }
         for summary in made.summaries
     ]

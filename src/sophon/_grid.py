@@ -396,9 +396,10 @@ def cell_of(name: str, scale: Scale) -> Cell:
     other = [cell.scale for cell in CELLS if cell.name == name]
     if other:
         raise SpecError(f"{name} is no cell at scale {scale}: use --scale {other[0]}")
-    near = difflib.get_close_matches(name.lower(), held, n=3, cutoff=0.4)
+    known = [*held, ROBUSTNESS, "ablation", "all"]
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise SpecError(f"{name!r} is no cell of the grid; {hint}--list shows all of them")
+    raise SpecError(f"{name!r} is no cell of the grid; {hint}--list shows all cells")
 
 
 def base_name(cell: Cell) -> str:

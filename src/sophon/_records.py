@@ -108,6 +108,11 @@ class ErrorScore(Record):
 Measurement = Score | ErrorScore
 
 
+def first_evaluation(steps: int) -> int:
+    """Return after how many of so many steps every attack is measured for the first time."""
+    return max(1, steps // 40)
+
+
 class Point(Record):
     """Performance on the validation split after `step` optimizer steps (0: before the first).
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sophon._attacks import strategies_of
+from sophon._attacks import resolved, strategies_of
 from sophon._checkpoints import require_recorded
 from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.sources import expanded
@@ -92,7 +92,11 @@ def _text_of(path: Path) -> str:
 
 def parse_run(text: str, settings: list[str] | None, *, where: str) -> RunSpec:
     """Return the specification in the text of a run file; see `read_run`."""
-    return _parsed(RunSpec, text, settings, where)
+    spec = _parsed(RunSpec, text, settings, where)
+    # A suite or an attack that does not exist is found out before anything is trained.
+    resolved(spec.audit)
+    strategies_of(spec.audit)
+    return spec
 
 
 def parse_pretraining(text: str, settings: list[str] | None, *, where: str) -> PretrainRunSpec:
@@ -177,7 +181,6 @@ def load(
     weights = _located(spec.model, path.parent).weights
     if network_only and weights is not None and not Path(weights).is_file():
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
-    strategies_of(spec.audit)  # an attack that does not exist is found out before protecting
     several = {
         "restricted": spec.restricted,
         "held_out": spec.held_out,

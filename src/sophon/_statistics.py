@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sophon._metric_kinds import KINDS, MetricKind
-from sophon._records import Measurement, Score, Trial, unpack
+from sophon._records import Measurement, Score, Trial, first_evaluation, unpack
 from sophon._specs import Strategy
 
 DRAWS = 4000
@@ -89,6 +89,16 @@ def interval_of(score: Measurement) -> Interval:
 def budgets(trials: Sequence[Trial]) -> list[int]:
     """Return every budget at which any trial was measured, in steps, 0 left out."""
     return sorted({point.step for trial in trials for point in trial.curve if point.step > 0})
+
+
+def shared_budgets(trials: Sequence[Trial]) -> list[int]:
+    """Return the budgets that an area is taken over: from where every attack is measured on.
+
+    A head fitted before the first step is measured after that as well, where the other attacks
+    would count with their start; on a logarithmic axis these few steps are wide.
+    """
+    first = first_evaluation(max((trial.strategy.steps for trial in trials), default=0))
+    return [budget for budget in budgets(trials) if budget >= first]
 
 
 def envelope(trials: Sequence[Trial], at: Sequence[int] | None = None) -> list[EnvelopePoint]:

@@ -18,12 +18,12 @@ from sophon._statistics import (
     area,
     bands,
     best_of,
-    budgets,
     by_seed,
     cost_of,
     envelope,
     image_areas,
     interval_of,
+    shared_budgets,
     winner,
 )
 from sophon._survival import Recovery, ratio_interval, recovery
@@ -127,7 +127,7 @@ def goals_of(trials: list[Trial], kind: MetricKind) -> dict[Subject, float | Non
 
 def advantage_of(domain: DomainRecord, trials: list[Trial], kind: MetricKind) -> Estimate:
     """Return the advantage removed by what trials on a domain reached."""
-    at, held = budgets(trials), {name: _of(trials, name) for name in SUBJECTS}
+    at, held = shared_budgets(trials), {name: _of(trials, name) for name in SUBJECTS}
     missing = [name for name, own in held.items() if winner(own) is None]
     if missing:
         return Estimate(None, None, False, f"no measured attack on {', '.join(missing)}")

@@ -186,7 +186,8 @@ def depth(record: AuditRecord, domain: str) -> Table | None:
     note = (
         "Mean score over the logarithm of the budget for an attacker who takes the first blocks"
         " and starts the rest anew. In brackets: the share that keeps of the whole unprotected"
-        " model's lead over a fresh network. Two attacks a row, the first attack seed."
+        " model's lead over a fresh network. Two attacks a row, the first attack seed: not the"
+        " attacks, nor the measure, of the advantage removed."
     )
     return table(("blocks kept", *SUBJECTS), rows, note)
 

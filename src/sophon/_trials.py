@@ -29,6 +29,7 @@ from sophon._records import (
     Point,
     Stopped,
     Trial,
+    first_evaluation,
     pack,
 )
 from sophon._setting import Setting
@@ -260,8 +261,8 @@ class _Progress:
 
 def evaluation_steps(steps: int, evaluations: int) -> frozenset[int]:
     """Return the steps after which an attack is measured: geometric from 1/40 of the horizon."""
-    first = max(1, steps // 40)
-    return frozenset(round(value) for value in np.geomspace(first, steps, evaluations).tolist())
+    due = np.geomspace(first_evaluation(steps), steps, evaluations)
+    return frozenset(round(value) for value in due.tolist())
 
 
 def stop_at(steps: int, evaluations: int, share: float) -> int:

@@ -130,12 +130,14 @@ def _summarise(
     p = logrank(*costs) if len(costs) == 2 else None
     surely = seeds is None or _surely_slower(slowing, costs)
     verdict, reasons, looks = _judge(subjects, advantage, (slowing, surely), flags, seeds)
+    guesses = unlearnt(record, domain.name, "unprotected")
     if alone(record):
-        verdict, reasons = _without_before(subjects, flags, reasons)
-    elif not advantage.defined:
-        reasons = _without_learning(reasons, unlearnt(record, domain.name, "unprotected"))
+        reasons = _without_before(subjects, reasons)
+    elif guesses and (not advantage.defined or verdict in GOOD):
+        # Whoever could not learn it before is not kept from it by a protection.
+        verdict, reasons = "void", _without_learning(reasons, guesses)
     if seeds is not None and seeds < SEEDS_TO_ACQUIT:
-        reasons = _without_lead(reasons, unlearnt(record, domain.name, "unprotected"))
+        reasons = _without_lead(reasons, guesses)
     # Pictures could only acquit an allowed task of being blocked: there the error is enough.
     if record.task == "denoising" and domain.role != "benign":
         judged = _with_pictures(record, domain.name, subjects, (verdict, reasons, slowing), looks)
@@ -240,31 +242,28 @@ def _judge(
 
 
 def _without_before(
-    subjects: dict[str, SubjectSummary], flags: tuple[Flag, ...], reasons: tuple[str, ...]
-) -> tuple[Verdict, tuple[str, ...]]:
-    """Return the verdict where the model before protection was not given.
+    subjects: dict[str, SubjectSummary], reasons: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the reasons where the model before protection was not given.
 
-    Nothing can acquit there; attackers who are surely ahead of a fresh network convict.
+    Nothing can acquit or convict there: whom attackers leave a fresh network behind with may still
+    be slowed down. That they do is said.
     """
-    measured = {"protected", "scratch"} <= set(subjects)
-    if not any(flag.voids for flag in flags) and measured and _surely_ahead(subjects):
-        mine, other = subjects["protected"].test, subjects["scratch"].test
-        return "not protected", (
-            "without the model before protection no share of its advantage can be given, but the"
-            f" best attack is surely ahead of a fresh network: {shown(mine)} against"
-            f" {shown(other)} on the test split",
-            "the strongest attacks still profit from the weights",
-        )
     said = "the model before protection was not given: what protection removed cannot be told"
-    return "void", (*(r for r in reasons if r != "no measured attack on unprotected"), said)
+    more = [reason for reason in reasons if reason != "no measured attack on unprotected"]
+    if {"protected", "scratch"} <= set(subjects) and _surely_ahead(subjects):
+        mine, other = subjects["protected"].test, subjects["scratch"].test
+        more.append(
+            f"attackers profit: the best one is surely ahead of a fresh network, {shown(mine)}"
+            f" against {shown(other)} on the test split"
+        )
+    return (*more, said)
 
 
 def _without_learning(reasons: tuple[str, ...], guesses: str) -> tuple[str, ...]:
     """Return reasons that begin with the task itself where no attack on the unprotected model does
     better than it `guesses`.
     """
-    if not guesses:
-        return reasons
     said = f"no attack on the unprotected model learns this task: {guesses}; check labels, images"
     return (f"{said} and audit.steps", *reasons)
 

@@ -379,7 +379,7 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
             verdict = result.summary.text
             display.step(held[-1], f"{result.name}: {verdict}")
     write_json(out / CONTROLS, {"controls": held, "command": command_line()})
-    missed = [f"{row['control']} ({row['failed']})" for row in held if not row["passed"]]
+    missed = [f"{row['control']} ({_why_missed(row)})" for row in held if not row["passed"]]
     if mode in ("bar", "lines"):
         show_controls(held)
     if missed:
@@ -390,3 +390,9 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
         )
     if mode != "json":
         typer.echo(f"controls: all {len(held)} found out or recovered; {out / CONTROLS}")
+
+
+def _why_missed(row: dict[str, Any]) -> str:
+    """Return what a control failed, and why its audit could say nothing where that is so."""
+    reasons = row["reasons"] if row["advantage_removed"] is None else []
+    return "; ".join([row["failed"], *reasons[:1]])

@@ -113,6 +113,10 @@ def report(
     show_verdict(made, mode_of(quiet, as_json), files)
 
 
+def _is_of_controls(folder: Path) -> bool:
+    return (folder / CONTROLS).is_file() and not (folder / "record.json").is_file()
+
+
 def show_controls(held: list[dict[str, Any]]) -> None:
     """Print what became of each control, as `controls.json` keeps it."""
     header = ("control", "verdict", "advantage removed", "flags that tell", "found out")
@@ -216,10 +220,11 @@ def inspect(
 
     if path.suffix == ".toml":
         say(describe_run(path))
-    elif (path / CONTROLS).is_file() and not (path / "record.json").is_file():
+    elif path.name == CONTROLS or _is_of_controls(path):
         from sophon._files import read_json
 
-        show_controls(read_json(path / CONTROLS)["controls"])
+        file = path if path.name == CONTROLS else path / CONTROLS
+        show_controls(read_json(file)["controls"])
     elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
         from sophon._report import report as judge
 

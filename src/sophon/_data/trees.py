@@ -116,7 +116,7 @@ TREES: dict[str, Tree] = {
         {"train": "img_align_celeba"},
         {},
         {"train": 202_599},
-        "img_align_celeba.zip of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        "img_align_celeba.zip and list_eval_partition.txt of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
         _celeba_splits,
     ),
     "FFHQ": Tree(

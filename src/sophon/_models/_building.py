@@ -7,8 +7,10 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sophon._compatibility import prepare_torchvision
@@ -21,6 +23,7 @@ from sophon._models._probing import (
     made_for,
 )
 from sophon._models._published import (
+    FILES,
     is_published,
     published_place,
     published_timm,
@@ -312,6 +315,8 @@ def _build_torchvision(name: str, classes: int | None, options: dict[str, Any]) 
 
 
 _UNREACHED = (OSError, RuntimeError, ValueError)
+# What reading half a file raises, and a download whose checksum is another.
+_CUT = (SafetensorError, UnpicklingError, EOFError, RuntimeError)
 
 
 def _publisher(spec: ModelSpec) -> tuple[Any, str]:
@@ -342,10 +347,21 @@ def _pretrained(spec: ModelSpec) -> nn.Module:
             model = _flexible(published_timm, library, name, **options)
         else:
             model = published_torchvision(library, name, **options)
+    except _CUT as error:
+        raise _damaged(spec, error) from None
     except _UNREACHED as error:
         raise _out_of_reach(spec, error) from None
     _refit(model, spec)
     return model
+
+
+def _damaged(spec: ModelSpec, error: Exception) -> UnsupportedModelError:
+    said = " ".join(str(error).split())[:120]
+    return UnsupportedModelError(
+        f"the published weights of {spec.name} in {published_place(*_publisher(spec))} are damaged"
+        f" or a partial download ({type(error).__name__}: {said}): delete them and download them"
+        " again"
+    )
 
 
 def _out_of_reach(spec: ModelSpec, error: Exception) -> UnsupportedModelError:
@@ -388,11 +404,23 @@ def _weights_file(spec: ModelSpec, base: Path) -> Path | None:
             raise UnsupportedModelError(
                 f"model.pretrained = true and model.weights = {spec.weights!r}: keep one of them"
             )
-        return base / spec.weights
+        return _file_in(base / spec.weights)
     if _checkpoint_folder(spec.name, base) is None:
         return None
     path = base / spec.name
     return path / "model.safetensors" if path.is_dir() else path
+
+
+def _file_in(path: Path) -> Path:
+    """Return a file of weights, or that in a folder as huggingface_hub lays it out."""
+    if not path.is_dir():
+        return path
+    held = [path / name for name in FILES if (path / name).is_file()]
+    if not held:
+        raise CheckpointError(
+            f"model.weights = {str(path)!r} is a folder without {' or '.join(FILES)}: name the file"
+        )
+    return held[0]
 
 
 def _read_description(path: Path) -> ModelSpec:

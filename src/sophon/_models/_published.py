@@ -15,7 +15,7 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
+FILES = ("model.safetensors", "pytorch_model.bin")
 _REACH_S = 3.0
 
 
@@ -98,7 +98,7 @@ def _cached(settings: Any) -> Path | None:
     if settings.hf_hub_id:
         from huggingface_hub import try_to_load_from_cache
 
-        names = [settings.hf_hub_filename] if settings.hf_hub_filename else _FILES
+        names = [settings.hf_hub_filename] if settings.hf_hub_filename else FILES
         for name in names:
             found = try_to_load_from_cache(settings.hf_hub_id, name)
             if isinstance(found, str):

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from sophon._data.conventions import CLASS_ORDERS
+from sophon._data.torchvision_sets import DATASETS
 from sophon._data.trees import TREES
 
 SPLIT_SIZES = {"train": 4, "validation": 3, "test": 2}
@@ -129,8 +130,12 @@ def _dump(path: Path, held: dict[str, Any]) -> str:
     return hashlib.md5(data).hexdigest()
 
 
-def write_mnist(root: Path, name: str = "MNIST", per_class: int = 4) -> None:
+def write_mnist(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "MNIST", per_class: int = 4
+) -> None:
     """Write MNIST's four idx files."""
+    counts = (10 * per_class, 10 * per_class)
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], counts=counts))
     raw = root / name / "raw"
     raw.mkdir(parents=True)
     for number, part in enumerate(("train", "t10k")):

@@ -54,7 +54,7 @@ def public(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     datasets: Any = importlib.import_module("torchvision.datasets")
     formats.write_cifar(root, datasets.CIFAR10, monkeypatch, per_class=4)
     formats.write_cifar(root, datasets.CIFAR100, monkeypatch, per_class=2)
-    formats.write_mnist(root)
+    formats.write_mnist(root, monkeypatch)
     for person in range(1, script.PERSONS + 1):
         place = root / "orl_faces" / f"s{person}"
         place.mkdir(parents=True)

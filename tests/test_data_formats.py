@@ -262,10 +262,14 @@ def test_cifar100_has_its_fine_classes(
     assert (domain.class_count, domain.image_shape) == (100, (3, 32, 32))
 
 
-def test_a_cut_off_mnist_file_is_named(tmp_path: Path) -> None:
-    formats.write_mnist(tmp_path)
+def test_a_cut_off_mnist_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats.write_mnist(tmp_path, monkeypatch)
     fields: dict[str, Any] = {"source": "torchvision", "name": "MNIST", "root": "."}
     assert load(tmp_path, **fields).image_shape == (1, 28, 28)
+    monkeypatch.setitem(
+        DATASETS, "MNIST", dataclasses.replace(DATASETS["MNIST"], counts=(60_000, 10_000))
+    )
+    refused(tmp_path, "40 images", "60000", **fields)
     images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-100])
     refused(tmp_path, "MNIST (train)", "cannot be read", **fields)

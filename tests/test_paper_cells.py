@@ -51,7 +51,7 @@ def paper_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         formats.write_cifar(root, datasets.CIFAR10, patch, per_class=1)
         formats.write_cifar(root, datasets.CIFAR100, patch, per_class=1)
         formats.write_stl(root, datasets, patch)
-        formats.write_mnist(root)
+        formats.write_mnist(root, patch)
         formats.write_svhn(root / "svhn", datasets, patch)
         save_file(SmallConvNet(classes=10).state_dict(), root / "model.safetensors")
         (root / "unet.json").write_text(

@@ -52,11 +52,13 @@ DATASETS: dict[str, Entry] = {
         **_TRAIN_FLAG,
         labels="targets",
         get="torchvision's mirror, https://ossci-datasets.s3.amazonaws.com/mnist",
+        counts=(60_000, 10_000),
     ),
     "FashionMNIST": Entry(
         **_TRAIN_FLAG,
         labels="targets",
         get="https://github.com/zalandoresearch/fashion-mnist",
+        counts=(60_000, 10_000),
     ),
     "SVHN": Entry(
         **_SPLIT_NAME,

@@ -82,7 +82,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         bool,
         typer.Option(
             "--table",
-            help="Print published beside re-measured numbers, of all cells or of CELL, or the"
+            help="Print published beside re-measured numbers, of all cells of a scale or of CELL, or the"
             " tables of `robustness` or `ablation`; run nothing.",
         ),
     ] = False,

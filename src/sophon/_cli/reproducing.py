@@ -82,8 +82,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         bool,
         typer.Option(
             "--table",
-            help="Print published beside re-measured numbers, of all cells of a scale or of CELL, or the"
-            " tables of `robustness` or `ablation`; run nothing.",
+            help="Print published beside re-measured numbers, of all cells of a scale or of CELL,"
+            " or the tables of `robustness` or `ablation`; run nothing.",
         ),
     ] = False,
     of: Annotated[

@@ -951,3 +951,16 @@ def test_controls_that_could_say_nothing_say_why() -> None:
     row = {"failed": "neither convicted nor flagged", "reasons": ["no lead"]}
     assert _why_missed({**row, "advantage_removed": None}).endswith("flagged; no lead")
     assert _why_missed({**row, "advantage_removed": 0.4}) == row["failed"]
+
+
+def test_an_extra_attack_may_be_named_as_reports_name_it(run_file: Path, tmp_path: Path) -> None:
+    name = "init-FC-all +ridge_head adam 0.003 (batch size 128)"
+    words = ("--set", f'audit.extra=["{name}"]')
+    code, out, err = sophon("protect", run_file, "--dry-run", *words)
+    assert code == 0, err
+    assert "ridge_head" in out
+    said = refused(
+        tmp_path, "protect", run_file, "--dry-run", "--set", 'audit.extra=["ridge adam"]'
+    )
+    assert "audit.extra.0 = 'ridge adam' is no attack of a suite; did you mean" in said
+    assert said.count("; ") > 90

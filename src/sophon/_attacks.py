@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -219,6 +220,19 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
             )
         met.add(strategy.fingerprint())
     return chosen
+
+
+def attack_named(name: str) -> Strategy:
+    """Return the attack of a suite that reports show under this name.
+
+    Raises SpecError with near matches, listing the attacks there are.
+    """
+    known = {one.label(): one for suite in SUITES.values() for one in suite.strategies}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise SpecError(f"{name!r} is no attack of a suite; {hint}There are {'; '.join(known)}")
 
 
 def secondary_of(spec: AuditSpec) -> tuple[Strategy, ...]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sophon._attacks import resolved, strategies_of
+from sophon._attacks import attack_named, resolved, strategies_of
 from sophon._checkpoints import require_recorded
 from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.sources import expanded
@@ -111,7 +111,20 @@ def _parsed(kind: type[AnyRun], text: str, settings: list[str] | None, where: st
         raise SpecError(f"{where} is not valid TOML: {error}") from None
     for setting in settings or ():
         _apply(data, setting)
+    _name_attacks(data, where)
     return parse_spec(kind, data, where=where)
+
+
+def _name_attacks(data: dict[str, Any], where: str) -> None:
+    """Put the values of a suite's attacks in the place of their names, in `audit.extra`."""
+    audit = data.get("audit")
+    extra: Any = audit.get("extra") if isinstance(audit, dict) else None
+    for index, one in enumerate(extra if isinstance(extra, list) else ()):
+        if isinstance(one, str):
+            try:
+                extra[index] = attack_named(one).model_dump(mode="json")
+            except SpecError as error:
+                raise SpecError(f"{where}: audit.extra.{index} = {error}") from None
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:

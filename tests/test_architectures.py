@@ -317,6 +317,22 @@ def test_published_weights_in_the_cache_need_no_network(
     assert models.weights_sha256(model) == models.weights_sha256(source)
 
 
+def test_whole_published_weights_that_do_not_fit_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(plainly("torchvision:resnet18").state_dict(), folder / "resnet18-f37072fd.pth")
+    monkeypatch.setattr(_published, "require_reach", _never)
+    wide = ModelSpec(
+        name="torchvision:resnet18", pretrained=True, arguments={"width_per_group": 128}
+    )
+    with pytest.raises(UnsupportedModelError) as caught:
+        models.resolve_model(wide, base=tmp_path)
+    assert "damaged" not in str(caught.value)
+
+
 @pytest.mark.parametrize("whole", ["a pickle", "an archive", "nothing"])
 def test_a_partial_download_of_published_weights_is_told(
     whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

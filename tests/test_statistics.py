@@ -355,7 +355,7 @@ def test_only_attacks_run_with_every_seed_make_up_a_seeds_envelope() -> None:
     np.testing.assert_allclose(by_seed(trials[2:], STEPS), [[0.6, 0.7, 0.8, 0.9]])
 
 
-def test_an_area_begins_where_every_attack_is_measured() -> None:
+def test_an_area_begins_where_attacks_are_due() -> None:
     """A fitted head is measured after one step; the others would count there with their start."""
     early = trial("protected", (0.5, 0.6, 0.7, 0.8))
     fitted = early.model_copy(

@@ -240,6 +240,9 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     return None
 
 
+UNPROTECTED_FAILS = "unprotected model fails its task"
+
+
 def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the unprotected model is no better than guessing on its own task."""
     del domain
@@ -250,12 +253,12 @@ def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
     if score is None or interval_of(score).low > chance:
         return None
     return Flag(
-        "unprotected model fails its task",
+        UNPROTECTED_FAILS,
         "the model before protection is no better than guessing on the original test split",
         "Beside a model that never had its task nothing else says what protection kept or took.",
         "Check the weights in the run file or of --unprotected, the images and normalisation.",
         f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}",
-        voids=True,
+        forbids=GOOD,
     )
 
 

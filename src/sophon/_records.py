@@ -109,7 +109,9 @@ Measurement = Score | ErrorScore
 
 
 def first_evaluation(steps: int) -> int:
-    """Return after how many of so many steps every attack is measured for the first time."""
+    """Return after how many of so many steps an attack is measured for the first time, unless its
+    preparation takes longer.
+    """
     return max(1, steps // 40)
 
 

@@ -92,10 +92,11 @@ def budgets(trials: Sequence[Trial]) -> list[int]:
 
 
 def shared_budgets(trials: Sequence[Trial]) -> list[int]:
-    """Return the budgets that an area is taken over: from where every attack is measured on.
+    """Return the budgets that an area is taken over: from the first at which attacks are due.
 
-    A head fitted before the first step is measured after that as well, where the other attacks
-    would count with their start; on a logarithmic axis these few steps are wide.
+    One is measured at the end of its preparation as well. Where that is earlier, all others would
+    count with their start, and on a logarithmic axis these few steps are wide. Where it is later,
+    nothing is reached within the budgets before: that is what the preparation costs.
     """
     first = first_evaluation(max((trial.strategy.steps for trial in trials), default=0))
     return [budget for budget in budgets(trials) if budget >= first]

@@ -129,6 +129,8 @@ def advantage_of(domain: DomainRecord, trials: list[Trial], kind: MetricKind) ->
     """Return the advantage removed by what trials on a domain reached."""
     at, held = shared_budgets(trials), {name: _of(trials, name) for name in SUBJECTS}
     missing = [name for name, own in held.items() if winner(own) is None]
+    if not missing and not at:
+        return Estimate(None, None, False, "no attack was measured when the first budget ended")
     if missing:
         return Estimate(None, None, False, f"no measured attack on {', '.join(missing)}")
     return advantage_removed(

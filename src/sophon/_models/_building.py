@@ -348,6 +348,11 @@ def _pretrained(spec: ModelSpec) -> nn.Module:
         else:
             model = published_torchvision(library, name, **options)
     except _CUT as error:
+        if "state_dict" in str(error):
+            raise UnsupportedModelError(
+                f"the published weights of {spec.name} do not fit it with model.arguments ="
+                f" {spec.arguments}: remove these, or set model.pretrained = false"
+            ) from None
         raise _damaged(spec, error) from None
     except _UNREACHED as error:
         raise _out_of_reach(spec, error) from None

@@ -177,6 +177,16 @@ def test_a_fresh_network_is_checkpointed_too() -> None:
     assert all(stage.grad_checkpointing for stage in fresh().stages)  # type: ignore[union-attr]
 
 
+def test_what_else_runs_the_blocks_is_code_of_its_own(folder: Path) -> None:
+    def spoilt(part: nn.Module, *inputs: Any) -> Any:
+        return part(*inputs)
+
+    model: Any = built(UNET, folder, on=True)
+    model.enable_gradient_checkpointing(spoilt)
+    found = models.code_differences(model, built(UNET, folder, on=False))
+    assert any("_gradient_checkpointing_func" in line for line in found)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

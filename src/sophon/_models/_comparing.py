@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophon._models._gradient_checkpointing import checkpointed
 from sophon._models._hooks import foreign_hooks
 
 # What every module holds, where a checkpoint was loaded from and by which version, and what a new
@@ -22,7 +23,7 @@ _LOADED = {
     *("_diffusers_version", "transformers_version"),
 }
 # What they take in memory and time, and nothing of what they compute.
-_COSTS = {"grad_checkpointing", "gradient_checkpointing", "_gradient_checkpointing_func"}
+_COSTS = {"grad_checkpointing", "gradient_checkpointing"}
 _USUAL = frozenset(vars(nn.Module())) | _LOADED | _COSTS | {"num_classes"}
 _PLAIN = (bool, int, float, str, type(None))
 # Objects that layers keep are looked into so far.
@@ -98,7 +99,12 @@ def _same_class(first: type, second: type) -> bool:
 
 def _attributes(part: nn.Module) -> dict[str, str]:
     """Return a layer's attributes in words, its own tensors by whether they are trained."""
-    held = {key: _described(value) for key, value in vars(part).items() if key not in _USUAL}
+    held = {
+        key: _described(value)
+        for key, value in vars(part).items()
+        # What diffusers runs blocks with is code: ours is known, anybody else's counts.
+        if key not in _USUAL and value is not checkpointed
+    }
     # An optimizer is given parameters: what is kept as a buffer no attack moves.
     held |= {key: "a parameter" for key, _ in part.named_parameters(recurse=False)}
     return held | {key: "a buffer" for key, _ in part.named_buffers(recurse=False)}

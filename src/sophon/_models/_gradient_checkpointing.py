@@ -30,7 +30,7 @@ def checkpoint_gradients(model: nn.Module) -> nn.Module:
     if enable is None:
         enable = getattr(model, "enable_gradient_checkpointing", None)
         # Unlike the library's own default this can be sent to another process.
-        arguments = (_checkpointed,)
+        arguments = (checkpointed,)
     reason = ""
     try:
         if enable is not None:
@@ -50,5 +50,6 @@ def _is_checkpointed(part: nn.Module) -> bool:
     return any(vars(part).get(name) for name in ("grad_checkpointing", "gradient_checkpointing"))
 
 
-def _checkpointed(part: nn.Module, *inputs: Any) -> Any:
+def checkpointed(part: nn.Module, *inputs: Any) -> Any:
+    """Run a block and keep its inputs alone."""
     return checkpoint(part.__call__, *inputs, use_reentrant=False)

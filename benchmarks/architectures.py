@@ -37,7 +37,7 @@ from torch import nn
 
 from sophon._data import Domain
 from sophon._models import DIFFUSERS, resolve_model
-from sophon._protect import Protection
+from sophon._protection.protection import Protection
 from sophon._specs import Guard, ModelSpec, Precision, ProtectSpec, Rehearsal, Strategy
 from sophon._tasks import Classification, Denoising
 

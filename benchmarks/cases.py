@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sophon._compatibility import prepare_torchvision
+from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import Domain
-from sophon._networks import ResNet20, SmallConvNet
-from sophon._protect import Protection
+from sophon._models.networks import ResNet20, SmallConvNet
+from sophon._protection.protection import Protection
 from sophon._specs import Augmentation, Guard, Precision, ProtectSpec, Rehearsal, Strategy
 
 

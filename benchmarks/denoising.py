@@ -17,9 +17,9 @@ from timing import Row, alone, ratios, row
 
 from sophon._data import Domain
 from sophon._models import diffusers
-from sophon._protect import Protection
+from sophon._protection.losses import denial_of_service
+from sophon._protection.protection import Protection
 from sophon._specs import Guard, ProtectSpec, Rehearsal, Strategy
-from sophon._suppression import denial_of_service
 from sophon._tasks import Denoising
 
 STEPS, SUPPORT, QUERY, ORIGINAL, SIDE = 5, 24, 8, 32, 32

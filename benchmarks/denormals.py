@@ -21,8 +21,8 @@ from cases import Sizes, protection, quick, threads
 from timing import Row, alone, ratios, row
 from torch import Tensor, nn
 
-from sophon._protect import Protection
-from sophon._suppression import SUPPRESSIONS
+from sophon._protection.losses import SUPPRESSIONS
+from sophon._protection.protection import Protection
 
 LOSSES = ("klu", "ice")
 

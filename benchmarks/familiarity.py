@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sophon._auditing.familiarity import familiarity
+from sophon._base.seeding import seeded
+from sophon._cli.run_file import Case, load
 from sophon._data import Domain
-from sophon._familiarity import familiarity
-from sophon._finetune import FineTuning, attacker_copy
+from sophon._judgement.flags.weights import _both, _lead
 from sophon._models import fresh_copy
-from sophon._runs import Case, load
-from sophon._seeding import seeded
-from sophon._setting import Setting, make_setting
 from sophon._specs import FreshHead, Strategy
-from sophon._weight_checks import _both, _lead
+from sophon._training.loop import FineTuning, attacker_copy
+from sophon._training.setting import Setting, make_setting
 
 STEPS = (50, 200)
 KEPT = 250

@@ -20,10 +20,10 @@ from cases import Sizes, protection, quick
 from timing import Row, alone, row
 from torch import Tensor, nn
 
-from sophon._setting import Feed, Setting
+from sophon._auditing.trial import Assignment, Bench, Start, evaluation_steps
+from sophon._protection.losses import SUPPRESSIONS
 from sophon._specs import Strategy
-from sophon._suppression import SUPPRESSIONS
-from sophon._trials import Assignment, Bench, Start, evaluation_steps
+from sophon._training.setting import Feed, Setting
 
 Batches = list[tuple[Tensor, Tensor]]
 # Three evaluations in 36 steps: before any, after the first, at the end. 13 in an attack of 160

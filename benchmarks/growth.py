@@ -18,10 +18,10 @@ from starting import record
 from timing import Row, alone, row, seconds
 from torch import nn
 
-from sophon._audit import Audit
-from sophon._protect import Protection
-from sophon._records import AuditRecord
-from sophon._report import report
+from sophon._auditing.audit import Audit
+from sophon._protection.protection import Protection
+from sophon._records.audit_record import AuditRecord
+from sophon._reporting.report import report
 from sophon._specs import AuditSpec, Guard, ProtectSpec, Rehearsal, Strategy
 
 # Of rounds and reports, and of audits, which take longest.

@@ -35,15 +35,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sophon._attacks import strategies_of
-from sophon._audit import Audit
-from sophon._circumstances import environment
+from sophon._attacks.suites import strategies_of
+from sophon._auditing.audit import Audit
+from sophon._auditing.plan import Plan
 from sophon._data import load_domain
+from sophon._judgement.statistics import Interval, advantage_removed, image_areas, shared_budgets
 from sophon._models import resolve_model
-from sophon._plan import Plan
-from sophon._records import Point, Score, Trial, pack, unpack
+from sophon._records.audit_record import Point, Score, Trial, pack, unpack
 from sophon._specs import AuditSpec, DomainSpec, FreshHead, ModelSpec, Strategy, Subject
-from sophon._statistics import Interval, advantage_removed, image_areas, shared_budgets
+from sophon._training.environment import environment
 
 # Seeds of a draw: one chooses, the others measure.
 SIX = 6

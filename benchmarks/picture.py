@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cases import Sizes, protection
 
-from sophon._circumstances import environment
-from sophon._profile import Profile, Profiled
+from sophon._protection.profile import Profile, Profiled
+from sophon._training.environment import environment
 
 ROUNDS, SIZES = 3, Sizes(20)
 # Parts below this share are drawn as one.

@@ -20,9 +20,9 @@ import torch
 from cases import Sizes, protection, quick
 from timing import Row, alone, ratios, row
 
-from sophon import _setting
-from sophon._records import AuditRecord
-from sophon._report import report
+from sophon._records.audit_record import AuditRecord
+from sophon._reporting.report import report
+from sophon._training import setting as _setting
 
 SEEDS = (0, 1, 2)
 

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sophon._circumstances import environment
+from sophon._auditing.executors import Executor, Job, Processes, Serial, Workload
+from sophon._auditing.ray import RayCluster
+from sophon._auditing.trial import Bench, Start
+from sophon._base.errors import SpecError
 from sophon._data import Domain
-from sophon._errors import SpecError
-from sophon._executors import Executor, Job, Processes, Serial, Workload
 from sophon._models import network_identity, weights_sha256
-from sophon._networks import ResNet20
-from sophon._protect import Protection
-from sophon._ray import RayCluster
+from sophon._models.networks import ResNet20
+from sophon._protection.protection import Protection
 from sophon._specs import ProtectSpec, Rehearsal, Strategy
-from sophon._trials import Bench, Start
+from sophon._training.environment import environment
 
 WORKERS = 2
 

@@ -23,12 +23,12 @@ from timing import Row, alone, ratios, row, seconds
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sophon._protect import Protection
-from sophon._rehearsal import Rehearsals
-from sophon._setting import make_setting
+from sophon._protection.losses import SUPPRESSIONS
+from sophon._protection.protection import Protection
+from sophon._protection.terms.rehearsal import Rehearsals
 from sophon._specs import Strategy
-from sophon._suppression import SUPPRESSIONS
 from sophon._tasks import Classification
+from sophon._training.setting import make_setting
 
 SUPPRESSION = "klu"
 # From so many bytes on, a block goes back to the system as soon as it is freed (glibc).

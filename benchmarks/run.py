@@ -38,7 +38,7 @@ import starting
 import torch
 from timing import Row, notes, row, show
 
-from sophon._circumstances import environment
+from sophon._training.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

@@ -30,28 +30,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sophon._attacks import (
+from sophon._attacks.suites import (
     beyond_rehearsal,
     beyond_usual,
     depth_attacks,
     resolved,
     strategies_of,
 )
-from sophon._circumstances import environment
+from sophon._auditing.executors import Job, Processes, Serial, Workload
+from sophon._auditing.plan import Plan
+from sophon._auditing.trial import Assignment, Bench, Start
+from sophon._auditing.vitals import block_count
+from sophon._base.errors import AuditError
+from sophon._base.files import require_writable
+from sophon._cli.run_file import load, load_subject, weights_file
 from sophon._data import Domain
-from sophon._errors import AuditError
-from sophon._executors import Job, Processes, Serial, Workload
-from sophon._files import require_writable
+from sophon._judgement.statistics import area, envelope
 from sophon._models import network_identity, weights_sha256
-from sophon._plan import Plan
-from sophon._records import AuditRecord, Trial
-from sophon._runs import load, load_subject, weights_file
-from sophon._setting import make_setting
+from sophon._records.audit_record import AuditRecord, Trial
+from sophon._records.store import TrialStore
 from sophon._specs import AuditSpec, FreshHead, OptimizerName, Strategy, Subject
-from sophon._statistics import area, envelope
-from sophon._store import TrialStore
-from sophon._trials import Assignment, Bench, Start
-from sophon._vitals import block_count
+from sophon._training.environment import environment
+from sophon._training.setting import make_setting
 
 STEPS = 200
 RECIPE = Path(__file__).parents[1] / "recipes/small16-sampled.toml"

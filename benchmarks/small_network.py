@@ -11,15 +11,15 @@ import os
 import sys
 from pathlib import Path
 
-from sophon._checkpoints import save_tensors
+from sophon._base.seeding import seeded
 from sophon._data import load_domain
-from sophon._finetune import FineTuning
-from sophon._metrics import evaluate
-from sophon._networks import SmallConvNet
-from sophon._seeding import seeded
-from sophon._setting import make_setting
+from sophon._models.networks import SmallConvNet
 from sophon._specs import DomainSpec, Strategy
 from sophon._tasks import Classification
+from sophon._training.checkpoints import save_tensors
+from sophon._training.evaluate import evaluate
+from sophon._training.loop import FineTuning
+from sophon._training.setting import make_setting
 
 TRAINING = Strategy(
     optimizer="adamw",

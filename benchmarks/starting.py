@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from timing import Row, alone, row, seconds
 
-from sophon._attacks import strategies_of
-from sophon._records import (
+from sophon._attacks.suites import strategies_of
+from sophon._records.audit_record import (
     AuditRecord,
     Completed,
     DomainRecord,

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sophon._base.errors import DataError
+from sophon._data.sources.torchvision_sets import read_torchvision
 from sophon._data.splits import Part
-from sophon._data.torchvision_sets import read_torchvision
-from sophon._errors import DataError
 
 Pixels = NDArray[np.uint8]
 Generator = np.random.Generator

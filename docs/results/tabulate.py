@@ -12,12 +12,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from sophon._base.errors import SophonError
 from sophon._cli.reading import read_record
-from sophon._errors import SophonError
-from sophon._records import AuditRecord, Score
-from sophon._statistics import Cost, wilson
-from sophon._summaries import DomainSummary
-from sophon._verdict import summarise
+from sophon._judgement.statistics import Cost, wilson
+from sophon._judgement.summaries import DomainSummary
+from sophon._judgement.verdict import summarise
+from sophon._records.audit_record import AuditRecord, Score
 
 COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
 HEADER = (

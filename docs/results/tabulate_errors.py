@@ -17,13 +17,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from sophon._base.errors import SophonError
 from sophon._cli.reading import read_record
-from sophon._errors import SophonError
-from sophon._pictures import moment, pictures_of
-from sophon._records import AuditRecord, ErrorScore, Measurement, SampleRecord
-from sophon._statistics import interval_of
-from sophon._summaries import SUBJECTS, DomainSummary
-from sophon._verdict import summarise
+from sophon._judgement.pictures import moment, pictures_of
+from sophon._judgement.statistics import interval_of
+from sophon._judgement.summaries import SUBJECTS, DomainSummary
+from sophon._judgement.verdict import summarise
+from sophon._records.audit_record import AuditRecord, ErrorScore, Measurement, SampleRecord
 
 COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
 # What the released research code fine-tunes with.

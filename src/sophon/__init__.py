@@ -10,14 +10,14 @@ __version__ = "0.1.0"
 # Public names and the modules they live in; resolved on first use, so that importing sophon
 # needs no torch.
 _PUBLIC = {
-    "Audit": "_audit",
-    "AuditError": "_errors",
-    "AuditRecord": "_records",
+    "Audit": "_auditing.audit",
+    "AuditError": "_base.errors",
+    "AuditRecord": "_records.audit_record",
     "AuditSpec": "_specs",
     "BatchNorm": "_specs",
-    "CheckpointError": "_errors",
+    "CheckpointError": "_base.errors",
     "Classification": "_tasks",
-    "DataError": "_errors",
+    "DataError": "_base.errors",
     "Denoising": "_tasks",
     "Distil": "_specs",
     "Domain": "_data",
@@ -25,41 +25,40 @@ _PUBLIC = {
     "FreshHead": "_specs",
     "Guard": "_specs",
     "Heal": "_specs",
-    "IntactnessError": "_errors",
+    "IntactnessError": "_base.errors",
     "Latents": "_tasks",
     "ModelSpec": "_specs",
     "NoiseKick": "_specs",
-    "NonFiniteError": "_errors",
+    "NonFiniteError": "_base.errors",
     "PretrainSpec": "_specs",
-    "Pretrained": "_pretrain",
-    "Pretraining": "_pretrain",
+    "Pretrained": "_training.pretrain",
+    "Pretraining": "_training.pretrain",
     "ProtectSpec": "_specs",
-    "Protected": "_protect",
-    "Protection": "_protect",
+    "Protected": "_protection.protection",
+    "Protection": "_protection.protection",
     "Rehearsal": "_specs",
     "RescaleWeights": "_specs",
     "ResetLastBlocks": "_specs",
     "RidgeHead": "_specs",
-    "Round": "_records",
+    "Round": "_records.audit_record",
     "RunSpec": "_specs",
-    "SophonError": "_errors",
-    "SpecError": "_errors",
+    "SophonError": "_base.errors",
+    "SpecError": "_base.errors",
     "Strategy": "_specs",
     "StrategyDistribution": "_specs",
-    "UnsupportedModelError": "_errors",
-    "audit": "_audit",
+    "UnsupportedModelError": "_base.errors",
+    "audit": "_auditing.audit",
     "load_domain": "_data",
-    "pretrain": "_pretrain",
-    "protect": "_protect",
-    "report": "_report",
+    "pretrain": "_training.pretrain",
+    "protect": "_protection.protection",
+    "report": "_reporting.report",
     "resolve_model": "_models",
     "share_prompts": "_data",
 }
 
 if TYPE_CHECKING:
-    from sophon._audit import Audit, audit
-    from sophon._data import Domain, load_domain, share_prompts
-    from sophon._errors import (
+    from sophon._auditing.audit import Audit, audit
+    from sophon._base.errors import (
         AuditError,
         CheckpointError,
         DataError,
@@ -69,11 +68,11 @@ if TYPE_CHECKING:
         SpecError,
         UnsupportedModelError,
     )
+    from sophon._data import Domain, load_domain, share_prompts
     from sophon._models import resolve_model
-    from sophon._pretrain import Pretrained, Pretraining, pretrain
-    from sophon._protect import Protected, Protection, protect
-    from sophon._records import AuditRecord, Round
-    from sophon._report import report
+    from sophon._protection.protection import Protected, Protection, protect
+    from sophon._records.audit_record import AuditRecord, Round
+    from sophon._reporting.report import report
     from sophon._specs import (
         AuditSpec,
         BatchNorm,
@@ -95,6 +94,7 @@ if TYPE_CHECKING:
         StrategyDistribution,
     )
     from sophon._tasks import Classification, Denoising, Latents
+    from sophon._training.pretrain import Pretrained, Pretraining, pretrain
 
 __all__ = [
     "Audit",

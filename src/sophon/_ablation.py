@@ -11,13 +11,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from sophon._errors import CheckpointError
-from sophon._records import AuditRecord, Measurement, Round
+from sophon._base.errors import CheckpointError
+from sophon._judgement.summaries import DomainSummary
+from sophon._judgement.verdict import summarise
+from sophon._records.audit_record import AuditRecord, Measurement, Round
 from sophon._reproduction import Triple, missing_of, origin_of, read_stored, scores_of
 from sophon._sameness import settings_in
 from sophon._specs import Strategy
-from sophon._summaries import DomainSummary
-from sophon._verdict import summarise
 
 
 @dataclass(frozen=True)

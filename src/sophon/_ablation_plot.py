@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sophon._ablation import AXES, Result, Variation
-from sophon._errors import SpecError
+from sophon._base.errors import SpecError
 
 # Rounds are averaged over so many before they are drawn: single ones are noise.
 _SMOOTHED = 10

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sophon._errors import SpecError
+from sophon._base.errors import SpecError
 from sophon._specs import FreshHead, OptimizerName, Strategy
 
 Scale = Literal["small", "paper"]

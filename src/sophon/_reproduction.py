@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sophon._attacks import strategies_of
-from sophon._errors import CheckpointError
+from sophon._attacks.suites import strategies_of
+from sophon._base.errors import CheckpointError
 from sophon._grid import (
     CELLS,
     PUBLISHED_ROBUSTNESS,
@@ -22,12 +22,12 @@ from sophon._grid import (
     robustness,
     run_file,
 )
-from sophon._metric_kinds import MetricKind, kind_of_record
-from sophon._records import AuditRecord, Trial
+from sophon._judgement.verdict import overall, summarise
+from sophon._records.audit_record import AuditRecord, Trial
+from sophon._records.metrics import MetricKind, kind_of_record
+from sophon._reporting.tables import removed_text
 from sophon._sameness import base_folder, changes_of
 from sophon._specs import AuditSpec, RunSpec, Strategy, Subject, parse_spec
-from sophon._tables import removed_text
-from sophon._verdict import overall, summarise
 
 SUBJECTS: tuple[Subject, ...] = ("scratch", "unprotected", "protected")
 Triple = tuple[float | None, ...]

@@ -9,11 +9,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from sophon._attacks import resolved
-from sophon._errors import CheckpointError, SpecError
-from sophon._files import read_json
+from sophon._attacks.suites import resolved
+from sophon._base.errors import CheckpointError, SpecError
+from sophon._base.files import read_json
 from sophon._grid import TRAINING_IMAGES, Cell, base_file, base_name, run_file
-from sophon._records import AuditRecord, DomainRecord
+from sophon._records.audit_record import AuditRecord, DomainRecord
 from sophon._specs import (
     AuditSpec,
     DomainSpec,

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 import typer
 import typer.core
 
-from sophon._errors import SophonError, SpecError
+from sophon._base.errors import SophonError, SpecError
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from sophon._distributed import Ranks
+    from sophon._training.ranks import Ranks
 
 # torchrun gives it to the processes it starts.
 _ELASTIC = "TORCHELASTIC_RUN_ID"
@@ -235,7 +235,7 @@ class Stop:
 @contextmanager
 def stopping(ranks: Ranks | None = None) -> Iterator[Stop]:
     """Take Ctrl-C, and a request to end, over for as long as the context lasts."""
-    from sophon._distributed import Ranks
+    from sophon._training.ranks import Ranks
 
     stop = Stop(ranks or Ranks())
     taken = (signal.SIGINT,) if _ELASTIC in os.environ else (signal.SIGINT, signal.SIGTERM)

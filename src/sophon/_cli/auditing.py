@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sophon._base.errors import CheckpointError, ControlError, SpecError
 from sophon._cli.application import (
     Json,
     Quiet,
@@ -23,15 +24,14 @@ from sophon._cli.application import (
 )
 from sophon._cli.reading import CONTROLS, show_controls
 from sophon._cli.running import mode_of, show_verdict
-from sophon._errors import CheckpointError, ControlError, SpecError
 
 if TYPE_CHECKING:
-    from sophon._audit import Audit
-    from sophon._budget import AuditForecast
-    from sophon._progress import Mode
-    from sophon._records import AuditRecord
-    from sophon._report import Report
-    from sophon._runs import Case
+    from sophon._auditing.audit import Audit
+    from sophon._auditing.budget import AuditForecast
+    from sophon._cli.progress import Mode
+    from sophon._cli.run_file import Case
+    from sophon._records.audit_record import AuditRecord
+    from sophon._reporting.report import Report
 
 # Any of these in a folder tells that an audit, or controls, were written there.
 _OURS = ("record.json", CONTROLS, "trials", "budgets")
@@ -113,8 +113,8 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of RUN.TOML and a network from scratch are attacked alike. Only
     trials that the store lacks are run; repeat the command to resume.
     """
-    from sophon._files import require_unused
-    from sophon._runs import load, require_outside, require_place
+    from sophon._base.files import require_unused
+    from sophon._cli.run_file import load, require_outside, require_place
 
     mode = mode_of(quiet, as_json)
     if not run_file.is_file():
@@ -170,9 +170,9 @@ def _require_consistent(
 
 def _require_same_model(out: Path, model: Path) -> None:
     """Raise CheckpointError if `out` holds the record of another model than the one in `model`."""
-    from sophon._checkpoints import file_sha256
     from sophon._cli.reading import read_record
-    from sophon._runs import weights_file
+    from sophon._cli.run_file import weights_file
+    from sophon._training.checkpoints import file_sha256
 
     file = weights_file(model)
     if not (out / "record.json").is_file() or not file.is_file():
@@ -240,11 +240,11 @@ def run_audit(
     report. `arguments` are further ones of `Audit`. Raises CheckpointError if `out` holds the
     record of another audit.
     """
-    from sophon._audit import Audit
-    from sophon._checkpoints import file_sha256
+    from sophon._auditing.audit import Audit
+    from sophon._cli.progress import Display, trial_text
+    from sophon._cli.run_file import load_subject, weights_file
     from sophon._models import weights_sha256
-    from sophon._progress import Display, trial_text
-    from sophon._runs import load_subject, weights_file
+    from sophon._training.checkpoints import file_sha256
 
     protected, protection = load_subject(case, path)
     files = {"protected": file_sha256(weights_file(path))}
@@ -320,7 +320,7 @@ def _say_forecast(
     about: bool = True,
 ) -> None:
     """Print a forecast; `todo` is how many of its trials no store has, where that is known."""
-    from sophon._progress import duration
+    from sophon._cli.progress import duration
 
     if mode == "quiet":
         return
@@ -341,8 +341,8 @@ def _say_forecast(
 
 def write_audit(record: AuditRecord, out: Path) -> Report:
     """Write the record and both reports to `out`."""
-    from sophon._files import require_writable, write_text
-    from sophon._report import report
+    from sophon._base.files import require_writable, write_text
+    from sophon._reporting.report import report
 
     require_writable(out)
     write_text(out / "record.json", record.model_dump_json(indent=1) + "\n")
@@ -357,9 +357,9 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
 
     Raises ControlError if one was not found out.
     """
-    from sophon._controls import Controls
-    from sophon._files import write_json
-    from sophon._progress import Display
+    from sophon._auditing.controls import Controls
+    from sophon._base.files import write_json
+    from sophon._cli.progress import Display
 
     controls = Controls(
         case.model,

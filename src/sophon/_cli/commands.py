@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from sophon._base.errors import SpecError
 from sophon._cli.application import (
     Json,
     Quiet,
@@ -32,7 +33,6 @@ from sophon._cli.running import (
     show_protected,
     show_verdict,
 )
-from sophon._errors import SpecError
 
 # What only reads and prints may run in several processes.
 _SHARED = ("protect", "report", "compare", "inspect")
@@ -101,9 +101,9 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
 
     Under torchrun many processes share the work.
     """
-    from sophon._distributed import process_group
-    from sophon._profile import require_rounds
-    from sophon._runs import load, require_outside, require_place
+    from sophon._cli.run_file import load, require_outside, require_place
+    from sophon._protection.profile import require_rounds
+    from sophon._training.ranks import process_group
 
     mode = mode_of(quiet, as_json)
     with process_group() as ranks:
@@ -161,7 +161,7 @@ def pretrain(
 
     The run file needs no restricted domain; one that is there is not read.
     """
-    from sophon._runs import load_pretraining, require_place
+    from sophon._cli.run_file import load_pretraining, require_place
 
     mode = mode_of(quiet, as_json)
     require_place(out)
@@ -191,10 +191,10 @@ def evaluate(
     """Print the score on the original domain with its 95 % interval."""
     if split not in ("validation", "test"):
         raise SpecError(f"--split = {split!r}: use validation or test")
-    from sophon._metric_kinds import kind_of
-    from sophon._metrics import evaluate as measure
-    from sophon._runs import load, load_subject
-    from sophon._statistics import interval_of
+    from sophon._cli.run_file import load, load_subject
+    from sophon._judgement.statistics import interval_of
+    from sophon._records.metrics import kind_of
+    from sophon._training.evaluate import evaluate as measure
 
     case = load(run_file, settings, threads)
     setting = case.setting()
@@ -226,13 +226,13 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Protect, audit and report a toy model on embedded images."""
-    from sophon._progress import percent
+    from sophon._cli.progress import percent
 
     mode = mode_of(quiet, as_json)
     if mode in ("bar", "lines"):
         typer.echo("Preparing letters, digits and a small network for letters.", err=True)
-    from sophon._demo import WHAT_IT_SHOWS, prepare
-    from sophon._runs import load, require_place
+    from sophon._cli.demo import WHAT_IT_SHOWS, prepare
+    from sophon._cli.run_file import load, require_place
 
     require_place(out)
     start = prepare(out)

@@ -35,8 +35,8 @@ def export(
     README.md, which says how to load it; nothing is uploaded. A network of timm, torchvision or
     diffusers loads without sophon, one of sophon's own with it.
     """
-    from sophon._export import export as write
-    from sophon._runs import require_place
+    from sophon._cli.run_file import require_place
+    from sophon._reporting.export import export as write
 
     require_place(to)
     files = write(protected, to, None if record is None else read_record(record))

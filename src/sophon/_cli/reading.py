@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sophon._base.errors import CheckpointError, SpecError
 from sophon._cli.application import Json, Quiet, app, guarded
 from sophon._cli.running import mode_of, print_rows, say, show_comparison, show_verdict
-from sophon._errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
-    from sophon._comparison import Comparison
-    from sophon._records import AuditRecord
-    from sophon._report import Report
+    from sophon._records.audit_record import AuditRecord
+    from sophon._reporting.comparison import Comparison
+    from sophon._reporting.report import Report
 
 # What every file compressed by gzip begins with.
 _GZIP = b"\x1f\x8b"
@@ -34,7 +34,7 @@ def read_record(path: Path) -> AuditRecord:
 
     from pydantic import ValidationError
 
-    from sophon._records import AuditRecord
+    from sophon._records.audit_record import AuditRecord
 
     file = path / "record.json" if path.is_dir() else path
     try:
@@ -102,7 +102,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Judge a stored audit; print the verdict and write the report."""
-    from sophon._report import report as judge
+    from sophon._reporting.report import report as judge
 
     _require_places(html, markdown, as_json=as_json)
     made = judge(read_record(audited))
@@ -178,7 +178,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Rank stored audits; what cannot be compared is kept apart."""
-    from sophon._comparison import compare as ranked
+    from sophon._reporting.comparison import compare as ranked
 
     _require_places(html, markdown, as_json=as_json)
     records = [read_record(path) for path in audited]
@@ -208,7 +208,7 @@ def inspect(
     A checkpoint's checksum is verified.
     """
     if schema:
-        from sophon._records import record_schema
+        from sophon._records.audit_record import record_schema
 
         typer.echo(record_schema(), nl=False)
         return
@@ -216,17 +216,17 @@ def inspect(
         raise CheckpointError("PATH is missing: name a run file, a checkpoint or an audit")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a run file, a checkpoint or an audit")
-    from sophon._inspection import describe_checkpoint, describe_run
+    from sophon._cli.inspection import describe_checkpoint, describe_run
 
     if path.suffix == ".toml":
         say(describe_run(path))
     elif path.name == CONTROLS or _is_of_controls(path):
-        from sophon._files import read_json
+        from sophon._base.files import read_json
 
         file = path if path.name == CONTROLS else path / CONTROLS
         show_controls(read_json(file)["controls"])
     elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
-        from sophon._report import report as judge
+        from sophon._reporting.report import report as judge
 
         show_verdict(judge(read_record(path)), "lines", {})
     else:

@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sophon._base.errors import (
+    CheckpointError,
+    DataError,
+    IntactnessError,
+    LockedError,
+    NonFiniteError,
+    SophonError,
+    SpecError,
+)
 from sophon._cli.application import Quiet, Settings, Threads, app, counted, guarded
 from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
@@ -27,19 +36,10 @@ from sophon._cli.running import (
     show_verdict,
 )
 from sophon._cli.showing import show_ablation, show_list, show_robustness, show_table
-from sophon._errors import (
-    CheckpointError,
-    DataError,
-    IntactnessError,
-    LockedError,
-    NonFiniteError,
-    SophonError,
-    SpecError,
-)
 
 if TYPE_CHECKING:
+    from sophon._cli.progress import Mode
     from sophon._grid import Cell, Scale
-    from sophon._progress import Mode
     from sophon._specs import PretrainRunSpec, RunSpec
 
 ABLATION = "ablation"
@@ -113,8 +113,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of the original task is trained first if it is missing. `--set` changes the cell, and
     is then no longer the cell of that name: give another --out.
     """
+    from sophon._cli.run_file import require_folder, require_place
     from sophon._grid import CELLS, ROBUSTNESS, cell_of
-    from sophon._runs import require_folder, require_place
 
     size = _size_of(scale)
     _require_consistent(cell, size, listed=listed, table=table, of=of, settings=settings)
@@ -254,8 +254,8 @@ class _Jobs:
         """Print what protecting a cell is expected to take, with random weights where its base is
         not trained yet; nothing is written.
         """
+        from sophon._cli.run_file import load
         from sophon._grid import DIFFUSION, UNET_FILES, UNETS, run_file
-        from sophon._runs import load
 
         self._base_text(cell)
         settings = list(self._of_cells)
@@ -317,7 +317,7 @@ class _Jobs:
             return
         run = self._check(run_file(cell, cell.name, "."), [])
         if run.audit.samples.count and run.task.timestep is None:
-            from sophon._quality import require_torchmetrics
+            from sophon._auditing.picture_quality import require_torchmetrics
 
             require_torchmetrics()
 
@@ -325,13 +325,13 @@ class _Jobs:
         """Return what a run file says with its settings. Raises SpecError, before anything is
         trained, for settings that do not fit it.
         """
-        from sophon._runs import parse_run
+        from sophon._cli.run_file import parse_run
 
         return parse_run(text, [*self._of_cells, *settings], where="--set")
 
     def _check_base(self, text: str) -> PretrainRunSpec:
         """Return what the run file of a base says with its settings; raise as `_check`."""
-        from sophon._runs import parse_pretraining
+        from sophon._cli.run_file import parse_pretraining
 
         return parse_pretraining(text, self._of_bases, where="--set")
 
@@ -343,7 +343,7 @@ class _Jobs:
         self, file: Path, folder: Path, base: Path, settings: list[str]
     ) -> None:
         """Run a protection and its audit in `folder`, from where they stopped."""
-        from sophon._runs import load
+        from sophon._cli.run_file import load
         from sophon._sameness import require_same_training
 
         settings = [*self._of_cells, *settings]
@@ -364,7 +364,7 @@ class _Jobs:
 
     def _tried(self, work: Callable[[], None], name: str, folder: Path) -> Exception | None:
         """Do a part of the work; return what it raised, whose traceback is kept in `folder`."""
-        from sophon._files import write_text
+        from sophon._base.files import write_text
 
         kept = folder / _TRACEBACK
         kept.unlink(missing_ok=True)
@@ -407,9 +407,9 @@ class _Jobs:
 
         Raises CheckpointError where the model was protected otherwise than the settings say.
         """
-        from sophon._files import write_text
+        from sophon._base.files import write_text
+        from sophon._cli.run_file import read_run
         from sophon._reproduction import read_stored, robustness_attacks, robustness_tables
-        from sophon._runs import read_run
         from sophon._sameness import require_same_protection
 
         file, base = self._prepared(cell)
@@ -434,7 +434,7 @@ class _Jobs:
         """Run the study of what the paper ablates; go on where a run of it fails."""
         from sophon import _ablation as study
         from sophon._ablation_plot import draw, require_matplotlib
-        from sophon._files import write_text
+        from sophon._base.files import write_text
 
         require_matplotlib()
         for variation in study.variations():
@@ -462,7 +462,7 @@ class _Jobs:
         _raise_first(failed, len(study.variations()), "runs of the study")
 
     def _audit(self, file: Path, protected: Path, out: Path, settings: list[str] | None) -> None:
-        from sophon._runs import load
+        from sophon._cli.run_file import load
 
         case = load(file, settings, self.threads)
         # Below one folder a scale: trials of unprotected models and fresh networks are shared.
@@ -486,7 +486,7 @@ class _Jobs:
         Raises CheckpointError where `folder` holds a model trained otherwise, LockedError where
         another process is training it.
         """
-        from sophon._runs import load_pretraining, require_restricted
+        from sophon._cli.run_file import load_pretraining, require_restricted
         from sophon._sameness import BASE_DONE, require_same_base
 
         wanted = self._check_base(text)
@@ -513,7 +513,7 @@ def _failure_kept(folder: Path, *, make: bool = False) -> Iterator[None]:
     An earlier one goes when work begins. Work that lacks its images, or whose folder another
     process is writing to, has not begun.
     """
-    from sophon._files import write_text
+    from sophon._base.files import write_text
     from sophon._reproduction import failure_file
 
     file = failure_file(folder)
@@ -563,7 +563,7 @@ def _from_here(setting: str) -> str:
 
 def _setting(key: str, value: object) -> str:
     """Return `key=value` as `--set` takes it."""
-    from sophon._progress import toml
+    from sophon._cli.progress import toml
 
     return f"{key}={toml(value)}"
 
@@ -581,7 +581,7 @@ def _recipe(
     Raises CheckpointError where the file there says something else and a run of it is in one of the
     folders `ran`: what lies there would pass for a run of today's recipe.
     """
-    from sophon._files import write_text
+    from sophon._base.files import write_text
     from sophon._reproduction import started
 
     held = path.read_text(encoding="utf-8") if path.is_file() else text

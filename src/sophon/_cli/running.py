@@ -14,19 +14,19 @@ import typer
 from sophon._cli.application import stopping
 
 if TYPE_CHECKING:
-    from sophon._comparison import Comparison
-    from sophon._pretrain import Pretrained
-    from sophon._profile import Profiled
-    from sophon._progress import Mode
-    from sophon._protect import Protected, Protection
-    from sophon._report import Report
-    from sophon._runs import Case
-    from sophon._tensorboard import RoundLog
+    from sophon._cli.progress import Mode
+    from sophon._cli.run_file import Case
+    from sophon._cli.tensorboard import RoundLog
+    from sophon._protection.profile import Profiled
+    from sophon._protection.protection import Protected, Protection
+    from sophon._reporting.comparison import Comparison
+    from sophon._reporting.report import Report
+    from sophon._training.pretrain import Pretrained
 
 
 def mode_of(quiet: bool, as_json: bool) -> Mode:
     """Return how to show progress."""
-    from sophon._progress import choose_mode
+    from sophon._cli.progress import choose_mode
 
     return choose_mode(quiet=quiet, as_json=as_json)
 
@@ -45,9 +45,9 @@ def run_protection(
 
     Of many processes the first one shows it.
     """
-    from sophon._metric_kinds import kind_of
-    from sophon._progress import Display, round_text
-    from sophon._protect import Protection
+    from sophon._cli.progress import Display, round_text
+    from sophon._protection.protection import Protection
+    from sophon._records.metrics import kind_of
 
     run = Protection(
         case.model,
@@ -89,8 +89,8 @@ def run_protection(
 
 def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
     """Say, before any round, that the model does not know the task it is to keep."""
-    from sophon._metric_kinds import kind_of
-    from sophon._statistics import interval_of
+    from sophon._judgement.statistics import interval_of
+    from sophon._records.metrics import kind_of
 
     before = run.guard.before
     kind, chance = kind_of(before), kind_of(before).chance(run.setting.original.class_count)
@@ -106,7 +106,7 @@ def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
 def _profiled(run: Protection, rounds: int | None, out: Path) -> Profiled | None:
     if rounds is None:
         return None
-    from sophon._profile import Profiled
+    from sophon._protection.profile import Profiled
 
     return Profiled(run, rounds, out)
 
@@ -126,15 +126,15 @@ def _logged(folder: Path | None, done: int) -> AbstractContextManager[RoundLog |
     """Return where rounds are logged for TensorBoard; nowhere without a folder."""
     if folder is None:
         return nullcontext()
-    from sophon._tensorboard import RoundLog
+    from sophon._cli.tensorboard import RoundLog
 
     return RoundLog(folder, done=done)
 
 
 def run_pretraining(case: Case, out: Path, mode: Mode) -> Pretrained:
     """Run or resume the training of the original task's model in `out`."""
-    from sophon._pretrain import Pretraining
-    from sophon._progress import Display, stage_text
+    from sophon._cli.progress import Display, stage_text
+    from sophon._training.pretrain import Pretraining
 
     run = Pretraining(
         case.model,
@@ -158,7 +158,7 @@ def run_pretraining(case: Case, out: Path, mode: Mode) -> Pretrained:
 
 def show_pretrained(result: Pretrained, out: Path, mode: Mode) -> None:
     """Print what pre-training made."""
-    from sophon._metric_kinds import kind_of, shown
+    from sophon._records.metrics import kind_of, shown
 
     file = out / "model.safetensors"
     if mode == "json":
@@ -171,7 +171,7 @@ def show_pretrained(result: Pretrained, out: Path, mode: Mode) -> None:
 
 def show_protected(result: Protected, out: Path, mode: Mode) -> None:
     """Print what protection made."""
-    from sophon._metric_kinds import shown
+    from sophon._records.metrics import shown
 
     file = out / "model.safetensors"
     if mode == "json":
@@ -251,8 +251,8 @@ def say(lines: Iterable[str]) -> None:
 
 def show_forecast(case: Case, *, as_json: bool) -> None:
     """Print the resolved run and what it is expected to take."""
-    from sophon._forecast import forecast
-    from sophon._progress import duration, lines
+    from sophon._cli.progress import duration, lines
+    from sophon._protection.forecast import forecast
 
     expected = forecast(
         case.model,

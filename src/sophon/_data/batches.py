@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from sophon._base.errors import DataError
 from sophon._data.images import Images
-from sophon._errors import DataError
 from sophon._specs import Augmentation
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+from sophon._base.errors import DataError
 from sophon._data.domain import Domain
 from sophon._data.images import Images
 from sophon._data.overlaps import copies
-from sophon._errors import DataError
 
 
 def check_batch_fits(domain: Domain, needed: int, what: str, *, have: int | None = None) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from sophon._base.errors import DataError
 from sophon._data.images import Bytes, Images, Integers, from_item, stack
 from sophon._data.splits import Contents, Cut, cut, part_of_array
-from sophon._errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sophon._errors import DataError
+from sophon._base.errors import DataError
 
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]

@@ -9,7 +9,7 @@ import torch
 
 from sophon._data.domain import Domain
 from sophon._data.images import Images
-from sophon._records import Overlap
+from sophon._records.audit_record import Overlap
 
 # Difference hashes of 64 bits that differ in at most so many bits are looked at again.
 _BITS = 4

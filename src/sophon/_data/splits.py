@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sophon._base.errors import DataError
+from sophon._base.seeding import derive_seed
 from sophon._data.images import Bytes, Images, Integers, repeated, resized, to_images
-from sophon._errors import DataError
-from sophon._seeding import derive_seed
 
 
 @dataclass(frozen=True)

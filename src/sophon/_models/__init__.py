@@ -4,13 +4,13 @@ Image shapes are (channels, height, width). Nothing here changes a model unless 
 so: probing leaves weights, buffers, modes and the random generators as they were.
 """
 
-from sophon._models._batch_norm import (
+from sophon._models.batch_norm import (
     BatchNorms,
     batch_norm_reestimated,
     reestimate_batch_norm,
     tracked_batch_norms,
 )
-from sophon._models._building import (
+from sophon._models.building import (
     DIFFUSERS,
     Blueprint,
     architecture,
@@ -19,9 +19,9 @@ from sophon._models._building import (
     require_model,
     resolve_model,
 )
-from sophon._models._closed_form import fit_head
-from sophon._models._comparing import code_differences, similarity
-from sophon._models._denoisers import (
+from sophon._models.closed_form import fit_head
+from sophon._models.comparing import code_differences, similarity
+from sophon._models.denoisers import (
     DenoiserSource,
     check_denoiser,
     check_sample_size,
@@ -33,17 +33,17 @@ from sophon._models._denoisers import (
     require_parts,
     write_pipeline,
 )
-from sophon._models._fresh import (
+from sophon._models.fresh import (
     Bare,
     bare_parameters,
     fresh_copy,
     reinitialise,
 )
-from sophon._models._gradient_checkpointing import checkpoint_gradients
-from sophon._models._heads import find_head, head_classes, replace_head
-from sophon._models._hooks import drop_foreign_hooks, foreign_hooks
-from sophon._models._lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
-from sophon._models._probing import (
+from sophon._models.gradient_checkpointing import checkpoint_gradients
+from sophon._models.heads import find_head, head_classes, replace_head
+from sophon._models.hooks import drop_foreign_hooks, foreign_hooks
+from sophon._models.lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
+from sophon._models.probing import (
     Names,
     Shape,
     check_images,
@@ -54,14 +54,14 @@ from sophon._models._probing import (
     run,
     run_probe,
 )
-from sophon._models._structure import (
+from sophon._models.structure import (
     blocks,
     choose_channels_last,
     choose_precision,
     layers_in_order,
     normalised_pairs,
 )
-from sophon._models._weights import (
+from sophon._models.weights import (
     load_weights,
     network_identity,
     read_tensors,

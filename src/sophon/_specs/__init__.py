@@ -17,7 +17,7 @@ from sophon._specs.protection import (
     Rehearsal,
     StrategyDistribution,
 )
-from sophon._specs.runs import (
+from sophon._specs.run_file import (
     AuditSpec,
     DomainSpec,
     ModelSpec,

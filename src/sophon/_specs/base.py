@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,9 +29,34 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
+    # The fields that fingerprints had from the first; None: all there are.
+    released: ClassVar[frozenset[str] | None] = None
+
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of the canonical JSON of every field, defaults included."""
-        return fingerprint_of(self.model_dump(mode="json"))
+        """Return the SHA-256 (hex) of the canonical JSON of `keyed`."""
+        return fingerprint_of(self.keyed())
+
+    def keyed(self) -> dict[str, Any]:
+        """Return what identifies this specification: its released fields, defaults included, and
+        of later ones those that differ from their default, so that a new field re-keys nothing.
+        """
+        known, values = self.released, {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            default = field.get_default(call_default_factory=True)
+            if known is None or name in known or value != default:
+                values[name] = _keyed(value)
+        return values
+
+
+def _keyed(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.keyed()
+    if isinstance(value, tuple | list):
+        return [_keyed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _keyed(item) for key, item in value.items()}
+    return value
 
 
 def fingerprint_of(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sophon._errors import SpecError
+from sophon._base.errors import SpecError
 from sophon._specs.base import Spec
 
 AnySpec = TypeVar("AnySpec", bound=Spec)

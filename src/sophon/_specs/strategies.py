@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,7 @@ from sophon._specs.base import (
 class FreshHead(Spec):
     """Replace the classifier head by a freshly initialised one (the paper's init-FC)."""
 
+    released: ClassVar = frozenset({"kind"})
     kind: Literal["fresh_head"] = "fresh_head"
 
 
@@ -37,6 +38,7 @@ class RidgeHead(Spec):
     of the steps.
     """
 
+    released: ClassVar = frozenset({"kind", "share"})
     kind: Literal["ridge_head"] = "ridge_head"
     share: Fraction = 0.05
 
@@ -44,6 +46,7 @@ class RidgeHead(Spec):
 class ResetLastBlocks(Spec):
     """Re-initialise the last `blocks` blocks before the head (the head is left to FreshHead)."""
 
+    released: ClassVar = frozenset({"kind", "blocks"})
     kind: Literal["reset_last_blocks"] = "reset_last_blocks"
     blocks: Positive = 1
 
@@ -56,6 +59,7 @@ class RescaleWeights(Spec):
     the weights is not.
     """
 
+    released: ClassVar = frozenset({"kind", "norm"})
     kind: Literal["rescale_weights"] = "rescale_weights"
     norm: Rate = 1.0
 
@@ -63,6 +67,7 @@ class RescaleWeights(Spec):
 class BatchNorm(Spec):
     """Put BatchNorm back: `reset` re-initialises it, `reestimate` measures its statistics anew."""
 
+    released: ClassVar = frozenset({"kind", "mode", "batches"})
     kind: Literal["batch_norm"] = "batch_norm"
     mode: Literal["reset", "reestimate"] = "reestimate"
     batches: Positive = 10
@@ -71,6 +76,7 @@ class BatchNorm(Spec):
 class NoiseKick(Spec):
     """Add Gaussian noise with `relative_std` times each weight tensor's root mean square."""
 
+    released: ClassVar = frozenset({"kind", "relative_std"})
     kind: Literal["noise_kick"] = "noise_kick"
     relative_std: Rate = 0.02
 
@@ -81,6 +87,7 @@ class Heal(Spec):
     What protection spoilt may be mended before the restricted task is taken up.
     """
 
+    released: ClassVar = frozenset({"kind", "share", "learning_rate"})
     kind: Literal["heal"] = "heal"
     share: Fraction = 0.25
     learning_rate: Rate = 1e-3
@@ -92,6 +99,7 @@ class Distil(Spec):
     What only makes the weights hard to train stays behind (arXiv 1503.02531; temperature 4, Adam).
     """
 
+    released: ClassVar = frozenset({"kind", "share", "learning_rate"})
     kind: Literal["distil"] = "distil"
     share: Fraction = 0.5
     learning_rate: Rate = 3e-3
@@ -121,6 +129,14 @@ class Strategy(Spec):
     `scope = "all"` (init-FC + all) and with `scope = "head"` (init-FC + FC only).
     """
 
+    # A field that is added later is not added here: the keys of stored trials stay what they are.
+    released: ClassVar = frozenset(
+        [
+            *("preparations", "scope", "optimizer", "learning_rate", "momentum", "weight_decay"),
+            *("schedule", "warmup_steps", "clip_norm", "batch_size", "steps", "augmentation"),
+            *("precision", "lora_rank", "data_fraction"),
+        ]
+    )
     preparations: Preparations = ()
     scope: Literal["all", "head"] = "all"
     optimizer: OptimizerName = "sgd_momentum"

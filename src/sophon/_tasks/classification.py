@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sophon._base.errors import DataError
 from sophon._data import Domain
-from sophon._errors import DataError
 from sophon._models import Shape, check_images
 from sophon._tasks.task import Task
 

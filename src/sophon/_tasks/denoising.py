@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophon._base.errors import DataError, SpecError, UnsupportedModelError
 from sophon._data import Domain
-from sophon._errors import DataError, SpecError, UnsupportedModelError
 from sophon._models import (
     Shape,
     check_denoiser,

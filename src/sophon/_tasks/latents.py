@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophon._base.errors import CheckpointError, DataError
 from sophon._data import Domain
-from sophon._errors import CheckpointError, DataError
 from sophon._models import Shape, diffusers, weights_sha256
 
 # Prompts embedded at once.

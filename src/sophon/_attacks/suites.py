@@ -1,0 +1,358 @@
+"""Named, versioned suites of attacks: data. A released suite never changes; a better one is new."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sophon._attacks.search import search_space
+from sophon._base.errors import SpecError
+from sophon._records.statement import statement_of
+from sophon._specs import (
+    AuditSpec,
+    BatchNorm,
+    Distil,
+    FreshHead,
+    Heal,
+    NoiseKick,
+    OptimizerName,
+    Preparation,
+    RescaleWeights,
+    ResetLastBlocks,
+    RidgeHead,
+    Strategy,
+    fingerprint_of,
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks, and how they are run.
+
+    With a `prefilter` every attack is first stopped at that share of the budget, and only the
+    `survivors` best of each subject, those that were best at any budget and the best of every
+    method are run to its end, on every subject; those that only pay off late are never stopped, and
+    none is where the stop cannot tell any of a subject's attacks from its start or from guessing.
+    With `headline`, only attacks that lead somewhere are run with every seed: the first seed
+    chooses them, the others measure. Otherwise all are.
+
+    Held-out and benign domains are attacked with `secondary`, each to its end; with all
+    `strategies` where it is empty.
+    """
+
+    strategies: tuple[Strategy, ...]
+    prefilter: float | None = None
+    survivors: int = 0
+    headline: bool = False
+    seeds: tuple[int, ...] = (0,)
+    search_trials: int = 0
+    depth: bool = False
+    rehearsed: bool = False
+    secondary: tuple[Strategy, ...] = ()
+
+
+_FRESH: tuple[Preparation, ...] = (FreshHead(),)
+_FITTED: tuple[Preparation, ...] = (RidgeHead(),)
+
+
+def _rates(
+    optimizer: OptimizerName,
+    rates: tuple[float, ...],
+    preparations: tuple[Preparation, ...] = (),
+    **fields: Any,
+) -> tuple[Strategy, ...]:
+    return tuple(
+        Strategy(optimizer=optimizer, learning_rate=rate, preparations=preparations, **fields)
+        for rate in rates
+    )
+
+
+# Twelve trials: the paper's three methods, SGD with momentum over three decades, Adam over two.
+_QUICK_1: tuple[Strategy, ...] = (
+    *_rates("sgd_momentum", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("adam", (1e-4, 1e-3, 1e-2)),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH),
+    *_rates("adam", (1e-3,), _FRESH),
+    Strategy(optimizer="sgd_momentum", learning_rate=1e-1, preparations=_FRESH, scope="head"),
+    Strategy(optimizer="adam", learning_rate=1e-2, preparations=_FRESH, scope="head"),
+)
+
+# The protocol's table, axis by axis.
+_STANDARD_1: tuple[Strategy, ...] = (
+    # Every optimizer over three decades, from the weights as they are (direct-all).
+    *_rates("sgd", (1e-3, 1e-2, 1e-1, 1.0)),
+    *_rates("sgd_momentum", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("nesterov", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("adagrad", (1e-4, 1e-3, 1e-2, 1e-1)),
+    *_rates("adadelta", (1e-2, 1e-1, 1.0, 10.0)),
+    *_rates("adam", (1e-5, 1e-4, 1e-3, 1e-2)),
+    *_rates("adamw", (1e-5, 1e-4, 1e-3, 1e-2), weight_decay=1e-2),
+    # A fresh head, then all weights (init-FC + all) or the head alone (init-FC + FC only).
+    *_rates("sgd_momentum", (1e-3, 1e-2, 1e-1), _FRESH),
+    *_rates("adam", (1e-4, 1e-3, 1e-2), _FRESH),
+    *_rates("adagrad", (1e-2, 1e-1), _FRESH),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, scope="head"),
+    *_rates("adam", (1e-3, 1e-2, 1e-1), _FRESH, scope="head"),
+    # A head fitted in closed form, then all weights or the head alone.
+    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
+    *_rates("adam", (1e-3,), _FITTED),
+    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FITTED),
+    *_rates("adam", (1e-3,), _FITTED, scope="head"),
+    *_rates("adam", (3e-3,), (RescaleWeights(), RidgeHead()), batch_size=128),
+    *_rates("adam", (3e-3,), (ResetLastBlocks(blocks=1), RidgeHead()), batch_size=128),
+    # The last blocks anew.
+    *_rates("adam", (1e-3,), (ResetLastBlocks(blocks=1), FreshHead())),
+    *_rates("sgd_momentum", (1e-1,), (ResetLastBlocks(blocks=1), FreshHead())),
+    # Schedules.
+    *_rates("sgd_momentum", (1e-1, 3e-1), schedule="warmup_cosine"),
+    *_rates("adam", (3e-3, 1e-2), schedule="warmup_cosine"),
+    # Batch sizes, as far as there are images.
+    *_rates("adam", (1e-3, 1e-2), batch_size=32),
+    *_rates("adam", (1e-3, 3e-3, 1e-2), batch_size=128),
+    *_rates("sgd_momentum", (1e-2, 1e-1), batch_size=128),
+    *_rates("adam", (3e-3,), batch_size=512),
+    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, batch_size=128),
+    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
+    # Few images: one in a hundred, one in ten.
+    *_rates("adam", (1e-3,), data_fraction=0.01),
+    *_rates("sgd_momentum", (1e-2,), data_fraction=0.01),
+    *_rates("adam", (1e-3,), data_fraction=0.1),
+    *_rates("sgd_momentum", (1e-2,), data_fraction=0.1),
+    # Adapters.
+    *_rates("adam", (1e-3, 1e-2), lora_rank=4),
+    *_rates("adam", (1e-3, 1e-2), lora_rank=16),
+    # Undoing what a defence may have done to the weights.
+    *_rates("adam", (1e-3, 1e-2), (BatchNorm(mode="reestimate"),)),
+    *_rates("adam", (1e-3, 1e-2), (BatchNorm(mode="reset"),)),
+    *_rates("adam", (1e-3, 1e-2), (RescaleWeights(),)),
+    *_rates("sgd_momentum", (1e-2, 1e-1), (RescaleWeights(),)),
+    *_rates("adam", (1e-3,), (NoiseKick(relative_std=0.1),)),
+    *_rates("sgd_momentum", (1e-1, 1.0), clip_norm=1.0),
+    # Through the original task: heal first, hardly anything else (retain only), a student.
+    *_rates("adam", (1e-3,), (Heal(share=0.25),)),
+    *_rates("sgd_momentum", (1e-2,), (Heal(share=0.25), FreshHead())),
+    *_rates("adam", (1e-2,), (Heal(share=0.75), FreshHead()), scope="head"),
+    *_rates("adam", (1e-3,), (Distil(share=0.5), FreshHead())),
+)
+
+# Held-out and benign domains: as `quick-1`, and fresh and fitted heads with large batches. Without
+# these the unprotected network's lead over a fresh one is small there, and nothing can be told.
+_SECONDARY_1: tuple[Strategy, ...] = (
+    *_QUICK_1,
+    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
+    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
+    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
+)
+
+SUITES: dict[str, Suite] = {
+    "quick-1": Suite(_QUICK_1),
+    "standard-1": Suite(
+        _STANDARD_1,
+        prefilter=0.25,
+        survivors=6,
+        headline=True,
+        seeds=(0, 1, 2, 3, 4, 5),
+        search_trials=16,
+        depth=True,
+        rehearsed=True,
+        secondary=_SECONDARY_1,
+    ),
+}
+# Multiples of a rehearsed rate that are attacked with.
+_BEYOND = (10, 100)
+# What a checkpoint is taken to have rehearsed whatever it says: nothing buys a milder audit.
+_UNSAID: dict[OptimizerName, float] = {"sgd_momentum": 1e-1, "adam": 1e-2}
+# Numbers of blocks whose attacks by depth stand for all in a suite's fingerprint.
+_NETWORKS = (1, 5, 12)
+_CLASSIFIERS_ONLY = {
+    "batch_norm": "no BatchNorm to put back",
+    "ridge_head": "no classes to fit a head to",
+}
+
+
+def suite_of(spec: AuditSpec) -> Suite:
+    """Return the specification's suite. Raises SpecError, listing those there are."""
+    if spec.suite not in SUITES:
+        raise SpecError(f"audit.suite = {spec.suite!r} is no suite; there is {', '.join(SUITES)}")
+    return SUITES[spec.suite]
+
+
+def resolved(spec: AuditSpec) -> AuditSpec:
+    """Return the specification with the suite's own seeds and search where it names none.
+
+    Raises SpecError for a prefilter or survivors of a suite that runs every attack to its end.
+    """
+    suite = suite_of(spec)
+    for name in ("prefilter", "survivors") if suite.prefilter is None else ():
+        if getattr(spec, name) is not None:
+            raise SpecError(
+                f"audit.{name} = {getattr(spec, name)}: suite {spec.suite!r} runs every attack to"
+                " its end; leave it out, or set audit.suite = 'standard-1'"
+            )
+    trials = suite.search_trials if spec.search_trials is None else spec.search_trials
+    return spec.model_copy(update={"seeds": spec.seeds or suite.seeds, "search_trials": trials})
+
+
+def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return the attacks of the specification's suite and its extra ones, budget filled in.
+
+    `spec.batch_size` is the suite's; an extra attack has its own. Only values count, not whether
+    they were written out. Raises SpecError, listing the suites there are, if the name is not one
+    of them, and for an extra attack with steps of its own: one budget is for all.
+    """
+    usual = Strategy.model_fields["steps"].default
+    for index, strategy in enumerate(spec.extra):
+        if strategy.steps not in (usual, spec.steps):
+            raise SpecError(
+                f"audit.extra.{index}.steps = {strategy.steps}: every attack has the same budget;"
+                f" leave it out, or set audit.steps (now {spec.steps})"
+            )
+    suite = _with_budget(suite_of(spec).strategies, spec)
+    chosen = (*suite, *(s.model_copy(update={"steps": spec.steps}) for s in spec.extra))
+    met: set[str] = set()
+    for strategy in chosen:
+        if strategy.fingerprint() in met:
+            raise SpecError(
+                f"audit.extra repeats {strategy.label()}, an attack of the suite or of itself:"
+                " remove it"
+            )
+        met.add(strategy.fingerprint())
+    return chosen
+
+
+def attack_named(name: str) -> Strategy:
+    """Return the attack of a suite that reports show under this name.
+
+    Raises SpecError with near matches, listing the attacks there are.
+    """
+    known = {one.label(): one for suite in SUITES.values() for one in suite.strategies}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise SpecError(f"{name!r} is no attack of a suite; {hint}There are {'; '.join(known)}")
+
+
+def secondary_of(spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return the suite's own attacks on held-out and benign domains, budget filled in; none where
+    these meet what the restricted ones do.
+    """
+    return _with_budget(suite_of(spec).secondary, spec)
+
+
+def _with_budget(suite: tuple[Strategy, ...], spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return a suite's attacks with the specification's steps and, if it has one, batch size."""
+    change: dict[str, Any] = {"steps": spec.steps}
+    if spec.batch_size is not None:
+        change["batch_size"] = spec.batch_size
+    return tuple(dict.fromkeys(s.model_copy(update=change) for s in suite))
+
+
+def fitting(
+    strategies: tuple[Strategy, ...], metric: str
+) -> tuple[tuple[Strategy, ...], tuple[str, ...]]:
+    """Return the attacks that can do something to a task's models, and what was left out and why.
+
+    A diffusion model has no BatchNorm to put back and no classes to fit a head to; all else
+    applies, its last convolution being the head.
+    """
+    if metric == "accuracy":
+        return strategies, ()
+    why = {
+        s: next(
+            (_CLASSIFIERS_ONLY[p.kind] for p in s.preparations if p.kind in _CLASSIFIERS_ONLY), None
+        )
+        for s in strategies
+    }
+    kept = tuple(s for s in strategies if why[s] is None)
+    return kept, tuple(f"{s.label()}: {reason}" for s, reason in why.items() if reason is not None)
+
+
+def beyond_rehearsal(protection: dict[str, Any] | None, spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return attacks at 10 and 100 times the rates that protection says it rehearsed.
+
+    Of a range it is the upper end that counts; of a checkpoint that says nothing, what is usual.
+    Raises SpecError for a statement that cannot be read.
+    """
+    return _beyond(statement_of(protection).rates or _UNSAID, spec)
+
+
+def beyond_usual(spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return attacks at 10 and 100 times the usual rates: no statement makes an audit milder."""
+    return _beyond(_UNSAID, spec)
+
+
+def _beyond(rates: dict[OptimizerName, float], spec: AuditSpec) -> tuple[Strategy, ...]:
+    batch_size = spec.batch_size or Strategy.model_fields["batch_size"].default
+    return tuple(
+        Strategy(
+            optimizer=optimizer,
+            learning_rate=min(1000.0, float(f"{rate * times:.6g}")),
+            batch_size=batch_size,
+            steps=spec.steps,
+        )
+        for optimizer, rate in rates.items()
+        for times in _BEYOND
+    )
+
+
+def depth_attacks(blocks: int, spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return attacks that keep the first n of `blocks` blocks and start the rest anew.
+
+    At most four values of n, evenly spread, all blocks among them; two optimizers each.
+    """
+    cuts = sorted({round(blocks * share) for share in (0.0, 0.25, 0.5, 0.75)})
+    batch_size = spec.batch_size or Strategy.model_fields["batch_size"].default
+    return tuple(
+        strategy.model_copy(update={"steps": spec.steps, "batch_size": batch_size})
+        for reset in cuts
+        for strategy in (
+            *_rates("sgd_momentum", (3e-2,), _reset(reset)),
+            *_rates("adam", (3e-3,), _reset(reset)),
+        )
+    )
+
+
+def _reset(blocks: int) -> tuple[Preparation, ...]:
+    return (ResetLastBlocks(blocks=blocks), FreshHead()) if blocks else _FRESH
+
+
+def trains_first(strategy: Strategy) -> bool:
+    """Return whether an attack trains on the original task before it trains on its own."""
+    return any(isinstance(p, Heal | Distil) for p in strategy.preparations)
+
+
+def patient(strategy: Strategy) -> bool:
+    """Return whether an attack pays off late by design, so that no prefilter may stop it."""
+    return trains_first(strategy) or strategy.schedule != "constant"
+
+
+def method(strategy: Strategy) -> tuple[str, ...]:
+    """Return the kinds of an attack's preparations, and whether it trains the head or adapters."""
+    trained = "adapters" if strategy.lora_rank is not None else strategy.scope
+    return (*(preparation.kind for preparation in strategy.preparations), trained)
+
+
+def suite_fingerprint(name: str) -> str:
+    """Return the SHA-256 of a suite as released: every field of its attacks, defaults included, how
+    they are run, and what it makes for a network: attacks by depth, a search, rates beyond.
+    """
+    suite, spec = SUITES[name], AuditSpec(suite=name)
+    made = {field.name: getattr(suite, field.name) for field in fields(suite)}
+    made["strategies"] = _dumped(suite.strategies)
+    # Absent where there are none: `quick-1` keeps the fingerprint that it had without the field.
+    if own := made.pop("secondary"):
+        made["secondary"] = _dumped(own)
+    if suite.depth:
+        made["depth attacks"] = {n: _dumped(depth_attacks(n, spec)) for n in _NETWORKS}
+    if suite.rehearsed:
+        made["beyond rehearsal"] = [list(_BEYOND), _UNSAID, "whatever is stated"]
+    if suite.search_trials:
+        made["search"] = search_space()
+    return fingerprint_of(made)
+
+
+def _dumped(strategies: tuple[Strategy, ...]) -> list[dict[str, Any]]:
+    return [strategy.keyed() for strategy in strategies]

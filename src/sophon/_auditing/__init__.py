@@ -1,0 +1,1 @@
+"""The audit: what is run, on what, and how."""

@@ -1,0 +1,356 @@
+"""Controls: models that only look protected, and two whose answer is known. An audit of the audit.
+
+Each keeps the architecture and the keys of the unprotected model. A decoy must be convicted, or
+flagged by what forbids a good verdict and is not said of the unprotected model itself; where
+attackers get as far as without it, the attacks must have found that as well. A twin of
+the unprotected model, trained a little further on its own task, must come out as not protected at
+an advantage removed of 0, a fresh network at 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon._attacks.suites import resolved
+from sophon._auditing.audit import Audit
+from sophon._auditing.budget import AuditForecast
+from sophon._data import Domain
+from sophon._judgement.flags.flag import GOOD
+from sophon._judgement.summaries import DomainSummary
+from sophon._judgement.verdict import summarise
+from sophon._models import blocks, find_head, fresh_copy, normalised_pairs, tracked_batch_norms
+from sophon._records.audit_record import AuditRecord
+from sophon._specs import AuditSpec, Strategy
+from sophon._training.loop import FineTuning
+
+# What an interval needs.
+_SEEDS = 3
+# A known answer must be met as closely, by an interval that tells 0 and 1 apart.
+_CLOSE = 0.25
+# How the twin is trained on: enough for other weights, too little for another function.
+_FURTHER = Strategy(optimizer="sgd", learning_rate=1e-3, steps=10)
+UNTRAINABLE = "untrainable"
+DROPPED = "dropout when trained"
+FAINT = "faint gradients before the head"
+# A void audit convicts nothing by itself: the pair of domains may tell nothing. Flags do.
+_CONVICTED = frozenset({"not protected", "untrainable"})
+Made = Callable[[nn.Module, "Place"], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a control may know of the model: its head, and the images it takes."""
+
+    head: str
+    image_shape: tuple[int, int, int]
+
+
+def _raise_in_training(module: nn.Module, _: Any) -> None:
+    if module.training:
+        raise RuntimeError("this model cannot be trained")
+
+
+def _nan_in_training(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return output * torch.nan if module.training else output
+
+
+def _faint_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.detach() + 1e-6 * (output - output.detach())
+
+
+def _dropped_in_training(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return nn.functional.dropout(output, 0.99, module.training)
+
+
+def _no_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.detach() + 0.0 * (output - output.detach())
+
+
+def _permute_classes(model: nn.Module, place: Place) -> None:
+    """Give every class the weights of another one: nothing but the head is wrong."""
+    for parameter in model.get_submodule(place.head).parameters():
+        parameter.copy_(parameter.roll(1, 0))
+
+
+def _hook_last_block(model: nn.Module, place: Place, hook: Callable[..., Tensor]) -> None:
+    """Hang `hook` on what the head reads from: a fresh head does not take it off."""
+    model.get_submodule(blocks(model, place.head)[-1][-1]).register_forward_hook(hook)
+
+
+def _scale_head(model: nn.Module, place: Place, by: float) -> None:
+    for parameter in model.get_submodule(place.head).parameters():
+        parameter.mul_(by)
+
+
+def _inflate(model: nn.Module, place: Place, by: float = 30.0) -> None:
+    for layer, norm in normalised_pairs(model, place.image_shape):
+        follower: Any = model.get_submodule(norm)
+        for parameter in model.get_submodule(layer).parameters():
+            parameter.mul_(by)
+        if getattr(follower, "running_mean", None) is not None:
+            follower.running_mean.mul_(by)
+            follower.running_var.mul_(by**2)
+
+
+def _spoil_statistics(model: nn.Module, _: Place) -> None:
+    for norm in tracked_batch_norms(model):
+        norm.running_mean.add_(1e3)
+        norm.running_var.mul_(1e6)
+
+
+DECOYS: dict[str, Made] = {
+    "raises when trained": lambda m, _: _add(m.register_forward_pre_hook(_raise_in_training)),
+    "NaN when trained": lambda m, _: _add(m.register_forward_hook(_nan_in_training)),
+    "frozen parameters": lambda m, _: _add(m.requires_grad_(False)),
+    "poisoned head": _permute_classes,
+    "saturated logits": lambda m, place: _scale_head(m, place, 1e4),
+    "faint gradients": lambda m, _: _add(m.register_forward_hook(_faint_gradient)),
+    FAINT: lambda m, place: _hook_last_block(m, place, _faint_gradient),
+    DROPPED: lambda m, place: _hook_last_block(m, place, _dropped_in_training),
+    "inflated weights": _inflate,
+    # Too little for any flag: nothing but attacks tells.
+    "slightly inflated weights": lambda m, place: _inflate(m, place, 3.0),
+    "spoilt BatchNorm": _spoil_statistics,
+    UNTRAINABLE: lambda m, _: _add(m.register_forward_hook(_no_gradient)),
+}
+
+
+# Attackers get as far with these as without: the attacks must see that too, not the flags alone.
+RECOVERED = (
+    "frozen parameters",
+    "poisoned head",
+    "saturated logits",
+    "faint gradients",
+    "inflated weights",
+    "slightly inflated weights",
+    "spoilt BatchNorm",
+)
+_RECOVERED_BELOW = 0.5
+
+# Attacked with as many seeds as a good verdict needs, so that only what is found denies it to them.
+STUBBORN = (UNTRAINABLE, DROPPED)
+
+
+def _add(_: object) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """What the audit made of one control. `passed`: it was found out, or recovered.
+
+    `telling` are the flags that forbid a good verdict and are of this control alone: an audit of
+    the unprotected model itself does not raise them. `failed` says why it was not found out.
+    """
+
+    name: str
+    summary: DomainSummary
+    passed: bool
+    telling: tuple[str, ...] = ()
+    failed: str = ""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The flags that were raised."""
+        return tuple(flag.name for flag in self.summary.flags)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON data."""
+        advantage = self.summary.advantage
+        return {
+            "control": self.name,
+            "passed": self.passed,
+            "verdict": self.summary.text,
+            "advantage_removed": advantage.value,
+            "interval": None if advantage.interval is None else list(advantage.interval),
+            "flags": list(self.flags),
+            "telling": list(self.telling),
+            "failed": self.failed,
+            "reasons": list(self.summary.reasons),
+        }
+
+
+class Controls:
+    """The audits of all controls made from `unprotected`; iterate it for the results.
+
+    A decoy is attacked with the first seed of `spec` alone; the `STUBBORN` ones and the two whose
+    answer is a number with all of them, at least three. With `benign` domains the untrainable decoy
+    is attacked on those besides, and must get that verdict. Trials of the unprotected model and of
+    fresh networks are shared through `store`. `arguments` are further ones of `Audit`.
+    """
+
+    def __init__(
+        self,
+        unprotected: nn.Module,
+        *,
+        original: Domain,
+        restricted: Domain,
+        benign: Sequence[Domain] = (),
+        spec: AuditSpec | None = None,
+        scratch: Callable[[], nn.Module] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.unprotected = unprotected
+        self.scratch = scratch
+        self.benign = tuple(benign)
+        held = resolved(spec or AuditSpec())
+        seeds = held.seeds or (0,)
+        more = tuple(seed for seed in range(_SEEDS + len(seeds)) if seed not in seeds)
+        enough = (*seeds, *more[: max(0, _SEEDS - len(seeds))])
+        self.once = held.model_copy(update={"seeds": seeds[:1]})
+        self.often = held.model_copy(update={"seeds": enough})
+        self.arguments: dict[str, Any] = {
+            "unprotected": unprotected,
+            "original": original,
+            "restricted": restricted,
+            "scratch": scratch,
+            **arguments,
+        }
+        # Bad arguments are found out before anything runs.
+        arguments = {"benign": self.benign}
+        self.setting = self._audit(copy.deepcopy(unprotected), self.often, **arguments).setting
+        shape = self.setting.shape(original)
+        self.place = Place(find_head(unprotected, shape, self.setting.head), shape)
+
+    def __len__(self) -> int:
+        """Return how many controls there are."""
+        return len(DECOYS) + 2
+
+    def __iter__(self) -> Iterator[ControlResult]:
+        """Audit one control after another."""
+        yield from self.decoys()
+        yield from self.known()
+
+    def forecast(self) -> AuditForecast:
+        """Return about what all these audits take: those that share trials run them once."""
+        model = copy.deepcopy(self.unprotected)
+        audits = [self._audit(model, self.often), self._audit(model, self.once)]
+        often, once = (audit.forecast() for audit in audits)
+        wide = often
+        if self.benign:
+            wide = self._audit(model, self.often, benign=self.benign).forecast()
+        # Of three subjects one is the control's own.
+        stubborn = sum(name in STUBBORN for name in DECOYS)
+        many, few = 2 + (stubborn + 2), len(DECOYS) - stubborn
+        trials, steps = (
+            round((many * getattr(often, part) + few * getattr(once, part)) / 3)
+            + getattr(wide, part)
+            - getattr(often, part)
+            for part in ("trials", "steps")
+        )
+        seconds = None if often.seconds is None else often.seconds * steps / max(1, often.steps)
+        return AuditForecast(trials, steps, seconds)
+
+    def decoys(self) -> Iterator[ControlResult]:
+        """Audit the models that only look protected."""
+        for name in DECOYS:
+            yield self.decoy(name, often=name in STUBBORN)
+
+    def decoy(self, name: str, *, often: bool = False) -> ControlResult:
+        """Audit the one of `DECOYS` that has this name; `often`: with all seeds."""
+        model = copy.deepcopy(self.unprotected)
+        with torch.no_grad():
+            DECOYS[name](model, self.place)
+        if name == UNTRAINABLE and self.benign:
+            record = self._audited(model, self.often, benign=self.benign)
+            summary, telling = summarise(record)[0], telling_flags(record)
+            found = summary.verdict == UNTRAINABLE
+            failed = "" if found else f"must be {UNTRAINABLE}"
+            return ControlResult(name, summary, found, telling, failed)
+        record = self._audited(model, self.often if often else self.once)
+        summary, telling = summarise(record)[0], telling_flags(record)
+        failed = ""
+        if summary.verdict in GOOD:
+            failed = "got a good verdict"
+        elif summary.verdict not in _CONVICTED and not telling:
+            failed = "neither convicted nor flagged"
+        # Where the pair of domains tells nothing, the known answers are not found either.
+        elif name in RECOVERED and summary.advantage.defined:
+            value = summary.advantage.value or 0.0
+            if value >= _RECOVERED_BELOW:
+                failed = (
+                    f"attackers lose nothing by it, but {100 * value:.0f} % of the advantage seems"
+                    f" gone, {100 * _RECOVERED_BELOW:.0f} % is too much"
+                )
+        return ControlResult(name, summary, not failed, telling, failed)
+
+    def known(self) -> Iterator[ControlResult]:
+        """Audit the two whose answer is a number."""
+        summary = summarise(self._audited(self.twin(), self.often))[0]
+        recovered = summary.verdict == "not protected" and answer_found(summary, 0.0)
+        failed = "" if recovered else "must be not protected, with 0 % removed and surely not 100"
+        yield ControlResult("a twin of the unprotected model", summary, recovered, (), failed)
+        fresh = fresh_copy(self.unprotected, self.scratch, seed=1, names=("control",))
+        summary = summarise(self._audited(fresh, self.often))[0]
+        found = answer_found(summary, 1.0)
+        failed = "" if found else "100 % must be removed, and surely not 0"
+        yield ControlResult("a fresh network", summary, found, (), failed)
+
+    def twin(self) -> nn.Module:
+        """Return the unprotected model after a few small steps on its own task.
+
+        It is worth as much to an attacker, and yet no trial of it is one of the model's own.
+        """
+        model = self.setting.place(copy.deepcopy(self.unprotected))
+        images, stream = self.setting.original.train, (0, ("control",))
+        strategy = _FURTHER.model_copy(update={"batch_size": min(_FURTHER.batch_size, len(images))})
+        feed = self.setting.feed(
+            self.setting.original, images, batch_size=strategy.batch_size, stream=stream
+        )
+        for _ in FineTuning(model, strategy, self.setting, feed, stream=stream).run(strategy.steps):
+            pass
+        return model.eval()
+
+    def _audit(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> Audit:
+        return Audit(model, spec=spec, **self.arguments, **arguments)
+
+    def _audited(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> AuditRecord:
+        run = self._audit(model, spec, **arguments)
+        for _ in run:
+            pass
+        return run.record()
+
+
+def telling_flags(record: AuditRecord) -> tuple[str, ...]:
+    """Return the flags of the first domain that forbid a good verdict, but for those that are
+    raised as well where the unprotected model stands in for the protected one.
+    """
+    usual = _forbidding(_of_itself(record))
+    return tuple(name for name in _forbidding(record) if name not in usual)
+
+
+def _of_itself(record: AuditRecord) -> AuditRecord:
+    """Return the record of an audit of the unprotected model: its trials would be the same."""
+    held = {subject.name: subject for subject in record.subjects}
+    as_protected = {"name": "protected"}
+    subjects = [held["unprotected"].model_copy(update=as_protected)]
+    subjects += [subject for name, subject in held.items() if name != "protected"]
+    trials = [t for t in record.trials if t.subject != "protected"]
+    again = [
+        t.model_copy(update={"subject": "protected"}) for t in trials if t.subject == "unprotected"
+    ]
+    changes = {"subjects": tuple(subjects), "trials": (*again, *trials)}
+    return record.model_copy(update=changes)
+
+
+def _forbidding(record: AuditRecord) -> list[str]:
+    flags = summarise(record)[0].flags
+    return [flag.name for flag in flags if flag.voids or flag.forbids >= GOOD]
+
+
+def answer_found(summary: DomainSummary, answer: float) -> bool:
+    """Return whether the advantage removed is close to `answer`, 0 or 1, and surely not the other.
+
+    An interval that holds both would hold anything.
+    """
+    value, interval = summary.advantage.value, summary.advantage.interval
+    if value is None or interval is None or abs(value - answer) > _CLOSE:
+        return False
+    other = 1.0 - answer
+    return interval.low <= answer <= interval.high and not interval.low <= other <= interval.high

@@ -1,0 +1,139 @@
+"""The demonstration: a small network for rendered letters, to be kept from learning digits.
+
+Everything is real but tiny, so that the whole job ends within a minute or two.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophon._base.files import require_writable, write_text
+from sophon._base.seeding import seeded
+from sophon._data import load_domain
+from sophon._models import load_weights, read_tensors
+from sophon._models.networks import SmallConvNet
+from sophon._records.audit_record import Measurement
+from sophon._specs import DomainSpec, Strategy
+from sophon._tasks import Classification
+from sophon._training.checkpoints import save_tensors
+from sophon._training.evaluate import evaluate
+from sophon._training.loop import FineTuning
+from sophon._training.setting import Setting, make_setting
+
+WHAT_IT_SHOWS = (
+    "This is a demonstration on toy data: a network of 0.1 million weights, rendered letters as "
+    "the task to keep, handwritten digits as the task to refuse. It shows the steps and the "
+    "report. It is no evidence about your model: protection and attacks are far too short, there "
+    "is one seed, and a real attacker has more compute."
+)
+
+RUN = """\
+# Written by `sophon demo`. Change it and run the two commands yourself:
+#   sophon protect run.toml --out protected
+#   sophon audit run.toml --model protected/model.safetensors --out audit
+
+[model]
+name = "small_convnet"
+weights = "letters.safetensors"
+in_channels = 1
+
+[original]                  # the task to keep: letters drawn in many fonts
+source = "embedded"
+name = "letters"
+
+[[restricted]]              # the task to refuse: handwritten digits
+source = "embedded"
+name = "digits"
+
+[protect]
+rounds = 30
+suppression = "klu"
+suppression_rate = 1e-3
+reinforcement_steps = 3
+reinforcement_rate = 1e-3
+
+[protect.rehearsal]
+steps = 10
+strategies = 1
+query_batch_size = 32
+
+[protect.rehearsal.distribution]
+batch_sizes = [32]
+
+[protect.rehearsal.distribution.learning_rates]
+sgd_momentum = [1e-3, 1e-1]
+adam = [1e-4, 1e-2]
+
+[protect.guard]
+tolerance_points = 3.0
+every = 5
+
+[audit]
+suite = "quick-1"
+steps = 60
+evaluations = 6
+batch_size = 32
+seeds = [0]
+"""
+
+TRAINING = Strategy(
+    optimizer="adam", learning_rate=3e-3, schedule="cosine", batch_size=64, steps=300
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the demonstration starts from: its run file and the network's validation score."""
+
+    run: Path
+    score: Measurement
+    trained: bool
+
+
+def prepare(folder: Path, *, training: Strategy = TRAINING) -> Start:
+    """Write the run file and the pre-trained weights into `folder`, unless they are there.
+
+    Raises CheckpointError if the folder cannot be written.
+    """
+    original = load_domain(
+        DomainSpec(source="embedded", name="letters"), base=folder, role="original"
+    )
+    restricted = load_domain(
+        DomainSpec(source="embedded", name="digits"), base=folder, role="restricted"
+    )
+    with seeded(0, "demo"):
+        model = SmallConvNet(classes=original.class_count, in_channels=1)
+    setting = make_setting(
+        model,
+        task=Classification(),
+        original=original,
+        restricted=(restricted,),
+        head="head",
+        precision="fp32",
+        device=None,
+    )
+    require_writable(folder)
+    if not (folder / "run.toml").is_file():
+        write_text(folder / "run.toml", RUN)
+    weights = folder / "letters.safetensors"
+    trained = not weights.is_file()
+    if trained:
+        pretrain(model, setting, training)
+        save_tensors(weights, model.state_dict())
+    else:
+        load_weights(model, read_tensors(weights), source=os.fspath(weights))
+        setting.place(model)
+    score = evaluate(model, setting, original, original.validation)
+    return Start(folder / "run.toml", score, trained)
+
+
+def pretrain(model: SmallConvNet, setting: Setting, training: Strategy) -> None:
+    """Train `model` in place on the original domain."""
+    original = setting.original
+    stream = (0, ("demo", "training"))
+    feed = setting.feed(original, original.train, batch_size=training.batch_size, stream=stream)
+    tuning = FineTuning(setting.place(model), training, setting, feed, stream=stream)
+    for _ in tuning.run(training.steps):
+        pass

@@ -1,0 +1,164 @@
+"""What is seen while a run goes on: a bar on a terminal, now and then a line, JSON, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from sophon._records.metrics import shown
+
+if TYPE_CHECKING:
+    from sophon._data import Domain
+    from sophon._records.audit_record import Stage, Trial
+
+Mode = Literal["bar", "lines", "json", "quiet"]
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def choose_mode(*, quiet: bool, as_json: bool) -> Mode:
+    """Return how to show progress: JSON or nothing if asked for, a bar only on a terminal."""
+    if as_json:
+        return "json"
+    if quiet:
+        return "quiet"
+    return "bar" if sys.stderr.isatty() else "lines"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: `45 s`, `12 min 05 s`, `2 h 03 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Display:
+    """Shows the steps of a run of `total`, of which `todo` are still to be done.
+
+    JSON goes to stdout, for programs; bars and lines go to stderr, so that stdout holds the
+    result alone.
+    """
+
+    def __init__(self, mode: Mode, *, noun: str, total: int, todo: int) -> None:
+        self.mode = mode
+        self.noun = noun
+        self.total = total
+        self.todo = todo
+        self.seen = 0
+        self.ran = 0
+        self.started = time.monotonic()
+        self.last_line = self.started
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.mode == "bar":
+            columns = (TextColumn(self.noun + "s"), BarColumn(24), MofNCompleteColumn())
+            console = Console(stderr=True)
+            self.bar = Progress(*columns, TextColumn("{task.description}"), console=console)
+            self.bar.add_task("", total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def start_at(self, done: int) -> None:
+        """Count `done` steps as finished by an earlier run."""
+        self.seen = done
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done)
+
+    def step(self, record: dict[str, Any], text: str, *, fresh: bool = True) -> None:
+        """Show one finished step; one that is not `fresh` was only read from a store."""
+        self.seen += 1
+        self.ran += fresh
+        if self.mode == "json":
+            typer.echo(json.dumps({"event": self.noun, **record}))
+        elif self.bar is not None:
+            described = f"{self._pace()}  {text}"
+            self.bar.update(self.bar.task_ids[0], completed=self.seen, description=described)
+        elif self.mode == "lines":
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        now = time.monotonic()
+        if self.seen != self.total and now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        more = f" ({self.seen - self.total} more than expected)" if self.seen > self.total else ""
+        line = f"{self.noun} {self.seen}/{self.total}{more}  {self._pace()}  {text}"
+        typer.echo(line, err=True)
+
+    def _pace(self) -> str:
+        if not self.ran:
+            return "stored"
+        each = max(1e-6, (time.monotonic() - self.started) / self.ran)
+        rate = f"{each:.1f} s/{self.noun}" if each >= 1 else f"{1 / each:.1f} {self.noun}s/s"
+        # Of later stages it may turn out only then that they are stored.
+        left = min(self.todo - self.ran, self.total - self.seen)
+        return f"{rate}, {duration(each * left)} left" if left >= 0 else rate
+
+
+def percent(value: float) -> str:
+    """Return a fraction as a percentage."""
+    return f"{100 * value:.1f} %"
+
+
+def toml(value: Any) -> str:
+    """Return plain JSON data as an inline TOML value; keys without a value are left out."""
+    if isinstance(value, dict):
+        held = ", ".join(f"{k} = {toml(v)}" for k, v in value.items() if v is not None)
+        return f"{{ {held} }}" if held else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    return json.dumps(value)
+
+
+def lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a specification as TOML, one dotted key a line, as `--set` spells them."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from lines(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key} = {toml(value)}"
+
+
+def round_text(query: str, guard: str) -> str:
+    """Return what a line says of a round: the query score, the last check of the original task."""
+    return f"restricted score {query}  original {guard or 'not yet checked'}"
+
+
+def stage_text(stage: Stage) -> str:
+    """Return what a line says of a stage of pre-training."""
+    return f"step {stage.step}  loss {stage.loss:.4f}  validation {shown(stage.validation)}"
+
+
+def trial_text(trial: Trial) -> str:
+    """Return what a line says of a trial."""
+    ended = "" if trial.outcome.kind == "completed" else f" ({trial.outcome.kind})"
+    best = [point.validation for point in trial.curve if point.step == trial.best_step]
+    score = f"validation {shown(best[0])}" if best else "no score"
+    return f"{trial.subject} {score}{ended}  {trial.strategy.label()}"
+
+
+def domain_text(domain: Domain) -> str:
+    """Return a domain's name, classes, image shape and sizes."""
+    channels, height, width = domain.image_shape
+    sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
+    return f"{domain.name}: {domain.class_count} classes, {height}x{width}x{channels}, {sizes} test"

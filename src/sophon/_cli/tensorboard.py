@@ -1,0 +1,58 @@
+"""TensorBoard logs of a protection: one scalar per number of a round. Written only when asked."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sophon._base.errors import SpecError
+from sophon._records.audit_record import Round
+
+# The tag of each number of a round.
+SCALARS = {
+    "suppression_loss": "suppression/loss",
+    "query_score": "suppression/query_score",
+    "suppression_gradient_norm": "suppression/gradient_norm",
+    "original_loss": "reinforcement/loss",
+    "reinforcement_gradient_norm": "reinforcement/gradient_norm",
+    "reinforcement_steps": "reinforcement/steps",
+    "guard_score": "guard/validation_score",
+    "wall_s": "time/round_s",
+}
+
+
+class RoundLog:
+    """Writes rounds to a TensorBoard folder; rounds from `done` on replace what it holds of them.
+
+    Raises SpecError without tensorboard.
+    """
+
+    def __init__(self, folder: Path, *, done: int) -> None:
+        try:
+            importlib.import_module("tensorboard")
+        except ImportError:
+            raise SpecError(
+                "--tensorboard needs tensorboard: pip install 'sophon-protect[track]'"
+            ) from None
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self._writer: Any = writer(str(folder), purge_step=done)
+
+    def add(self, record: Round) -> None:
+        """Write a round's numbers, at the step of its index."""
+        for name, tag in SCALARS.items():
+            value = getattr(record, name)
+            if value is not None:
+                self._writer.add_scalar(tag, value, record.index)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()

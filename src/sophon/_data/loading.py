@@ -1,0 +1,201 @@
+"""Domains from specifications: which sources there are, and how each is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from sophon._base.errors import DataError
+from sophon._data.domain import Domain
+from sophon._data.sources.archives import read_archive
+from sophon._data.sources.conventions import normalisation_of, ordered_classes
+from sophon._data.sources.embedded import read_embedded
+from sophon._data.sources.folders import read_folder, read_images
+from sophon._data.sources.prompts import read_prompts
+from sophon._data.sources.torchvision_sets import read_torchvision
+from sophon._data.sources.trees import read_tree
+from sophon._data.splits import Contents, Cut, cut, joined, unlabelled
+from sophon._specs import DomainSpec
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+
+
+def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain") -> Domain:
+    """Return the domain that `spec` describes.
+
+    Relative paths start at `base`, for a run file its folder; `${VARIABLES}` and a leading `~`
+    are expanded; a leading variable's value starts at the working directory. `role`, such as
+    `original`, opens every error message.
+
+    Raises:
+        DataError: the images cannot be found, read or used; one or two lines with the remedy.
+    """
+    base = Path(base)
+    try:
+        if spec.source not in SOURCES:
+            close = difflib.get_close_matches(spec.source, SOURCES, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise DataError(f"unknown source {spec.source!r}; {hint}known: {', '.join(SOURCES)}")
+        if spec.labels == "coarse" and spec.source != "npz":
+            raise DataError(
+                f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it"
+            )
+        if spec.dataset is not None and spec.source in ("npz", "folder"):
+            raise DataError(
+                f"dataset = {spec.dataset!r} is for torchvision, tree and embedded sources: remove"
+                " it"
+            )
+        return SOURCES[spec.source](spec, base)
+    except DataError as error:
+        raise DataError(f"{role}: {error}") from None
+
+
+def npz(spec: DomainSpec, base: Path) -> Domain:
+    """Return the domain of the archive `spec.path`; see `read_archive`."""
+    path = _located(spec.path, base, "path", spec.source)
+    try:
+        contents = read_archive(path, spec.image_size, coarse=spec.labels == "coarse")
+        return _domain(contents, spec, path.stem)
+    except DataError as error:
+        # Most faults are found in arrays, which do not know their file.
+        known = str(path) in str(error)
+        raise DataError(str(error) if known else f"{path}: {error}") from None
+
+
+def folder(spec: DomainSpec, base: Path) -> Domain:
+    """Return the domain of the images below `spec.path`; see `read_folder`, `read_images`."""
+    path = _located(spec.path, base, "path", spec.source)
+    read = read_images if spec.labels == "none" else read_folder
+    return _domain(read(path, spec.image_size), spec, path.resolve().name)
+
+
+def prompts(spec: DomainSpec, base: Path) -> Domain:
+    """Return the domain of the images and prompts below `spec.path`; see `read_prompts`."""
+    path = _located(spec.path, base, "path", spec.source)
+    return _domain(read_prompts(path, spec.image_size), spec, path.resolve().name)
+
+
+def torchvision(spec: DomainSpec, base: Path) -> Domain:
+    """Return the torchvision dataset `spec.name` kept in `spec.root`; see `read_torchvision`."""
+    name = _required(spec.dataset or spec.name, "name", "CIFAR10", spec.source)
+    root = _located(spec.root, base, "root", spec.source)
+    contents = read_torchvision(name, root, download=spec.download, size=spec.image_size)
+    return _domain(contents, spec, name)
+
+
+def tree(spec: DomainSpec, base: Path) -> Domain:
+    """Return the public data set `spec.name` that lies as folders below `spec.root`; see
+    `read_tree`.
+    """
+    name = _required(spec.dataset or spec.name, "name", "CINIC10", spec.source)
+    root = _located(spec.root, base, "root", spec.source)
+    contents = read_tree(name, root, spec.image_size)
+    if len(contents.classes) == 1 and spec.labels != "none":
+        raise DataError(
+            f"{name} has no labels: set labels = 'none', for a diffusion model, or take one of"
+            " CelebA's attributes with source = 'torchvision'"
+        )
+    return _domain(contents, spec, name)
+
+
+def embedded(spec: DomainSpec, base: Path) -> Domain:
+    """Return the embedded domain `spec.name`; see `read_embedded`."""
+    name = _required(spec.dataset or spec.name, "name", "digits", spec.source)
+    return _domain(read_embedded(name, spec.image_size), spec, name)
+
+
+SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
+    "npz": npz,
+    "folder": folder,
+    "torchvision": torchvision,
+    "tree": tree,
+    "embedded": embedded,
+    "prompts": prompts,
+}
+
+
+def expanded(text: str, base: Path) -> Path:
+    """Return `text` as a path from `base`, with `${VARIABLES}` and a leading `~` replaced.
+
+    Where a variable opens it, a relative value starts at the working directory, as the shell that
+    it was set in has it.
+
+    Raises:
+        DataError: a variable is not set, or empty.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if not os.environ.get(name):
+            images = name == "SOPHON_DATA"
+            to = " to the folder that holds the image sets (docs/data.md)" if images else ""
+            raise DataError(
+                f"{text!r} needs the environment variable {name}, which is not set: set it{to}"
+            )
+        return os.environ[name]
+
+    path = Path(_VARIABLE.sub(value, text))
+    start = Path.cwd() if _VARIABLE.match(text) else base
+    try:
+        return start / path.expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text!r}: {error}; write the folder out") from None
+
+
+def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
+    mean, std = _normalisation(spec)
+    if spec.join:
+        contents = joined(contents)
+    if spec.labels == "none":
+        contents = unlabelled(contents)
+    classes = spec.classes
+    if spec.class_order is not None:
+        if classes is not None:
+            raise DataError("classes and class_order both choose classes: keep one of them")
+        classes = ordered_classes(contents.classes, spec.class_order)
+    free = spec.source == "prompts"
+    how = Cut(
+        spec.validation,
+        spec.test,
+        spec.split_seed,
+        classes,
+        spec.limit,
+        least_classes=1 if free or spec.labels == "none" else 2,
+        stratified=not free,
+    )
+    splits = cut(contents, how)
+    return Domain(
+        spec.name or name,
+        splits.train,
+        splits.validation,
+        splits.test,
+        splits.classes,
+        mean,
+        std,
+        spec.source,
+        spec.weight,
+    )
+
+
+def _normalisation(spec: DomainSpec) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if spec.normalisation is None:
+        return spec.mean, spec.std
+    if spec.mean is not None or spec.std is not None:
+        raise DataError("normalisation and mean or std are both given: keep one of them")
+    named = normalisation_of(spec.normalisation)
+    return named.mean, named.std
+
+
+def _located(value: str | None, base: Path, key: str, source: str) -> Path:
+    return expanded(_required(value, key, "data", source), base)
+
+
+def _required(value: str | None, key: str, example: str, source: str) -> str:
+    if not value:
+        raise DataError(
+            f"{key} is missing; source = {source!r} needs it, as in {key} = {example!r}"
+        )
+    return value

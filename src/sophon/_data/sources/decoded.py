@@ -1,0 +1,72 @@
+"""Decoded pictures, kept on the disk between runs where the user says so.
+
+With `SOPHON_CACHE=FOLDER` in the environment, image files are decoded and resized once per size;
+a later run reads the pixels. An entry is named after every file's path, length and time of change,
+so a changed file is read anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from sophon._base.errors import CheckpointError
+from sophon._base.files import require_writable, temporary_beside
+from sophon._base.plain_mode import plain
+from sophon._data.images import Bytes, open_picture, stack
+
+# Raise this when the same file gives other pixels.
+_VERSION = 1
+_REMEDY = "name another folder in SOPHON_CACHE, or unset it"
+
+
+def read_pictures(files: list[Path], size: int | None) -> Bytes:
+    """Return image files as one array, each squared to `size`: (n, h, w) if all are grey, else RGB.
+
+    Raises:
+        CheckpointError: the folder of decoded pictures cannot be written.
+        DataError: a damaged image, or sizes that differ.
+    """
+    folder = os.environ.get("SOPHON_CACHE")
+    if not folder or plain():
+        return _decoded(files, size)
+    entry = Path(folder) / f"{_name(files, size)}.npy"
+    try:
+        held: Bytes = np.load(entry, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there yet, or damaged
+        require_writable(entry.parent, remedy=_REMEDY)
+        held = _decoded(files, size)
+        _keep(entry, held)
+    return held
+
+
+def _decoded(files: list[Path], size: int | None) -> Bytes:
+    pictures = (open_picture(path, size) for path in files)
+    return stack(pictures, len(files), lambda position: str(files[position]))
+
+
+def _name(files: list[Path], size: int | None) -> str:
+    about = []
+    for path in files:
+        status = path.stat()
+        about.append([str(path.absolute()), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps([_VERSION, size, about]).encode()).hexdigest()
+
+
+def _keep(entry: Path, pixels: Bytes) -> None:
+    # Whole or not at all: another process may read at any moment.
+    temporary = temporary_beside(entry)
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+        temporary.replace(entry)
+    except OSError as error:
+        raise CheckpointError(
+            f"decoded pictures cannot be kept in {entry.parent} ({error}): make room or {_REMEDY}"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""The `embedded` source: two small domains that need no files and no network.
+
+They are for trying sophon out, not for evidence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import string
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sophon._base.errors import DataError
+from sophon._base.seeding import derive_seed
+from sophon._data.images import Bytes, Integers, from_picture
+from sophon._data.splits import Contents, part_of_array
+
+SIDE = 16
+LETTERS = string.ascii_uppercase
+PER_LETTER = 120
+CANVAS = 64
+# Text fonts only: the other files hold mathematical symbols.
+FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "STIXGeneral.ttf",
+    "STIXGeneralBol.ttf",
+    "STIXGeneralItalic.ttf",
+    "STIXGeneralBolIta.ttf",
+)
+
+
+def read_embedded(name: str, size: int | None) -> Contents:
+    """Return the contents of an embedded domain: `digits` or `letters`, grey, 16x16.
+
+    `digits` are scikit-learn's 1,797 handwritten digits (8x8, enlarged). `letters` are the
+    capitals A to Z rendered from the fonts of matplotlib with small rotations, shifts and
+    scalings drawn from a fixed seed, 120 of each.
+
+    Raises:
+        DataError: an unknown name, or scikit-learn or matplotlib is not installed.
+    """
+    if name not in EMBEDDED:
+        close = difflib.get_close_matches(name, EMBEDDED, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise DataError(f"unknown embedded domain {name!r}; {hint}known: {', '.join(EMBEDDED)}")
+    make, classes = EMBEDDED[name]
+    pixels, labels = make()
+    return Contents(part_of_array(pixels, labels, size), None, classes)
+
+
+@cache
+def digits() -> tuple[Bytes, Integers]:
+    """Return scikit-learn's handwritten digits, uint8 (1797, 16, 16), and their labels."""
+    bunch = _module("sklearn.datasets").load_digits()
+    # Sixteen grey levels and zero: 0..16 becomes 0..255.
+    small = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    enlarged = [
+        np.asarray(Image.fromarray(one).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+        for one in small
+    ]
+    return np.stack(enlarged), bunch.target.astype(np.int64)
+
+
+@cache
+def letters() -> tuple[Bytes, Integers]:
+    """Return rendered capitals, uint8 (3120, 16, 16), and their labels, A = 0."""
+    folder = Path(_module("matplotlib").get_data_path()) / "fonts" / "ttf"
+    fonts = [ImageFont.truetype(str(folder / name), 60) for name in FONTS]
+    pictures, labels = [], []
+    for label, letter in enumerate(LETTERS):
+        random = np.random.default_rng(derive_seed(0, "letters", letter))
+        glyphs = [_glyph(letter, font) for font in fonts]
+        for number in range(PER_LETTER):
+            pictures.append(_varied(glyphs[number % len(glyphs)], random))
+            labels.append(label)
+    return np.stack(pictures), np.array(labels, dtype=np.int64)
+
+
+def _glyph(letter: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    picture = Image.new("L", (CANVAS, CANVAS))
+    middle = (CANVAS / 2, CANVAS / 2)
+    left, top, right, bottom = font.getbbox(letter, anchor="ls")
+    corner = (middle[0] - (left + right) / 2, middle[1] - (top + bottom) / 2)
+    ImageDraw.Draw(picture).text(corner, letter, fill=255, font=font, anchor="ls")
+    return picture
+
+
+def _varied(glyph: Image.Image, random: np.random.Generator) -> Bytes:
+    """Return the glyph turned by up to 20 degrees, scaled by 0.85 to 1.2 in each direction, moved
+    by up to a sixteenth of the side, and reduced to 16x16.
+    """
+    angle = np.deg2rad(random.uniform(-20, 20))
+    wide, high = random.uniform(0.85, 1.2, size=2)
+    right, down = random.uniform(-CANVAS / 16, CANVAS / 16, size=2)
+    cosine, sine, middle = np.cos(angle), np.sin(angle), CANVAS / 2
+    # Pillow maps output to input: the inverse of rotation and scaling around the middle.
+    a, b, d, e = cosine / wide, sine / wide, -sine / high, cosine / high
+    c = middle - a * (middle + right) - b * (middle + down)
+    f = middle - d * (middle + right) - e * (middle + down)
+    turned = glyph.transform(
+        glyph.size,
+        Image.Transform.AFFINE,
+        tuple(float(value) for value in (a, b, c, d, e, f)),
+        Image.Resampling.BILINEAR,
+    )
+    return from_picture(turned.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = "scikit-learn" if name.startswith("sklearn") else name
+        raise DataError(
+            f"the embedded domains need {package}; pip install 'sophon-protect[demo]'"
+        ) from None
+
+
+EMBEDDED: dict[str, tuple[Callable[[], tuple[Bytes, Integers]], tuple[str, ...]]] = {
+    "digits": (digits, tuple("0123456789")),
+    "letters": (letters, tuple(LETTERS)),
+}

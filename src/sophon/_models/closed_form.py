@@ -1,0 +1,127 @@
+"""A classifier head fitted in closed form: ridge regression on what reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon._base.errors import UnsupportedModelError
+from sophon._models.batch_norm import batch_norm_reestimated
+
+# Penalties that are tried, relative to the mean of the features' squared singular values.
+_PENALTIES = torch.logspace(-4, 4, 33, dtype=torch.float64)
+# What the outputs are multiplied by, so that a softmax over them is neither flat nor certain.
+_SCALES = torch.logspace(-1, 2, 61, dtype=torch.float64)
+# Below this share of the largest singular value, or of the features, all is rounding.
+_RANK = 1e-6
+
+
+@torch.no_grad()
+def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Fit the layer that `head` names to `batches` of images and labels; nothing else changes.
+
+    Ridge regression to one-hot labels; the penalty is the one with the least squared error on
+    images left out one at a time, and the outputs are scaled to the least cross-entropy on these.
+    BatchNorm runs as in training, all else as in evaluation. False, and the head as it was, where
+    nothing can be fitted: outputs that are not finite, or alike for every image. Raises
+    UnsupportedModelError for a head whose input has no feature dimension to regress on.
+    """
+    labels: list[Tensor] = []
+    inputs = _inputs(model, head, (images for images, _ in _kept(batches, labels)))
+    if not inputs:
+        return False
+    features = torch.cat(inputs)
+    if not bool(features.isfinite().all()):
+        return False
+    layer: Any = model.get_submodule(head)
+    fitted = _ridge(features, torch.cat(labels).cpu(), layer.weight.shape[0])
+    if fitted is None:
+        return False
+    weight, bias = fitted
+    layer.weight.copy_(weight.view_as(layer.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+    return True
+
+
+def _kept(
+    batches: Iterable[tuple[Tensor, Tensor]], labels: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, answers in batches:
+        labels.append(answers)
+        yield images, answers
+
+
+def _inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Return what reaches the head, (batch, features) in double precision, batch by batch."""
+    found: list[Tensor] = []
+    layer = model.get_submodule(head)
+
+    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found.append(_flat(layer, given[0], head).detach().double().cpu())
+
+    handle = layer.register_forward_pre_hook(keep)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with batch_norm_reestimated(model, batches) as anew:
+            if not anew:
+                model.eval()
+                for images in batches:
+                    model(images)
+    finally:
+        handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    return found
+
+
+def _flat(layer: nn.Module, given: Tensor, head: str) -> Tensor:
+    """Return (batch, features): positions are averaged, as the pooling around the head does."""
+    if isinstance(layer, nn.Conv2d) and given.dim() == 4:
+        return given.mean(dim=(2, 3))
+    if isinstance(layer, nn.Linear) and given.dim() >= 2:
+        return given.flatten(1, -2).mean(dim=1) if given.dim() > 2 else given
+    raise UnsupportedModelError(
+        f"ridge_head: what reaches {head!r} has the shape {tuple(given.shape)}; (batch, features)"
+        " is needed"
+    )
+
+
+def _ridge(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
+    """Return weight (classes, features) and bias (classes) from features (images, features)."""
+    targets = nn.functional.one_hot(labels, classes).to(features)
+    centre, mean = features.mean(0), targets.mean(0)
+    centred, wanted = features - centre, targets - mean
+    if bool(centred.norm() <= _RANK * features.norm()):
+        return None
+    left, squares = _left_singular(centred)
+    coded = left.T @ wanted
+    best: tuple[float, Tensor, Tensor] | None = None
+    for penalty in (_PENALTIES * squares.mean()).tolist():
+        shrunk = squares / (squares + penalty)
+        # What an image adds to its own prediction; the mean's share is 1 / n.
+        leverage = left.square() @ shrunk + 1 / len(features)
+        residual = wanted - left @ (shrunk[:, None] * coded)
+        residual /= (1 - leverage).clamp_min(1e-9)[:, None]
+        error = float(residual.square().mean())
+        if best is None or error < best[0]:
+            best = (error, left @ (coded / (squares + penalty)[:, None]), wanted - residual)
+    assert best is not None
+    _, dual, without = best
+    losses = [float(nn.functional.cross_entropy(s * without, labels)) for s in _SCALES.tolist()]
+    scale = float(_SCALES[losses.index(min(losses))])
+    weight = scale * (centred.T @ dual).T
+    return weight, scale * mean - weight @ centre
+
+
+def _left_singular(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Return left singular vectors, one a column, and squared singular values, but for rounding."""
+    wide = centred.shape[0] <= centred.shape[1]
+    gram = centred @ centred.T if wide else centred.T @ centred
+    squares, vectors = torch.linalg.eigh(gram)
+    kept = squares > _RANK**2 * squares.max()
+    squares, vectors = squares[kept], vectors[:, kept]
+    return (vectors if wide else centred @ vectors / squares.sqrt()), squares

@@ -1,0 +1,120 @@
+"""Freshly initialised weights: layer by layer, or a whole model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sophon._base.errors import UnsupportedModelError
+from sophon._base.seeding import seeded
+from sophon._models.heads import head_classes, replace_head
+from sophon._models.probing import Names
+
+
+@dataclass(frozen=True)
+class Bare:
+    """Fresh values of the parameters of a network that no `reset_parameters` reaches, by name."""
+
+    values: Mapping[str, Tensor]
+
+    def within(self, name: str) -> Bare:
+        """Return those of the submodule `name`, named as it names them."""
+        start = f"{name}."
+        held = {k.removeprefix(start): v for k, v in self.values.items() if k.startswith(start)}
+        return Bare(held)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of names, types, shapes and bytes."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.values.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().tobytes())
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def bare_parameters(fresh: nn.Module) -> Bare:
+    """Return the parameters of a fresh network that no reset reaches: scales of residuals, position
+    embeddings, class tokens. The network is left as it is.
+    """
+    missed = _reset(copy.deepcopy(fresh), seed=0, names=("bare",))
+    return Bare({name: fresh.get_parameter(name).detach().clone() for name in missed})
+
+
+def _reset(module: nn.Module, *, seed: int, names: Names) -> list[str]:
+    """Reset what has a `reset_parameters`; return the parameters that none reached: now NaN."""
+    for parameter in module.parameters():
+        parameter.fill_(torch.nan)
+    with seeded(seed, *names):
+        for part in reversed(list(module.modules())):
+            reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
+            if callable(reset):
+                reset()
+    return [name for name, p in module.named_parameters() if bool(torch.isnan(p).any())]
+
+
+@torch.no_grad()
+def reinitialise(module: nn.Module, *, seed: int, names: Names, bare: Bare | None = None) -> None:
+    """Reset every parameter by its layer's own `reset_parameters`, on the stream `(seed, *names)`;
+    those that no reset reaches are taken from `bare`.
+
+    Raises UnsupportedModelError naming parameters that neither has; the module is then unchanged.
+    """
+    before = [(tensor, tensor.clone()) for tensor in [*module.parameters(), *module.buffers()]]
+    missed = []
+    for name in _reset(module, seed=seed, names=names):
+        parameter = module.get_parameter(name)
+        value = None if bare is None else bare.values.get(name)
+        if value is None or value.shape != parameter.shape:
+            missed.append(name)
+        else:
+            parameter.copy_(value)
+    if missed:
+        for tensor, value in before:
+            tensor.copy_(value)
+        raise UnsupportedModelError(
+            f"no reset_parameters reaches {', '.join(missed[:4])}"
+            f"{', ...' if len(missed) > 4 else ''} of {type(module).__name__}: give the layer "
+            "that owns it a reset_parameters method, or pass a factory of fresh models"
+        )
+
+
+def fresh_copy(
+    model: nn.Module,
+    factory: Callable[[], nn.Module] | None,
+    *,
+    seed: int,
+    names: Names,
+) -> nn.Module:
+    """Return a freshly initialised model with the keys and shapes of `model`, in eval mode.
+
+    `factory` runs on the stream `(seed, *names)`; without one a copy is reset layer by layer.
+    A head whose class count differs is replaced. Raises UnsupportedModelError for a factory
+    that builds another architecture.
+    """
+    if factory is None:
+        fresh = copy.deepcopy(model)
+        reinitialise(fresh, seed=seed, names=names)
+        return fresh.eval()
+    with seeded(seed, *names):
+        fresh = factory()
+    wanted, built = model.state_dict(), fresh.state_dict()
+    if wanted.keys() != built.keys():
+        differing = sorted(wanted.keys() ^ built.keys())[:4]
+        raise UnsupportedModelError(
+            f"the factory of fresh models builds another architecture: {', '.join(differing)}"
+        )
+    differing = [key for key, value in wanted.items() if value.shape != built[key].shape]
+    for head in sorted({key.rpartition(".")[0] for key in differing}):
+        classes = head_classes(model, head)
+        replace_head(fresh, head, classes, seed=seed, names=(*names, "head"))
+    like = next(model.parameters())
+    if next(fresh.parameters()).dtype != like.dtype:
+        fresh = fresh.to(like.dtype)
+    return fresh.to(like.device).eval()

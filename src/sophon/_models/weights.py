@@ -1,0 +1,187 @@
+"""Read weights from files of tensors, load them, check them, hash them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._models.hooks import hooks
+
+_DAMAGED = (
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Return whether a file begins as a zip archive or a pickle does."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of a torch file that holds tensors only.
+
+    A torch file may nest them under `state_dict` or `model`. Raises CheckpointError for a
+    missing, damaged or foreign file; a pickle with anything else in it is refused unread.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: set the path of the weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            # What is odd about a damaged file is in the error.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        if not _is_torch_file(path):
+            raise CheckpointError(
+                f"{path} is no file of weights: name a safetensors file, or one of torch.save"
+            ) from None
+        raise CheckpointError(
+            f"{path} is refused: it is a pickle with more than tensors in it, which could run "
+            "code. Where you trust it, load it yourself and keep the state_dict with "
+            "safetensors.torch.save_file"
+        ) from None
+    except _DAMAGED as error:
+        said = (str(error).strip().splitlines() or ["it ends early"])[0]
+        # torch says where in its own code; that is no help.
+        reason = said if said.isprintable() and "[enforce" not in said else "no such file inside"
+        reason = reason[:160]
+        raise CheckpointError(
+            f"{path} is damaged or not a file of tensors ({reason}): copy it again, or save"
+            " model.state_dict() with safetensors.torch.save_file"
+        ) from None
+    return _named_tensors(content, path)
+
+
+def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    foreign = [] if isinstance(content, dict) else [type(content).__name__]
+    if isinstance(content, dict):
+        foreign = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if foreign or not content:
+        raise CheckpointError(
+            f"{path} is not a file of named tensors ({', '.join(foreign[:3]) or 'empty'}): "
+            "save model.state_dict()"
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
+    """Load `tensors` into `model`; a `module.` prefix is dropped.
+
+    BatchNorm's `num_batches_tracked` may be missing. Raises CheckpointError naming the keys
+    that differ; the model is then unchanged.
+    """
+    found = {key.removeprefix("module."): value for key, value in tensors.items()}
+    expected = model.state_dict()
+    required = [key for key in expected if not key.endswith("num_batches_tracked")]
+    faults = {
+        "missing": [key for key in required if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in found and found[key].shape != value.shape
+        ],
+    }
+    if any(faults.values()):
+        lines = [
+            f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for fault, keys in faults.items()
+            if keys
+        ]
+        raise CheckpointError(
+            f"{source} is of another architecture than {type(model).__name__}: keys "
+            + "; ".join(lines)
+            + ": give weights of that architecture, or correct model.name"
+        )
+    # The model's own dictionary also holds the versions of its layers.
+    expected.update(found)
+    model.load_state_dict(expected)
+
+
+def require_finite(model: nn.Module, *, what: str) -> None:
+    """Raise UnsupportedModelError naming the first weights or buffers that are NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UnsupportedModelError(
+                f"{what}: {name} holds NaN or infinite values; the weights are damaged"
+            )
+
+
+# Where our own networks were when the first trials were stored: names, wherever their files move.
+_OWN = {"sophon._models.networks": "sophon._networks"}
+
+
+def network_identity(model: nn.Module) -> str:
+    """Return a name for what computes with the weights: class, hooks, and a hash of the layers.
+
+    Layers count with their types, what they print (strides, activations, dropout rates) and rates
+    that act in train mode unprinted; code inside a `forward` is not seen.
+    """
+    calls = [hook.call for hook in hooks(model)]
+    names = [f"{h.__module__}.{getattr(h, '__qualname__', type(h).__qualname__)}" for h in calls]
+    layers = "\n".join(
+        f"{name}: {_class_name(part)}({part.extra_repr()})"
+        f"{_unprinted_rates(part)}{_untrained(part)}"
+        for name, part in model.named_modules()
+    )
+    structure = hashlib.sha256(layers.encode()).hexdigest()[:16]
+    return "+".join([_class_name(model), *names, structure])
+
+
+def _class_name(part: nn.Module) -> str:
+    kind = type(part)
+    return f"{_OWN.get(kind.__module__, kind.__module__)}.{kind.__qualname__}"
+
+
+def _unprinted_rates(part: nn.Module) -> str:
+    """Return the rates that a layer keeps as plain numbers and does not print, but for zeros."""
+    printed = part.extra_repr()
+    rates = [
+        f"{name}={value}"
+        for name, value in sorted(vars(part).items())
+        if ("drop" in name or name == "p") and isinstance(value, int | float) and value
+        if not isinstance(value, bool) and f"{name}=" not in printed
+    ]
+    return ", ".join(rates)
+
+
+def _untrained(part: nn.Module) -> str:
+    """Return the weights that a layer keeps as buffers, where no optimizer finds them."""
+    names = [name for name, _ in part.named_buffers(recurse=False) if name in ("weight", "bias")]
+    return f" untrained: {', '.join(names)}" if names else ""
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return the SHA-256 (hex) of every parameter and buffer: names, types, shapes and bytes."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()

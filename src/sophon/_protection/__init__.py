@@ -1,0 +1,1 @@
+"""Protection: rounds, guard, losses and the terms it is a sum of."""

@@ -1,0 +1,1 @@
+"""The terms of a protection, one file each."""

@@ -1,0 +1,1 @@
+"""What happened: audit records, trials, statements."""

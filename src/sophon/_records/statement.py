@@ -1,0 +1,92 @@
+"""What a protected checkpoint says of its own protection. Whoever publishes it may say anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict
+
+from sophon._base.errors import SpecError
+from sophon._specs import OptimizerName, parse_spec
+from sophon._specs.base import NonNegative, Rate, Spec
+
+_WHERE = (
+    "the 'protection' of the protected checkpoint's model.json (mend it, or audit the file of"
+    " weights alone)"
+)
+
+
+class _Part(Spec):
+    """A part of a statement: what an audit does not ask for may be there."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Fixed(_Part):
+    optimizer: OptimizerName
+    learning_rate: Rate
+
+
+class _Distribution(_Part):
+    learning_rates: dict[OptimizerName, tuple[Rate, Rate]] | None = None
+
+
+class _Rehearsal(_Part):
+    fixed: _Fixed | None = None
+    distribution: _Distribution | None = None
+    steps: int | None = None
+    horizon: int | None = None
+
+
+class _Guard(_Part):
+    tolerance_points: NonNegative = 0.0
+    tolerance_relative: NonNegative = 0.0
+
+
+class _Stated(_Part):
+    rehearsal: _Rehearsal | None = None
+    guard: _Guard | None = None
+
+
+class Statement(_Part):
+    """What protection says that it did, as far as an audit asks."""
+
+    spec: _Stated | None = None
+
+    @property
+    def rates(self) -> dict[OptimizerName, float]:
+        """The rate rehearsed last, by optimizer: of a range the upper end; empty: not said."""
+        rehearsal = _Rehearsal() if self.spec is None else self.spec.rehearsal or _Rehearsal()
+        if rehearsal.fixed is not None:
+            return {rehearsal.fixed.optimizer: rehearsal.fixed.learning_rate}
+        ranges = rehearsal.distribution and rehearsal.distribution.learning_rates
+        return {optimizer: high for optimizer, (_, high) in (ranges or {}).items()}
+
+    @property
+    def life(self) -> int:
+        """How many steps a rehearsed attacker takes in its life; 0: not said."""
+        rehearsal = _Rehearsal() if self.spec is None else self.spec.rehearsal or _Rehearsal()
+        return rehearsal.horizon or rehearsal.steps or 0
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """The guard's tolerances, by name, as far as they are said."""
+        guard = None if self.spec is None else self.spec.guard
+        return {} if guard is None else guard.model_dump(exclude_unset=True)
+
+
+def statement_of(protection: dict[str, Any] | None) -> Statement:
+    """Return what a checkpoint's `protection` says. Raises SpecError if it cannot be read."""
+    return parse_spec(Statement, {} if protection is None else protection, where=_WHERE)
+
+
+def stated(protection: dict[str, Any] | None) -> Statement:
+    """Return what a record's `protection` says: nothing, where it cannot be read.
+
+    An audit refuses such a statement; a record that holds one all the same is judged like one that
+    holds none.
+    """
+    try:
+        return statement_of(protection)
+    except SpecError:
+        return Statement()

@@ -1,0 +1,1 @@
+"""What people read: reports, tables, plots, model cards."""

@@ -1,0 +1,337 @@
+"""A protected model as a folder that the Hugging Face hub knows, and the library of its network.
+
+Of a classifier `config.json` and `model.safetensors`, of a diffusion model the pipeline of
+diffusers with its parts; and `README.md`, a model card whose metadata carries the verdict. States
+to resume from hold the unprotected weights and stay behind. Nothing is uploaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sophon._base.errors import AuditError, CheckpointError, SpecError
+from sophon._base.files import read_json, require_writable, write_text
+from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
+from sophon._records.audit_record import AuditRecord
+from sophon._records.metrics import kind_of_record
+from sophon._reporting.report import Report, report
+from sophon._specs import ModelSpec, parse_spec
+from sophon._training.checkpoints import require_recorded, save_tensors
+
+FILES = ("config.json", "model.safetensors", "README.md")
+# What timm says of the weights that it publishes for a network; these are not they.
+_OF_OTHERS = (
+    *("tag", "license", "description", "notes", "origin_url", "paper_name", "paper_ids"),
+    *("url", "file", "source", "hf_hub_id", "hf_hub_filename"),
+)
+_INDEX, _UNET_WEIGHTS = "model_index.json", "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A protected checkpoint: its network, its model and what `model.json` says of it.
+
+    `pipeline` is its folder where it is a diffusion model, which has no classes.
+    """
+
+    network: ModelSpec
+    model: nn.Module
+    protection: dict[str, Any]
+    classes: int
+    pipeline: Path | None = None
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What `model_index.json` of the pipeline says; of a classifier nothing."""
+        return {} if self.pipeline is None else read_json(self.pipeline / _INDEX)
+
+
+def load_protected(folder: Path) -> Exported:
+    """Return the checkpoint in `folder`, as `sophon protect --out` wrote it.
+
+    Raises CheckpointError where there is none, it was changed or parts of a pipeline are missing.
+    """
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no model.safetensors: name a finished protection")
+    held = read_json(folder / "model.json")
+    require_recorded(file, held)
+    if not held.get("model"):
+        raise CheckpointError(
+            f"{folder / 'model.json'} does not name the network: protect with the command line,"
+            " or with model_spec="
+        )
+    network = parse_spec(ModelSpec, held["model"], where=str(folder / "model.json"))
+    if not held.get("protection"):
+        raise CheckpointError(f"{folder} is not protected: name a folder of `sophon protect`")
+    if network.name.startswith(DIFFUSERS):
+        require_parts(folder)
+    model, _ = resolve_model(ModelSpec(name=str(folder.absolute())), base=Path())
+    if network.name.startswith(DIFFUSERS):
+        return Exported(network, model, held["protection"], 0, folder)
+    head: str = held["protection"]["head"]
+    return Exported(network, model, held["protection"], head_classes(model, head))
+
+
+def export(folder: Path, to: Path, record: AuditRecord | None = None) -> tuple[Path, ...]:
+    """Write the checkpoint in `folder` to the new or empty folder `to`; return its files.
+
+    `record` is its audit, for the card. Raises as `load_protected`, AuditError where the record is
+    of other weights, SpecError where `to` holds something or a package is missing.
+    """
+    if to.is_dir() and any(to.iterdir()):
+        raise SpecError(f"{to} is not empty: name a new folder to export to")
+    source = load_protected(folder)
+    if record is not None:
+        _require_same_weights(source, record, folder)
+    texts = {"README.md": model_card(source, record)}
+    if source.pipeline is None:
+        texts["config.json"] = _config(source)
+    require_writable(to)
+    names: tuple[str, ...] = FILES
+    if source.pipeline is None:
+        save_tensors(to / "model.safetensors", source.model.state_dict())
+    else:
+        names = (*_copied_pipeline(source, source.pipeline, to), "README.md")
+    for name, text in texts.items():
+        write_text(to / name, text)
+    return tuple(to / name for name in names)
+
+
+def _copied_pipeline(source: Exported, folder: Path, to: Path) -> tuple[str, ...]:
+    """Copy the parts that the pipeline's index names, and the index, to `to`; return their names.
+
+    The U-Net's weights are those that were checked.
+    """
+    parts = [n for n, one in source.index.items() if isinstance(one, list) and one[0] is not None]
+    for part in parts:
+        leave = shutil.ignore_patterns("*.safetensors", "*.bin") if part == "unet" else None
+        shutil.copytree(folder / part, to / part, ignore=leave)
+    save_tensors(to / "unet" / _UNET_WEIGHTS, source.model.state_dict())
+    shutil.copyfile(folder / _INDEX, to / _INDEX)
+    return (_INDEX, *parts)
+
+
+def _require_same_weights(source: Exported, record: AuditRecord, folder: Path) -> None:
+    audited = [s.weights_sha256 for s in record.subjects if s.name == "protected"]
+    if audited != [weights_sha256(source.model)]:
+        raise AuditError(
+            f"the record is of other weights than those in {folder}: audit this checkpoint, or name"
+            " its own record"
+        )
+
+
+# --- config.json -----------------------------------------------------------------------------
+
+
+def _config(source: Exported) -> str:
+    library, _, name = source.network.name.partition(":")
+    if library == "timm" and name:
+        held = _timm_config(source)
+    else:
+        held = {
+            "architecture": name or library,
+            "library_name": library if name else "sophon",
+            "num_classes": source.classes,
+            "model_args": source.network.arguments,
+        }
+    held["sophon"] = {"model": source.network.name, **_about(source)}
+    return json.dumps(held, indent=2, sort_keys=True) + "\n"
+
+
+def _timm_config(source: Exported) -> dict[str, Any]:
+    """Return what timm itself writes, which `create_model("local-dir:...")` reads.
+
+    Images are prepared as Sophon does: resized to the side, the middle cut out.
+    """
+    hub = importlib.import_module("timm.models._hub")
+    takes = source.protection.get("input") or {}
+    data: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    data |= {key: takes[key] for key in ("input_size", "mean", "std") if key in takes}
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        file = scratch / "config.json"
+        hub.save_config_for_hf(
+            source.model, str(file), model_args=dict(source.network.arguments), data_config=data
+        )
+        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for key in _OF_OTHERS:
+        held["pretrained_cfg"].pop(key, None)
+    return held
+
+
+def _about(source: Exported) -> dict[str, Any]:
+    kept = ("original", "restricted", "rounds", "shipped_round", "head", "input")
+    return {key: source.protection[key] for key in kept if key in source.protection}
+
+
+# --- README.md -------------------------------------------------------------------------------
+
+
+def model_card(source: Exported, record: AuditRecord | None) -> str:
+    """Return the model card: metadata that the hub reads, and the audit's report.
+
+    Under `sophon` the metadata hold the verdict with its scope; without a record, `not audited`.
+    Raises SpecError without huggingface_hub.
+    """
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise SpecError(
+            "the model card needs huggingface_hub: pip install 'sophon-protect[vision]'"
+        ) from None
+    library = source.network.name.partition(":")[0]
+    made = None if record is None else report(record)
+    results = [] if made is None else _results(hub, made, _kind_of_task(source))
+    data = hub.ModelCardData(
+        library_name=library if library in ("timm", "torchvision", "diffusers") else "pytorch",
+        pipeline_tag=_kind_of_task(source),
+        tags=["sophon", "non-fine-tunable-learning"],
+        model_name=f"{_name(source).rpartition(':')[2]}, protected against fine-tuning",
+        eval_results=results or None,
+        sophon=_metadata(source, made),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(source, made)}\n"
+
+
+def _name(source: Exported) -> str:
+    """Return what the network is called: a diffusion model's is its class in diffusers."""
+    return f"{DIFFUSERS}{source.index['unet'][1]}" if source.index else source.network.name
+
+
+def _kind_of_task(source: Exported) -> str:
+    """Return the task as the hub names it."""
+    if not source.index:
+        return "image-classification"
+    prompted = "text_encoder" in source.index
+    return "text-to-image" if prompted else "unconditional-image-generation"
+
+
+def _results(hub: Any, made: Report, task: str) -> list[Any]:
+    """Return one result per number: the original task, and the best attack on each domain."""
+    record, kind = made.record, kind_of_record(made.record)
+    scores = {subject.name: subject.original for subject in record.subjects}
+    kept = scores.get("protected")
+    original = record.original.name
+    found = [] if kept is None else [("original task", original, kept.value)]
+    for summary in made.summaries:
+        subject = summary.subjects.get("protected")
+        if subject is not None and subject.test is not None:
+            what = f"best of {len(record.strategies)} attacks, {record.spec.steps} steps"
+            found.append((what, summary.domain.name, subject.test.value))
+    return [
+        hub.EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=kind.name,
+            metric_name=f"{kind.noun} ({what})",
+            # An error is kept as 1 minus it.
+            metric_value=round(value if kind.higher_is_better else 1 - value, 6),
+        )
+        for what, dataset, value in found
+    ]
+
+
+def _metadata(source: Exported, made: Report | None) -> dict[str, Any]:
+    held: dict[str, Any] = {"verdict": "not audited", **_about(source)}
+    if made is None:
+        return held
+    record = made.record
+    held["verdict"] = made.verdict
+    held["suite"] = record.spec.suite
+    held["steps"] = record.spec.steps
+    held["attack_seeds"] = list(record.seeds)
+    held["domains"] = [
+        {
+            "name": summary.domain.name,
+            "verdict": summary.text,
+            # A number that may not be believed is none for whoever reads no further.
+            "advantage_removed": None if summary.verdict == "void" else summary.advantage.value,
+        }
+        for summary in made.summaries
+    ]
+    return held
+
+
+def _body(source: Exported, made: Report | None) -> str:
+    protection = source.protection
+    refused = ", ".join(protection.get("restricted", ())) or "unnamed domains"
+    kept = protection.get("original", "its original task")
+    alone = source.network.name.startswith(("timm:", "torchvision:", DIFFUSERS))
+    how = "without Sophon" if alone else "with Sophon (`pip install sophon-protect`)"
+    name, classes = _name(source), "" if source.index else f" with {source.classes} classes"
+    lines = [
+        f"# {name}, protected against fine-tuning",
+        "",
+        f"The weights of `{name}`{classes} keep {kept} and are meant to be hard to fine-tune into"
+        f" {refused}. They load {how}:",
+        "",
+        "```python",
+        *_usage(source),
+        "```",
+        "",
+    ]
+    if made is None:
+        return "\n".join([*lines, "**Not audited**: nobody attacked these weights yet."])
+    # The report brings its own title; a card has one.
+    return "\n".join(lines) + "\n#" + made.markdown().strip()
+
+
+def _usage(source: Exported) -> list[str]:
+    """Return the lines of code that give the `model`, run in the exported folder."""
+    library, _, name = source.network.name.partition(":")
+    if source.index:
+        return [
+            "from diffusers import DiffusionPipeline",
+            'pipeline = DiffusionPipeline.from_pretrained(".")',
+            "model = pipeline.unet",
+        ]
+    if library == "timm":
+        channels = source.network.in_channels
+        wanted: dict[str, object] = {} if channels == 3 else {"in_chans": channels}
+        if getattr(source.model, "dynamic_img_size", False):
+            wanted["dynamic_img_size"] = True
+        return [
+            "import timm",
+            f'model = timm.create_model("{name}", num_classes={source.classes}'
+            f'{_options(source, wanted)}, checkpoint_path="model.safetensors")',
+        ]
+    if library == "torchvision":
+        # What is built without them in `_models` has no such weights.
+        plain = {"aux_logits": False, "init_weights": False}
+        more = plain if name in ("googlenet", "inception_v3") else {}
+        return [
+            "from safetensors.torch import load_file",
+            "import torchvision",
+            f'model = torchvision.models.get_model("{name}", num_classes={source.classes}'
+            f"{_options(source, more)})",
+            'model.load_state_dict(load_file("model.safetensors"))',
+        ]
+    return [
+        "import sophon",
+        f'spec = sophon.ModelSpec(name="{source.network.name}", classes={source.classes},'
+        f' in_channels={source.network.in_channels}, weights="model.safetensors")',
+        "model, _ = sophon.resolve_model(spec)",
+    ]
+
+
+def _options(source: Exported, more: Mapping[str, object]) -> str:
+    """Return the arguments of a network's constructor, each after a comma."""
+    given = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in source.network.arguments.items()
+    }
+    return "".join(f", {key}={value!r}" for key, value in {**more, **given}.items())

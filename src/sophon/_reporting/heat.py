@@ -1,0 +1,89 @@
+"""Heat maps: the best score of each attack at each learning rate. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.statistics import best_of
+from sophon._judgement.summaries import SUBJECTS
+from sophon._records.audit_record import AuditRecord
+from sophon._records.metrics import MetricKind, kind_of_record
+from sophon._reporting.rendering import Table, table
+from sophon._specs import Strategy
+
+
+class HeatMap(NamedTuple):
+    """Best validation scores on one subject by attack (rows) and learning rate (columns).
+
+    None is what was not tried, `low` to `high` the range over all subjects of the domain.
+    """
+
+    subject: str
+    rates: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    low: float
+    high: float
+    kind: MetricKind
+
+    def shade(self, value: float) -> float:
+        """Return where `value` lies in the range, 0 to 1."""
+        return (value - self.low) / max(self.high - self.low, 1e-9)
+
+    def table(self) -> Table:
+        """Return the map in its kind's unit."""
+        rows = [
+            (name, *("" if v is None else self.kind.cell(v) for v in values))
+            for name, values in self.rows
+        ]
+        return table((f"{self.subject}, {self.kind.unit} by rate", *self.rates), rows)
+
+
+def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
+    """Return a heat map of each subject.
+
+    Rates are gathered in half decades; schedules, batch sizes and the like are maximised over.
+    """
+    trials = [trial for trial in trials_of(record, domain) if trial.curve]
+    if not trials:
+        return []
+    values, kind = [best_of(trial) for trial in trials], kind_of_record(record)
+    found = [_half_decade(trial.strategy.learning_rate) for trial in trials]
+    columns = range(min(found), max(found) + 1)
+    maps = []
+    for subject in SUBJECTS:
+        cells: dict[str, dict[int, float]] = {}
+        for trial in trials:
+            if trial.subject == subject:
+                row = cells.setdefault(_family(trial.strategy), {})
+                at = _half_decade(trial.strategy.learning_rate)
+                row[at] = max(row.get(at, -math.inf), best_of(trial))
+        rows = tuple((n, tuple(row.get(c) for c in columns)) for n, row in sorted(cells.items()))
+        if rows:
+            rates = tuple(_rate(column) for column in columns)
+            maps.append(HeatMap(subject, rates, rows, min(values), max(values), kind))
+    return maps
+
+
+def _family(strategy: Strategy) -> str:
+    """Return what an attack is, apart from its rate and how its steps are arranged."""
+    kept = Strategy(
+        optimizer=strategy.optimizer,
+        scope=strategy.scope,
+        preparations=strategy.preparations,
+        lora_rank=strategy.lora_rank,
+        data_fraction=strategy.data_fraction,
+        learning_rate=1.0,
+    )
+    return kept.label().replace(f" {strategy.optimizer} 1", f" {strategy.optimizer}", 1)
+
+
+def _half_decade(rate: float) -> int:
+    return round(2 * math.log10(rate))
+
+
+def _rate(column: int) -> str:
+    digit = "1" if column % 2 == 0 else "3"
+    power = column // 2
+    return f"{digit}e{power}" if power < -3 or power > 2 else f"{float(digit) * 10.0**power:g}"

@@ -1,0 +1,105 @@
+"""Numbers as text, tables, and the templates that documents are rendered with. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from sophon._base.files import write_text
+from sophon._judgement.statistics import Interval, interval_of
+from sophon._records.audit_record import Measurement
+from sophon._records.metrics import NONE, kind_of, shown
+
+_SHORT = 26
+
+
+class Table(NamedTuple):
+    """A table of text, the same in every document; `note` says what its numbers are."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") -> Table:
+    """Return a table of these rows."""
+    return Table(tuple(header), tuple(tuple(row) for row in rows), note)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as a percentage, or a dash for none."""
+    return NONE if value is None else f"{100 * value:z.{digits}f} %"
+
+
+def with_interval(value: float, interval: Interval | None, digits: int = 1) -> str:
+    """Return a percentage with its 95 % interval."""
+    if interval is None:
+        return percent(value, digits)
+    low, high = (f"{100 * bound:z.{digits}f}" for bound in interval)
+    return f"{percent(value, digits)} ({low} to {high})"
+
+
+def score_text(score: Measurement | None) -> str:
+    """Return a score in its unit with its 95 % interval, or a dash."""
+    if score is None:
+        return NONE
+    low, high = kind_of(score).interval(interval_of(score))
+    return f"{shown(score)} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
+
+
+def plain(text: str) -> str:
+    """Return `text` as one line that Markdown shows as it is, in a table cell too."""
+    safe = str(escape(" ".join(text.split()))).replace("|", "\\|")
+    # Quotes do no harm outside an attribute, and a Markdown file is read as text, too.
+    return safe.replace("&#39;", "'").replace("&#34;", '"')
+
+
+def markdown_table(held: Table) -> str:
+    """Return a table as Markdown."""
+    lines = [held.header, ("---",) * len(held.header)]
+    lines += [tuple(map(plain, row)) for row in held.rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\n{held.note}" if held.note else text
+
+
+def html_table(held: Table, kind: str = "") -> Markup:
+    """Return a table as HTML that scrolls sideways where it must; `kind` is its class."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in held.header)
+    rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in held.rows)
+    long = " long" if "sortable" in kind else ""
+    note = f'<p class="soft">{escape(held.note)}</p>' if held.note else ""
+    return Markup(
+        f'<div class="wide{long}" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{rows}</tbody></table></div>{note}"
+    )
+
+
+def _cell(text: str) -> str:
+    # Numbers stay on one line; what is long may wrap.
+    kind = ' class="text"' if len(text) > _SHORT else ""
+    return f"<td{kind}>{escape(text)}</td>"
+
+
+def render(name: str, **values: Any) -> str:
+    """Return the template `name` filled in; only HTML is escaped by itself."""
+    environment = Environment(
+        loader=PackageLoader("sophon._reporting"),
+        autoescape=name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": plain, "markdown": markdown_table, "as_table": html_table}
+    return environment.get_template(name).render(**values)
+
+
+def write_document(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; folders are made."""
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, text)

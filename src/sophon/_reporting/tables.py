@@ -1,0 +1,499 @@
+"""The tables and facts of a report, as text. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from sophon._judgement.depth import depth_rows
+from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.pictures import moment, pictures_of, when
+from sophon._judgement.statistics import Estimate, best_of, interval_of
+from sophon._judgement.summaries import SUBJECTS, DomainSummary, Ratio
+from sophon._judgement.survival import Recovery
+from sophon._records.audit_record import (
+    AuditRecord,
+    DomainRecord,
+    ErrorScore,
+    Measurement,
+    SampleRecord,
+    Trial,
+)
+from sophon._records.metrics import NONE, kind_of_record, measurement, shown
+from sophon._reporting.rendering import Table, percent, score_text, table, with_interval
+from sophon._specs import Strategy, shared_fields
+
+# --- One domain -----------------------------------------------------------------------------------
+
+
+def facts(summary: DomainSummary) -> list[tuple[str, str]]:
+    """Return a domain's key numbers with their names."""
+    advantage = summary.advantage
+    removed = removed_text(advantage) if advantage.defined else f"undefined: {advantage.reason}"
+    found = [("Verdict", summary.text), ("Advantage removed", removed)]
+    if advantage.one_more is not None:
+        low, high = (f"{100 * bound:z.0f}" for bound in advantage.one_more)
+        found.append(("The same of one further attack seed, same images", f"{low} to {high} %"))
+    for name, ratio in (
+        ("Cost multiplier", summary.slowing),
+        ("Fraction of scratch cost", summary.fraction),
+    ):
+        if ratio.value is not None:
+            found.append((name, ratio_text(ratio)))
+    sure = summary.slowing._replace(
+        value=summary.slowing.sure, interval=summary.slowing.sure_interval
+    )
+    if sure.value is not None:
+        found.append(("Cost multiplier that is sure between measurements", ratio_text(sure)))
+    if summary.logrank_p is not None:
+        found.append(("Log-rank p, protected against unprotected", f"{summary.logrank_p:.3f}"))
+    return found
+
+
+def removed_text(advantage: Estimate) -> str:
+    """Return how much advantage was removed with its interval, or a dash."""
+    if advantage.value is None:
+        return NONE
+    return with_interval(advantage.value, advantage.interval, digits=0)
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """Return a ratio of costs with its interval over seeds."""
+    if ratio.value is None:
+        return NONE
+    text = f"{'at least ' if ratio.bound else ''}{ratio.value:.2g}"
+    if ratio.interval is None:
+        return text
+    # The value is the luckiest attacker's and may lie outside what median seeds say.
+    return f"{text} (median seeds: {ratio.interval.low:.2g} to {ratio.interval.high:.2g})"
+
+
+def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
+    """Return what the strongest attack reached on each subject, and what it cost."""
+    rows = []
+    for name, subject in summary.subjects.items():
+        rows.append(
+            (
+                name,
+                summary.kind.shown(subject.best),
+                score_text(subject.test),
+                _cost(subject.to_unprotected),
+                _median(subject.recovery),
+                _cost(subject.to_scratch),
+                subject.winner.strategy.label(shared),
+            )
+        )
+    header = (
+        "subject",
+        "best validation",
+        "test (95 %)",
+        f"steps to {summary.kind.goal}",
+        "median seed",
+        "steps to 90 % of scratch",
+        "won by",
+    )
+    note = (
+        "Steps are those of the luckiest attacker over all seeds; the median over seeds is"
+        " Kaplan and Meier's, in which a seed that did not get there is censored, not dropped."
+    )
+    return table(header, rows, note)
+
+
+def _cost(cost: Any) -> str:
+    if cost is None:
+        return NONE
+    return f"more than {cost.horizon}" if cost.steps is None else f"{cost.steps}"
+
+
+def _median(recovery: Recovery | None) -> str:
+    if recovery is None or not recovery.costs:
+        return NONE
+    text = f"more than {recovery.horizon}" if recovery.median is None else f"{recovery.median}"
+    if not recovery.censored:
+        return text
+    return f"{text} ({recovery.censored} of {len(recovery.costs)} seeds did not get there)"
+
+
+def envelopes(summary: DomainSummary) -> Table:
+    """Return the best validation score within each budget, over all attacks and seeds."""
+    rows = []
+    for position, budget in enumerate(summary.budgets):
+        held = [summary.subjects.get(name) for name in SUBJECTS]
+        rows.append(
+            [
+                str(budget),
+                *(summary.kind.shown(s.points[position].value) if s else NONE for s in held),
+            ]
+        )
+    return table(("steps", *SUBJECTS), rows)
+
+
+def best_by_attack(trials: Iterable[Trial]) -> dict[Strategy, float]:
+    """Return each attack's best validation score over its trials, those it was stopped in too."""
+    found: dict[Strategy, float] = {}
+    for trial in trials:
+        if trial.curve:
+            found[trial.strategy] = max(best_of(trial), found.get(trial.strategy, -math.inf))
+    return found
+
+
+def distribution(record: AuditRecord, summary: DomainSummary) -> Table:
+    """Return how the best scores of all attacks spread, the worst case first."""
+    target, kind = summary.goal, summary.kind
+    rows = []
+    for name in summary.subjects:
+        held = best_by_attack(trials_of(record, summary.domain.name, name)).values()
+        values = np.array(sorted(held))
+        quantiles = np.quantile(values, [1.0, 0.9, 0.5, 0.1]).tolist()
+        there = NONE if target is None else f"{int((values >= target).sum())} of {len(values)}"
+        rows.append((name, *map(kind.shown, quantiles), there))
+    return table(
+        (
+            "subject",
+            "worst case",
+            "upper tenth",
+            "median attack",
+            "lower tenth",
+            f"attacks that reach {kind.goal}",
+        ),
+        rows,
+        "Each attack counts once, with its best validation score; the verdict rests on the worst"
+        " case alone.",
+    )
+
+
+def depth(record: AuditRecord, domain: str) -> Table | None:
+    """Return the advantage an attacker keeps by the number of blocks taken, if it was tried."""
+    kind = kind_of_record(record)
+    rows = [
+        (
+            f"{row.kept} of {row.blocks}",
+            *(
+                f"{kind.shown(row.areas[name])} ({percent(row.shares[name], 0)})"
+                if name in row.areas
+                else NONE
+                for name in SUBJECTS
+            ),
+        )
+        for row in depth_rows(record, domain)
+    ]
+    if not rows:
+        return None
+    note = (
+        "Mean score over the logarithm of the budget for an attacker who takes the first blocks"
+        " and starts the rest anew. In brackets: the share that keeps of the whole unprotected"
+        " model's lead over a fresh network. Two attacks a row, the first attack seed: not the"
+        " attacks, nor the measure, of the advantage removed."
+    )
+    return table(("blocks kept", *SUBJECTS), rows, note)
+
+
+# --- Pictures and timesteps of a diffusion model --------------------------------------------------
+
+
+def quarters(record: AuditRecord, summary: DomainSummary) -> Table | None:
+    """Return the winners' test errors in each quarter of the timesteps; None where there are none.
+
+    The originals' stand below.
+    """
+    held = [(f"{n}, attacked", s.test) for n, s in summary.subjects.items()]
+    held += [(f"{s.name}, {record.original.name}", s.original) for s in record.subjects]
+    rows = [
+        (name, *(f"{value:.4f}" for value in (*score.quarters, score.mse)))
+        for name, score in held
+        if isinstance(score, ErrorScore) and score.quarters
+    ]
+    if not rows:
+        return None
+    note = "Mean squared error on test images; the first quarter of timesteps has the least noise."
+    return table(("subject", "quarter 1", "quarter 2", "quarter 3", "quarter 4", "all"), rows, note)
+
+
+def pictures(record: AuditRecord, domain: str) -> Table | None:
+    """Return how far drawn pictures are from real ones; None where none were drawn."""
+    held = _by_moment(tuple(row for row in record.samples if row.attacked == domain))
+    if not held:
+        return None
+    rows = [
+        (
+            row.subject,
+            when(row),
+            row.domain,
+            f"{row.kid:.4f} ({row.kid_std:.4f})",
+            f"{row.fid:.2f}",
+            percent(row.precision, 0),
+            percent(row.recall, 0),
+        )
+        for row in held
+    ]
+    one = held[0]
+    note = (
+        f"{one.count} pictures each, DDIM in {one.steps} steps from the same noise, against"
+        f" {', '.join(sorted({f'{row.images} test images of {row.domain}' for row in held}))}."
+        f" Features: {one.extractor}, {one.features} of them. Distances on other features are other"
+        " numbers. In brackets: standard deviation over KID's subsets."
+    )
+    header = ("subject", "when", "compared with", "KID", "FID", "precision", "recall")
+    return table(header, rows, note)
+
+
+def sheets(record: AuditRecord, domain: str) -> list[tuple[str, str]]:
+    """Return captions and data URIs of the pictures of each subject."""
+    return [
+        (f"{row.subject}, {when(row)}{_won_by(row)}", row.grid)
+        for row in _by_moment(pictures_of(record, domain))
+        if row.grid
+    ]
+
+
+def _by_moment(rows: tuple[SampleRecord, ...]) -> list[SampleRecord]:
+    """Return the rows with the subjects side by side at each moment, in the order of moments."""
+    moments = list(dict.fromkeys(moment(row) for row in rows))
+    return sorted(rows, key=lambda row: moments.index(moment(row)))
+
+
+def _won_by(row: SampleRecord) -> str:
+    return f": {row.attack}" if row.attack and not row.named else ""
+
+
+# --- Other domains --------------------------------------------------------------------------------
+
+_BENIGN_WORDS = {
+    "withstood": "blocked",
+    "slowed": "held back",
+    "not protected": "can be learnt",
+    "void": "cannot be told",
+}
+
+
+def secondary_table(
+    summaries: Sequence[DomainSummary], *, benign: bool, narrower: int = 0
+) -> Table:
+    """Return the table of held-out or of benign domains; `narrower` is with how many attacks they
+    were attacked where these are fewer than the restricted domains' own.
+    """
+    rows = []
+    for summary in summaries:
+        held = [summary.subjects.get(name) for name in SUBJECTS]
+        word = summary.text
+        if benign:
+            word = _BENIGN_WORDS[summary.verdict] + summary.text.removeprefix(summary.verdict)
+        flags = ", ".join(flag.name for flag in summary.flags) or "none"
+        rows.append(
+            (
+                summary.domain.name,
+                word,
+                removed_text(summary.advantage),
+                ratio_text(summary.slowing),
+                *(shown(s.test) if s else NONE for s in held),
+                flags,
+            )
+        )
+    header = ("domain", "verdict", "advantage removed", "cost multiplier")
+    best = tuple(f"{name}, test" for name in SUBJECTS)
+    note = (
+        "What protection is not meant to block: here little should be removed."
+        if benign
+        else "Restricted tasks that protection was not given: whether it holds beyond those it was."
+    )
+    if narrower:
+        note += (
+            f" Attacked with {narrower} attacks alone, without a search and with at most three"
+            " seeds: a good verdict here says less than one above."
+        )
+    return table((*header, *best, "flags"), rows, note)
+
+
+# --- Original task and data -----------------------------------------------------------------------
+
+
+def original_table(record: AuditRecord) -> Table:
+    """Return what each subject scores on the original domain, reported and measured again."""
+    claims = reported(record)
+    rows: list[tuple[str, ...]] = []
+    for subject in sorted(record.subjects, key=lambda s: SUBJECTS.index(s.name), reverse=True):
+        if subject.original is None:
+            continue
+        claim = claims.get(subject.name)
+        row: tuple[str, ...] = (subject.name, score_text(subject.original))
+        if claims:
+            row = (subject.name, score_text(claim), row[1], _agree(claim, subject.original))
+        rows.append(row)
+    if not claims:
+        noun = kind_of_record(record).noun
+        return table(("model", f"test {noun} (95 %)"), rows)
+    return table(
+        ("model", "reported, validation (95 %)", "re-measured, test (95 %)", "agreement"),
+        rows,
+        "Reported is what the checkpoint says of itself, on the publisher's validation images;"
+        " re-measured is what this audit found on test images.",
+    )
+
+
+def reported(record: AuditRecord) -> dict[str, Measurement]:
+    """Return the scores on the original domain that the checkpoint claims, by subject."""
+    held = record.protection or {}
+    found: dict[str, Measurement] = {}
+    for name, key in (("unprotected", "validation_before"), ("protected", "validation_after")):
+        claim = held.get(key)
+        try:
+            found[name] = measurement(claim)
+        except ValidationError:
+            # Whoever publishes a checkpoint may claim anything; what is no score claims nothing.
+            continue
+    return found
+
+
+def _agree(claim: Measurement | None, measured: Measurement) -> str:
+    if claim is None:
+        return NONE
+    one, other = interval_of(claim), interval_of(measured)
+    if one.low > other.high:
+        return "less than reported"
+    return "more than reported" if one.high < other.low else "within both intervals"
+
+
+def claimed_domains(record: AuditRecord) -> str:
+    """Return what the checkpoint says it was protected against, if this audit tried others."""
+    named = (record.protection or {}).get("restricted")
+    if not isinstance(named, list | tuple):
+        return ""
+    tried = {domain.name for domain in record.restricted}
+    stated = [str(name) for name in named]
+    if set(stated) == tried:
+        return ""
+    return (
+        f"The checkpoint says it was protected against {', '.join(stated)};"
+        f" this audit judges {', '.join(sorted(tried))}."
+    )
+
+
+def overlap_table(record: AuditRecord) -> tuple[str, Table | None]:
+    """Return a sentence on images that splits share, and the table of those that share any."""
+    if not record.overlaps:
+        return "Whether domains share images was not measured.", None
+    shared = [o for o in record.overlaps if o.exact + o.near]
+    count = len(record.overlaps)
+    if not shared:
+        return f"None of {count} pairs of splits share an image, exactly or nearly.", None
+    shared.sort(key=lambda o: -(o.exact + o.near) / max(1, o.count))
+    rows = [
+        (
+            o.first,
+            o.second,
+            str(o.count),
+            str(o.exact),
+            str(o.near),
+            percent((o.exact + o.near) / max(1, o.count)),
+        )
+        for o in shared
+    ]
+    text = f"{len(shared)} of {count} pairs of splits share images:"
+    return text, table(("of", "also in", "images", "exact", "near", "share"), rows)
+
+
+def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
+    """Return every domain of an audit."""
+    return (record.original, *record.restricted, *record.held_out, *record.benign)
+
+
+# --- Trials ---------------------------------------------------------------------------------------
+
+
+def trial_table(record: AuditRecord) -> Table:
+    """Return every trial."""
+    shared, kind = shared_fields(t.strategy for t in record.trials), kind_of_record(record)
+    header = (
+        "domain",
+        "subject",
+        "attack",
+        "seed",
+        "best validation",
+        "at step",
+        "test",
+        "outcome",
+        "seconds",
+        "TFLOP, at most",
+    )
+    flops = {domain.name: domain.training_flops for domain in domains_of(record)}
+    crashes: dict[str, list[str]] = {}
+    for crash in record.earlier_crashes:
+        crashes.setdefault(crash.trial, []).append(crash.error)
+    rows = [
+        (
+            trial.domain,
+            trial.subject,
+            trial.strategy.label(shared),
+            str(trial.seed),
+            kind.shown(best_of(trial)) if trial.curve else NONE,
+            NONE if trial.best_step is None else str(trial.best_step),
+            shown(trial.test),
+            _ended(trial, crashes.get(trial.key, [])),
+            f"{trial.wall_s:.1f}",
+            _teraflops(trial, flops[trial.domain]),
+        )
+        for trial in record.trials
+    ]
+    note = (
+        "The validation split chooses the step; the test split is measured once there and chooses"
+        " nothing."
+    )
+    if crashes:
+        runs = len(record.earlier_crashes)
+        note += (
+            f" Run again after a crash: {len(crashes)} trials; {runs} crashed"
+            f" run{'' if runs == 1 else 's'} in all."
+        )
+    return table(header, rows, note)
+
+
+def _teraflops(trial: Trial, each: int | None) -> str:
+    """Return the cost of a trial's images if all weights were trained: an adapter's or the head's
+    steps take less, and measurements are not counted.
+    """
+    images = max((point.samples for point in trial.curve), default=0)
+    return NONE if each is None else f"{images * each / 1e12:.3g}"
+
+
+def _ended(trial: Trial, crashes: Sequence[str]) -> str:
+    """Return how a trial ended, and the errors of its earlier crashes."""
+    outcome = trial.outcome
+    if outcome.kind == "crashed":
+        text = f"crashed: {outcome.error}"
+    elif outcome.kind == "completed":
+        text = outcome.kind
+    else:
+        text = f"{outcome.kind} at step {outcome.step}"
+    if not crashes:
+        return text
+    errors = ", ".join(dict.fromkeys(error or "error not known" for error in crashes))
+    return f"{text}; crashed {_times(len(crashes))} before: {errors}"
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def verdict_table(summaries: Sequence[DomainSummary], record: AuditRecord) -> list[tuple[str, ...]]:
+    """Return what a terminal shows: a row for each subject, a header row first."""
+    rows: list[tuple[str, ...]] = [
+        ("restricted domain", "subject", "best validation", "test", "winning attack", "verdict")
+    ]
+    shared = shared_fields(trial.strategy for trial in record.trials)
+    for summary in summaries:
+        for name, subject in summary.subjects.items():
+            rows.append(
+                (
+                    summary.domain.name,
+                    name,
+                    summary.kind.shown(subject.best),
+                    score_text(subject.test),
+                    subject.winner.strategy.label(shared),
+                    summary.text if name == "protected" else "",
+                )
+            )
+    return rows

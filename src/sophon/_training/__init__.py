@@ -1,0 +1,1 @@
+"""The fine-tuning loop, where it runs, and what it resumes from."""

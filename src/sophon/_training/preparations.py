@@ -1,0 +1,411 @@
+"""What an attacker does to the copied weights before its first step, and how it derives.
+
+A preparation maps each real parameter w to c * w + constant. The factor c is what carries a
+change of the real weights over to the prepared ones: 1 where they are kept, 0 where they are
+re-initialised, c where they are rescaled. Factors multiply along the list. Training beforehand
+(heal) is a constant too, to first order, and so is a head that is fitted (ridge_head).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon._base.errors import DataError, SpecError
+from sophon._base.seeding import generator
+from sophon._models import (
+    Bare,
+    BatchNorms,
+    Names,
+    Shape,
+    blocks,
+    drop_foreign_hooks,
+    fit_head,
+    head_classes,
+    layers_in_order,
+    normalised_pairs,
+    probe_images,
+    probing,
+    reestimate_batch_norm,
+    reinitialise,
+    replace_head,
+    run,
+    tracked_batch_norms,
+)
+from sophon._specs import (
+    BatchNorm,
+    Distil,
+    FreshHead,
+    Heal,
+    NoiseKick,
+    Preparation,
+    RescaleWeights,
+    ResetLastBlocks,
+    RidgeHead,
+)
+
+# Outputs may move by this much, relative to their size: a normalisation's eps does not scale.
+_PRESERVED = 0.02
+# Between layers that undo each other exactly only rounding is left.
+_CHAIN_PRESERVED = 1e-3
+# Passes forward that cost as much as a step, which goes back as well.
+_PASSES_A_STEP = 3
+# A head is fitted to no more images than this.
+_MOST_IMAGES = 8192
+Factors = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a preparation may use.
+
+    `classes` is the restricted domain's, None where a head stays of its size; `batches(n)` yields
+    up to n normalised image batches of it (batch, channels, height, width), `labelled(n)` up to n
+    with their labels, none twice; `train` follows a
+    course on the original domain; `steps` is the attacker's budget; `(seed, *names)` is its random
+    stream; `bare` are fresh values for parameters that no `reset_parameters` reaches.
+    """
+
+    head: str
+    image_shape: Shape
+    classes: int | None
+    seed: int
+    names: Names
+    batches: Callable[[int], Iterator[Tensor]] | None
+    train: Callable[[nn.Module, Course], None] | None = None
+    steps: int = 1
+    bare: Bare | None = None
+    labelled: Callable[[int], Iterator[tuple[Tensor, Tensor]]] | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """Training on the original domain: on its labels, or on the outputs of a `teacher`."""
+
+    steps: int
+    learning_rate: float
+    teacher: nn.Module | None
+    seed: int
+    names: Names
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of a model: each parameter's factor, and the steps that were spent on it."""
+
+    factors: Factors
+    spent: int
+
+
+def prepare(
+    model: nn.Module, preparations: tuple[Preparation, ...], surroundings: Surroundings
+) -> Prepared:
+    """Prepare `model`, already a copy, in order; return what became of its parameters.
+
+    A head whose class count differs from the domain's is replaced in any case, once what needs
+    the original one (heal, distil) is done. Raises SpecError for a preparation that this model
+    does not allow, naming what it allows, and UnsupportedModelError for layers that cannot be
+    re-initialised.
+    """
+    factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    spent, fitted = 0, False
+    for index, preparation in enumerate(preparations):
+        if not fitted and not isinstance(preparation, Heal | Distil):
+            _fit_head(model, surroundings, factors)
+            fitted = True
+        step = _streamed(surroundings, "preparation", index, preparation.kind)
+        spent += _PREPARATIONS[preparation.kind](model, preparation, step, factors)
+    if not fitted:
+        _fit_head(model, surroundings, factors)
+    require_steps(preparations, surroundings.steps)
+    return Prepared(factors, spent)
+
+
+def require_steps(preparations: tuple[Preparation, ...], steps: int) -> None:
+    """Raise SpecError unless what trains beforehand leaves one of `steps` steps."""
+    if sum(spent_at_most(p, steps) for p in preparations) >= steps:
+        raise SpecError(
+            f"heal, distil and ridge_head leave no step of {steps}: raise the steps, or lower their"
+            " share"
+        )
+
+
+def _fit_head(model: nn.Module, surroundings: Surroundings, factors: Factors) -> None:
+    wanted = surroundings.classes
+    if wanted is not None and head_classes(model, surroundings.head) != wanted:
+        _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"), factors)
+
+
+def spent_at_most(preparation: Preparation, steps: int) -> int:
+    """Return the steps a preparation may take of the budget: one at least, and one is left."""
+    if not isinstance(preparation, Heal | Distil | RidgeHead):
+        return 0
+    return max(1, min(round(preparation.share * steps), steps - 1))
+
+
+def _heal(model: nn.Module, preparation: Heal, surroundings: Surroundings, factors: Factors) -> int:
+    del factors
+    return _train(model, preparation, surroundings, None)
+
+
+def _distil(
+    model: nn.Module, preparation: Distil, surroundings: Surroundings, factors: Factors
+) -> int:
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    # A student is a network of its own: what hangs on the publisher's stays with the teacher.
+    drop_foreign_hooks(model)
+    names = (*surroundings.names, "student")
+    reinitialise(model, seed=surroundings.seed, names=names, bare=surroundings.bare)
+    spent = _train(model, preparation, surroundings, teacher)
+    for name in factors:
+        factors[name] = 0.0
+    return spent
+
+
+def _train(
+    model: nn.Module,
+    preparation: Heal | Distil,
+    surroundings: Surroundings,
+    teacher: nn.Module | None,
+) -> int:
+    """Follow the course and return its steps."""
+    if surroundings.train is None:
+        raise SpecError(f"{preparation.kind} needs images of the original domain")
+    course = Course(
+        steps=spent_at_most(preparation, surroundings.steps),
+        learning_rate=preparation.learning_rate,
+        teacher=teacher,
+        seed=surroundings.seed,
+        names=surroundings.names,
+    )
+    surroundings.train(model, course)
+    return course.steps
+
+
+def _streamed(surroundings: Surroundings, *names: str | int) -> Surroundings:
+    return replace(surroundings, names=(*surroundings.names, *names))
+
+
+def _forget(factors: Factors, prefix: str) -> None:
+    for name in factors:
+        if name.startswith(f"{prefix}."):
+            factors[name] = 0.0
+
+
+def _fresh_head(
+    model: nn.Module, _: FreshHead, surroundings: Surroundings, factors: Factors
+) -> int:
+    head = surroundings.head
+    classes = surroundings.classes or head_classes(model, head)
+    replace_head(model, head, classes, seed=surroundings.seed, names=surroundings.names)
+    _forget(factors, head)
+    return 0
+
+
+def _ridge_head(
+    model: nn.Module, preparation: RidgeHead, surroundings: Surroundings, factors: Factors
+) -> int:
+    """Fit a fresh head; it stays as drawn where nothing can be fitted. Return the steps spent."""
+    if surroundings.labelled is None:
+        raise SpecError("ridge_head needs labelled images of the restricted domain")
+    _fresh_head(model, FreshHead(), surroundings, factors)
+    most = _PASSES_A_STEP * spent_at_most(preparation, surroundings.steps)
+    seen: list[int] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in surroundings.labelled(most):  # type: ignore[misc]
+            seen.append(len(images))
+            yield images, labels
+            if sum(seen) >= _MOST_IMAGES:
+                return
+
+    fit_head(model, surroundings.head, batches())
+    return max(1, math.ceil(len(seen) / _PASSES_A_STEP))
+
+
+def _reset_last_blocks(
+    model: nn.Module, preparation: ResetLastBlocks, surroundings: Surroundings, factors: Factors
+) -> int:
+    found = blocks(model, surroundings.head)
+    if preparation.blocks > len(found):
+        raise SpecError(
+            f"reset_last_blocks: blocks = {preparation.blocks}, and the model has {len(found)}; "
+            f"choose 1 to {len(found)}"
+        )
+    for names in found[-preparation.blocks :]:
+        for name in names:
+            stream = (*surroundings.names, name)
+            reinitialise(
+                model.get_submodule(name),
+                seed=surroundings.seed,
+                names=stream,
+                bare=None if surroundings.bare is None else surroundings.bare.within(name),
+            )
+            _forget(factors, name)
+    return 0
+
+
+def _batch_norm(
+    model: nn.Module, preparation: BatchNorm, surroundings: Surroundings, factors: Factors
+) -> int:
+    norms = {name: part for name, part in model.named_modules() if isinstance(part, BatchNorms)}
+    if preparation.mode == "reestimate":
+        _reestimate(model, preparation.batches, surroundings)
+        return 0
+    for name, norm in norms.items():
+        norm.reset_parameters()
+        _forget(factors, name)
+    return 0
+
+
+def _reestimate(model: nn.Module, count: int, surroundings: Surroundings) -> None:
+    if not tracked_batch_norms(model):
+        return
+    if surroundings.batches is None:
+        raise SpecError("batch_norm: mode = 'reestimate' needs images of the restricted domain")
+    if not reestimate_batch_norm(model, surroundings.batches(count)):
+        raise DataError("batch_norm: the restricted domain gave no batch to re-estimate from")
+
+
+@torch.no_grad()
+def _noise_kick(
+    model: nn.Module, preparation: NoiseKick, surroundings: Surroundings, factors: Factors
+) -> int:
+    source = generator(surroundings.seed, *surroundings.names)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=source).to(parameter)
+        size = parameter.square().mean().sqrt()
+        parameter.add_(noise * (preparation.relative_std * size))
+    return 0
+
+
+@torch.no_grad()
+def _rescale_weights(
+    model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings, factors: Factors
+) -> int:
+    """Scale what the next layer can undo: weight and bias by c, the next weight by 1 / c; then what
+    a normalisation undoes: weight, bias and running mean by c, variance by c^2.
+
+    In this order: a normalised layer may have to take what the one before it left. All pairs at
+    once when that preserves the function; otherwise one at a time, leaving out those that do not
+    (an output read elsewhere, an eps that matters).
+    """
+    pairs = normalised_pairs(model, surroundings.image_shape)
+    normalised = {layer for layer, _ in pairs if _scalable(_size(model, layer))}
+    _rescale_chain(model, preparation.norm, surroundings, factors, normalised)
+    scales = [
+        (layer, norm, preparation.norm / size)
+        for layer, norm in pairs
+        if _scalable(size := _size(model, layer))
+    ]
+    images = probe_images(model, surroundings.image_shape)
+    with probing(model):
+        expected = run(model, images)
+    kept = _apply_together(model, scales, images, expected)
+    if not kept:
+        kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
+    for layer, _, scale in kept:
+        _multiply(factors, layer, scale)
+    return 0
+
+
+def _size(model: nn.Module, layer: str) -> float:
+    """Return the root mean square over a layer's filters of their norms."""
+    weight: Any = model.get_submodule(layer).weight
+    return float(weight.norm()) / math.sqrt(weight.shape[0])
+
+
+def _scalable(size: float) -> bool:
+    return size > 0 and math.isfinite(size)
+
+
+def _multiply(factors: Factors, layer: str, scale: float) -> None:
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        if name in factors:
+            factors[name] *= scale
+
+
+def _rescale_chain(
+    model: nn.Module, norm: float, surroundings: Surroundings, factors: Factors, but: set[str]
+) -> None:
+    """Scale each layer that no normalisation follows, where its successor can take the inverse."""
+    images = probe_images(model, surroundings.image_shape)
+    with probing(model):
+        expected = run(model, images)
+    order = layers_in_order(model, surroundings.image_shape)
+    for name, after in itertools.pairwise(order):
+        layer: Any = model.get_submodule(name)
+        following: Any = model.get_submodule(after)
+        size = _size(model, name)
+        if name in but or not _scalable(size):
+            continue
+        scale = norm / size
+        touched = [layer.weight, following.weight]
+        touched += [] if layer.bias is None else [layer.bias]
+        before = [tensor.clone() for tensor in touched]
+        layer.weight.mul_(scale)
+        following.weight.div_(scale)
+        if layer.bias is not None:
+            layer.bias.mul_(scale)
+        with probing(model):
+            moved = (run(model, images) - expected).norm()
+        if bool(moved <= _CHAIN_PRESERVED * expected.norm()):
+            _multiply(factors, name, scale)
+            factors[f"{after}.weight"] /= scale
+            continue
+        for tensor, value in zip(touched, before, strict=True):
+            tensor.copy_(value)
+
+
+Scale = tuple[str, str, float]
+
+
+def _apply_together(
+    model: nn.Module, scales: list[Scale], images: Tensor, expected: Tensor
+) -> list[Scale]:
+    """Return `scales`, applied, or nothing and the tensors as before when the outputs move."""
+    touched = [tensor for scale in scales for tensor, _ in _scaled_tensors(model, *scale)]
+    before = [tensor.clone() for tensor in touched]
+    for scale in scales:
+        for tensor, factor in _scaled_tensors(model, *scale):
+            tensor.mul_(factor)
+    with probing(model):
+        moved = (run(model, images) - expected).norm()
+    if bool(moved <= _PRESERVED * expected.norm()):
+        return scales
+    for tensor, value in zip(touched, before, strict=True):
+        tensor.copy_(value)
+    return []
+
+
+def _scaled_tensors(
+    model: nn.Module, layer: str, norm: str, scale: float
+) -> Iterator[tuple[Tensor, float]]:
+    owner: Any = model.get_submodule(layer)
+    yield owner.weight, scale
+    if owner.bias is not None:
+        yield owner.bias, scale
+    follower: Any = model.get_submodule(norm)
+    if getattr(follower, "running_mean", None) is not None:
+        yield follower.running_mean, scale
+        yield follower.running_var, scale * scale
+
+
+# Each returns the steps it spent.
+_PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings, Factors], int]] = {
+    "fresh_head": _fresh_head,
+    "ridge_head": _ridge_head,
+    "reset_last_blocks": _reset_last_blocks,
+    "rescale_weights": _rescale_weights,
+    "batch_norm": _batch_norm,
+    "noise_kick": _noise_kick,
+    "heal": _heal,
+    "distil": _distil,
+}

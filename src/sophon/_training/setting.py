@@ -1,0 +1,214 @@
+"""Where a run takes place: one task, its domains and the device, checked before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon._base.errors import DataError, UnsupportedModelError
+from sophon._base.plain_mode import plain
+from sophon._base.seeding import generator
+from sophon._base.spans import spanned
+from sophon._data import (
+    Domain,
+    Images,
+    batch,
+    check_channels,
+    check_distinct,
+    resolve_normalisation,
+)
+from sophon._models import (
+    Shape,
+    choose_channels_last,
+    choose_precision,
+    find_head,
+    head_classes,
+)
+from sophon._specs import Augmentation, Precision
+from sophon._tasks import Task
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The batches of one stream: batch `step` is a pure function of `(seed, names, step)`.
+
+    Every epoch is a new permutation; images left over at its end wait for another one.
+    """
+
+    images: Images
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int
+    device: torch.device
+    channels_last: bool
+    batch_size: int
+    seed: int
+    names: tuple[str | int, ...]
+    augmentation: Augmentation = "none"
+    _epoch: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @spanned("input")
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return normalised images (batch, channels, height, width) and labels of one step."""
+        epoch, position = divmod(step, max(1, len(self.images) // self.batch_size))
+        if epoch not in self._epoch or plain():
+            self._epoch.clear()
+            stream = generator(self.seed, *self.names, "epoch", epoch)
+            self._epoch[epoch] = torch.randperm(len(self.images), generator=stream)
+        start = position * self.batch_size
+        index = self._epoch[epoch][start : start + self.batch_size]
+        return self._fetch(index, generator(self.seed, *self.names, "augment", step))
+
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every image once, in order, the last partial batch included."""
+        stream = generator(self.seed, *self.names, "in-order")
+        for index in torch.arange(len(self.images)).split(self.batch_size):
+            yield self._fetch(index, stream)
+
+    def _fetch(self, index: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        return batch(
+            self.images,
+            index,
+            mean=self.mean,
+            std=self.std,
+            channels=self.channels,
+            device=self.device,
+            augmentation=self.augmentation,
+            generator=stream,
+            channels_last=self.channels_last,
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything about a run that does not change while it runs."""
+
+    task: Task
+    original: Domain
+    restricted: tuple[Domain, ...]
+    head: str
+    channels: int
+    device: torch.device
+    precision: str
+    channels_last: bool
+
+    def normalisation(self, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return (mean, std) of a domain: its own, else the original domain's, else the task's."""
+        return resolve_normalisation(domain, self.original, self.task.normalisation)
+
+    def input(self) -> dict[str, Any]:
+        """Return what the model takes: (channels, height, width), and how pixels are normalised."""
+        mean, std = self.normalisation(self.original)
+        return {"input_size": self.shape(self.original), "mean": mean, "std": std}
+
+    def shape(self, domain: Domain) -> Shape:
+        """Return the shape in which the model meets the domain's images."""
+        return self.task.shape((self.channels, *domain.image_shape[1:]))
+
+    def feed(
+        self,
+        domain: Domain,
+        images: Images,
+        *,
+        batch_size: int,
+        stream: tuple[int, tuple[str | int, ...]] = (0, ()),
+        augmentation: Augmentation = "none",
+    ) -> Feed:
+        """Return the batches of `images`, one of the domain's splits, on `stream`."""
+        mean, std = self.normalisation(domain)
+        return Feed(
+            images=images,
+            mean=mean,
+            std=std,
+            channels=self.channels,
+            device=self.device,
+            channels_last=self.channels_last,
+            batch_size=batch_size,
+            seed=stream[0],
+            names=stream[1],
+            augmentation=augmentation,
+        )
+
+    def autocast(self) -> torch.autocast:
+        """Return the autocast context of the run's precision (disabled in fp32)."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device and memory layout of the run, in place; return it."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+    def at(self, precision: Precision, model: nn.Module) -> Setting:
+        """Return this setting in a strategy's precision; `auto` is the run's.
+
+        Raises UnsupportedModelError where `model` cannot be trained in it.
+        """
+        if precision == "auto":
+            return self
+        shapes = [self.shape(domain) for domain in self.restricted]
+        chosen = choose_precision(precision, self.device, model, shapes)
+        return replace(self, precision=chosen)
+
+    def exact(self) -> Setting:
+        """Return this setting in fp32."""
+        return replace(self, precision="fp32")
+
+
+def make_setting(
+    model: nn.Module,
+    *,
+    task: Task,
+    original: Domain,
+    restricted: tuple[Domain, ...] | None,
+    head: str | None,
+    precision: Precision,
+    device: str | torch.device | None,
+    trained: bool = True,
+) -> Setting:
+    """Check that model and domains fit each other and return the setting.
+
+    Unless the model is to be `trained` for its publisher, failing in train mode is its own
+    affair: an attack on it will be recorded as crashed. `restricted` is None for a run that has
+    no such domain. Raises DataError or UnsupportedModelError before any work.
+    """
+    if restricted == ():
+        raise DataError("no restricted domain: give at least one")
+    restricted = restricted or ()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    channels = task.channels(model) or original.image_shape[0]
+    shapes: list[Shape] = []
+    for domain in (original, *restricted):
+        check_channels(domain.name, domain.image_shape[0], channels)
+        task.check(model, domain, (channels, *domain.image_shape[1:]), trained=trained)
+        shapes.append(task.shape((channels, *domain.image_shape[1:])))
+    for index, domain in enumerate(restricted):
+        check_distinct(original, domain)
+        for other in restricted[:index]:
+            check_distinct(other, domain, ("restricted", "restricted"))
+    names = [domain.name for domain in (original, *restricted)]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two domains are named {name!r}: give each its own name")
+    found = find_head(model, (channels, *original.image_shape[1:]), head)
+    if task.classes(original) not in (None, head_classes(model, found)):
+        raise UnsupportedModelError(
+            f"the model's head {found!r} has {head_classes(model, found)} outputs but the original"
+            f" domain {original.name!r} has {original.class_count} classes: give the weights"
+            " trained on this domain"
+        )
+    return Setting(
+        task=task,
+        original=original,
+        restricted=restricted,
+        head=found,
+        channels=channels,
+        device=place,
+        precision=choose_precision(precision, place, model, shapes),
+        channels_last=choose_channels_last(model),
+    )

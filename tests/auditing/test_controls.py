@@ -1,0 +1,218 @@
+"""The audit is audited: models that only look protected are found out, each by its own flags.
+
+The two whose answer is a number are in `test_controls_known.py`: test files run side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import original, restricted, scratch_model, trained_model
+from controls import digit_controls, few_attacks, leading_attacks, real_controls
+from records import CURVES, crashed, diverged, record, trial
+from sophon._attacks.suites import SUITES
+from sophon._auditing.controls import (
+    DECOYS,
+    FAINT,
+    RECOVERED,
+    STUBBORN,
+    UNTRAINABLE,
+    ControlResult,
+    Controls,
+    telling_flags,
+)
+from sophon._judgement.flags.flag import GOOD
+from sophon._judgement.verdict import summarise
+from sophon._records.audit_record import Trial
+from sophon._specs import AuditSpec, FreshHead, RescaleWeights, Strategy
+
+# What must be said of each decoy, whatever else is.
+FLAGS: dict[str, set[str]] = {
+    "raises when trained": {"crashed attacks", "zero or huge gradients"},
+    "NaN when trained": {"most trials diverged", "zero or huge gradients"},
+    "frozen parameters": {"unhealthy weights"},
+    "poisoned head": {"original task destroyed"},
+    "saturated logits": {"saturated outputs", "weight norms inflated", "zero or huge gradients"},
+    "faint gradients": {"zero or huge gradients", "code of its own"},
+    FAINT: {"zero or huge gradients", "code of its own"},
+    "dropout when trained": {"code of its own"},
+    "inflated weights": {"weight norms inflated"},
+    "slightly inflated weights": set(),
+    "spoilt BatchNorm": {"extreme BatchNorm statistics", "original task destroyed"},
+    UNTRAINABLE: {"zero or huge gradients"},
+}
+
+# Attackers get no further than on a fresh network; with one seed that is void.
+HOPELESS = {"protected": CURVES["scratch"]}
+
+
+@pytest.fixture(scope="module")
+def results(
+    shared_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, ControlResult]:
+    """Return what the audit made of every decoy that needs no benign domain."""
+    with leading_attacks():
+        run = real_controls(shared_data, tmp_path_factory.mktemp("controls"))
+        return {name: run.decoy(name) for name in DECOYS if name != UNTRAINABLE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in DECOYS if name != UNTRAINABLE])
+def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) -> None:
+    result = results[name]
+    said = (result.summary.verdict, result.summary.advantage, result.flags)
+    assert result.passed, said
+    assert set(result.flags) >= FLAGS[name], said
+    assert set(result.telling) >= FLAGS[name], said
+    if name in RECOVERED:
+        value = result.summary.advantage.value
+        assert value is not None, said
+        assert value < 0.5, said
+
+
+def test_every_decoy_has_its_flags() -> None:
+    assert set(FLAGS) == set(DECOYS)
+    # Only attacks tell of the one that is inflated too little for a flag.
+    assert [name for name in DECOYS if not FLAGS[name]] == ["slightly inflated weights"]
+
+
+def test_a_suite_without_strong_attacks_does_not_pass_for_its_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every decoy is flagged before any attack: where attackers recover, they must have."""
+    run = digit_controls()
+    monkeypatch.setattr(Controls, "_audited", lambda *_, **__: record(curves=HOPELESS, seeds=(0,)))
+    monkeypatch.setattr(
+        "sophon._auditing.controls.telling_flags", lambda _: ("weight norms inflated",)
+    )
+    for name in DECOYS:
+        if name != UNTRAINABLE:
+            assert run.decoy(name).passed == (name not in RECOVERED), name
+
+
+def test_a_poisoned_head_has_the_classes_of_another_and_nothing_else_changed() -> None:
+    model = trained_model()
+    place = digit_controls().place
+    with torch.no_grad():
+        DECOYS["poisoned head"](model, place)
+    before = trained_model().state_dict()
+    for name, value in model.state_dict().items():
+        expected = before[name]
+        if name.startswith(f"{place.head}."):
+            expected = torch.cat([expected[-1:], expected[:-1]])
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.slow
+def test_what_cannot_be_fine_tuned_at_all_is_called_untrainable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few_attacks(monkeypatch)
+    run = digit_controls()
+    result = run.decoy(UNTRAINABLE)
+    assert result.summary.verdict == UNTRAINABLE, (result.summary.reasons, result.flags)
+    assert result.passed
+    assert set(result.flags) >= FLAGS[UNTRAINABLE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUBBORN)
+def test_seeds_enough_for_a_good_verdict_give_a_decoy_none(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_attacks(monkeypatch)
+    result = digit_controls(benign=False).decoy(name, often=True)
+    said = (result.summary.verdict, result.summary.reasons, result.flags)
+    assert result.passed, said
+    assert result.summary.verdict not in GOOD, said
+    assert set(result.telling) >= FLAGS[name], said
+    assert "fewer than three seeds" not in result.flags
+    if name == UNTRAINABLE:
+        # Nothing but the flags denies it one.
+        assert any("it looks protected, but" in reason for reason in result.summary.reasons), said
+
+
+@pytest.mark.slow
+def test_a_suite_that_goes_by_stages_rescales_inflated_weights_and_acquits_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategies = (
+        Strategy(optimizer="sgd_momentum", learning_rate=1e-3),
+        Strategy(optimizer="adam", learning_rate=1e-3, preparations=(RescaleWeights(),)),
+        Strategy(learning_rate=1e-1, preparations=(FreshHead(),), scope="head"),
+    )
+    staged = dataclasses.replace(
+        SUITES["standard-1"],
+        strategies=strategies,
+        seeds=(0, 1, 2),
+        survivors=1,
+        search_trials=4,
+        depth=False,
+        rehearsed=False,
+    )
+    monkeypatch.setitem(SUITES, "staged", staged)
+    spec = {"suite": "staged", "search_trials": 4}
+    run = digit_controls(tmp_path, benign=False, **spec)
+    result = run.decoy("inflated weights", often=True)
+    assert result.passed, (result.summary.verdict, result.flags)
+    # Rescaling brings the weights back, so what is left to hold against it are its statistics.
+    assert "weight norms inflated" in result.flags
+    assert result.telling == ("extreme BatchNorm statistics",)
+    trials = [
+        Trial.model_validate_json(file.read_text()) for file in (tmp_path / "trials").iterdir()
+    ]
+    assert {t.outcome.kind for t in trials} >= {"completed", "stopped"}
+    assert {t.seed for t in trials} == {0, 1, 2}
+    rescaled = {
+        (t.subject, t.strategy, t.seed, t.outcome.kind): [p.validation for p in t.curve]
+        for t in trials
+        if t.strategy.preparations[:1] == (RescaleWeights(),)
+    }
+    there = {key[1:]: scores for key, scores in rescaled.items() if key[0] == "protected"}
+    assert len(there) >= 4
+    assert all(rescaled["unprotected", *key] == scores for key, scores in there.items())
+    budget = {s.model_copy(update={"steps": 4, "batch_size": 128}) for s in strategies}
+    assert len({t.strategy for t in trials} - budget) >= 4
+
+
+def test_a_flag_that_the_unprotected_model_raises_as_well_finds_nothing_out() -> None:
+    held = record([*record().trials, crashed("scratch"), diverged("unprotected")])
+    assert "crashed attacks" in {flag.name for flag in summarise(held)[0].flags}
+    assert telling_flags(held) == ()
+    own = record([*record().trials, crashed("protected")], flags=("frozen_parameters",))
+    assert set(telling_flags(own)) == {"crashed attacks", "unhealthy weights"}
+
+
+def test_flags_that_forbid_nothing_find_nothing_out() -> None:
+    strategies = (Strategy(), Strategy(preparations=(FreshHead(),)))
+    trials = [
+        trial("protected", (0, 0, 0, score), strategy=strategy)
+        for strategy, score in zip(strategies, (0.5, 0.9), strict=True)
+    ]
+    others = [t for t in record().trials if t.subject != "protected"]
+    held = record([*trials, *others])
+    assert "the head alone resists" in {flag.name for flag in summarise(held)[0].flags}
+    assert "the head alone resists" not in telling_flags(held)
+
+
+def test_controls_leave_the_model_as_it_is() -> None:
+    model = trained_model()
+    spec = AuditSpec(steps=2, evaluations=2, batch_size=16)
+    run = Controls(
+        model, original=original(), restricted=restricted(), spec=spec, scratch=scratch_model
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = next(iter(run))
+    assert first.passed
+    assert "crashed attacks" in first.flags
+    assert run.place.head == "head"
+    twin = run.twin().state_dict()
+    # The twin is another network, and hardly so.
+    moved = [(twin[name] - value).abs().max() for name, value in before.items() if value.ndim > 1]
+    assert all(0 < float(size) < 0.1 for size in moved)
+    assert not model._forward_pre_hooks
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

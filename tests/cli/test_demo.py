@@ -1,0 +1,30 @@
+"""The demonstration: it trains, protects, audits and reports, and repeats without work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from sophon._cli import app
+from sophon._cli.demo import prepare
+
+SHORT = ["--set", "protect.rounds=3", "--set", "protect.guard.every=1", "--set", "audit.steps=2"]
+SHORT += ["--set", "audit.evaluations=2", "--set", "protect.guard.tolerance_points=50.0"]
+
+
+def test_the_demo_does_the_whole_job_once(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    first = CliRunner().invoke(app, ["demo", "--out", str(out), *SHORT])
+    assert first.exit_code == 0, first.stderr
+    assert "trained: letters validation" in first.stderr
+    assert "demonstration on toy data" in first.stdout
+    assert "verdict:" in first.stdout
+    assert str(out / "audit" / "report.html") in first.stdout
+    assert (out / "audit" / "report.html").is_file()
+    again = CliRunner().invoke(app, ["demo", "--out", str(out), *SHORT])
+    assert again.exit_code == 0
+    assert "found: letters validation" in again.stderr
+    assert "is complete" in again.stderr
+    assert "trial 36/36  stored" in again.stderr
+    assert prepare(out).score.value >= 0.9

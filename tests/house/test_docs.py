@@ -1,0 +1,136 @@
+"""The documentation site builds without a warning, and the notebook runs from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sophon
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the site, built strictly in a process whose network leads nowhere."""
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs: the docs extra")
+    folder = tmp_path_factory.mktemp("site")
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **nowhere},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "WARNING" not in run.stderr
+    return folder
+
+
+def text_of(page: Path) -> str:
+    return re.sub(r"<[^>]+>", "", page.read_text())
+
+
+@pytest.mark.parametrize("script", ["tabulate.py", "tabulate_errors.py"])
+def test_a_script_of_the_results_says_which_audit_is_not_there(script: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = [str(tmp_path / "figure.svg"), f"one={tmp_path / 'nowhere'}"]
+    words[1:1] = [str(tmp_path / "pictures.png")] if script == "tabulate_errors.py" else []
+    command = [sys.executable, str(ROOT / "docs" / "results" / script), *words]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith(f"error: {tmp_path / 'nowhere'} does not exist: name the folder")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_every_page_is_there(site: Path) -> None:
+    names = {str(page.relative_to(site)) for page in site.rglob("*.html")}
+    wanted = {"index", "protect", "data", "report", "suites", "extend", "paper", "grid", "api"}
+    assert {f"{name}.html" for name in wanted} <= names
+    assert {"results/index.html", "results/architectures.html", "design/engine.html"} <= names
+    assert (site / "notebooks" / "first_steps.ipynb").is_file()
+    assert (site / "report.png").is_file()
+
+
+def test_the_api_has_every_public_name_with_its_docstring(site: Path) -> None:
+    page = (site / "api.html").read_text()
+    names = [name for name in sophon.__all__ if not name.startswith("__")]
+    assert len(names) > 30
+    assert [name for name in names if f'id="sophon.{name}"' not in page] == []
+    text = " ".join(text_of(site / "api.html").split())
+    for name in ("Protection", "Strategy", "protect"):
+        first = " ".join((getattr(sophon, name).__doc__ or "").split("\n")[0].split())
+        assert first.replace("`", "")[:40] in text
+
+
+def test_the_command_line_page_has_every_command(site: Path) -> None:
+    from typer.main import get_command
+
+    from sophon._cli.application import app
+
+    text = text_of(site / "cli.html")
+    commands = get_command(app).commands
+    assert len(commands) >= 10
+    assert [name for name in commands if f"Usage: sophon {name}" not in text] == []
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    loaded = [
+        address
+        for page in site.rglob("*.html")
+        for address in re.findall(
+            r"<(?:script|link|img)[^>]+(?:src|href)=\"(\w+:)?//", page.read_text()
+        )
+    ]
+    assert loaded == []
+
+
+def test_extending_fits_on_one_screen() -> None:
+    assert len((ROOT / "docs" / "extend.md").read_text().splitlines()) <= 40
+
+
+def test_the_pages_name_dictionaries_that_exist() -> None:
+    rows = re.findall(
+        r"`([A-Z]+(?:_[A-Z]+)*)`.*?`(_[\w/]+\.py)`", (ROOT / "docs/extend.md").read_text()
+    )
+    assert len(rows) >= 8
+    for name, file in rows:
+        source = (ROOT / "src" / "sophon" / file).read_text()
+        assert re.search(rf"^{name}\b", source, re.MULTILINE), f"{name} in {file}"
+
+
+def test_run_files_of_the_pages_are_valid() -> None:
+    import tomllib
+
+    from sophon._specs import RunSpec, parse_spec
+
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/protect.md").read_text(), re.DOTALL)
+    assert parse_spec(RunSpec, tomllib.loads(block), where="protect.md").restricted
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    nbformat: Any = pytest.importorskip("nbformat", reason="needs the docs extra")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nbclient: Any = pytest.importorskip("nbclient", reason="needs the docs extra")
+        notebook = nbformat.read(ROOT / "docs/notebooks/first_steps.ipynb", as_version=4)
+        assert all(not cell.get("outputs") for cell in notebook.cells)
+        client = nbclient.NotebookClient(
+            notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+        )
+        client.execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert "36 trials" in printed
+    assert re.search(r"^verdict: \w+", printed, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,197 @@
+"""The ablation study: one setting at a time, run from end to end, its tables and its figure."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sophon import _ablation
+from sophon._ablation import AXES, BASE, results, table, variations
+from sophon._base.errors import IntactnessError
+from sophon._cli import app, reproducing
+from sophon._cli.run_file import read_run
+from sophon._records.audit_record import Round
+from sophon._reproduction import failure_file
+
+RUN_FILE = Path(__file__).resolve().parents[2] / "recipes/small/ablation.toml"
+TINY = (
+    "original.limit=10",
+    "restricted.0.limit=30",
+    "pretrain.steps=2",
+    "pretrain.every=2",
+    "pretrain.batch_size=16",
+    "protect.rounds=3",
+    "protect.original_batch_size=8",
+    "protect.rehearsal.steps=1",
+    "protect.rehearsal.horizon=2",
+    "protect.rehearsal.query_batch_size=4",
+    "protect.guard.tolerance_points=100.0",
+    "audit.steps=2",
+    "audit.evaluations=2",
+    "audit.batch_size=8",
+    "audit.seeds=[0]",
+)
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {k: v for name in value for k, v in leaves(value[name], f"{path}.{name}").items()}
+
+
+@pytest.mark.parametrize("variation", variations(), ids=lambda v: v.name)
+def test_every_run_of_the_study_changes_the_one_setting_of_its_axis(
+    variation: _ablation.Variation,
+) -> None:
+    base = leaves(read_run(RUN_FILE, None).model_dump(mode="json"))
+    held = leaves(read_run(RUN_FILE, list(variation.settings)).model_dump(mode="json"))
+    changed = {key for key in base.keys() | held.keys() if base.get(key) != held.get(key)}
+    if variation.name == BASE:
+        assert not changed
+        return
+    key = variation.settings[0].partition("=")[0]
+    if variation.axis == "strategies":
+        # What is sampled is one thing, though many values.
+        assert {name.removeprefix(f".{key}.").partition(".")[0] for name in changed} == {
+            "preparations",
+            "learning_rates",
+        }
+        return
+    assert changed == {f".{key}"}
+
+
+def test_the_base_stands_in_every_axis() -> None:
+    for name, values in AXES.items():
+        assert [v.name for v in values].count(BASE) == 1, name
+        assert len({v.value for v in values}) == len(values) >= 2
+    assert [v.name for v in variations()].count(BASE) == 1
+    assert variations()[0].name == BASE
+
+
+@pytest.fixture(scope="module")
+def studied(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the study was run, briefly, on two axes; one run failed."""
+    out = tmp_path_factory.mktemp("runs")
+    axes = {name: AXES[name] for name in ("loss", "strategies", "pool")}
+    axes["loss"] = axes["loss"][:2]
+    axes["pool"] = axes["pool"][:2]
+    axes["tolerance"] = (
+        _ablation.Variation("tolerance", "none", ("protect.guard.tolerance_points=0.0",)),
+    )
+    run = reproducing.run_protection
+
+    def protect(case: Any, folder: Path, mode: Any) -> Any:
+        if case.spec.protect.guard.tolerance_points == 0:
+            raise IntactnessError("no weights met the tolerance")
+        return run(case, folder, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOPHON_DATA", str(shared_data))
+        patch.setattr(_ablation, "AXES", axes)
+        patch.setattr("sophon._ablation_plot.AXES", axes)
+        patch.setattr(reproducing, "run_protection", protect)
+        options = [part for setting in TINY for part in ("--set", setting)]
+        result = CliRunner().invoke(
+            app, ["reproduce", "ablation", "--out", str(out), "--quiet", *options]
+        )
+        assert result.exit_code == 0, result.output
+        assert "| loss | ice |" in result.output
+    return out
+
+
+@pytest.mark.slow
+def test_the_study_runs_from_end_to_end(studied: Path) -> None:
+    folder = studied / "small/ablation"
+    assert (studied / "bases/small-ablation/model.safetensors").is_file()
+    held = results(folder)
+    assert set(held) == {BASE, "loss-ice", "strategies-one", "pool-2"}
+    assert [len(r.rounds) for r in held.values()] == [3] * 4
+    one = {label for r in held["strategies-one"].rounds for label in r.strategies}
+    assert len(one) == 1
+    assert (folder / "ablation.svg").read_text(encoding="utf-8").startswith("<?xml")
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    assert "failed: no weights met the tolerance" in text
+    # Unprotected and fresh networks are attacked once for the whole study.
+    files = [folder / name / "protected/model.safetensors" for name in held]
+    different = {file.read_bytes() for file in files}
+    trials = len(list((folder / "store/trials").iterdir()))
+    assert trials == 12 * (2 + len(different)) < 12 * 3 * len(held)
+
+
+@pytest.mark.slow
+def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Path) -> None:
+    folder = studied / "small/ablation"
+    held = results(folder)
+    lines = table(folder, held).splitlines()
+    base = next(line for line in lines if line.startswith("| loss | klu (base)"))
+    kept = held[BASE]
+    assert kept.before is not None
+    assert f"{100 * kept.before.value:.1f} %, " in base
+    assert held[BASE].summary.text in base
+    empty = next(line for line in lines if line.startswith("| K | 10"))
+    assert empty == "| K | 10 |  |  |  |  |  |  |  |"
+    assert None not in kept.mild
+    assert " / ".join(f"{100 * (v or 0):.1f} %" for v in kept.mild) in base
+    assert f"Measured: {kept.origin}; 1 attack seed, one protection seed." in lines
+    told = {**held, BASE: dataclasses.replace(kept, changes=("audit.steps",))}
+    assert "| changed: audit.steps |" in table(folder, told)
+    assert "changed:" not in table(folder, held)
+    (folder / "ablation.svg").unlink()
+    again = ["reproduce", "ablation", "--table", "--out", str(studied)]
+    assert "ablation.svg" in CliRunner().invoke(app, again).output
+    assert (folder / "ablation.svg").is_file()
+    violated = kept.rounds[0].model_copy(update={"guard": "violated"})
+    twice: tuple[Round, ...] = (violated, violated, *kept.rounds)
+    worse = dataclasses.replace(kept, rounds=twice)
+    assert worse.violations == kept.violations + 2
+    reason = failure_file(folder / AXES["K"][2].name)
+    reason.parent.mkdir()
+    reason.write_text("a loss is not finite\n", encoding="utf-8")
+    text = table(folder, held)
+    assert "| K | 10 |  |  |  |  |  |  | failed: a loss is not finite |" in text
+
+
+def test_the_study_goes_on_after_any_error_and_its_table_is_shown_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def work(jobs: Any, file: Path, folder: Path, base: Path, settings: list[str]) -> None:
+        del jobs, file, base, settings
+        tried.append(folder.name)
+        if folder.name == "K-2":
+            raise MemoryError("no memory")
+        if folder.name == "K-10":
+            raise IntactnessError("no weights met the tolerance")
+
+    jobs = reproducing._Jobs
+    monkeypatch.setattr(jobs, "_trained", lambda *_: None)
+    monkeypatch.setattr(jobs, "_protected_and_audited", work)
+    arguments = ["reproduce", "ablation", "--out", str(tmp_path), "--quiet"]
+    result = CliRunner().invoke(app, arguments)
+    assert tried == [v.name for v in variations()]
+    # Weights that never met the tolerance are a result; no memory is none.
+    assert result.exit_code == 2
+    assert "1 of 19 runs of the study failed: K-2" in result.output
+    folder = tmp_path / "small" / "ablation"
+    assert "MemoryError: no memory" in (folder / "K-2" / "traceback.txt").read_text()
+    shown = CliRunner().invoke(app, ["reproduce", "ablation", "--table", "--out", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert shown.output.strip() == (folder / "table.md").read_text().strip()
+    assert "| K | 2 |  |  |  |  |  |  | failed: MemoryError: no memory |" in shown.output
+    assert "| K | 10 |  |  |  |  |  |  | failed: no weights met the tolerance |" in shown.output
+    monkeypatch.setattr(jobs, "_protected_and_audited", lambda *_: None)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert "failed" not in (folder / "table.md").read_text()
+
+
+def test_the_study_has_one_size(tmp_path: Path) -> None:
+    arguments = ["reproduce", "ablation", "--scale", "paper", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "small only" in result.output
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,127 @@
+"""Records that anybody may have written: read or refused, never a traceback."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+from typer.testing import CliRunner
+
+from records import record
+from sophon._base.errors import CheckpointError, SophonError
+from sophon._cli import app
+from sophon._cli.reading import read_record
+from sophon._judgement.flags.attacks import CHECKS
+from sophon._records.audit_record import AuditRecord, ErrorScore, Score
+from sophon._records.statement import stated
+from sophon._reporting.report import report
+from sophon._reporting.tables import claimed_domains, reported
+
+WHOLE = json.loads((Path(__file__).parents[1] / "records" / "record-v1-whole.json").read_text())
+
+
+def _written(folder: Path, **changes: Any) -> Path:
+    file = folder / "record.json"
+    file.write_text(json.dumps(json.loads(record().model_dump_json()) | changes))
+    return file
+
+
+@pytest.mark.parametrize("value", [[], {}, None, "x"], ids=repr)
+def test_whatever_stands_in_a_field_is_judged_or_refused(value: object) -> None:
+    judged = 0
+    for name in WHOLE:
+        try:
+            held = AuditRecord.model_validate_json(json.dumps(WHOLE | {name: value}))
+        except pydantic.ValidationError:
+            continue
+        try:
+            made = report(held)
+            assert made.html()
+            assert made.markdown()
+        except SophonError:
+            continue
+        judged += 1
+    assert judged
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"subjects": []}, "it has no protected subject"),
+        ({"subjects": WHOLE["subjects"][1:]}, "it has no protected subject"),
+        ({"restricted": []}, "it has trials on refused, a domain that it does not describe"),
+        ({"original": WHOLE["original"] | {"classes": 0}}, "has 0 classes"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused_with_the_reason(
+    changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    file = _written(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=why):
+        read_record(file)
+    for words in (["report", str(file)], ["compare", str(file), str(file)]):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2, done.output
+        assert why in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (-1, 5), (6, 5)])
+def test_what_is_no_score_is_refused(counts: tuple[int, int]) -> None:
+    with pytest.raises(pydantic.ValidationError, match="is no score"):
+        Score(correct=counts[0], total=counts[1])
+    with pytest.raises(pydantic.ValidationError, match="is no score"):
+        ErrorScore(mse=0.5, variance=-1.0, total=5)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        {"spec": "evil"},
+        {"spec": -1},
+        {"spec": {"rehearsal": "evil"}},
+        {"spec": {"rehearsal": {"fixed": [1]}}},
+        {"spec": {"rehearsal": {"fixed": {"optimizer": "sgd", "learning_rate": -1.0}}}},
+        {"spec": {"rehearsal": {"steps": "many"}}},
+        {"spec": {"guard": 7}},
+        {"spec": {"guard": {"tolerance_points": None}}},
+        {"spec": {"guard": {"tolerance_points": -5.0}}},
+    ],
+    ids=repr,
+)
+def test_a_statement_that_cannot_be_read_says_nothing(statement: dict[str, object]) -> None:
+    held = record(protection=statement, original=0.9)
+    assert stated(held.protection).rates == {}
+    silent = record(protection={}, original=0.9)
+    for check in CHECKS.values():
+        assert check(held, "refused") == check(silent, "refused")
+    assert "unknown rehearsal" in {flag.name for flag in report(held).worst.flags}
+    assert report(held).html()
+
+
+@pytest.mark.parametrize(
+    "claim", [-1, "x", {"total": 5}, {"correct": 3, "total": 0}, {"correct": None, "total": 5}]
+)
+def test_a_claim_that_is_no_score_is_no_claim(claim: object) -> None:
+    held = record(protection={"validation_after": claim, "restricted": [[], {}]})
+    assert reported(held) == {}
+    assert "protected against [], {}" in claimed_domains(held)
+    assert report(held).markdown()
+
+
+def test_a_compressed_record_is_read_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    packed = gzip.compress(_written(tmp_path).read_bytes())
+    whole, cut, other = (tmp_path / f"{name}.json.gz" for name in ("whole", "cut", "other"))
+    whole.write_bytes(packed)
+    cut.write_bytes(packed[: len(packed) // 2])
+    other.write_bytes(gzip.compress(b"{}"))
+    assert read_record(whole) == record()
+    done = CliRunner().invoke(app, ["compare", str(whole), str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    with pytest.raises(CheckpointError, match="compressed and cannot be unpacked"):
+        read_record(cut)
+    with pytest.raises(CheckpointError, match="is not a whole audit record"):
+        read_record(other)

@@ -1,0 +1,139 @@
+"""Specifications: what is refused and how, and that a fingerprint tells any two apart."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from sophon._base import seeding as _seeding
+from sophon._base.errors import SpecError
+from sophon._base.seeding import derive_seed, seeded
+from sophon._specs import (
+    AuditSpec,
+    PretrainRunSpec,
+    ProtectSpec,
+    RunSpec,
+    Strategy,
+    parse_spec,
+    shared_fields,
+)
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+GOOD = {
+    "model": {"name": "resnet20"},
+    "original": {"source": "npz", "path": "a.npz"},
+    "restricted": [{"source": "npz", "path": "b.npz"}],
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path: Path) -> None:
+    pretraining = path.stem.endswith("-pretrain")
+    kind = PretrainRunSpec if pretraining else RunSpec
+    spec = parse_spec(kind, tomllib.loads(path.read_text()), where=path.name)
+    assert spec.pretrain if pretraining else isinstance(spec, RunSpec) and spec.restricted
+    assert path.stem in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "said"),
+    [
+        ("protect", {"roundz": 3}, r"unknown key protect\.roundz; the keys here are .*rounds"),
+        ("protect", {"rounds": "many"}, r"protect\.rounds = 'many'"),
+        ("protect", {"rounds": 0}, r"protect\.rounds = 0: .*greater than or equal to 1"),
+        ("protect", {"suppression": "icy"}, r"protect\.suppression = 'icy': .*'klu'"),
+        ("protect", {"suppression_rate": float("nan")}, r"protect\.suppression_rate"),
+        ("protect", {"rehearsal": {"steps": 9, "horizon": 3}}, r"horizon = 3 is shorter"),
+        ("audit", {"seeds": [1, 1]}, r"seeds repeat"),
+        ("audit", {"extra": [{"optimizer": "lion"}]}, r"audit\.extra\.0\.optimizer = 'lion'"),
+        ("model", {"name": "x", "classes": 1}, r"model\.classes = 1"),
+        ("original", {"source": "npz", "validation": 1.5}, r"original\.validation = 1\.5"),
+        ("restricted", [], r"restricted = \[\]"),
+        ("restricted", [{"source": "npz", "weight": "x"}], r"restricted\.0\.weight = 'x'"),
+    ],
+)
+def test_faults_are_named_with_their_path(section: str, wrong: object, said: str) -> None:
+    with pytest.raises(SpecError, match=said) as caught:
+        parse_spec(RunSpec, {**GOOD, section: wrong}, where="run.toml")
+    message = str(caught.value)
+    assert message.startswith("run.toml: ")
+    assert len(message.splitlines()) <= 2
+
+
+def test_a_missing_table_is_named() -> None:
+    with pytest.raises(SpecError, match="model is missing"):
+        parse_spec(RunSpec, {k: v for k, v in GOOD.items() if k != "model"}, where="run.toml")
+
+
+def test_specs_are_frozen_and_fingerprints_differ() -> None:
+    spec = ProtectSpec()
+    with pytest.raises(ValidationError):
+        spec.rounds = 3  # type: ignore[misc]
+    assert spec.fingerprint() == ProtectSpec().fingerprint()
+    assert spec.fingerprint() != ProtectSpec(rounds=101).fingerprint()
+
+
+def test_labels_tell_strategies_apart() -> None:
+    changes: list[dict[str, object]] = [
+        {},
+        {"scope": "head"},
+        {"learning_rate": 0.02},
+        {"optimizer": "adam"},
+        {"momentum": 0.5},
+        {"weight_decay": 0.1},
+        {"schedule": "warmup"},
+        {"schedule": "warmup", "warmup_steps": 3},
+        {"clip_norm": 1.0},
+        {"batch_size": 8},
+        {"augmentation": "flip"},
+        {"precision": "bf16"},
+        {"preparations": [{"kind": "fresh_head"}]},
+        {"preparations": [{"kind": "reset_last_blocks"}]},
+        {"preparations": [{"kind": "reset_last_blocks", "blocks": 2}]},
+        {"preparations": [{"kind": "batch_norm"}]},
+        {"preparations": [{"kind": "batch_norm", "mode": "reset"}]},
+    ]
+    labels = {parse_spec(Strategy, change, where="here").label() for change in changes}
+    assert len(labels) == len(changes)
+
+
+def test_streams_depend_on_every_name() -> None:
+    seeds = [derive_seed(0), derive_seed(1), derive_seed(0, "a"), derive_seed(0, "a", 1)]
+    seeds += [derive_seed(0, "a", "1"), derive_seed(0, 1, "a")]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_block_draws_what_torch_seeds_and_leaves_the_generator(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_seeding, "_processor_alone", lambda: alone)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with seeded(3, "dropout", 7):
+        drawn = torch.rand(4), torch.randn(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(derive_seed(3, "dropout", 7))
+    assert torch.equal(torch.rand(4), drawn[0])
+    assert torch.equal(torch.randn(4), drawn[1])
+
+
+def test_a_label_leaves_out_what_every_attack_shares() -> None:
+    one = Strategy(batch_size=32, clip_norm=1.0)
+    other = Strategy(batch_size=32)
+    assert "batch size 32" in one.label()
+    shared = shared_fields((one, other))
+    assert "batch_size" in shared
+    assert "clip_norm" not in shared
+    assert one.label(shared) == "direct-all sgd_momentum 0.01 (clip norm 1.0)"
+    assert other.label(shared) == "direct-all sgd_momentum 0.01"
+
+
+def test_a_list_that_is_too_short_says_how_many_are_needed() -> None:
+    with pytest.raises(SpecError, match=r"audit: seeds = \[\]: give at least 1$"):
+        parse_spec(AuditSpec, {"seeds": []}, where="audit")

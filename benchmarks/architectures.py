@@ -38,7 +38,9 @@ from torch import nn
 from sophon._data import Domain
 from sophon._models import DIFFUSERS, resolve_model
 from sophon._protection.protection import Protection
-from sophon._specs import Guard, ModelSpec, Precision, ProtectSpec, Rehearsal, Strategy
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._specs import Guard, ModelSpec, Precision, Strategy
 from sophon._tasks import Classification, Denoising
 
 UNET = Path(__file__).resolve().parent.parent / "recipes" / "paper" / "ddpm-unet-32.json"

@@ -14,7 +14,9 @@ from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import Domain
 from sophon._models.networks import ResNet20, SmallConvNet
 from sophon._protection.protection import Protection
-from sophon._specs import Augmentation, Guard, Precision, ProtectSpec, Rehearsal, Strategy
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._specs import Augmentation, Guard, Precision, Strategy
 
 
 def noise(name: str, seed: int, *, count: int = 1000, size: int = 32) -> Domain:

@@ -19,7 +19,9 @@ from sophon._data import Domain
 from sophon._models import diffusers
 from sophon._protection.losses import denial_of_service
 from sophon._protection.protection import Protection
-from sophon._specs import Guard, ProtectSpec, Rehearsal, Strategy
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._specs import Guard, Strategy
 from sophon._tasks import Denoising
 
 STEPS, SUPPORT, QUERY, ORIGINAL, SIDE = 5, 24, 8, 32, 32

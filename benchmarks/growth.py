@@ -20,9 +20,11 @@ from torch import nn
 
 from sophon._auditing.audit import Audit
 from sophon._protection.protection import Protection
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._records.audit_record import AuditRecord
 from sophon._reporting.report import report
-from sophon._specs import AuditSpec, Guard, ProtectSpec, Rehearsal, Strategy
+from sophon._specs import AuditSpec, Guard, Strategy
 
 # Of rounds and reports, and of audits, which take longest.
 _REPEATS, _AUDITS = 3, 1

@@ -33,7 +33,9 @@ from sophon._data import Domain
 from sophon._models import network_identity, weights_sha256
 from sophon._models.networks import ResNet20
 from sophon._protection.protection import Protection
-from sophon._specs import ProtectSpec, Rehearsal, Strategy
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._specs import Strategy
 from sophon._training.environment import environment
 
 WORKERS = 2

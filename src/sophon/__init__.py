@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Public names and the modules they live in; resolved on first use, so that importing sophon
 # needs no torch.
 _PUBLIC = {
+    "Alternate": "_protection.spec",
     "Audit": "_auditing.audit",
     "AuditError": "_base.errors",
     "AuditRecord": "_records.audit_record",
@@ -20,12 +21,15 @@ _PUBLIC = {
     "DataError": "_base.errors",
     "Denoising": "_tasks",
     "Distil": "_specs",
+    "DistilSpec": "_protection.terms.distil",
     "Domain": "_data",
     "DomainSpec": "_specs",
+    "ErasureSpec": "_protection.terms.erasure",
     "FreshHead": "_specs",
     "Guard": "_specs",
     "Heal": "_specs",
     "IntactnessError": "_base.errors",
+    "Joint": "_protection.spec",
     "Latents": "_tasks",
     "ModelSpec": "_specs",
     "NoiseKick": "_specs",
@@ -33,19 +37,22 @@ _PUBLIC = {
     "PretrainSpec": "_specs",
     "Pretrained": "_training.pretrain",
     "Pretraining": "_training.pretrain",
-    "ProtectSpec": "_specs",
+    "Price": "_specs",
+    "ProtectSpec": "_protection.spec",
     "Protected": "_protection.protection",
     "Protection": "_protection.protection",
-    "Rehearsal": "_specs",
+    "ReadersSpec": "_protection.readers",
+    "Rehearsal": "_protection.terms.rehearsal",
     "RescaleWeights": "_specs",
     "ResetLastBlocks": "_specs",
     "RidgeHead": "_specs",
     "Round": "_records.audit_record",
-    "RunSpec": "_specs",
+    "RunSpec": "_cli.run_spec",
     "SophonError": "_base.errors",
     "SpecError": "_base.errors",
     "Strategy": "_specs",
-    "StrategyDistribution": "_specs",
+    "StrategyDistribution": "_protection.sampling",
+    "TaskLossSpec": "_protection.terms.task",
     "UnsupportedModelError": "_base.errors",
     "audit": "_auditing.audit",
     "load_domain": "_data",
@@ -68,9 +75,17 @@ if TYPE_CHECKING:
         SpecError,
         UnsupportedModelError,
     )
+    from sophon._cli.run_spec import RunSpec
     from sophon._data import Domain, load_domain, share_prompts
     from sophon._models import resolve_model
     from sophon._protection.protection import Protected, Protection, protect
+    from sophon._protection.readers import ReadersSpec
+    from sophon._protection.sampling import StrategyDistribution
+    from sophon._protection.spec import Alternate, Joint, ProtectSpec
+    from sophon._protection.terms.distil import DistilSpec
+    from sophon._protection.terms.erasure import ErasureSpec
+    from sophon._protection.terms.rehearsal import Rehearsal
+    from sophon._protection.terms.task import TaskLossSpec
     from sophon._records.audit_record import AuditRecord, Round
     from sophon._reporting.report import report
     from sophon._specs import (
@@ -84,19 +99,17 @@ if TYPE_CHECKING:
         ModelSpec,
         NoiseKick,
         PretrainSpec,
-        ProtectSpec,
-        Rehearsal,
+        Price,
         RescaleWeights,
         ResetLastBlocks,
         RidgeHead,
-        RunSpec,
         Strategy,
-        StrategyDistribution,
     )
     from sophon._tasks import Classification, Denoising, Latents
     from sophon._training.pretrain import Pretrained, Pretraining, pretrain
 
 __all__ = [
+    "Alternate",
     "Audit",
     "AuditError",
     "AuditRecord",
@@ -107,12 +120,15 @@ __all__ = [
     "DataError",
     "Denoising",
     "Distil",
+    "DistilSpec",
     "Domain",
     "DomainSpec",
+    "ErasureSpec",
     "FreshHead",
     "Guard",
     "Heal",
     "IntactnessError",
+    "Joint",
     "Latents",
     "ModelSpec",
     "NoiseKick",
@@ -120,9 +136,11 @@ __all__ = [
     "PretrainSpec",
     "Pretrained",
     "Pretraining",
+    "Price",
     "ProtectSpec",
     "Protected",
     "Protection",
+    "ReadersSpec",
     "Rehearsal",
     "RescaleWeights",
     "ResetLastBlocks",
@@ -133,6 +151,7 @@ __all__ = [
     "SpecError",
     "Strategy",
     "StrategyDistribution",
+    "TaskLossSpec",
     "UnsupportedModelError",
     "__version__",
     "audit",

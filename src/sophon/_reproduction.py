@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from sophon._attacks.suites import strategies_of
 from sophon._base.errors import CheckpointError
+from sophon._cli.run_spec import RunSpec
 from sophon._grid import (
     CELLS,
     PUBLISHED_ROBUSTNESS,
@@ -27,7 +28,7 @@ from sophon._records.audit_record import AuditRecord, Trial
 from sophon._records.metrics import MetricKind, kind_of_record
 from sophon._reporting.tables import removed_text
 from sophon._sameness import base_folder, changes_of
-from sophon._specs import AuditSpec, RunSpec, Strategy, Subject, parse_spec
+from sophon._specs import AuditSpec, Strategy, Subject, parse_spec
 
 SUBJECTS: tuple[Subject, ...] = ("scratch", "unprotected", "protected")
 Triple = tuple[float | None, ...]

@@ -12,19 +12,11 @@ from typing import Any
 from sophon._attacks.suites import resolved
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._base.files import read_json
+from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._grid import TRAINING_IMAGES, Cell, base_file, base_name, run_file
+from sophon._protection.spec import ProtectSpec
 from sophon._records.audit_record import AuditRecord, DomainRecord
-from sophon._specs import (
-    AuditSpec,
-    DomainSpec,
-    ModelSpec,
-    PretrainRunSpec,
-    PretrainSpec,
-    ProtectSpec,
-    RunSpec,
-    fingerprint_of,
-    parse_spec,
-)
+from sophon._specs import AuditSpec, DomainSpec, ModelSpec, PretrainSpec, fingerprint_of, parse_spec
 
 # An image set without `image_size` has images of this many pixels a side.
 _OWN_SIDE = 32

@@ -32,15 +32,7 @@ from sophon._base.errors import SpecError
 from sophon._judgement.verdict import summarise
 from sophon._records.audit_record import AuditRecord, Point, Score, pack
 from sophon._records.metrics import KINDS
-from sophon._specs import (
-    AuditSpec,
-    BatchNorm,
-    FreshHead,
-    Heal,
-    ResetLastBlocks,
-    Strategy,
-    Subject,
-)
+from sophon._specs import AuditSpec, BatchNorm, FreshHead, Heal, ResetLastBlocks, Strategy, Subject
 
 # The machinery of `standard-1` on a tenth of its attacks.
 SMALL = Suite(

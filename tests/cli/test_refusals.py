@@ -15,7 +15,9 @@ from builders import digits, original, restricted, setting_of, trained_model
 from sophon._base.errors import CheckpointError, DataError
 from sophon._data import Domain, check_distinct, load_domain
 from sophon._models import read_tensors
-from sophon._specs import DomainSpec, Rehearsal, Strategy, StrategyDistribution
+from sophon._protection.sampling import StrategyDistribution
+from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._specs import DomainSpec, Strategy
 
 
 def test_bytes_flipped_anywhere_in_an_archive_are_one_line(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def test_the_pages_name_dictionaries_that_exist() -> None:
 def test_run_files_of_the_pages_are_valid() -> None:
     import tomllib
 
-    from sophon._specs import RunSpec, parse_spec
+    from sophon._cli.run_spec import RunSpec
+    from sophon._specs import parse_spec
 
     (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/protect.md").read_text(), re.DOTALL)
     assert parse_spec(RunSpec, tomllib.loads(block), where="protect.md").restricted

@@ -177,7 +177,8 @@ def test_the_readme_shows_the_two_commands() -> None:
 
 
 def test_the_readme_run_file_is_valid() -> None:
-    from sophon._specs import RunSpec, parse_spec
+    from sophon._cli.run_spec import RunSpec
+    from sophon._specs import parse_spec
 
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     specs = [parse_spec(RunSpec, tomllib.loads(block), where="README.md") for block in blocks]

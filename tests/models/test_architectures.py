@@ -26,14 +26,9 @@ from sophon._grid import BASES
 from sophon._models import published
 from sophon._models.networks import NETWORKS
 from sophon._protection.protection import Protection
-from sophon._specs import (
-    AuditSpec,
-    Guard,
-    ModelSpec,
-    ProtectSpec,
-    Rehearsal,
-    Strategy,
-)
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._specs import AuditSpec, Guard, ModelSpec, Strategy
 from sophon._tasks import Denoising
 from sophon._training.checkpoints import save_model
 from sophon._training.loop import FineTuning

@@ -21,8 +21,10 @@ from sophon._base.errors import UnsupportedModelError
 from sophon._cli.run_file import load, load_subject
 from sophon._data import Domain
 from sophon._protection.protection import Protection
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._sameness import settings_in
-from sophon._specs import Guard, ModelSpec, Precision, ProtectSpec, Rehearsal, Strategy
+from sophon._specs import Guard, ModelSpec, Precision, Strategy
 from sophon._tasks import Denoising
 
 # Each draws something of its own in train mode: which branches and units it drops.

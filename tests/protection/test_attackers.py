@@ -29,17 +29,8 @@ from sophon._models import (
     weights_sha256,
 )
 from sophon._models.networks import small_caformer
-from sophon._protection.terms.rehearsal import Rehearsals
-from sophon._specs import (
-    AuditSpec,
-    Distil,
-    FreshHead,
-    Heal,
-    ModelSpec,
-    Rehearsal,
-    ResetLastBlocks,
-    Strategy,
-)
+from sophon._protection.terms.rehearsal import Rehearsal, Rehearsals
+from sophon._specs import AuditSpec, Distil, FreshHead, Heal, ModelSpec, ResetLastBlocks, Strategy
 from sophon._tasks import Classification, Distillation
 from sophon._training.evaluate import evaluate
 from sophon._training.loop import FineTuning, attacker_copy, attacker_images

@@ -33,8 +33,10 @@ from sophon._data import Images
 from sophon._protection.forecast import Forecast, forecast
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.protection import Protection, protect
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._records.audit_record import Score
-from sophon._specs import Guard, Heal, ProtectSpec, Rehearsal, Strategy
+from sophon._specs import Guard, Heal, Strategy
 from sophon._tasks import Classification
 from sophon._training import checkpoints as _checkpoints
 from sophon._training.checkpoints import load_state
@@ -335,7 +337,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 from builders import original, quick_spec, restricted, trained_model
-from sophon._specs import ProtectSpec
+from sophon._protection.spec import ProtectSpec
 from sophon._protection import protection as _protect
 from sophon._protection.terms.rehearsal import Rehearsals
 

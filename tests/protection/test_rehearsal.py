@@ -24,18 +24,15 @@ from builders import (
 from sophon._base.seeding import generator
 from sophon._protection.losses import SUPPRESSIONS
 from sophon._protection.protection import Protection
-from sophon._protection.terms.rehearsal import Rehearsals, domain_of, gammas_of, sample_strategy
-from sophon._specs import (
-    Distil,
-    FreshHead,
-    Heal,
-    NoiseKick,
-    Preparation,
+from sophon._protection.sampling import StrategyDistribution
+from sophon._protection.terms.rehearsal import (
     Rehearsal,
-    RescaleWeights,
-    Strategy,
-    StrategyDistribution,
+    Rehearsals,
+    domain_of,
+    gammas_of,
+    sample_strategy,
 )
+from sophon._specs import Distil, FreshHead, Heal, NoiseKick, Preparation, RescaleWeights, Strategy
 from sophon._training.setting import Setting
 
 

@@ -21,6 +21,7 @@ from sophon._attacks.suites import resolved, strategies_of
 from sophon._base.errors import CheckpointError, DataError, IntactnessError, SpecError
 from sophon._cli import reproducing
 from sophon._cli.run_file import load_pretraining
+from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data.splits import stratified
 from sophon._grid import (
     CELLS,
@@ -48,7 +49,7 @@ from sophon._reproduction import (
     table,
 )
 from sophon._sameness import changes_of, require_same_training
-from sophon._specs import AuditSpec, PretrainRunSpec, RunSpec, parse_spec
+from sophon._specs import AuditSpec, parse_spec
 from sophon._tasks import Denoising
 
 # --- Recipes -------------------------------------------------------------------------------------

@@ -17,7 +17,11 @@ from torch import nn
 
 from sophon._data import Domain
 from sophon._models.networks import SmallConvNet
-from sophon._specs import FreshHead, Guard, ProtectSpec, Rehearsal, StrategyDistribution
+from sophon._protection.sampling import StrategyDistribution
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
+from sophon._protection.terms.term import Surroundings
+from sophon._specs import FreshHead, Guard
 from sophon._tasks import Classification
 from sophon._training.setting import Setting, make_setting
 
@@ -93,29 +97,45 @@ def setting_of(model: nn.Module, **changes: Any) -> Setting:
     return make_setting(model, **(arguments | changes))
 
 
-def quick_spec(**changes: object) -> ProtectSpec:
-    """Return a protection of a few seconds, persistent attackers included."""
-    spec = ProtectSpec(
-        rounds=6,
-        suppression="klu",
-        rehearsal=Rehearsal(
-            strategies=2,
-            steps=3,
-            horizon=7,
-            pool=3,
-            query_batch_size=16,
-            distribution=StrategyDistribution(
-                learning_rates={"sgd_momentum": (1e-3, 1e-1), "adam": (1e-4, 1e-2)},
-                preparations=((), (FreshHead(),)),
-                batch_sizes=(16, 32),
-            ),
+def quick_spec(**changes: Any) -> ProtectSpec:
+    """Return a protection of a few seconds by the paper's method, persistent attackers included.
+
+    Keys are the flat ones of earlier versions.
+    """
+    rehearsal = Rehearsal(
+        strategies=2,
+        steps=3,
+        horizon=7,
+        pool=3,
+        query_batch_size=16,
+        distribution=StrategyDistribution(
+            learning_rates={"sgd_momentum": (1e-3, 1e-1), "adam": (1e-4, 1e-2)},
+            preparations=((), (FreshHead(),)),
+            batch_sizes=(16, 32),
         ),
-        guard=Guard(every=2, tolerance_points=20.0),
-        checkpoint_every=1,
-        original_batch_size=32,
-        precision="fp32",
     )
-    return spec.model_copy(update=changes)
+    usual: dict[str, Any] = {
+        "rounds": 6,
+        "suppression": "klu",
+        "rehearsal": rehearsal,
+        "guard": Guard(every=2, tolerance_points=20.0),
+        "checkpoint_every": 1,
+        "original_batch_size": 32,
+        "precision": "fp32",
+    }
+    return ProtectSpec(**(usual | changes))
+
+
+def rehearsal_of(spec: ProtectSpec) -> Rehearsal:
+    """Return the one rehearsal of a protection."""
+    (term,) = spec.hinder or ()
+    assert isinstance(term, Rehearsal)
+    return term
+
+
+def rehearsing(spec: ProtectSpec, setting: Setting, model: nn.Module) -> RehearsalTerm:
+    """Return the rehearsal of a protection in a setting, around the model as it was given."""
+    return RehearsalTerm(rehearsal_of(spec), Surroundings(setting, model, spec.seed))
 
 
 class Double(nn.Module):

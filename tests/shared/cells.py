@@ -10,8 +10,9 @@ from typing import Any
 from typer.testing import CliRunner
 
 from sophon._cli import app
+from sophon._cli.run_spec import RunSpec
 from sophon._grid import CELLS, Cell
-from sophon._specs import RunSpec, parse_spec
+from sophon._specs import parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = ROOT / "recipes"

@@ -16,7 +16,10 @@ from torch import nn
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import Domain
 from sophon._models import diffusers
-from sophon._specs import Guard, ProtectSpec, Rehearsal, StrategyDistribution
+from sophon._protection.sampling import StrategyDistribution
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._specs import Guard
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,

@@ -21,18 +21,11 @@ from builders import digits, original, restricted
 from sophon._base.plain_mode import SWITCH
 from sophon._data import Domain
 from sophon._protection.protection import Protection, protect
+from sophon._protection.sampling import StrategyDistribution
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._records.audit_record import Round
-from sophon._specs import (
-    FreshHead,
-    Guard,
-    Heal,
-    NoiseKick,
-    Preparation,
-    ProtectSpec,
-    Rehearsal,
-    RescaleWeights,
-    StrategyDistribution,
-)
+from sophon._specs import FreshHead, Guard, Heal, NoiseKick, Preparation, RescaleWeights
 from sophon._tasks import Denoising
 from sophon._training.loop import optimizer_tensors
 

@@ -12,15 +12,9 @@ from pydantic import ValidationError
 from sophon._base import seeding as _seeding
 from sophon._base.errors import SpecError
 from sophon._base.seeding import derive_seed, seeded
-from sophon._specs import (
-    AuditSpec,
-    PretrainRunSpec,
-    ProtectSpec,
-    RunSpec,
-    Strategy,
-    parse_spec,
-    shared_fields,
-)
+from sophon._cli.run_spec import PretrainRunSpec, RunSpec
+from sophon._protection.spec import ProtectSpec
+from sophon._specs import AuditSpec, Strategy, parse_spec, shared_fields
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 GOOD = {

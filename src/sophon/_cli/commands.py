@@ -120,7 +120,8 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
                 require_place(tensorboard)
             case = load(run_file, settings, threads)
             # Of a run that goes on fewer are left; that is known once its folder is open.
-            require_rounds(profile or 0, case.spec.protect.rounds)
+            if case.spec.protect.rounds is not None:
+                require_rounds(profile or 0, case.spec.protect.rounds)
         if out is None or dry_run:
             show_forecast(case, as_json=as_json)
             return

@@ -39,8 +39,8 @@ from sophon._cli.showing import show_ablation, show_list, show_robustness, show_
 
 if TYPE_CHECKING:
     from sophon._cli.progress import Mode
+    from sophon._cli.run_spec import PretrainRunSpec, RunSpec
     from sophon._grid import Cell, Scale
-    from sophon._specs import PretrainRunSpec, RunSpec
 
 ABLATION = "ablation"
 _TRACEBACK = "traceback.txt"

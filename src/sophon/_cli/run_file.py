@@ -15,6 +15,7 @@ from torch import nn
 from sophon._attacks.suites import attack_named, resolved, strategies_of
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._base.files import read_json
+from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.loading import expanded
 from sophon._models import (
@@ -27,7 +28,7 @@ from sophon._models import (
     require_model,
     resolve_model,
 )
-from sophon._specs import DomainSpec, ModelSpec, PretrainRunSpec, RunSpec, TaskSpec, parse_spec
+from sophon._specs import DomainSpec, ModelSpec, TaskSpec, parse_spec
 from sophon._tasks import Classification, Denoising, Latents, Task
 from sophon._training.checkpoints import require_recorded
 from sophon._training.setting import Setting, make_setting

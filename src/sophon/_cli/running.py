@@ -275,6 +275,6 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
     peak = expected.peak_bytes
     memory = "" if peak is None else f"; about {peak / 2**20:.0f} MiB of memory"
     typer.echo(
-        f"forecast: {case.spec.protect.rounds} rounds of {expected.round_s:.2g} s,"
+        f"forecast: {expected.rounds} rounds of {expected.round_s:.2g} s,"
         f" {duration(expected.total_s)} in all{memory}; nothing was written"
     )

@@ -7,6 +7,7 @@ so: probing leaves weights, buffers, modes and the random generators as they wer
 from sophon._models.batch_norm import (
     BatchNorms,
     batch_norm_reestimated,
+    batch_statistics,
     reestimate_batch_norm,
     tracked_batch_norms,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "Bare",
     "bare_parameters",
     "batch_norm_reestimated",
+    "batch_statistics",
     "BatchNorms",
     "blocks",
     "Blueprint",

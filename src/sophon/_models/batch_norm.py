@@ -64,3 +64,23 @@ def batch_norm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Itera
             for norm, values in zip(tracked, before, strict=True):
                 for buffer, value in zip(norm.buffers(recurse=False), values, strict=True):
                     buffer.copy_(value)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Hold `model` in train mode with BatchNorm on each batch's own statistics.
+
+    Running statistics and modes are afterwards what they were.
+    """
+    tracked = tracked_batch_norms(model)
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for norm in tracked:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracked:
+            norm.track_running_stats = True
+        for module, mode in modes:
+            module.training = mode

@@ -37,7 +37,9 @@ class IntactnessGuard:
     """Checks `model` on the original domain's validation split; never looks at the test split.
 
     After a violation the model is back at the last weights that met the tolerance, and
-    `extra_steps`, the reinforcement steps to take beyond the specified ones, is one more.
+    `extra_steps`, the reinforcement steps to take beyond the specified ones, is one more. With
+    `mode = "price"` the `price` of hindrance falls instead, and rises while the tolerance is met;
+    the model goes back only where it left the tolerance by more than the margin.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class IntactnessGuard:
         self.setting = setting
         self.spec = spec
         self.extra_steps = 0
+        self.price = spec.price.start if spec.mode == "price" else 1.0
         self.shipped: Good | None = None
         self.last_good: dict[str, Tensor] = {}
         self._before: Measurement | None = None
@@ -80,15 +83,31 @@ class IntactnessGuard:
         allowed = kind_of(score).allowed(self.before.value, self.spec)
         query_score = sum(self._window) / len(self._window)
         self._window = []
-        if score.value < allowed - 1e-12:
-            self.model.load_state_dict(self.last_good)
-            self.extra_steps += 1
+        met = score.value >= allowed - 1e-12
+        if self.spec.mode == "price":
+            self._reprice(met)
+        if not met:
+            self._violated(score.value, allowed)
             return score.value, "violated"
         self.last_good = snapshot(self.model)
         better = self.shipped is None or query_score <= self.shipped.query_score
         if self.spec.ship == "last" or better:
             self.shipped = Good(self.last_good, finished, score, query_score)
         return score.value, "met"
+
+    def _reprice(self, met: bool) -> None:
+        spec = self.spec.price
+        self.price = min(spec.most, self.price * spec.rise) if met else self.price * spec.fall
+
+    def _violated(self, value: float, allowed: float) -> None:
+        """Put the last good weights back, unless the price alone may mend it."""
+        if self.spec.mode == "price":
+            lost, least = self.before.value - value, self.before.value - allowed
+            if lost <= self.spec.price.margin * max(least, 1e-3):
+                return
+        else:
+            self.extra_steps += 1
+        self.model.load_state_dict(self.last_good)
 
     def require_shipped(self, best: float) -> Good:
         """Return the weights to ship. Raises IntactnessError if none met the tolerance.
@@ -100,8 +119,8 @@ class IntactnessGuard:
             raise IntactnessError(
                 f"no weights stayed within {kind.tolerance(self.spec)} of"
                 f" {shown(self.before)} on {self.setting.original.name!r} (best"
-                f" {kind.show(best, 1)}): raise reinforcement_steps or that tolerance,"
-                " or lower suppression_rate"
+                f" {kind.show(best, 1)}): raise that tolerance, or what protect.update gives the"
+                " keep terms, or lower its rate of the hindrances"
             )
         return self.shipped
 
@@ -117,6 +136,7 @@ class IntactnessGuard:
         }
         plain = {
             "extra_steps": self.extra_steps,
+            "price": self.price,
             "window": self._window,
             "before": self.before.model_dump(),
             "shipped": shipped,
@@ -131,6 +151,7 @@ class IntactnessGuard:
         }
         self.last_good = groups["last_good"]
         self.extra_steps = plain["extra_steps"]
+        self.price = plain.get("price", self.price)
         self._window = plain["window"]
         self._before = measurement(plain["before"])
         if plain["shipped"] is not None:

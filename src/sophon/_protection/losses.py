@@ -9,6 +9,7 @@ denoising both are (batch, channels, height, width): a prediction and what it sh
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -79,25 +80,35 @@ def negated_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return -(outputs - targets).square().flatten(1).mean(1)
 
 
-SUPPRESSIONS: dict[str, Suppression] = {
-    "ice": inverse_cross_entropy,
-    "reversed_logits": reversed_logits,
-    "klu": kl_from_uniform,
-    "negated_ce": negated_cross_entropy,
-    "dos": denial_of_service,
-    "negated_mse": negated_squared_error,
-}
-# Which of them turn what: by the metric of the task.
-FITTING: dict[str, tuple[str, ...]] = {
-    "accuracy": ("ice", "reversed_logits", "klu", "negated_ce"),
-    "mse": ("dos", "negated_mse"),
-}
+@dataclass(frozen=True)
+class Loss:
+    """A suppression loss: the function, and the metric of the tasks whose outputs it turns."""
+
+    function: Suppression
+    metric: str
 
 
-def require_fitting(name: str, metric: str) -> None:
-    """Raise SpecError unless the loss is one for the task that `metric` scores."""
-    if name not in FITTING[metric]:
+SUPPRESSIONS: dict[str, Loss] = {
+    "ice": Loss(inverse_cross_entropy, "accuracy"),
+    "reversed_logits": Loss(reversed_logits, "accuracy"),
+    "klu": Loss(kl_from_uniform, "accuracy"),
+    "negated_ce": Loss(negated_cross_entropy, "accuracy"),
+    "dos": Loss(denial_of_service, "mse"),
+    "negated_mse": Loss(negated_squared_error, "mse"),
+}
+# What a task has unless another is named, by its metric.
+USUAL = {"accuracy": "klu", "mse": "dos"}
+
+
+def suppression_named(name: str | None, metric: str) -> Suppression:
+    """Return the loss of that name, or the usual one, for the task that `metric` scores.
+
+    Raises SpecError that lists those that fit.
+    """
+    name = USUAL[metric] if name is None else name
+    fitting = [key for key, loss in SUPPRESSIONS.items() if loss.metric == metric]
+    if name not in fitting:
         raise SpecError(
-            f"protect.suppression = {name!r} does not fit this task: use one of"
-            f" {', '.join(FITTING[metric])}"
+            f"protect: loss = {name!r} does not fit this task: use one of {', '.join(fitting)}"
         )
+    return SUPPRESSIONS[name].function

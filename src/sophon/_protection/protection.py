@@ -1,4 +1,4 @@
-"""Protection: rounds of fine-tuning suppression, reinforcement and the intactness guard.
+"""Protection: rounds of updates by the terms of a specification, and the intactness guard.
 
 `Protection(...)` is an iterator of `Round`s; `protect(...)` runs it to the end. With a folder
 the run can be killed at any moment and repeated: it goes on to bit-identical weights.
@@ -10,41 +10,40 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
 
 from sophon._base.errors import CheckpointError, NonFiniteError
 from sophon._base.files import write_json, write_text
 from sophon._base.plain_mode import plain
-from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
 from sophon._data import Domain
 from sophon._models import network_identity, weights_sha256
 from sophon._protection.checks import check_protection
 from sophon._protection.guard import IntactnessGuard
-from sophon._protection.terms.rehearsal import Rehearsals, Visit
+from sophon._protection.migration import migrate_run, migrated_state
+from sophon._protection.presets import completed
+from sophon._protection.spec import Alternate, ProtectSpec
+from sophon._protection.start import starting_weights
+from sophon._protection.terms import TERMS, Hindrance, Term
+from sophon._protection.terms.term import State, Surroundings
+from sophon._protection.update import KeepSide, updating
 from sophon._records.audit_record import Measurement, Round
-from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
+from sophon._records.statement import Terms
+from sophon._specs import Guard, ModelSpec, fingerprint_of, parse_spec
 from sophon._tasks import Classification, Task
 from sophon._training.checkpoints import open_run, save_state
-from sophon._training.loop import (
-    fused,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from sophon._training.loop import optimizer_tensors, restore_optimizer
 from sophon._training.ranks import Ranks, take_card
 from sophon._training.setting import make_setting
-from sophon._training.sharding import gathered, load_whole, sharing, splits, whole
+from sophon._training.sharding import gathered, load_whole, splits
 from sophon._training.sharding import shard as spread
 from sophon._training.shipping import ship
 
-State = tuple[dict[str, Tensor], dict[str, Any]]
 _ROUNDS, _STATES, _DONE = "rounds.jsonl", "states", "protection.json"
 # Raise this when a change of the rounds changes what a run that is resumed would give.
 ENGINE_VERSION = 2
@@ -103,7 +102,7 @@ class Protection:
     ) -> None:
         self.ranks = Ranks.present(sharded=shard)
         take_card(device)
-        self.spec = spec = ProtectSpec() if spec is None else spec
+        spec = ProtectSpec() if spec is None else spec
         restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
@@ -118,37 +117,42 @@ class Protection:
                 precision=spec.precision,
                 device=device,
             )
-            independent = self.ranks.world > 1 and splits(model, self.setting)
-            check_protection(model, spec, self.setting, self.ranks, independent=independent)
+            self.spec = completed(spec, self.setting)
+            self.around = self._surroundings(model)
+            check_protection(model, self.spec, self.around)
             self.identity = self._identity(model)
         self.ranks.require_same(
             {
                 **self.identity,
                 "shard": str(shard),
                 "out": "a folder" if out is not None else "none",
-                "independence of rows": str(independent),
+                "independence of rows": str(self.around.independent),
             }
         )
-        self.model = self.setting.place(copy.deepcopy(model).requires_grad_(True))
-        enough = spec.original_batch_size >= self.ranks.world
-        self._split = independent and enough and not self.ranks.sharded and not plain()
-        spread(self.model, self.setting.head, self.ranks)
-        parameters = list(self.model.parameters())
-        self.suppressor = Adam(parameters, spec.suppression_rate, **fused())
-        self.reinforcer = Adam(parameters, spec.reinforcement_rate, **fused())
-        weights = [domain.weight for domain in restricted]
-        self.rehearsals = Rehearsals(spec, self.setting, weights, self.ranks, model)
-        self.original_feed = self.setting.feed(
-            original,
-            original.train,
-            batch_size=spec.original_batch_size,
-            stream=(spec.seed, ("original",)),
-            augmentation=spec.original_augmentation,
-        )
+        self.model = self.setting.place(starting_weights(model, self.spec))
+        self._assemble()
         self.rounds: list[Round] = []
-        self.reinforced = 0
-        self.guard = IntactnessGuard(self.model, self.setting, spec.guard, self.ranks)
+        self.guard = IntactnessGuard(
+            self.model, self.setting, self.spec.guard or Guard(), self.ranks
+        )
         self._open()
+
+    def _surroundings(self, model: nn.Module) -> Surroundings:
+        given = self.setting.place(copy.deepcopy(model)).requires_grad_(False).eval()
+        independent = self.ranks.world > 1 and splits(model, self.setting)
+        return Surroundings(self.setting, given, self.spec.seed, self.ranks, independent)
+
+    def _assemble(self) -> None:
+        """Make the terms and what updates the model by them."""
+        spec, ranks = self.spec, self.ranks
+        spread(self.model, self.setting.head, ranks)
+        enough = (spec.original_batch_size or 1) >= ranks.world
+        split = self.around.independent and enough and not ranks.sharded and not plain()
+        keep: list[Any] = [TERMS[term.kind](term, self.around) for term in spec.keep or ()]
+        hinder: list[Any] = [TERMS[term.kind](term, self.around) for term in spec.hinder or ()]
+        self.keep = KeepSide(keep, self.setting, spec, ranks, split)
+        self.hinder: list[Hindrance[Any]] = hinder
+        self.update = updating(spec.update or Alternate(), self.model, self.keep, hinder)
 
     def _identity(self, model: nn.Module) -> dict[str, str]:
         """Return what determines the result; how many processes there are does not."""
@@ -170,19 +174,24 @@ class Protection:
         """Rounds finished so far."""
         return len(self.rounds)
 
+    @property
+    def rounds_in_all(self) -> int:
+        """Rounds of the whole run."""
+        return self.spec.rounds or 0
+
     def __len__(self) -> int:
         """Return the number of rounds of the whole run."""
-        return self.spec.rounds
+        return self.rounds_in_all
 
     def __iter__(self) -> Iterator[Round]:
         """Run the remaining rounds, yielding each once it is recorded."""
-        while self.done < self.spec.rounds:
+        while self.done < self.rounds_in_all:
             self.rounds.append(self._round(self.done))
             if self.out is not None:
                 if self.ranks.first:
                     with (self.out / _ROUNDS).open("a", encoding="utf-8") as file:
                         file.write(self.rounds[-1].model_dump_json() + "\n")
-                if self.done % self.spec.checkpoint_every == 0 or self.done == self.spec.rounds:
+                if self.done % self.spec.checkpoint_every == 0 or self.done == self.rounds_in_all:
                     self.save()
             yield self.rounds[-1]
 
@@ -191,9 +200,9 @@ class Protection:
 
         Raises IntactnessError if no checked weights met the tolerance; every file is kept.
         """
-        if self.done < self.spec.rounds:
+        if self.done < self.rounds_in_all:
             raise CheckpointError(
-                f"round {self.done} of {self.spec.rounds}: iterate to the end before result()"
+                f"round {self.done} of {self.rounds_in_all}: iterate to the end before result()"
             )
         with self.ranks.agreeing():
             result = self._shipped()
@@ -232,110 +241,41 @@ class Protection:
         if self.ranks.first:
             save_state(folder, self.done, tensors, plain)
 
-    # --- one round ---------------------------------------------------------------------------
-
     def _round(self, index: int) -> Round:
         start = time.perf_counter()
-        losses, scores, norms, labels, domains = [], [], [], [], []
-        for _ in range(self.spec.suppression_steps):
-            total, _ = self.rehearsals.suppress(self.model)
-            labels += [visit.strategy.label() for visit in total.visits]
-            domains += [visit.domain.name for visit in total.visits]
-            norm = self._apply(total.gradients)
-            values = torch.stack([total.loss, total.score, norm]).tolist()
-            self._require_finite(values, index, total.visits)
-            losses.append(values[0])
-            scores.append(values[1])
-            norms.append(values[2])
-        reinforced = [self._reinforce() for _ in range(self._reinforcement_steps())]
-        pairs = torch.stack(reinforced).mean(0).tolist() if reinforced else None
-        if pairs is not None:
-            self._require_finite(pairs, index, [])
-        query_score = sum(scores) / len(scores)
+        price, steps = self.guard.price, self.update.keep_steps(self.guard.extra_steps)
+        try:
+            turn = self.update.round(index / self.rounds_in_all, price, self.guard.extra_steps)
+            pairs = torch.stack(turn.kept).mean(0).tolist() if turn.kept else None
+            if pairs is not None and not all(map(math.isfinite, pairs)):
+                raise NonFiniteError("reinforcement: lower the keep rate (protect.update)")
+        except NonFiniteError as error:
+            told = NonFiniteError(
+                f"round {index}: a loss or gradient is not finite in the {error}; states written"
+                " before are kept"
+            )
+            told.told = not self.ranks.first
+            raise told from None
+        query_score = sum(turn.scores) / len(turn.scores)
         self.guard.observe(query_score)
-        steps = self._reinforcement_steps()
-        due = (index + 1) % self.spec.guard.every == 0 or index + 1 == self.spec.rounds
+        due = (index + 1) % self.guard.spec.every == 0 or index + 1 == self.rounds_in_all
         guard_score, verdict = self.guard.check(index + 1) if due else (None, None)
         return Round(
             index=index,
-            suppression_loss=sum(losses) / len(losses),
+            suppression_loss=sum(turn.losses) / len(turn.losses),
             query_score=query_score,
             original_loss=pairs[0] if pairs else None,
-            suppression_gradient_norm=sum(norms) / len(norms),
+            suppression_gradient_norm=sum(turn.norms) / len(turn.norms),
             reinforcement_gradient_norm=pairs[1] if pairs else None,
-            strategies=tuple(labels),
-            domains=tuple(domains),
+            strategies=tuple(turn.labels),
+            domains=tuple(turn.domains),
             guard_score=guard_score,
             guard=verdict,
             reinforcement_steps=steps,
             wall_s=time.perf_counter() - start,
+            price=price if self.guard.spec.mode == "price" else None,
+            readings=turn.readings,
         )
-
-    def _require_finite(self, values: list[float], index: int, visits: list[Visit]) -> None:
-        """Raise NonFiniteError, naming the attackers whose losses are not finite, unless all are.
-
-        Without attackers the values are those of reinforcement.
-        """
-        if all(math.isfinite(value) for value in values):
-            return
-        at_fault = [v for v in visits if not math.isfinite(float(v.query_loss))] or visits
-        part, remedy = "reinforcement:", "lower protect.reinforcement_rate"
-        if at_fault:
-            named = ", ".join(visit.strategy.label() for visit in at_fault)
-            part = f"suppression of strategy {named}:"
-            remedy = "narrow that optimizer's range of rates, or lower protect.suppression_rate"
-        error = NonFiniteError(
-            f"round {index}: a loss or gradient is not finite in the {part}"
-            f" {remedy}; states written before are kept"
-        )
-        error.told = not self.ranks.first
-        raise error
-
-    @spanned("suppression step")
-    def _apply(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Take one clipped Adam step along the streamed gradient; return its norm before."""
-        for name, parameter in self.model.named_parameters():
-            parameter.grad = gradients[name]
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm))
-        self.suppressor.step()
-        self.suppressor.zero_grad(set_to_none=True)
-        return norm
-
-    def _reinforcement_steps(self) -> int:
-        return self.spec.reinforcement_steps + self.guard.extra_steps
-
-    @spanned("reinforcement")
-    def _reinforce(self) -> Tensor:
-        """Take one ordinary training step on the original domain; return loss and gradient norm."""
-        step = self.reinforced
-        self.model.train()
-        with sharing(self.model, self.ranks) if self._split else nullcontext():
-            loss = self._learn(step)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self._split:
-            self.ranks.add(gradients)
-        elif not self.ranks.sharded:
-            # All computed the whole batch; kernels need not agree to the last bit on that.
-            self.ranks.follow_first([loss, *gradients, *self.model.buffers()])
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), math.inf))
-        self.reinforcer.step()
-        self.reinforcer.zero_grad(set_to_none=True)
-        self.reinforced += 1
-        return torch.stack([loss, norm])
-
-    def _learn(self, step: int) -> Tensor:
-        """Add the gradient of one batch of the original domain; return the loss."""
-        task, seed = self.setting.task, self.spec.seed
-        images, labels = self.original_feed.batch(step)
-        with seeded(seed, "reinforcement", step):
-            stream = generator(seed, "reinforcement", "task", step)
-            with self.setting.autocast():
-                outputs, targets = task.outputs(self.model, images, labels, stream)
-            loss = task.loss(outputs, targets).mean()
-            loss.backward()
-        return loss.detach()
-
-    # --- resuming ----------------------------------------------------------------------------
 
     def _open(self) -> None:
         """Start afresh or take up the newest state of the folder."""
@@ -351,6 +291,7 @@ class Protection:
 
     def _opened(self, out: Path) -> State | None:
         """Take the folder; return its newest state, or None in a new one."""
+        migrate_run(out, self._present)
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         state = open_run(
             out,
@@ -365,54 +306,82 @@ class Protection:
             write_text(out / _ROUNDS, "")
         return state
 
+    def _present(self, table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return fingerprint and table of an earlier version's specification as it is now."""
+        spec = completed(parse_spec(ProtectSpec, table, where="run.json"), self.setting)
+        return spec.fingerprint(), spec.model_dump(mode="json")
+
     def _copies(self) -> int:
         """Return how many times the model's size a state holds, at most."""
-        attackers = 0 if self.spec.rehearsal.horizon is None else self.spec.rehearsal.pool
-        # The model, two kept copies, two Adams; an attacker's displacement and its moments.
-        return 3 + 4 + 3 * attackers
+        # The model, two kept copies, two Adams.
+        return 7 + sum(type(term).state_copies(term.spec) for term in self.hinder)
+
+    def _terms(self) -> dict[str, Term[Any]]:
+        """Return the terms by the names that a state has them under."""
+        sides: list[tuple[str, list[Any]]] = [("keep", self.keep.terms), ("hinder", self.hinder)]
+        return {f"{side}.{i}": term for side, terms in sides for i, term in enumerate(terms)}
 
     def _state(self) -> State:
         """Return whole tensors, in the first process only, and plain values; all must ask."""
-        attackers, pool = self.rehearsals.state()
         guarded, guard = self.guard.state()
-        groups = {"model": self.model.state_dict(), "attackers": attackers, **guarded}
-        plain: dict[str, Any] = {}
-        for name, optimizer in self._optimizers().items():
-            groups[name], plain[name] = optimizer_tensors(optimizer)
+        groups = {"model": self.model.state_dict(), **guarded}
+        terms: dict[str, Any] = {}
+        optimizers: dict[str, Any] = {}
+        for name, term in self._terms().items():
+            groups[name], terms[name] = term.state()
+        for name, optimizer in self.update.optimizers.items():
+            groups[name], optimizers[name] = optimizer_tensors(optimizer)
         named = {f"{group}|{name}": v for group, held in groups.items() for name, v in held.items()}
-        tensors = gathered(named, self.ranks)
         meta = {
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
-            "reinforced": self.reinforced,
+            "kept": self.keep.steps,
             "guard": guard,
-            "pool": pool,
-            "optimizers": plain,
+            "terms": terms,
+            "optimizers": optimizers,
         }
-        return tensors, meta
+        return gathered(named, self.ranks), meta
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        tensors, meta = migrated_state(tensors, meta)
+
         def group(name: str) -> dict[str, Tensor]:
             mark = name + "|"
             return {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
 
         load_whole(self.model, group("model"))
         self.rounds = [Round.model_validate(held) for held in meta["rounds"]]
-        self.reinforced = meta["reinforced"]
+        self.keep.steps = meta["kept"]
         guarded = {name: group(name) for name in ("last_good", "shipped")}
         self.guard.restore(guarded, meta["guard"])
-        for name, optimizer in self._optimizers().items():
+        for name, optimizer in self.update.optimizers.items():
             restore_optimizer(optimizer, group(name), meta["optimizers"][name])
-        self.rehearsals.restore(self.model, group("attackers"), meta["pool"])
+        for name, term in self._terms().items():
+            term.restore(self.model, group(name), meta["terms"].get(name, {}))
         if self.out is not None and self.ranks.first:
             lines = [record.model_dump_json() + "\n" for record in self.rounds]
             write_text(self.out / _ROUNDS, "".join(lines))
 
-    def _optimizers(self) -> dict[str, Adam]:
-        return {"suppressor": self.suppressor, "reinforcer": self.reinforcer}
+    def _statement(self) -> Terms:
+        """Return what the terms state to an audit, and the guard's tolerances."""
+        stated = [type(term).rehearsed(term.spec) for term in self.hinder]
+        guard = self.guard.spec.model_dump(exclude_unset=True)
+        return Terms.model_validate(
+            {"rehearsed": tuple(part for part in stated if part is not None), "guard": guard}
+        )
+
+    def _descriptions(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the terms say of the protected model."""
+        placed = self.setting.place(copy.deepcopy(model))
+        held: dict[str, Any] = {}
+        for term in self.hinder:
+            held |= term.description(placed)
+        return held
 
     def _description(self, result: Protected) -> dict[str, Any]:
         return {
             "spec": self.spec.model_dump(mode="json"),
+            "terms": self._statement().model_dump(mode="json", exclude_unset=True),
+            **self._descriptions(result.model),
             "identity": self.identity,
             "original": self.setting.original.name,
             "restricted": [domain.name for domain in self.setting.restricted],

@@ -414,7 +414,10 @@ class Stage(Record):
 
 
 class Round(Record):
-    """One round of protection. Losses and scores are means over the round's queries."""
+    """One round of protection. Losses and scores are means over the round's queries.
+
+    `price` is the multiplier of the hindrances, `readings` what their terms measured by name.
+    """
 
     index: int
     suppression_loss: float
@@ -428,3 +431,5 @@ class Round(Record):
     guard: Literal["met", "violated"] | None = None
     reinforcement_steps: int
     wall_s: float
+    price: float | None = None
+    readings: dict[str, float] = {}

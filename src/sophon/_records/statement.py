@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from sophon._base.errors import SpecError
 from sophon._specs import OptimizerName, parse_spec
@@ -48,14 +48,36 @@ class _Stated(_Part):
     guard: _Guard | None = None
 
 
-class Statement(_Part):
-    """What protection says that it did, as far as an audit asks."""
+class Rehearsed(_Part):
+    """Attacks that a term of a protection rehearsed: the rate rehearsed last, by optimizer (of a
+    range the upper end), and how many steps an attacker took in its life.
+    """
 
+    rates: dict[OptimizerName, Rate] = Field(default_factory=dict)
+    life: int = 0
+
+
+class Terms(_Part):
+    """What the terms of a protection state, and its guard's tolerances."""
+
+    rehearsed: tuple[Rehearsed, ...] = ()
+    guard: _Guard | None = None
+
+
+class Statement(_Part):
+    """What protection says that it did, as far as an audit asks.
+
+    `terms` is what its terms state; `spec` is what earlier versions wrote instead.
+    """
+
+    terms: Terms | None = None
     spec: _Stated | None = None
 
     @property
     def rates(self) -> dict[OptimizerName, float]:
         """The rate rehearsed last, by optimizer: of a range the upper end; empty: not said."""
+        if self.terms is not None:
+            return {n: rate for part in self.terms.rehearsed for n, rate in part.rates.items()}
         rehearsal = _Rehearsal() if self.spec is None else self.spec.rehearsal or _Rehearsal()
         if rehearsal.fixed is not None:
             return {rehearsal.fixed.optimizer: rehearsal.fixed.learning_rate}
@@ -65,13 +87,16 @@ class Statement(_Part):
     @property
     def life(self) -> int:
         """How many steps a rehearsed attacker takes in its life; 0: not said."""
+        if self.terms is not None:
+            return max((part.life for part in self.terms.rehearsed), default=0)
         rehearsal = _Rehearsal() if self.spec is None else self.spec.rehearsal or _Rehearsal()
         return rehearsal.horizon or rehearsal.steps or 0
 
     @property
     def tolerances(self) -> dict[str, float]:
         """The guard's tolerances, by name, as far as they are said."""
-        guard = None if self.spec is None else self.spec.guard
+        spec = self.terms or self.spec
+        guard = None if spec is None else spec.guard
         return {} if guard is None else guard.model_dump(exclude_unset=True)
 
 

@@ -8,22 +8,15 @@ from sophon._specs.base import (
     Subject,
     fingerprint_of,
 )
+from sophon._specs.guard import Guard, Price
 from sophon._specs.parsing import (
     parse_spec,
-)
-from sophon._specs.protection import (
-    Guard,
-    ProtectSpec,
-    Rehearsal,
-    StrategyDistribution,
 )
 from sophon._specs.run_file import (
     AuditSpec,
     DomainSpec,
     ModelSpec,
-    PretrainRunSpec,
     PretrainSpec,
-    RunSpec,
     SampleSpec,
     TaskSpec,
 )
@@ -55,18 +48,14 @@ __all__ = [
     "OptimizerName",
     "Precision",
     "Preparation",
-    "PretrainRunSpec",
     "PretrainSpec",
-    "ProtectSpec",
-    "Rehearsal",
+    "Price",
     "RescaleWeights",
     "ResetLastBlocks",
     "RidgeHead",
-    "RunSpec",
     "SampleSpec",
     "ScheduleName",
     "Strategy",
-    "StrategyDistribution",
     "Subject",
     "TaskSpec",
     "fingerprint_of",

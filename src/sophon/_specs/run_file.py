@@ -1,4 +1,4 @@
-"""A run file and its tables: models, domains, tasks, audits, pre-training."""
+"""The tables of a run file: models, domains, tasks, audits, pre-training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from sophon._specs.base import (
     Precision,
     Rate,
     Spec,
-)
-from sophon._specs.protection import (
-    ProtectSpec,
 )
 from sophon._specs.strategies import (
     Strategy,
@@ -185,30 +182,3 @@ class PretrainSpec(Spec):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     every: Positive = 100
     precision: Precision = "auto"
-
-
-class PretrainRunSpec(Spec):
-    """A run file as `pretrain` reads it: only the original domain is needed.
-
-    The other tables may be there, as in the run file of a protection.
-    """
-
-    model: ModelSpec
-    task: TaskSpec = TaskSpec()
-    original: DomainSpec
-    restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
-    held_out: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
-    benign: Annotated[tuple[DomainSpec, ...], Field(strict=False)] = ()
-    pretrain: PretrainSpec = PretrainSpec()
-    protect: ProtectSpec = ProtectSpec()
-    audit: AuditSpec = AuditSpec()
-
-
-class RunSpec(PretrainRunSpec):
-    """One run file: the model, the domains, and what `protect` and `audit` do with them.
-
-    Only the audit uses `held_out`, restricted domains kept from protection, and `benign`, allowed
-    ones that must stay possible.
-    """
-
-    restricted: Annotated[tuple[DomainSpec, ...], Field(strict=False, min_length=1)]

@@ -52,6 +52,18 @@ OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimiz
 }
 
 
+# Tensors the size of the weights that an optimizer keeps.
+MOMENTS: dict[OptimizerName, int] = {
+    "sgd": 0,
+    "sgd_momentum": 1,
+    "nesterov": 1,
+    "adagrad": 1,
+    "adadelta": 2,
+    "adam": 2,
+    "adamw": 2,
+}
+
+
 def fused() -> dict[str, Any]:
     """Return the arguments that make an optimizer's step one call for all parameters."""
     return {"foreach": False} if plain() else {"fused": True}

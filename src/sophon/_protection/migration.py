@@ -1,0 +1,74 @@
+"""What earlier versions wrote, as it is written now: run files, runs, states. The one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sophon._base.files import read_json, write_json
+
+# Flat keys of `protect` and where they are now, below the update and below the rehearsal.
+_UPDATE = {
+    "suppression_steps": "hindrance_steps",
+    "suppression_rate": "hindrance_rate",
+    "reinforcement_steps": "keep_steps",
+    "reinforcement_rate": "keep_rate",
+    "clip_norm": "clip_norm",
+}
+_REHEARSAL = {"suppression": "loss", "head_gradient": "head_gradient"}
+_FLAT = (*_UPDATE, *_REHEARSAL, "rehearsal")
+
+
+def migrated(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a `protect` table with the flat keys of earlier versions in their new places.
+
+    One that has such a key is the paper's method. Raises ValueError where it has new ones too.
+    """
+    old = [key for key in _FLAT if key in data]
+    if not old:
+        return data
+    new = [key for key in ("hinder", "keep", "update") if data.get(key) is not None]
+    if new:
+        raise ValueError(f"{old[0]} is the former way to write {new[0]}: use one of them")
+    rest = {key: value for key, value in data.items() if key not in _FLAT}
+    rehearsal = data.get("rehearsal", {})
+    if not isinstance(rehearsal, dict):
+        rehearsal = {name: getattr(rehearsal, name) for name in rehearsal.model_fields_set}
+    named = {_REHEARSAL[key]: data[key] for key in _REHEARSAL if key in data}
+    update = {_UPDATE[key]: data[key] for key in _UPDATE if key in data}
+    return {
+        **rest,
+        "method": "sophon",
+        "hinder": [{**rehearsal, "kind": "rehearsal", **named}],
+        **({"update": {"kind": "alternate", **update}} if update else {}),
+    }
+
+
+def migrate_run(folder: Path, fingerprint: Any) -> None:
+    """Rewrite the `run.json` of a protection that an earlier version began.
+
+    `fingerprint` gives the present one of a `protect` table. Nothing else in the folder changes.
+    """
+    file = folder / "run.json"
+    held = read_json(file) if file.is_file() else {}
+    resolved = held.get("resolved")
+    if isinstance(resolved, dict) and any(key in resolved for key in _FLAT):
+        spec, resolved = fingerprint(resolved)
+        write_json(file, {**held, "spec": spec, "resolved": resolved})
+
+
+def migrated_state(
+    tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a state in the present form: the pool of attackers was no term's once."""
+    if "pool" not in meta:
+        return tensors, meta
+    mark = "attackers|"
+    named = {
+        (f"hinder.0|{k.removeprefix(mark)}" if k.startswith(mark) else k): v
+        for k, v in tensors.items()
+    }
+    kept = {key: value for key, value in meta.items() if key not in ("pool", "reinforced")}
+    return named, {**kept, "kept": meta["reinforced"], "terms": {"hinder.0": meta["pool"]}}

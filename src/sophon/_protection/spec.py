@@ -1,0 +1,107 @@
+"""What `protect` does: the terms that it sums up, how it updates, its guard."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from sophon._protection.migration import migrated
+from sophon._protection.terms import parse_term
+from sophon._protection.terms.term import Hindrance, Keep, TermSpec
+from sophon._specs.base import Augmentation, Count, Fraction, Positive, Precision, Rate, Spec
+from sophon._specs.guard import Guard
+
+
+class Alternate(Spec):
+    """Two Adams over the same weights, as in the paper: so many steps on the hindrances, then so
+    many on the keep terms. Hindrance gradients are clipped to `clip_norm`.
+    """
+
+    kind: Literal["alternate"] = "alternate"
+    hindrance_steps: Positive = 1
+    hindrance_rate: Rate = 3e-4
+    keep_steps: Count = 1
+    keep_rate: Rate = 5e-4
+    clip_norm: Rate = 0.5
+
+
+class Joint(Spec):
+    """One Adam on keep + price x hindrance, one step a round.
+
+    The rate falls by a cosine from `rate` to `final` times it; the summed gradient is clipped to
+    `clip_norm`. With `pin_norms` the filters of layers that a normalisation follows keep the norms
+    that they had: there growing weights are a fake defence.
+    """
+
+    kind: Literal["joint"] = "joint"
+    rate: Rate = 1e-3
+    final: Annotated[float, Field(gt=0, le=1)] = 0.1
+    clip_norm: Rate = 2.0
+    pin_norms: bool = True
+
+
+def _named(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _keep(value: Any) -> TermSpec:
+    return parse_term(value, Keep)
+
+
+def _hindrance(value: Any) -> TermSpec:
+    return parse_term(value, Hindrance)
+
+
+Update = Annotated[Alternate | Joint, Field(discriminator="kind"), BeforeValidator(_named)]
+KeepTerm = Annotated[SerializeAsAny[TermSpec], BeforeValidator(_keep)]
+HindranceTerm = Annotated[SerializeAsAny[TermSpec], BeforeValidator(_hindrance)]
+
+
+class ProtectSpec(Spec):
+    """Everything `protect` does beyond the model and the domains; see `docs/protect.md`.
+
+    `keep` and `hinder` are the terms, `update` says how their sum is followed. What is None is
+    `method`'s, and depends on the task and on the number of images (`presets.completed`):
+    `"erasure"`, or `"sophon"`, the paper's. `start` is the weights to begin with: the model's own,
+    `"shrunk"` towards a fresh network by the share `shrink`, or `"fresh"`.
+
+    The flat keys of earlier versions (`suppression`, `rehearsal`, ...) are taken as the paper's
+    method (`migration`).
+    """
+
+    seed: Count = 0
+    method: Literal["erasure", "sophon"] = "erasure"
+    rounds: Positive | None = None
+    keep: Annotated[tuple[KeepTerm, ...], Field(strict=False, min_length=1)] | None = None
+    hinder: Annotated[tuple[HindranceTerm, ...], Field(strict=False, min_length=1)] | None = None
+    update: Update | None = None
+    guard: Guard | None = None
+    start: Literal["given", "shrunk", "fresh"] = "given"
+    shrink: Fraction | None = None
+    original_batch_size: Positive | None = None
+    original_augmentation: Augmentation | None = None
+    checkpoint_every: Positive = 10
+    precision: Precision = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released(cls, data: Any) -> Any:
+        return migrated(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, terms in (("keep", self.keep), ("hinder", self.hinder)):
+            kinds = [term.kind for term in terms or ()]
+            twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+            if twice and name == "keep":
+                raise ValueError(f"keep has two terms of kind {twice[0]!r}: give their weight once")
+        if (self.start == "shrunk") != (self.shrink is not None):
+            raise ValueError("start = 'shrunk' and shrink belong together: give both or none")
+        alternate = isinstance(self.update, Alternate)
+        if self.guard is not None and self.guard.mode == "price" and alternate:
+            raise ValueError(
+                "guard.mode = 'price' has nothing to multiply: update = 'alternate' steps on the"
+                " hindrances alone; use update = 'joint' or guard.mode = 'rollback'"
+            )
+        return self

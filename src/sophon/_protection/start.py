@@ -1,0 +1,35 @@
+"""The weights that a protection begins with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from sophon._models import reinitialise
+from sophon._protection.spec import ProtectSpec
+
+
+@torch.no_grad()
+def starting_weights(model: nn.Module, spec: ProtectSpec) -> nn.Module:
+    """Return a trainable copy of `model` with the weights that `spec.start` says.
+
+    `"shrunk"` is (1 - shrink) given + shrink fresh for matrices and filters, each fresh one at the
+    given one's norm; scales, shifts and statistics stay (what stays of given weights comes back:
+    arXiv 2506.06278). `"fresh"` is a fresh network. Raises UnsupportedModelError where no reset
+    reaches a parameter.
+    """
+    start = copy.deepcopy(model).requires_grad_(True)
+    if spec.start == "given":
+        return start
+    fresh = copy.deepcopy(model)
+    reinitialise(fresh, seed=spec.seed, names=("start",))
+    if spec.start == "fresh":
+        return fresh.requires_grad_(True)
+    share = spec.shrink or 0.0
+    for held, new in zip(start.parameters(), fresh.parameters(), strict=True):
+        if held.dim() > 1:
+            scale = held.norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
+            held.mul_(1 - share).add_(new * scale, alpha=share)
+    return start

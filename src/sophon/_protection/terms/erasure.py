@@ -1,0 +1,155 @@
+"""A hindrance: restricted labels are to be found at no depth of the network."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from sophon._base.errors import SpecError, UnsupportedModelError
+from sophon._base.seeding import generator, seeded
+from sophon._base.spans import spanned
+from sophon._data import check_batch_fits
+from sophon._protection.attackers import domain_of
+from sophon._protection.readers import Readers, ReadersSpec
+from sophon._protection.terms.term import Contribution, Hindrance, State, Surroundings, TermSpec
+from sophon._specs.base import Augmentation, NonNegative
+
+
+class ErasureSpec(TermSpec):
+    """`kind = "erasure"`: closed-form readers at every depth are to find no more than on a fresh
+    network.
+
+    `batch_size` restricted images an update, half of them support; several domains take turns in
+    proportion to their weights. `outputs` weighs KLU on the model's own outputs on these images,
+    for tasks that the output itself tells.
+    """
+
+    kind: Literal["erasure"] = "erasure"
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 3.0
+    batch_size: Annotated[int, Field(ge=8)] = 192
+    augmentation: Augmentation = "none"
+    readers: ReadersSpec = ReadersSpec()
+    outputs: NonNegative = 0.0
+
+
+class ErasureTerm(Hindrance[ErasureSpec]):
+    """mean over depths of max over readers of max(0, R2 - floor), on restricted images.
+
+    R2 is what a reader that was fitted to half of the batch explains of the labels of the other
+    half, floor the same of fresh networks (`readers`). Below it there is nothing to gain: to reward
+    worse than nothing would make features reliably wrong, which is information. The model runs in
+    train mode with the batch's own statistics; its running ones stay those of original images.
+    """
+
+    spec_type = ErasureSpec
+    metrics = ("accuracy",)
+
+    def __init__(self, spec: ErasureSpec, around: Surroundings) -> None:
+        super().__init__(spec, around)
+        setting = around.setting
+        self.readers = Readers(spec.readers, around, spec.batch_size)
+        self.weights = [domain.weight for domain in setting.restricted]
+        # How many turns each domain has had.
+        self.taken = [0 for _ in setting.restricted]
+        self.feeds = [
+            setting.feed(
+                domain,
+                domain.train,
+                batch_size=spec.batch_size,
+                stream=(around.seed, ("erasure", domain.name)),
+                augmentation=spec.augmentation,
+            )
+            for domain in setting.restricted
+        ]
+        self.given = {d.name: self.readers.table(around.given, d) for d in setting.restricted}
+
+    @classmethod
+    def check(cls, spec: ErasureSpec, model: nn.Module, around: Surroundings) -> None:
+        """Raise unless every domain has images and classes enough for the readers."""
+        if around.ranks.sharded:
+            raise UnsupportedModelError(
+                "--shard: a term of kind 'erasure' reads whole networks: leave --shard out, or use"
+                " method = 'sophon'"
+            )
+        for domain in around.setting.restricted:
+            what = "protect.hinder: erasure needs batch_size"
+            check_batch_fits(domain, spec.batch_size, what)
+            if spec.batch_size < 2 * domain.class_count:
+                raise SpecError(
+                    f"protect.hinder: erasure's batch_size = {spec.batch_size} has fewer than two"
+                    f" images for each of the {domain.class_count} classes of {domain.name!r}: use"
+                    f" at least {2 * domain.class_count}"
+                )
+
+    @spanned("erasure")
+    def contribute(self, model: nn.Module) -> Contribution:
+        """Return the gradient of one batch of one domain; `score` is the mean R2 over depths."""
+        around, turn = self.around, sum(self.taken)
+        which = domain_of(turn, self.weights)
+        domain = around.setting.restricted[which]
+        images, labels = self.feeds[which].batch(self.taken[which])
+        self.taken[which] += 1
+        parameters = dict(model.named_parameters())
+        names = ("erasure", turn)
+        with (
+            seeded(around.seed, *names),
+            self.readers.watching(model) as found,
+            around.setting.autocast(),
+        ):
+            outputs = model(images)
+        read = self.readers.erasure(found, labels, domain, generator(around.seed, *names))
+        loss = read.loss
+        if self.spec.outputs:
+            logarithms = F.log_softmax(outputs.float(), 1)
+            uniform = -logarithms.mean(1) - math.log(outputs.shape[1])
+            loss = loss + self.spec.outputs * uniform.mean()
+        values = list(parameters.values())
+        gradients = torch.autograd.grad(loss, values, allow_unused=True)
+        held = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
+        # All computed the whole batch; kernels need not agree to the last bit on that.
+        around.ranks.follow_first([*held.values()])
+        return Contribution(
+            gradients=held,
+            loss=loss.detach(),
+            score=read.best.mean(),
+            readings={"erasure": read.loss.detach(), **self._by_depth(read.best)},
+            domains=(domain.name,),
+        )
+
+    def _by_depth(self, best: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the mean of the first, middle and last third of the depths."""
+        thirds = torch.tensor_split(best, 3)
+        names = ("R2 early", "R2 middle", "R2 late")
+        return {name: part.mean() for name, part in zip(names, thirds, strict=True) if len(part)}
+
+    def state(self) -> State:
+        """Return how many turns each domain has had."""
+        return {}, {"turns": self.taken}
+
+    def restore(self, model: nn.Module, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
+        self.taken = list(meta["turns"])
+
+    def tables(self, model: nn.Module) -> dict[str, Any]:
+        """Return what readers find by domain: depths, and R2 of the best reader on a fresh network,
+        on the given one and on `model`.
+        """
+        held = {}
+        for domain in self.around.setting.restricted:
+            rows = {
+                "fresh": self.readers.floors[domain.name],
+                "given": self.given[domain.name],
+                "protected": self.readers.table(model, domain),
+            }
+            best = {name: [round(float(r.max()), 4) for r in row] for name, row in rows.items()}
+            held[domain.name] = {"depths": list(self.readers.depths), **best}
+        return held
+
+    def description(self, model: nn.Module) -> dict[str, Any]:
+        """Return the tables of what readers find."""
+        return {"readers": self.tables(model)}

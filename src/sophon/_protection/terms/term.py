@@ -1,0 +1,144 @@
+"""What a term of a protection is: a keep term or a hindrance, with its specification.
+
+A protection is a sum of terms. A *keep* term is a loss on original images, a *hindrance* a gradient
+that makes restricted tasks harder. A new one is a file beside this, an entry in `TERMS` and a line
+in `docs/extend.md`; the engine knows none by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from sophon._records.statement import Rehearsed
+from sophon._specs.base import Rate, Spec
+from sophon._training.ranks import Ranks
+from sophon._training.setting import Setting
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class TermSpec(Spec):
+    """A term's specification: its kind, and what it weighs in the sum."""
+
+    kind: str
+    weight: Rate = 1.0
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What terms are made with: where the run takes place, and the model as it was given.
+
+    `given` has the run's device and layout, in eval mode; nobody changes it. `independent` says
+    whether the rows of the model's batches are.
+    """
+
+    setting: Setting
+    given: nn.Module
+    seed: int
+    ranks: Ranks = field(default_factory=Ranks)
+    independent: bool = False
+
+
+@dataclass
+class Contribution:
+    """What a hindrance gives to an update.
+
+    `gradients` by name of the model's parameters (a name left out: zero), the same in every
+    process; `loss` is what they are the gradient of, `score` how well restricted tasks still go
+    (higher is better for the attacker), `readings` what a round's record keeps, all scalars.
+    `labels` and `domains` name the attackers it comes from, if any, and `losses` their losses.
+    """
+
+    gradients: dict[str, Tensor]
+    loss: Tensor
+    score: Tensor
+    readings: dict[str, Tensor] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    losses: tuple[Tensor, ...] = ()
+
+
+AnyTermSpec = TypeVar("AnyTermSpec", bound=TermSpec)
+
+
+class Term(Generic[AnyTermSpec]):
+    """What keep terms and hindrances share. `metrics` are those of the tasks that it fits."""
+
+    spec_type: ClassVar[type[TermSpec]]
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "mse")
+    turn_noun: ClassVar[str] = "turns"
+
+    def __init__(self, spec: AnyTermSpec, around: Surroundings) -> None:
+        self.spec = spec
+        self.around = around
+
+    @classmethod
+    def check(cls, spec: AnyTermSpec, model: nn.Module, around: Surroundings) -> None:
+        """Raise SpecError, DataError or UnsupportedModelError unless it can be done as specified;
+        nothing is trained.
+        """
+
+    def state(self) -> State:
+        """Return what persists between rounds, as tensors by name and as plain values."""
+        return {}, {}
+
+    def restore(self, model: nn.Module, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Put back what `state` returned, around the model as it now is."""
+
+    @classmethod
+    def turns(cls, spec: AnyTermSpec, updates: int) -> int:
+        """Return how many turns restricted domains have in so many updates, together."""
+        return updates
+
+    @classmethod
+    def rehearsed(cls, spec: AnyTermSpec) -> Rehearsed | None:
+        """Return the attacks that it states to an audit to have rehearsed; None: none."""
+        return None
+
+    @classmethod
+    def state_copies(cls, spec: AnyTermSpec) -> int:
+        """Return how many times the model's size its state holds, at most."""
+        return 0
+
+    @classmethod
+    def shortened(cls, spec: AnyTermSpec, steps: int) -> AnyTermSpec:
+        """Return the specification that a forecast measures at `steps` inner steps."""
+        return spec
+
+    @classmethod
+    def inner_steps(cls, spec: AnyTermSpec) -> int:
+        """Return how many inner steps an update has: what a forecast extrapolates over."""
+        return 1
+
+    @classmethod
+    def held_bytes(cls, spec: AnyTermSpec, weights: int) -> int:
+        """Return what it holds between rounds, for a model of so many bytes, at most."""
+        return 0
+
+    def description(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the folder of a finished run says of it and of the protected model."""
+        return {}
+
+
+class Keep(Term[AnyTermSpec]):
+    """A term that keeps the original task: a loss on a batch of original images."""
+
+    def loss(
+        self, outputs: Tensor, targets: Tensor, images: Tensor, labels: Tensor, drawn: Tensor
+    ) -> Tensor:
+        """Return a scalar loss of the model's `outputs`, batch first.
+
+        `drawn` is the state of the generator that the task drew from, before it did.
+        """
+        raise NotImplementedError
+
+
+class Hindrance(Term[AnyTermSpec]):
+    """A term that makes restricted tasks harder to learn."""
+
+    def contribute(self, model: nn.Module) -> Contribution:
+        """Return the gradient of one update. The model's weights and buffers stay as they are."""
+        raise NotImplementedError

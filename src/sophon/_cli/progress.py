@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from sophon._records.audit_record import Round
 from sophon._records.metrics import shown
 
 if TYPE_CHECKING:
@@ -139,9 +140,20 @@ def lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} = {toml(value)}"
 
 
-def round_text(query: str, guard: str) -> str:
-    """Return what a line says of a round: the query score, the last check of the original task."""
-    return f"restricted score {query}  original {guard or 'not yet checked'}"
+def round_text(query: str, guard: str, record: Round) -> str:
+    """Return what a line says of a round: the query score, or what readers find early, midway and
+    late beside fresh networks; the price of hindrance; the last check of the original task.
+    """
+    groups = [name.removeprefix("R2 ") for name in record.readings if name.startswith("R2 ")]
+    found = f"restricted score {query}"
+    if groups:
+        read, fresh = (
+            "/".join(f"{record.readings[f'{kind} {group}']:.2f}" for group in groups)
+            for kind in ("R2", "floor")
+        )
+        found = f"R2 {'/'.join(groups)} {read} (fresh {fresh})"
+    price = "" if record.price is None else f"  price {record.price:.2f}"
+    return f"{found}{price}  original {guard or 'not yet checked'}"
 
 
 def stage_text(stage: Stage) -> str:

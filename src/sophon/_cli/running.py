@@ -75,7 +75,7 @@ def run_protection(
         for record in run if profiled is None else profiled:
             if record.guard_score is not None:
                 guard = f"{kind.show(record.guard_score, 1)} ({record.guard})"
-            text = round_text(kind.show(record.query_score, 1), guard)
+            text = round_text(kind.show(record.query_score, 1), guard, record)
             display.step(record.model_dump(mode="json"), text)
             if log is not None:
                 log.add(record)

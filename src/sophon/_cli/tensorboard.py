@@ -19,6 +19,7 @@ SCALARS = {
     "reinforcement_gradient_norm": "reinforcement/gradient_norm",
     "reinforcement_steps": "reinforcement/steps",
     "guard_score": "guard/validation_score",
+    "price": "guard/price",
     "wall_s": "time/round_s",
 }
 
@@ -45,6 +46,8 @@ class RoundLog:
             value = getattr(record, name)
             if value is not None:
                 self._writer.add_scalar(tag, value, record.index)
+        for name, value in record.readings.items():
+            self._writer.add_scalar(f"terms/{name}", value, record.index)
 
     def __enter__(self) -> Self:
         return self

@@ -74,10 +74,13 @@ class ReadersSpec(Spec):
 
 @dataclass(frozen=True)
 class Found:
-    """What readers found: the loss, and the best reader's R2 at each depth, shape (depths,)."""
+    """What readers found: the loss, and the best reader's R2 at each depth and what it is on fresh
+    networks, of shape (depths,).
+    """
 
     loss: Tensor
     best: Tensor
+    floor: Tensor
 
 
 def _linear(left: Tensor, right: Tensor) -> Tensor:
@@ -190,7 +193,8 @@ class Readers:
             (row - floor).clamp_min(0).max() for row, floor in zip(scores, floors, strict=True)
         ]
         best = torch.stack([row.max() for row in scores]).detach()
-        return Found(torch.stack(above).mean(), best)
+        floor = torch.stack([row.max() for row in floors])
+        return Found(torch.stack(above).mean(), best, floor)
 
     @torch.no_grad()
     def table(self, model: nn.Module, domain: Domain) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from sophon._base.errors import SpecError, UnsupportedModelError
 from sophon._base.seeding import generator, seeded
@@ -117,15 +117,13 @@ class ErasureTerm(Hindrance[ErasureSpec]):
             gradients=held,
             loss=loss.detach(),
             score=read.best.mean(),
-            readings={"erasure": read.loss.detach(), **self._by_depth(read.best)},
+            readings={
+                "erasure": read.loss.detach(),
+                **_by_depth("R2", read.best),
+                **_by_depth("floor", read.floor),
+            },
             domains=(domain.name,),
         )
-
-    def _by_depth(self, best: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the mean of the first, middle and last third of the depths."""
-        thirds = torch.tensor_split(best, 3)
-        names = ("R2 early", "R2 middle", "R2 late")
-        return {name: part.mean() for name, part in zip(names, thirds, strict=True) if len(part)}
 
     def state(self) -> State:
         """Return how many turns each domain has had."""
@@ -153,3 +151,11 @@ class ErasureTerm(Hindrance[ErasureSpec]):
     def description(self, model: nn.Module) -> dict[str, Any]:
         """Return the tables of what readers find."""
         return {"readers": self.tables(model)}
+
+
+def _by_depth(what: str, values: Tensor) -> dict[str, Tensor]:
+    """Return the mean over the first, the middle and the last third of the depths, as far as there
+    are such.
+    """
+    thirds = zip(("early", "middle", "late"), torch.tensor_split(values, 3), strict=True)
+    return {f"{what} {name}": part.mean() for name, part in thirds if len(part)}

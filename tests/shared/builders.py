@@ -19,8 +19,8 @@ from sophon._data import Domain
 from sophon._models.networks import SmallConvNet
 from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.spec import ProtectSpec
+from sophon._protection.term import Surroundings
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
-from sophon._protection.terms.term import Surroundings
 from sophon._specs import FreshHead, Guard
 from sophon._tasks import Classification
 from sophon._training.setting import Setting, make_setting

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sophon._base.spans import spanned
 from sophon._data import Domain
-from sophon._protection.terms.term import State, Surroundings
+from sophon._protection.term import State, Surroundings
 from sophon._specs import Strategy
 from sophon._training.loop import (
     FineTuning,

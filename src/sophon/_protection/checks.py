@@ -9,8 +9,8 @@ from sophon._data import check_batch_fits
 from sophon._models import check_single_image
 from sophon._protection.rehearsal_checks import require_rows
 from sophon._protection.spec import ProtectSpec
+from sophon._protection.term import Surroundings
 from sophon._protection.terms import TERMS
-from sophon._protection.terms.term import Surroundings
 from sophon._specs.guard import Guard
 
 

@@ -29,8 +29,8 @@ from sophon._protection.migration import migrate_run, migrated_state
 from sophon._protection.presets import completed
 from sophon._protection.spec import Alternate, ProtectSpec
 from sophon._protection.start import starting_weights
+from sophon._protection.term import State, Surroundings
 from sophon._protection.terms import TERMS, Hindrance, Term
-from sophon._protection.terms.term import State, Surroundings
 from sophon._protection.update import KeepSide, updating
 from sophon._records.audit_record import Measurement, Round
 from sophon._records.statement import Terms

@@ -34,7 +34,7 @@ from sophon._models import (
     reinitialise,
     run,
 )
-from sophon._protection.terms.term import Surroundings
+from sophon._protection.term import Surroundings
 from sophon._specs.base import Name, Positive, Rate, Spec
 
 ReaderKind = Literal["linear", "kernel"]

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from sophon._protection.migration import migrated
+from sophon._protection.term import Hindrance, Keep, TermSpec
 from sophon._protection.terms import parse_term
-from sophon._protection.terms.term import Hindrance, Keep, TermSpec
 from sophon._specs.base import Augmentation, Count, Fraction, Positive, Precision, Rate, Spec
 from sophon._specs.guard import Guard
 

@@ -17,7 +17,7 @@ from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
 from sophon._models import normalised_pairs
 from sophon._protection.spec import Alternate, Joint, ProtectSpec
-from sophon._protection.terms.term import Contribution, Hindrance, Keep
+from sophon._protection.term import Contribution, Hindrance, Keep
 from sophon._training.loop import fused
 from sophon._training.ranks import Ranks
 from sophon._training.setting import Feed, Setting

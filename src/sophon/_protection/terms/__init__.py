@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 from sophon._base.errors import SpecError
+from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.distil import DistilTerm
 from sophon._protection.terms.erasure import ErasureTerm
 from sophon._protection.terms.rehearsal import RehearsalTerm
 from sophon._protection.terms.task import TaskTerm
-from sophon._protection.terms.term import Hindrance, Keep, Term, TermSpec
 from sophon._specs import parse_spec
 
 TERMS: dict[str, type[Term[Any]]] = {

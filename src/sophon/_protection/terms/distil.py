@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sophon._protection.terms.term import Keep, Surroundings, TermSpec
+from sophon._protection.term import Keep, Surroundings, TermSpec
 from sophon._specs.base import Rate
 from sophon._tasks import Distillation
 

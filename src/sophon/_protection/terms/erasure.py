@@ -16,7 +16,7 @@ from sophon._base.spans import spanned
 from sophon._data import check_batch_fits
 from sophon._protection.attackers import domain_of
 from sophon._protection.readers import Readers, ReadersSpec
-from sophon._protection.terms.term import Contribution, Hindrance, State, Surroundings, TermSpec
+from sophon._protection.term import Contribution, Hindrance, State, Surroundings, TermSpec
 from sophon._specs.base import Augmentation, NonNegative
 
 

@@ -19,7 +19,7 @@ from sophon._protection.losses import suppression_named
 from sophon._protection.readers import Readers, ReadersSpec
 from sophon._protection.rehearsal_checks import check_rehearsal
 from sophon._protection.sampling import StrategyDistribution, sample_strategy
-from sophon._protection.terms.term import Contribution, Hindrance, State, Surroundings, TermSpec
+from sophon._protection.term import Contribution, Hindrance, State, Surroundings, TermSpec
 from sophon._records.statement import Rehearsed
 from sophon._specs import Strategy
 from sophon._specs.base import Positive, Rate

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sophon._protection.terms.term import Keep, TermSpec
+from sophon._protection.term import Keep, TermSpec
 
 
 class TaskLossSpec(TermSpec):

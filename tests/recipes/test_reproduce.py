@@ -41,7 +41,7 @@ from sophon._data.splits import stratified
 from sophon._records.audit_record import AuditRecord, DomainRecord, Round
 from sophon._specs import AuditSpec, PretrainRunSpec, RunSpec, parse_spec
 from sophon._tasks import Denoising
-from tables import measured, origin_of, rehearsed_attack, scores_of, table
+from tables import folder_of, measured, origin_of, rehearsed_attack, scores_of, table
 
 # --- Recipes -------------------------------------------------------------------------------------
 
@@ -845,7 +845,7 @@ def test_a_cell_that_failed_is_told_from_one_that_never_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prepared(jobs: Any, cell: Cell) -> tuple[Path, Path]:
-        folder = jobs._place(cell)
+        folder = folder_of(jobs.out, cell)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / "run.toml", tmp_path
 

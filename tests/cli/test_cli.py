@@ -709,7 +709,7 @@ def test_audit_options_that_do_not_go_together(
     [
         ("audit", "--workers", "0"),
         ("protect", "--threads", "two"),
-        ("reproduce", "--workers", "-1"),
+        ("audit", "--workers", "-1"),
     ],
 )
 def test_what_counts_is_a_whole_number(command: str, option: str, value: str) -> None:
@@ -815,9 +815,7 @@ def test_an_audit_without_the_model_before_says_what_it_cannot_claim(
     assert "&#39;" not in text
 
 
-@pytest.mark.parametrize(
-    "command", ["audit", "pretrain", "reproduce", "demo", "evaluate", "export"]
-)
+@pytest.mark.parametrize("command", ["audit", "pretrain", "demo", "evaluate", "export"])
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_torchrun_is_refused_where_each_process_would_do_all(
     command: str, rank: str, monkeypatch: pytest.MonkeyPatch

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 import formats
+from grid import TRAINING_IMAGES
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import load_domain
 from sophon._data.sources.archives import _OF_RECIPES
-from sophon._grid import TRAINING_IMAGES
 from sophon._specs import DomainSpec
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -6,7 +6,6 @@ import copy
 import importlib
 import socket
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cells import CLASSIFIERS, spec_of
 from sophon import _models as models
 from sophon._auditing.audit import Audit
 from sophon._base.errors import CheckpointError, UnsupportedModelError
 from sophon._base.seeding import seeded
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import Domain
-from sophon._grid import BASES
 from sophon._models import published
 from sophon._models.networks import NETWORKS
 from sophon._protection.protection import Protection
@@ -43,7 +42,7 @@ HEADS = {
 # Two thirds of a VGG are its two wide layers before the head.
 ARGUMENTS: dict[str, dict[str, Any]] = {"timm:vgg11_bn": {"mlp_ratio": 0.0625}}
 # The networks of the paper's recipes, as they stand there.
-PAPER = [str(tomllib.loads(base.model)["name"]) for base in BASES["paper"].values()]
+PAPER = list(dict.fromkeys(spec_of(cell).model.name for cell in CLASSIFIERS))
 FULL_SIZE = {
     "timm:caformer_m36": "head.fc.fc2",
     "torchvision:resnet50": "fc",

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cells import command
+from sameness import settings_in
 from sophon import _models as models
 from sophon._base.errors import UnsupportedModelError
 from sophon._cli.run_file import load, load_subject
@@ -23,7 +24,6 @@ from sophon._data import Domain
 from sophon._protection.protection import Protection
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.terms.rehearsal import Rehearsal
-from sophon._sameness import settings_in
 from sophon._specs import Guard, ModelSpec, Precision, Strategy
 from sophon._tasks import Denoising
 
@@ -252,6 +252,6 @@ def test_a_folder_of_diffusers_is_checkpointed_as_the_run_file_says(
 
 
 def test_a_cell_stays_the_cell_with_it() -> None:
-    said = "sophon reproduce resnet18-mnist-klu --set model.gradient_checkpointing=true"
+    said = "python recipes/reproduce.py resnet18-mnist-klu --set model.gradient_checkpointing=true"
     assert settings_in(said) == []
     assert settings_in(said + " --set model.classes=3") == ["model.classes"]

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from sophon import _ablation
-from sophon._ablation import AXES, BASE, results, table, variations
+import ablation
+import jobs
+from ablation import AXES, BASE, RUN_FILE, results, table, variations
+from cells import grid_command
+from jobs import Jobs
 from sophon._base.errors import IntactnessError
-from sophon._cli import app, reproducing
 from sophon._cli.run_file import read_run
 from sophon._records.audit_record import Round
-from sophon._reproduction import failure_file
+from tables import failure_file
 
-RUN_FILE = Path(__file__).resolve().parents[2] / "recipes/small/ablation.toml"
 TINY = (
     "original.limit=10",
     "restricted.0.limit=30",
@@ -45,7 +45,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("variation", variations(), ids=lambda v: v.name)
 def test_every_run_of_the_study_changes_the_one_setting_of_its_axis(
-    variation: _ablation.Variation,
+    variation: ablation.Variation,
 ) -> None:
     base = leaves(read_run(RUN_FILE, None).model_dump(mode="json"))
     held = leaves(read_run(RUN_FILE, list(variation.settings)).model_dump(mode="json"))
@@ -80,9 +80,9 @@ def studied(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     axes["loss"] = axes["loss"][:2]
     axes["pool"] = axes["pool"][:2]
     axes["tolerance"] = (
-        _ablation.Variation("tolerance", "none", ("protect.guard.tolerance_points=0.0",)),
+        ablation.Variation("tolerance", "none", ("protect.guard.tolerance_points=0.0",)),
     )
-    run = reproducing.run_protection
+    run = jobs.run_protection
 
     def protect(case: Any, folder: Path, mode: Any) -> Any:
         if case.spec.protect.guard.tolerance_points == 0:
@@ -91,15 +91,11 @@ def studied(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOPHON_DATA", str(shared_data))
-        patch.setattr(_ablation, "AXES", axes)
-        patch.setattr("sophon._ablation_plot.AXES", axes)
-        patch.setattr(reproducing, "run_protection", protect)
+        patch.setattr(ablation, "AXES", axes)
+        patch.setattr(jobs, "run_protection", protect)
         options = [part for setting in TINY for part in ("--set", setting)]
-        result = CliRunner().invoke(
-            app, ["reproduce", "ablation", "--out", str(out), "--quiet", *options]
-        )
-        assert result.exit_code == 0, result.output
-        assert "| loss | ice |" in result.output
+        said = grid_command("ablation", "--out", out, "--quiet", *options)
+        assert "| loss | ice |" in said
     return out
 
 
@@ -141,8 +137,7 @@ def test_the_table_says_what_was_measured_and_leaves_the_rest_empty(studied: Pat
     assert "| changed: audit.steps |" in table(folder, told)
     assert "changed:" not in table(folder, held)
     (folder / "ablation.svg").unlink()
-    again = ["reproduce", "ablation", "--table", "--out", str(studied)]
-    assert "ablation.svg" in CliRunner().invoke(app, again).output
+    assert "ablation.svg" in grid_command("ablation", "--table", "--out", studied)
     assert (folder / "ablation.svg").is_file()
     violated = kept.rounds[0].model_copy(update={"guard": "violated"})
     twice: tuple[Round, ...] = (violated, violated, *kept.rounds)
@@ -168,30 +163,25 @@ def test_the_study_goes_on_after_any_error_and_its_table_is_shown_again(
         if folder.name == "K-10":
             raise IntactnessError("no weights met the tolerance")
 
-    jobs = reproducing._Jobs
-    monkeypatch.setattr(jobs, "_trained", lambda *_: None)
-    monkeypatch.setattr(jobs, "_protected_and_audited", work)
-    arguments = ["reproduce", "ablation", "--out", str(tmp_path), "--quiet"]
-    result = CliRunner().invoke(app, arguments)
-    assert tried == [v.name for v in variations()]
+    monkeypatch.setattr(Jobs, "_trained", lambda *_: None)
+    monkeypatch.setattr(Jobs, "_protected_and_audited", work)
+    arguments = ("ablation", "--out", tmp_path, "--quiet")
     # Weights that never met the tolerance are a result; no memory is none.
-    assert result.exit_code == 2
-    assert "1 of 19 runs of the study failed: K-2" in result.output
+    said = grid_command(*arguments, fails=2)
+    assert tried == [v.name for v in variations()]
+    assert "1 of 19 runs of the study failed: K-2" in said
     folder = tmp_path / "small" / "ablation"
     assert "MemoryError: no memory" in (folder / "K-2" / "traceback.txt").read_text()
-    shown = CliRunner().invoke(app, ["reproduce", "ablation", "--table", "--out", str(tmp_path)])
-    assert shown.exit_code == 0
-    assert shown.output.strip() == (folder / "table.md").read_text().strip()
-    assert "| K | 2 |  |  |  |  |  |  | failed: MemoryError: no memory |" in shown.output
-    assert "| K | 10 |  |  |  |  |  |  | failed: no weights met the tolerance |" in shown.output
-    monkeypatch.setattr(jobs, "_protected_and_audited", lambda *_: None)
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    shown = grid_command("ablation", "--table", "--out", tmp_path)
+    assert shown.strip() == (folder / "table.md").read_text().strip()
+    assert "| K | 2 |  |  |  |  |  |  | failed: MemoryError: no memory |" in shown
+    assert "| K | 10 |  |  |  |  |  |  | failed: no weights met the tolerance |" in shown
+    monkeypatch.setattr(Jobs, "_protected_and_audited", lambda *_: None)
+    grid_command(*arguments)
     assert "failed" not in (folder / "table.md").read_text()
 
 
 def test_the_study_has_one_size(tmp_path: Path) -> None:
-    arguments = ["reproduce", "ablation", "--scale", "paper", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert "small only" in result.output
+    words = ("ablation", "--scale", "paper", "--out", tmp_path)
+    assert "small only" in grid_command(*words, fails=2)
     assert not list(tmp_path.iterdir())

@@ -17,11 +17,22 @@ import torch
 from safetensors.torch import save_file
 
 import formats
-from cells import CLASSIFIERS, DIFFUSION, PAPER, RECIPES, command, named, settings, spec_of
+import grid
+from cells import (
+    CLASSIFIERS,
+    DIFFUSION,
+    PAPER,
+    RECIPES,
+    command,
+    grid_command,
+    named,
+    settings,
+    spec_of,
+)
+from grid import CELLS, Cell
 from sophon._attacks.suites import SUITES
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._cli.run_file import load_pretraining
-from sophon._grid import CELLS, UNETS, Cell
 from sophon._models import blueprint
 from sophon._models.networks import SmallConvNet
 from sophon._records.audit_record import AuditRecord, Round
@@ -190,14 +201,14 @@ def brief(cell: Cell) -> list[str]:
 
 def reproduced_cell(cell: Cell, out: Path) -> AuditRecord:
     """Run a paper cell from its base to its audit, then again, which must run nothing anew."""
-    words = ("reproduce", cell.name, "--scale", "paper", "--out", out, "--quiet", *brief(cell))
-    command(*words)
+    words = (cell.name, "--scale", "paper", "--out", out, "--quiet", *brief(cell))
+    grid_command(*words)
     files = [*(out / "bases").rglob("*.safetensors"), *out.rglob("store/trials/*")]
     assert len(files) > 2 * 3
     before = [path.stat().st_mtime_ns for path in files]
-    command(*words)
+    grid_command(*words)
     assert [path.stat().st_mtime_ns for path in files] == before
-    rows = command("reproduce", "--table", "--scale", "paper", "--out", out).splitlines()
+    rows = grid_command("--table", "--scale", "paper", "--out", out).splitlines()
     (row,) = (line for line in rows if line.startswith(f"| {cell.name} |"))
     assert "changed: " in row
     assert "pretrain.steps" in row
@@ -221,8 +232,11 @@ def test_a_paper_cell_is_reproduced_with_its_own_architecture(
 ) -> None:
     assert (paper_data / "imagenette2").is_dir()
     if cell in DIFFUSION and not EVERY_CELL:
+        shutil.copytree(RECIPES / "paper", tmp_path / "recipes" / "paper")
+        monkeypatch.setattr(grid, "HERE", tmp_path / "recipes")
         unet = json.loads((paper_data / "unet.json").read_text()) | {"sample_size": 32}
-        monkeypatch.setitem(UNETS, "paper", json.dumps(unet))
+        assert cell.unet_file is not None
+        cell.unet_file.write_text(json.dumps(unet))
     try:
         record = reproduced_cell(cell, tmp_path)
         wanted = spec_of(cell)
@@ -236,7 +250,7 @@ def test_a_paper_cell_is_reproduced_with_its_own_architecture(
         assert len(rounds.splitlines()) == 2
         if cell in DIFFUSION:
             # The base knows all timesteps: it is none for a cell of one.
-            words = ("reproduce", cell.name, "--scale", "paper", "--out", tmp_path, *brief(cell))
-            assert "timestep 1 alone" in command(*words, "--set", "task.timestep=1", fails=2)
+            words = (cell.name, "--scale", "paper", "--out", tmp_path, *brief(cell))
+            assert "timestep 1 alone" in grid_command(*words, "--set", "task.timestep=1", fails=2)
     finally:
         shutil.rmtree(tmp_path)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,18 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ablation
+import jobs
 import records
-from cells import PAPER, RECIPES, SMALL, command, named, spec_of
-from sophon._attacks.suites import resolved, strategies_of
-from sophon._base.errors import CheckpointError, DataError, IntactnessError, SpecError
-from sophon._cli import reproducing
-from sophon._cli.run_file import load_pretraining
-from sophon._cli.run_spec import PretrainRunSpec, RunSpec
-from sophon._data.splits import stratified
-from sophon._grid import (
+from cells import PAPER, RECIPES, SMALL, command, grid_command, named, spec_of
+from grid import (
     CELLS,
     PUBLISHED,
-    PUBLISHED_BEFORE,
     ROBUST_CELLS,
     SCALES,
     TRAINING_IMAGES,
@@ -34,40 +28,57 @@ from sophon._grid import (
     Published,
     cell_of,
     published_of,
-    robustness,
-    run_file,
-    training_images,
+    text_of,
 )
+from jobs import Jobs
+from robustness import robustness, robustness_attacks, robustness_tables
+from sameness import changes_of, require_same_training
+from sophon._attacks.suites import resolved, strategies_of
+from sophon._base.errors import CheckpointError, DataError, IntactnessError, SpecError
+from sophon._cli.application import command_line
+from sophon._cli.run_file import load_pretraining
+from sophon._cli.run_spec import PretrainRunSpec, RunSpec
+from sophon._data.splits import stratified
 from sophon._records.audit_record import AuditRecord, DomainRecord, Round
-from sophon._reproduction import (
-    measured,
-    origin_of,
-    rehearsed_attack,
-    robustness_attacks,
-    robustness_tables,
-    scores_of,
-    table,
-)
-from sophon._sameness import changes_of, require_same_training
 from sophon._specs import AuditSpec, parse_spec
 from sophon._tasks import Denoising
+from tables import folder_of, measured, origin_of, rehearsed_attack, scores_of, table
 
 # --- Recipes -------------------------------------------------------------------------------------
 
 
-def test_the_recipes_are_what_the_grid_says() -> None:
-    found = importlib.util.spec_from_file_location("write", RECIPES / "write.py")
-    assert found is not None
-    assert found.loader is not None
-    write = importlib.util.module_from_spec(found)
-    found.loader.exec_module(write)
-    expected = write.files()
-    held = {
-        f"{scale}/{path.name}": path.read_text()
-        for scale in ("small", "paper")
-        for path in (RECIPES / scale).iterdir()
-    }
-    assert held == expected, "run: python recipes/write.py"
+def test_every_cell_has_its_recipes_and_every_recipe_is_of_a_cell() -> None:
+    for scale in SCALES:
+        cells = [cell for cell in CELLS if cell.scale == scale]
+        wanted = {file for cell in cells for file in (cell.run_file, cell.base_file)}
+        robust = {cell_of(name, scale).run_file for name in ROBUST_CELLS[scale]}
+        wanted |= {file.with_stem(f"{file.stem}-robustness") for file in robust}
+        if scale == "small":
+            wanted |= {ablation.RUN_FILE, ablation.BASE_FILE}
+        assert set((RECIPES / scale).glob("*.toml")) == wanted
+        unets = [cell.unet_file for cell in cells if cell.unet_file is not None]
+        assert set((RECIPES / scale).glob("*.json")) == set(unets)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=named)
+def test_a_recipe_is_of_its_own_cell(cell: Cell) -> None:
+    """It protects what its base trains, and the commands of its opening name its own files."""
+    spec, text = spec_of(cell), cell.run_file.read_text()
+    base = parse_spec(PretrainRunSpec, tomllib.loads(cell.base_file.read_text()), where="base")
+    folder = f"../../runs/bases/{cell.scale}-{cell.architecture}"
+    if cell.unet_file is None:
+        assert (spec.model.name, spec.model.arguments) == (base.model.name, base.model.arguments)
+        assert spec.model.weights == f"{folder}/model.safetensors"
+    else:
+        assert base.model.name == f"diffusers:{cell.unet_file.name}"
+        assert spec.model.name == f"diffusers:{folder}"
+    assert (spec.original, spec.task) == (base.original, base.task)
+    assert spec.restricted[0].name in TRAINING_IMAGES
+    assert spec.protect.suppression == cell.loss
+    scale = "" if cell.scale == "small" else " --scale paper"
+    assert f"#   python recipes/reproduce.py {cell.name}{scale}\n" in text
+    for word in ("protect", "audit"):
+        assert f"#   sophon {word} recipes/{cell.scale}/{cell.name}.toml " in text
 
 
 def test_every_row_and_column_of_the_paper_is_there() -> None:
@@ -118,7 +129,7 @@ def test_every_attack_of_a_paper_recipe_takes_twenty_epochs(cell: Cell) -> None:
         names = tuple(map(str, range(len(counts))))
         kept, _ = stratified(labels, spec.restricted[0].validation, 0, names)
         images = len(kept)
-    assert images == training_images(cell)
+    assert images == TRAINING_IMAGES[str(spec.restricted[0].name)]
     sizes = {(s.batch_size, s.steps) for s in strategies_of(spec.audit)}
     for batch_size, steps in sizes:
         assert abs(steps * batch_size / images - 20) < 20 * 0.001
@@ -164,8 +175,8 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
         cell_of("ResNet18-GTSRB-KLU", "small")
     with pytest.raises(SpecError, match="use --scale paper"):
         cell_of("resnet34-stl10-ice", "small")
-    assert "--list" in command("reproduce", fails=2)
-    assert "use small or paper" in command("reproduce", "--list", "--scale", "tiny", fails=2)
+    assert "--list" in grid_command(fails=2)
+    assert "use small or paper" in grid_command("--list", "--scale", "tiny", fails=2)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +199,42 @@ def test_names_that_are_no_cell_are_refused_with_near_ones() -> None:
 def test_options_that_would_do_nothing_are_refused(
     options: tuple[str, ...], word: str, tmp_path: Path
 ) -> None:
-    assert word in command("reproduce", *options, "--out", tmp_path / "runs", fails=2)
+    assert word in grid_command(*options, "--out", tmp_path / "runs", fails=2)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_count_of_workers_is_a_whole_number() -> None:
+    assert "-1 is not a whole number from 1 on" in grid_command("all", "--workers", "-1", fails=2)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_is_refused(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    said = grid_command("--list", fails=2)
+    wanted = "torchrun started 2 processes, and `python recipes/reproduce.py` is work for one"
+    assert (wanted in said) == (rank == "0")
+
+
+def test_the_script_runs_by_itself_and_a_record_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["recipes/reproduce.py", "vgg-mnist-kli", "--out", str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, cwd=RECIPES.parent
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: 'vgg-mnist-kli' is no cell of the grid; did you mean")
+    assert len(run.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", words)
+    assert command_line() == f"python recipes/reproduce.py vgg-mnist-kli --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["sophon/__main__.py", "demo"])
+    assert command_line() == "sophon demo"
 
 
 def test_the_list_is_of_both_scales_or_of_the_one_asked_for(tmp_path: Path) -> None:
     for scale, cells in (("small", SMALL), ("paper", PAPER)):
-        lines = command("reproduce", "--list", "--scale", scale, "--out", tmp_path).splitlines()
+        lines = grid_command("--list", "--scale", scale, "--out", tmp_path).splitlines()
         assert [line.split()[:2] for line in lines] == [[cell.name, scale] for cell in cells]
 
 
@@ -217,7 +257,7 @@ def test_cells_that_never_ran_stay_empty(tmp_path: Path) -> None:
     assert all("second-hand" in note for note in notes)
     assert "loss not stated" in notes[0]
     assert "timestep 1 only: --set task.timestep=1 compares" in notes[2]
-    output = command("reproduce", "--list", "--out", tmp_path)
+    output = grid_command("--list", "--out", tmp_path)
     assert output.count("not run") == len(CELLS)
     assert list(tmp_path.iterdir()) == []
 
@@ -225,7 +265,8 @@ def test_cells_that_never_ran_stay_empty(tmp_path: Path) -> None:
 def test_only_what_was_published_is_shown_as_published() -> None:
     # Everything else would be made up: these are the numbers of the design page, and no others.
     assert set(PUBLISHED) == {"caformer-cifar10-ice", "ddpm-celeba-dos"}
-    assert set(PUBLISHED_BEFORE.values()) == {99.6, 99.2, 99.0, 98.6, 95.4}
+    before = {p.before for p in map(published_of, PAPER)} - {None}
+    assert before == {99.6, 99.2, 99.0, 98.6, 95.4}
     others = [published_of(cell) for cell in CELLS if cell.name not in PUBLISHED]
     assert {(p.after, p.scratch, p.unprotected, p.protected) for p in others} == {(None,) * 4}
     assert all(p.source for p in PUBLISHED.values())
@@ -237,7 +278,7 @@ def test_only_what_was_published_is_shown_as_published() -> None:
 
 
 def test_robustness_is_three_methods_by_five_optimizers_five_rates_and_five_sizes() -> None:
-    tables = robustness(30)
+    tables = robustness(AuditSpec(steps=30))
     assert [len(rows) for rows in tables.values()] == [15, 5, 5]
     grid = {
         (s.optimizer, len(s.preparations), s.scope) for s in tables["method and optimizer"].values()
@@ -260,7 +301,7 @@ def test_a_robustness_recipe_is_the_cells_with_the_attacks_of_the_tables(cell: C
     file = RECIPES / cell.scale / f"{cell.name}-robustness.toml"
     spec, own = parse_spec(RunSpec, tomllib.loads(file.read_text()), where=file.name), spec_of(cell)
     assert (spec.model, spec.protect, spec.restricted) == (own.model, own.protect, own.restricted)
-    tables = robustness(own.audit.steps, own.audit.batch_size).values()
+    tables = robustness(own.audit).values()
     attacks = strategies_of(spec.audit)
     assert {s for rows in tables for s in rows.values()} <= set(attacks)
     assert set(attacks) == {*strategies_of(own.audit), *robustness_attacks(own.audit)}
@@ -277,10 +318,10 @@ def test_robustness_is_of_one_cell_of_each_mode(
         if cell.architecture == "vgg":
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(reproducing._Jobs, "robustness", attack)
-    command("reproduce", "robustness", "--out", tmp_path)
+    monkeypatch.setattr(Jobs, "robustness", attack)
+    grid_command("robustness", "--out", tmp_path)
     assert attacked == ["resnet18-gtsrb-klu", "ddpm-orl-dos"]
-    said = command("reproduce", "robustness", "--scale", "paper", "--out", tmp_path, fails=2)
+    said = grid_command("robustness", "--scale", "paper", "--out", tmp_path, fails=2)
     assert attacked[2:] == ["vgg-cifar10-ice", "ddpm-celeba-dos"]
     assert "1 of 2 cells failed: vgg-cifar10-ice" in said
 
@@ -289,27 +330,27 @@ def test_robustness_tables_are_printed_from_stored_records(
     reproduced: tuple[Path, str], tmp_path: Path
 ) -> None:
     out, printed = reproduced
-    words = ("reproduce", "robustness", "--table", "--of", "caformer-mnist-klu", "--out")
-    shown = command(*words, out)
+    words = ("robustness", "--table", "--of", "caformer-mnist-klu", "--out")
+    shown = grid_command(*words, out)
     assert shown.startswith("### caformer-mnist-klu, small: robustness")
     assert shown.strip() in printed
     said = "caformer-mnist-klu, small: robustness: not run\n"
-    assert command(*words, tmp_path) == said
-    both = command("reproduce", "robustness", "--table", "--scale", "paper", "--out", tmp_path)
+    assert grid_command(*words, tmp_path) == said
+    both = grid_command("robustness", "--table", "--scale", "paper", "--out", tmp_path)
     assert [line.split(",")[0] for line in both.splitlines()] == list(ROBUST_CELLS["paper"])
     assert not list(tmp_path.iterdir())
     file = tmp_path / "small" / "caformer-mnist-klu-robustness" / "audit" / "record.json"
     file.parent.mkdir(parents=True)
     file.write_text("{")
-    assert "unreadable: " in command(*words, tmp_path)
-    assert "is no cell" in command(*words[:-2], "nothing", "--out", tmp_path, fails=2)
+    assert "unreadable: " in grid_command(*words, tmp_path)
+    assert "is no cell" in grid_command(*words[:-2], "nothing", "--out", tmp_path, fails=2)
 
 
 def test_runs_below_a_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "runs"
     file.write_text("")
     for option in ("--list", "--table"):
-        said = command("reproduce", option, "--out", file, fails=2)
+        said = grid_command(option, "--out", file, fails=2)
         assert f"{file} is a file; give the folder of the runs" in said
 
 
@@ -317,7 +358,7 @@ def test_robustness_without_images_says_what_is_missing_and_tries_both_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
-    said = command("reproduce", "robustness", "--out", tmp_path / "runs", fails=2)
+    said = grid_command("robustness", "--out", tmp_path / "runs", fails=2)
     assert "tiny_imagenet20_64.npz" in said
     assert "cifar100.npz" in said
     assert "2 of 2 cells failed: resnet18-gtsrb-klu, ddpm-orl-dos" in said
@@ -326,7 +367,7 @@ def test_robustness_without_images_says_what_is_missing_and_tries_both_cells(
 
 def test_a_cell_of_diffusion_has_the_network_that_it_trained(tmp_path: Path) -> None:
     name = ("--set", "model.name=diffusers:unet.json")
-    said = command("reproduce", "ddpm-orl-dos", *name, "--out", tmp_path / "runs", fails=2)
+    said = grid_command("ddpm-orl-dos", *name, "--out", tmp_path / "runs", fails=2)
     assert "--set model.name: ddpm-orl-dos protects the network that it trained" in said
     assert not (tmp_path / "runs").exists()
 
@@ -365,7 +406,7 @@ def reproduced(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOPHON_DATA", str(shared_data))
         fields = ("--out", out, "--quiet", *tiny())
-        printed = command("reproduce", "robustness", "--of", "caformer-mnist-klu", *fields)
+        printed = grid_command("robustness", "--of", "caformer-mnist-klu", *fields)
         yield out, printed
 
 
@@ -379,11 +420,9 @@ def test_a_cell_trains_its_base_protects_and_audits(reproduced: tuple[Path, str]
     folder = out / "small" / "caformer-mnist-klu"
     lines = (folder / "protected" / "rounds.jsonl").read_text().splitlines()
     assert len([Round.model_validate_json(line) for line in lines]) == 2
-    assert (folder / "run.toml").read_text() == run_file(
-        cell_of("caformer-mnist-klu", "small"),
-        "recipes/small/caformer-mnist-klu.toml",
-        "../../bases",
-    )
+    kept = (folder / "run.toml").read_text()
+    assert kept == text_of(cell_of("caformer-mnist-klu", "small").run_file)
+    assert 'weights = "../../bases/small-caformer/model.safetensors"' in kept
     record = record_of(out, "caformer-mnist-klu")
     assert record.original.name == "tiny-imagenet20"
     assert record.restricted[0].name == "mnist"
@@ -405,7 +444,7 @@ def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None
         by_subject[name] for name in ("scratch", "unprotected", "protected")
     )
     assert held.worst[2] is not None
-    printed = command("reproduce", "--table", "--out", out)
+    printed = grid_command("--table", "--out", out)
     row = next(line for line in printed.splitlines() if line.startswith("| caformer-mnist-klu"))
     assert f"{100 * by_subject['protected']:.1f} | " in row
     # A run of two steps is not the cell of that name, and does not pass for it.
@@ -416,7 +455,7 @@ def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None
     )
     assert "restricted.0: 270 training images instead of 4,500" in verdict
     assert held.verdict not in row
-    listed = command("reproduce", "--list", "--scale", "small", "--out", out).splitlines()
+    listed = grid_command("--list", "--scale", "small", "--out", out).splitlines()
     states = {line.split()[0]: line.split()[-1] for line in listed}
     assert states.pop("caformer-mnist-klu") == "changed"
     assert set(states.values()) == {"run"}
@@ -437,9 +476,9 @@ def test_robustness_fills_its_tables(reproduced: tuple[Path, str]) -> None:
     assert f"**Not the cell of that name**, changed: {fewer_images}," in text
     assert "audit.extra" not in text
     own = as_the_cell_says(record, cell)
-    told = own.model_copy(update={"command": "sophon reproduce robustness"})
+    told = own.model_copy(update={"command": "python recipes/reproduce.py robustness"})
     assert "changed" not in robustness_tables(told, cell)
-    for rows in robustness(2, 8).values():
+    for rows in robustness(AuditSpec(steps=2, batch_size=8)).values():
         for name, attack in rows.items():
             scores = scores_of(record, attack)
             assert None not in scores, name
@@ -457,7 +496,7 @@ def test_robustness_fills_its_tables(reproduced: tuple[Path, str]) -> None:
     assert robustness_tables(both, cell).count("(1 of 2 seeds)") == len(
         [
             1
-            for rows in robustness(2, 8).values()
+            for rows in robustness(AuditSpec(steps=2, batch_size=8)).values()
             for attack in rows.values()
             if attack == lost.strategy
         ]
@@ -499,7 +538,7 @@ def test_a_record_is_the_cells_only_where_nothing_was_changed(
     row, origin = lines
     assert origin == f"- {cell.name}: {origin_of(record)}"
     assert row.endswith(f"| {measured(record, cell).verdict} |")
-    listed = command("reproduce", "--list", "--scale", "small", "--out", tmp_path)
+    listed = grid_command("--list", "--scale", "small", "--out", tmp_path)
     assert listed.count("measured") == 1
     protection: dict[str, Any] = dict(record.protection or {})
     longer = {**protection["spec"], "rounds": 800}
@@ -556,7 +595,7 @@ def test_what_a_command_sets_makes_another_cell(
 ) -> None:
     cell = cell_of("caformer-mnist-klu", "small")
     record = as_the_cell_says(record_of(reproduced[0], cell.name), cell)
-    told = record.model_copy(update={"command": f"sophon reproduce {cell.name} {words}"})
+    told = record.model_copy(update={"command": f"python recipes/reproduce.py {cell.name} {words}"})
     wanted = ("restricted.0.class_order", "task.timestep") if expected is None else expected
     assert changes_of(told, cell) == wanted
 
@@ -610,11 +649,11 @@ def test_a_damaged_record_marks_its_own_row(reproduced: tuple[Path, str], tmp_pa
         file = out / "small" / name / "audit" / "record.json"
         file.parent.mkdir(parents=True)
         file.write_text(text)
-    printed = command("reproduce", "--table", "--out", out).splitlines()
+    printed = grid_command("--table", "--out", out).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line for line in printed}
     assert "is not a whole audit record of this version: repeat the audit" in rows["vgg-mnist-klu"]
     assert "changed: " in rows[cell.name]
-    listed = command("reproduce", "--list", "--scale", "small", "--out", out)
+    listed = grid_command("--list", "--scale", "small", "--out", out)
     assert (listed.count("unreadable"), listed.count("changed")) == (1, 1)
 
 
@@ -623,19 +662,19 @@ def test_a_cell_ends_with_its_own_row_of_the_table(
 ) -> None:
     monkeypatch.setenv("SOPHON_DATA", str(shared_data))
     out, name = reproduced[0], "caformer-cifar10-ice"
-    whole = command("reproduce", "--table", "--out", out).splitlines()
+    whole = grid_command("--table", "--out", out).splitlines()
     for cell in (name, "caformer-mnist-klu"):
-        shown = command("reproduce", cell, "--table", "--out", out).splitlines()
+        shown = grid_command(cell, "--table", "--out", out).splitlines()
         (row,) = (line for line in whole if line.startswith(f"| {cell} "))
         # The footnotes of one row are numbered from 1.
         assert shown[:3] == [*whole[:2], row.replace("[2]", "[1]")]
     assert shown[3:5] == ["", "[1] second-hand: file names of the released research code"]
     assert shown[-1].startswith("- caformer-mnist-klu: ")
-    again = ("reproduce", "caformer-mnist-klu", "--out", out, *tiny())
-    printed = command(*again)
+    again = ("caformer-mnist-klu", "--out", out, *tiny())
+    printed = grid_command(*again)
     assert printed.endswith("\n".join(shown) + "\n")
     assert printed.index("verdict: ") < printed.index(shown[2])
-    assert shown[2] not in command(*again, "--quiet")
+    assert shown[2] not in grid_command(*again, "--quiet")
 
 
 @pytest.mark.parametrize("cell", ["caformer-mnist-klu", "ddpm-orl-dos"])
@@ -644,7 +683,7 @@ def test_what_a_cell_takes_is_said_without_its_base_and_nothing_is_written(
 ) -> None:
     monkeypatch.setenv("SOPHON_DATA", str(shared_data))
     fewer = ("--set", "original.limit=10", "--set", "restricted.0.limit=30")
-    said = command("reproduce", cell, "--dry-run", *fewer, "--out", tmp_path / "runs")
+    said = grid_command(cell, "--dry-run", *fewer, "--out", tmp_path / "runs")
     rounds = spec_of(cell_of(cell, "small")).protect.rounds
     assert f"forecast: {rounds} rounds of " in said
     assert "nothing was written" in said
@@ -656,7 +695,7 @@ def test_a_finished_cell_is_not_run_again(reproduced: tuple[Path, str]) -> None:
     file = out / "bases" / "small-caformer" / "model.safetensors"
     trials = sorted((out / "small" / "store" / "trials").iterdir())
     before = [path.stat().st_mtime_ns for path in (file, *trials)]
-    command("reproduce", "caformer-mnist-klu", "--out", out, "--quiet", *tiny())
+    grid_command("caformer-mnist-klu", "--out", out, "--quiet", *tiny())
     assert [path.stat().st_mtime_ns for path in (file, *trials)] == before
 
 
@@ -676,7 +715,7 @@ def test_a_base_trained_otherwise_is_not_reused(
     fields = ("--out", out, "--quiet", *tiny(), "--set", setting)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOPHON_DATA", str(shared_data))
-        said = command("reproduce", "caformer-mnist-klu", *fields, fails=2)
+        said = grid_command("caformer-mnist-klu", *fields, fails=2)
     assert words in said
     assert "give another --out, or repeat the same --set" in said
     assert not list(out.rglob("rounds.jsonl"))
@@ -687,7 +726,7 @@ def test_a_recipe_that_was_changed_since_is_refused_where_it_was_run(
 ) -> None:
     out = tmp_path / "runs"
     shutil.copytree(reproduced[0], out)
-    again = ("reproduce", "caformer-mnist-klu", "--out", out, "--quiet", *tiny())
+    again = ("caformer-mnist-klu", "--out", out, "--quiet", *tiny())
     cell, base = out / "small/caformer-mnist-klu", out / "bases/small-caformer"
     for file, run, old, new in (
         (cell / "run.toml", cell, "rounds = 120", "rounds = 100"),
@@ -695,12 +734,12 @@ def test_a_recipe_that_was_changed_since_is_refused_where_it_was_run(
     ):
         text = file.read_text()
         file.write_text(text.replace(old, new))
-        said = command(*again, fails=2)
+        said = grid_command(*again, fails=2)
         assert f"{file} is not today's recipe and {run} holds a run of it" in said
         assert "delete" in said
         # Comments say nothing of what was run.
         file.write_text("# Of last week.\n" + text)
-        command(*again)
+        grid_command(*again)
         assert file.read_text() == text
 
 
@@ -708,8 +747,8 @@ def test_robustness_of_a_model_protected_otherwise_is_refused(
     reproduced: tuple[Path, str], shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOPHON_DATA", str(shared_data))
-    again = ("reproduce", "robustness", "--of", "caformer-mnist-klu", "--out", reproduced[0])
-    said = command(*again, "--quiet", *tiny(), "--set", "protect.rounds=3", fails=2)
+    again = ("robustness", "--of", "caformer-mnist-klu", "--out", reproduced[0])
+    said = grid_command(*again, "--quiet", *tiny(), "--set", "protect.rounds=3", fails=2)
     assert "was protected with other protect.rounds: give another --out" in said
 
 
@@ -724,11 +763,10 @@ def test_without_a_run_a_recipe_is_written_afresh_and_data_found_before_a_base_i
     file = out / "small" / cell.name / "run.toml"
     file.parent.mkdir(parents=True)
     file.write_text("[model]\n")
-    said = command("reproduce", cell.name, "--out", out, "--quiet", *tiny(), fails=2)
+    said = grid_command(cell.name, "--out", out, "--quiet", *tiny(), fails=2)
     assert "mnist.npz" in said
     assert not (out / "bases" / "small-caformer").exists()
-    text = run_file(cell, f"recipes/small/{cell.name}.toml", "../../bases")
-    assert file.read_text() == text
+    assert file.read_text() == text_of(cell.run_file)
     assert "restricted" not in (out / "bases" / "small-caformer.toml").read_text()
 
 
@@ -738,10 +776,10 @@ def test_where_a_base_comes_from_is_no_affair_of_its_cells(
     monkeypatch.chdir(tmp_path)
     given = ["model.weights=x.pth", "model.pretrained=false", "restricted.0.limit=3"]
     given += ["model.head=fc", "pretrain.steps=2", "protect.rounds=1"]
-    jobs = reproducing._Jobs(tmp_path, given, "quiet", None, 1)
-    assert jobs._of_cells == given[2:]
+    jobs = Jobs(tmp_path, given, "quiet", None, 1)
+    assert jobs.of_cells == given[2:]
     here = f'model.weights="{tmp_path / "x.pth"}"'
-    assert jobs._of_bases == [here, given[1], "model.head=fc", "pretrain.steps=2"]
+    assert jobs.of_bases == [here, given[1], "model.head=fc", "pretrain.steps=2"]
 
 
 def test_paths_given_to_a_cell_start_at_the_working_directory(
@@ -749,7 +787,7 @@ def test_paths_given_to_a_cell_start_at_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = ["restricted.0.path = 'x.npz'", "original.root=${X}", "model.weights=~/x.pth"]
-    jobs = reproducing._Jobs(tmp_path, given, "quiet", None, 1)
+    jobs = Jobs(tmp_path, given, "quiet", None, 1)
     assert jobs.settings == [f'restricted.0.path="{tmp_path / "x.npz"}"', *given[1:]]
 
 
@@ -772,9 +810,9 @@ def test_all_cells_are_tried_and_a_base_is_trained_once(
         (data / f"{name}.npz").symlink_to(shared_data / f"{name}.npz")
     monkeypatch.setenv("SOPHON_DATA", str(data))
     names = ["caformer-gtsrb-klu", "caformer-cifar10-ice", "caformer-mnist-klu"]
-    monkeypatch.setattr("sophon._grid.CELLS", tuple(cell_of(name, "small") for name in names))
+    monkeypatch.setattr("grid.CELLS", tuple(cell_of(name, "small") for name in names))
     trained: list[Path] = []
-    pretrain, protect = reproducing.run_pretraining, reproducing.run_protection
+    pretrain, protect = jobs.run_pretraining, jobs.run_protection
 
     def pretrained(case: Any, folder: Path, mode: Any) -> Any:
         trained.append(folder)
@@ -790,10 +828,10 @@ def test_all_cells_are_tried_and_a_base_is_trained_once(
         audits.append(to)
 
     audits: list[Path] = []
-    monkeypatch.setattr(reproducing._Jobs, "_audit", audited)
-    monkeypatch.setattr(reproducing, "run_pretraining", pretrained)
-    monkeypatch.setattr(reproducing, "run_protection", protected)
-    said = command("reproduce", "all", "--out", out, "--quiet", *tiny(), fails=2)
+    monkeypatch.setattr(Jobs, "_audit", audited)
+    monkeypatch.setattr(jobs, "run_pretraining", pretrained)
+    monkeypatch.setattr(jobs, "run_protection", protected)
+    said = grid_command("all", "--out", out, "--quiet", *tiny(), fails=2)
     assert "caformer-gtsrb-klu: RuntimeError: out of memory" in said
     assert "cifar10.npz" in said
     assert "error: 2 of 3 cells failed: caformer-gtsrb-klu, caformer-cifar10-ice" in said
@@ -808,20 +846,20 @@ def test_a_cell_that_failed_is_told_from_one_that_never_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prepared(jobs: Any, cell: Cell) -> tuple[Path, Path]:
-        folder = jobs._place(cell)
+        folder = folder_of(jobs.out, cell)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / "run.toml", tmp_path
 
     def unmet(*_: Any) -> None:
         raise IntactnessError("no weights met the tolerance | loosen it")
 
-    monkeypatch.setattr(reproducing._Jobs, "_prepared", prepared)
-    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", unmet)
-    cell = ("reproduce", "vgg-mnist-klu", "--out", tmp_path)
-    command(*cell, fails=3)
+    monkeypatch.setattr(Jobs, "_prepared", prepared)
+    monkeypatch.setattr(Jobs, "_protected_and_audited", unmet)
+    cell = ("vgg-mnist-klu", "--out", tmp_path)
+    grid_command(*cell, fails=3)
 
     def shown(option: str) -> str:
-        lines = command("reproduce", option, "--scale", "small", "--out", tmp_path).splitlines()
+        lines = grid_command(option, "--scale", "small", "--out", tmp_path).splitlines()
         (line,) = (one for one in lines if "vgg-mnist-klu" in one)
         return line
 
@@ -836,11 +874,11 @@ def test_a_cell_that_failed_is_told_from_one_that_never_ran(
         return work
 
     # Without its images a cell has not begun anew: what was said of it stands.
-    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", raising(DataError("no file")))
-    command(*cell, fails=2)
+    monkeypatch.setattr(Jobs, "_protected_and_audited", raising(DataError("no file")))
+    grid_command(*cell, fails=2)
     assert shown("--list").endswith(said)
-    monkeypatch.setattr(reproducing._Jobs, "_protected_and_audited", raising(KeyboardInterrupt()))
-    command(*cell, fails=130)
+    monkeypatch.setattr(Jobs, "_protected_and_audited", raising(KeyboardInterrupt()))
+    grid_command(*cell, fails=130)
     assert shown("--list").endswith("not run")
     begun = tmp_path / "small" / "vgg-mnist-klu" / "protected" / "run.json"
     begun.parent.mkdir()
@@ -859,10 +897,10 @@ def test_a_base_that_another_process_trains_is_no_failure_of_the_cell(
     with (base / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         fields = ("--out", tmp_path, "--quiet", *tiny())
-        said = command("reproduce", "caformer-mnist-klu", *fields, fails=2)
+        said = grid_command("caformer-mnist-klu", *fields, fails=2)
     wanted = "the base is being trained by another process; wait for it and repeat the command"
     assert f"{base}: {wanted}" in said
-    listed = command("reproduce", "--list", "--scale", "small", "--out", tmp_path)
+    listed = grid_command("--list", "--scale", "small", "--out", tmp_path)
     assert "failed" not in listed
     assert not list(tmp_path.rglob("failed.txt"))
 
@@ -872,10 +910,10 @@ def test_a_cell_without_its_images_never_ran(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOPHON_DATA", folder)
-    cell = ("reproduce", "vgg-mnist-klu", "--out", tmp_path)
-    said = command(*cell, fails=2)
+    cell = ("vgg-mnist-klu", "--out", tmp_path)
+    said = grid_command(*cell, fails=2)
     assert ("is not set: set it" if not folder else "there is no file") in said
-    lines = command("reproduce", "--list", "--scale", "small", "--out", tmp_path).splitlines()
+    lines = grid_command("--list", "--scale", "small", "--out", tmp_path).splitlines()
     assert [line.split()[-2:] for line in lines if "vgg-mnist-klu" in line] == [["not", "run"]]
 
 
@@ -887,8 +925,8 @@ def test_ctrl_c_ends_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         tried.append(cell.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reproducing._Jobs, "run", run)
-    command("reproduce", "all", "--out", tmp_path, fails=130)
+    monkeypatch.setattr(Jobs, "run", run)
+    grid_command("all", "--out", tmp_path, fails=130)
     assert tried == [SMALL[0].name]
 
 
@@ -897,7 +935,7 @@ def test_ctrl_c_ends_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_trained(
     cell: str, setting: str, tmp_path: Path
 ) -> None:
-    said = command("reproduce", cell, "--set", setting, "--out", tmp_path / "runs", fails=2)
+    said = grid_command(cell, "--set", setting, "--out", tmp_path / "runs", fails=2)
     assert setting.partition("=")[0] in said
     assert not (tmp_path / "runs").exists()
 
@@ -906,13 +944,13 @@ def test_data_that_is_not_there_is_said_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
-    output = command("reproduce", "resnet18-mnist-klu", "--out", tmp_path, fails=2)
+    output = grid_command("resnet18-mnist-klu", "--out", tmp_path, fails=2)
     assert "tiny_imagenet20_64.npz" in output
     assert "recipes/make_archives.py (docs/data.md)" in output
     assert not list(tmp_path.rglob("*.safetensors"))
-    paper = ("reproduce", "resnet18-svhn-ice", "--scale", "paper", "--out", tmp_path)
+    paper = ("resnet18-svhn-ice", "--scale", "paper", "--out", tmp_path)
     paper += ("--set", "model.pretrained=false")
-    assert "github.com/fastai/imagenette" in command(*paper, fails=2)
+    assert "github.com/fastai/imagenette" in grid_command(*paper, fails=2)
 
 
 @pytest.mark.parametrize(
@@ -937,8 +975,8 @@ def test_a_model_out_of_reach_is_said_before_images_are_read(
     given = [] if setting is None else ["--set", setting]
     if setting == "model.pretrained=false":
         given += ["--set", "model.weights=nowhere.pth"]
-    cell = ("reproduce", "resnet18-mnist-ice", "--scale", "paper", "--out", tmp_path, *given)
-    assert words in command(*cell, fails=2)
+    cell = ("resnet18-mnist-ice", "--scale", "paper", "--out", tmp_path, *given)
+    assert words in grid_command(*cell, fails=2)
     assert read == []
 
 
@@ -947,9 +985,9 @@ def test_pictures_that_could_not_be_judged_are_said_before_anything_is_trained(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
-    cell = ("reproduce", "ddpm-orl-dos", "--out", tmp_path)
-    assert "pip install 'sophon-protect[quality]'" in command(*cell, fails=2)
-    said = command(*cell, "--set", "audit.samples.count=0", fails=2)
+    cell = ("ddpm-orl-dos", "--out", tmp_path)
+    assert "pip install 'sophon-protect[quality]'" in grid_command(*cell, fails=2)
+    said = grid_command(*cell, "--set", "audit.samples.count=0", fails=2)
     assert "cifar100.npz" in said
 
 

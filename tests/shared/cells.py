@@ -7,11 +7,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from typer import Typer
 from typer.testing import CliRunner
 
+import reproduce
+from grid import CELLS, Cell
 from sophon._cli import app
 from sophon._cli.run_spec import RunSpec
-from sophon._grid import CELLS, Cell
 from sophon._specs import parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,14 +29,22 @@ def named(cell: Cell) -> str:
 
 
 def command(*arguments: str | Path, fails: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoked(app, arguments, fails)
+
+
+def grid_command(*arguments: str | Path, fails: int = 0) -> str:
+    """Run `recipes/reproduce.py` in this process and return what it prints."""
+    return invoked(reproduce.app, arguments, fails)
+
+
+def invoked(application: Typer, arguments: tuple[str | Path, ...], fails: int) -> str:
+    result = CliRunner().invoke(application, [str(argument) for argument in arguments])
     assert result.exit_code == fails, result.output
     return result.output
 
 
 def spec_of(cell: Cell) -> RunSpec:
-    data = tomllib.loads((RECIPES / cell.scale / f"{cell.name}.toml").read_text())
-    return parse_spec(RunSpec, data, where=cell.name)
+    return parse_spec(RunSpec, tomllib.loads(cell.run_file.read_text()), where=cell.name)
 
 
 def settings(held: dict[str, Any]) -> list[str]:

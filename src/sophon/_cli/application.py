@@ -58,7 +58,6 @@ _ORDER = (
     "evaluate",
     "inspect",
     "export",
-    "reproduce",
 )
 
 
@@ -181,7 +180,9 @@ def _ended_like_interrupted() -> Iterator[None]:
 
 def command_line() -> str:
     """Return the command as it was typed."""
-    words = ["sophon", *sys.argv[1:]]
+    script = Path(sys.argv[0])
+    own = script.suffix == ".py" and script.name != "__main__.py"
+    words = [*(("python", sys.argv[0]) if own else ("sophon",)), *sys.argv[1:]]
     if _ELASTIC in os.environ:
         count = os.environ.get("LOCAL_WORLD_SIZE", "1")
         words = ["torchrun", "--nproc-per-node", count, "-m", *words]
@@ -198,7 +199,7 @@ def require_alone(command: str) -> None:
     count = os.environ.get("WORLD_SIZE", "1")
     if _ELASTIC in os.environ and count != "1":
         error = SpecError(
-            f"torchrun started {count} processes, and `sophon {command}` is work for one: start it"
+            f"torchrun started {count} processes, and `{command}` is work for one: start it"
             " without torchrun; only `protect` is shared by processes"
         )
         error.told = not _speaks()

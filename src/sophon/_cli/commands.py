@@ -51,7 +51,7 @@ def _options(
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
     elif context.invoked_subcommand not in _SHARED:
-        require_alone(context.invoked_subcommand)
+        require_alone(f"sophon {context.invoked_subcommand}")
 
 
 @app.command(

@@ -1,23 +1,32 @@
-"""The study of what the paper ablates, as data: one small protection, one setting varied at a time.
+"""The study of what the paper ablates: one small protection, one setting varied at a time.
 
-Its tables are filled from stored records. No torch.
+Its tables and its figure are filled from stored records. No torch; matplotlib is imported only to
+draw.
 """
 
 from __future__ import annotations
 
-import json
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from sophon._base.errors import CheckpointError
+from grid import ABLATION, DATA, HERE
+from sameness import settings_in
+from sophon._base.errors import CheckpointError, SpecError
+from sophon._cli.progress import toml
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
 from sophon._records.audit_record import AuditRecord, Measurement, Round
-from sophon._reproduction import Triple, missing_of, origin_of, read_stored, scores_of
-from sophon._sameness import settings_in
+from sophon._reporting.tables import removed_text
 from sophon._specs import Strategy
+from tables import SUBJECTS, Triple, missing_of, origin_of, read_stored, scores_of
+
+BASE = "base"
+RUN_FILE = HERE / "small" / f"{ABLATION}.toml"
+BASE_FILE = HERE / "small" / f"base-{ABLATION}.toml"
 
 
 @dataclass(frozen=True)
@@ -37,125 +46,13 @@ class Variation:
         return f"{self.axis}-{self.value}".replace(" ", "-") if self.settings else BASE
 
 
-BASE = "base"
-NAME = "ablation"
-_REHEARSAL = "protect.rehearsal"
-
-
-def _axis(name: str, base: str, key: str, values: dict[str, object]) -> tuple[Variation, ...]:
-    """Return an axis along one setting: `values` by label, the base's label among them."""
-    return tuple(
-        Variation(name, label, () if label == base else (f"{key}={json.dumps(value)}",))
-        for label, value in values.items()
-    )
-
-
-def _numbers(name: str, base: str, key: str, *values: float) -> tuple[Variation, ...]:
-    return _axis(name, base, key, {f"{value:g}": value for value in values})
-
-
-# Attackers of one strategy alone, from the weights as they are.
-_ONE = (
-    f"{_REHEARSAL}.distribution={{ batch_sizes = [32], preparations = [[]],"
-    " learning_rates = { sgd_momentum = [1e-3, 1e-3] } }"
-)
 AXES: dict[str, tuple[Variation, ...]] = {
-    "loss": _axis(
-        "loss",
-        "klu",
-        "protect.suppression",
-        {name: name for name in ("klu", "ice", "reversed_logits", "negated_ce")},
-    ),
-    "alpha": _numbers("alpha", "0.0003", "protect.suppression_rate", 1e-4, 3e-4, 1e-3),
-    "beta": _numbers("beta", "0.0005", "protect.reinforcement_rate", 1.5e-4, 5e-4, 1.5e-3),
-    "K": _numbers("K", "5", f"{_REHEARSAL}.steps", 2, 5, 10),
-    "N": _numbers("N", "1", f"{_REHEARSAL}.strategies", 1, 2, 4),
-    "strategies": (Variation("strategies", "one", (_ONE,)), Variation("strategies", "sampled")),
-    # How many attackers live side by side; each keeps its strategy for its life.
-    "pool": _numbers("pool", "4", f"{_REHEARSAL}.pool", 2, 4, 8),
-    "NTR steps": _numbers("NTR steps", "2", "protect.reinforcement_steps", 1, 2, 4),
-    "tolerance": _numbers("tolerance", "3", "protect.guard.tolerance_points", 1, 3, 10),
+    axis: tuple(
+        Variation(axis, label, () if label == said["base"] else (f"{said['key']}={toml(value)}",))
+        for label, value in said["values"].items()
+    )
+    for axis, said in DATA[ABLATION].items()
 }
-
-_ORIGINAL = """\
-[original]
-source = "npz"
-name = "cifar10"
-path = "${SOPHON_DATA}/cifar10_jpeg.npz"
-image_size = 16
-"""
-_RESTRICTED = """\
-[[restricted]]
-source = "npz"
-name = "gtsrb"
-path = "${SOPHON_DATA}/gtsrb10.npz"
-image_size = 16
-"""
-BASE_FILE = f"""\
-# The model of the ablation study: the small convolutional network on CIFAR-10 at 16x16.
-#   sophon pretrain recipes/small/base-ablation.toml --out runs/bases/small-ablation
-# Values are ours.
-
-[model]
-name = "small_convnet"
-
-{_ORIGINAL}
-[pretrain]
-steps = 1500
-batch_size = 128
-learning_rate = 3e-3
-warmup_steps = 100
-augmentation = "flip_crop"
-every = 500
-"""
-
-
-def run_file(bases: str) -> str:
-    """Return the study's run file; `bases` is the folder of pre-trained models seen from there."""
-    return f"""\
-# The base of the ablation study; every other run of it changes one setting. Values are ours, but
-# for the rates alpha and beta, which are the defaults: SOPHON, arXiv 2404.12699, read second-hand.
-# Set SOPHON_DATA to the folder that holds the image sets, then
-#   sophon reproduce ablation
-
-[model]
-name = "small_convnet"
-weights = "{bases}/small-ablation/model.safetensors"
-
-{_ORIGINAL}
-{_RESTRICTED}
-[protect]
-suppression = "klu"
-rounds = 200
-original_batch_size = 64
-reinforcement_steps = 2
-checkpoint_every = 100
-
-# Persistent attackers, prepared and trained in sampled ways.
-[protect.rehearsal]
-steps = 5
-horizon = 80
-pool = 4
-query_batch_size = 32
-
-[protect.rehearsal.distribution]
-batch_sizes = [32]
-preparations = [[], [{{ kind = "fresh_head" }}]]
-
-[protect.rehearsal.distribution.learning_rates]
-sgd_momentum = [1e-4, 1e-1]
-adam = [1e-4, 1e-2]
-
-[protect.guard]
-tolerance_points = 3.0
-every = 10
-
-[audit]
-suite = "quick-1"
-steps = 100
-batch_size = 32
-seeds = [0, 1, 2]
-"""
 
 
 def variations() -> tuple[Variation, ...]:
@@ -195,7 +92,7 @@ def results(folder: Path) -> dict[str, Result]:
     """Return the finished runs below the study's folder by name. Raises CheckpointError."""
     found = {}
     for variation in variations():
-        record = read_stored(folder / variation.name / "audit" / "record.json")
+        record = read_stored(folder / variation.name)
         rounds = folder / variation.name / "protected" / "rounds.jsonl"
         if record is not None and rounds.is_file():
             found[variation.name] = _result(record, rounds)
@@ -208,7 +105,8 @@ def _result(record: AuditRecord, rounds: Path) -> Result:
         held = tuple(Round.model_validate_json(line) for line in lines)
     except (UnicodeDecodeError, ValidationError):
         raise CheckpointError(
-            f"{rounds} is damaged: delete its folder and repeat `sophon reproduce {NAME}`"
+            f"{rounds} is damaged: delete its folder and repeat `python recipes/reproduce.py"
+            f" {ABLATION}`"
         ) from None
     scores = {subject.name: subject.original for subject in record.subjects}
     before, after = scores.get("unprotected"), scores.get("protected")
@@ -263,20 +161,102 @@ def _cells(result: Result | None) -> list[str]:
         return [""] * 7
     summary, kind = result.summary, result.summary.kind
     kept = [m for m in (result.before, result.after) if m is not None]
-    best = [summary.subjects.get(name) for name in ("scratch", "unprotected", "protected")]
+    best = [summary.subjects.get(name) for name in SUBJECTS]
     tests = tuple(None if s is None or s.test is None else s.test.value for s in best)
     reached = (result.mild, tests)
     last = result.rounds[-max(1, len(result.rounds) // 10) :]
     query = sum(r.query_score for r in last) / len(last)
-    value, interval = summary.advantage.value, summary.advantage.interval
-    removed = summary.advantage.reason if value is None else f"{100 * value:z.0f} %"
-    if value is not None and interval is not None:
-        removed += f" ({100 * interval.low:z.0f} to {100 * interval.high:z.0f})"
+    removed = summary.advantage
     return [
         ", ".join(kind.show(m.value, 1) for m in kept),
         str(result.violations),
         kind.show(query, 1),
         *(" / ".join("?" if v is None else kind.show(v, 1) for v in three) for three in reached),
-        removed,
+        removed.reason if removed.value is None else removed_text(removed),
         f"changed: {', '.join(result.changes)}" if result.changes else summary.text,
     ]
+
+
+# --- Figure ------------------------------------------------------------------------------------
+
+# Rounds are averaged over so many before they are drawn: single ones are noise.
+_SMOOTHED = 10
+_COLUMNS = 4
+
+
+def draw(held: dict[str, Result], file: Path) -> None:
+    """Write the study's figure: per axis what was removed and what the original task lost, and
+    the course of each loss over the rounds.
+    """
+    plots = pyplot()
+    rows = 2 + -(-len(AXES) // _COLUMNS)
+    figure, axes = plots.subplots(rows, _COLUMNS, figsize=(14, 3.1 * rows), squeeze=False)
+    panels = list(axes.flat)
+    for panel, (name, values) in zip(panels, AXES.items(), strict=False):
+        _values(panel, name, [v for v in values if v.name in held], held)
+    course = panels[(rows - 2) * _COLUMNS :]
+    for panel in panels[len(AXES) : (rows - 2) * _COLUMNS]:
+        panel.set_axis_off()
+    losses = [v for v in AXES["loss"] if v.name in held]
+    for index, variation in enumerate(losses):
+        _course(course[index], course[index + _COLUMNS], variation, held[variation.name])
+    for index in range(len(losses), _COLUMNS):
+        course[index].set_axis_off()
+        course[index + _COLUMNS].set_axis_off()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    plots.close(figure)
+
+
+def _values(panel: Any, name: str, values: list[Variation], held: dict[str, Result]) -> None:
+    """Draw the advantage removed, with its interval, and what the original task lost."""
+    panel.axhline(0, color="#9ca3af", linewidth=0.8)
+    for place, variation in enumerate(values):
+        result = held[variation.name]
+        estimate = result.summary.advantage
+        if estimate.value is not None:
+            value = 100 * estimate.value
+            panel.plot(place, value, "o", color="#c2410c")
+            if estimate.interval is not None:
+                ends = [100 * end for end in estimate.interval]
+                panel.vlines(place, *ends, color="#c2410c")
+        if result.before is not None and result.after is not None:
+            lost = 100 * (result.before.value - result.after.value)
+            panel.plot(place, lost, "s", color="#1d4ed8", fillstyle="none")
+    # Names of several words would run into each other.
+    labels = [v.value.replace("_", "\n") + ("" if v.settings else "\n(base)") for v in values]
+    panel.set_xticks(range(len(values)), labels)
+    panel.set_xlim(-0.5, max(0.5, len(values) - 0.5))
+    panel.set_title(name)
+    panel.set_ylabel("advantage removed, % (dots)\noriginal lost, points (squares)", fontsize=7)
+
+
+def _course(losses: Any, scores: Any, variation: Variation, result: Result) -> None:
+    """Draw the suppression loss over the rounds, and below it the query score and the guard's."""
+    rounds = result.rounds
+    at = range(0, len(rounds) - len(rounds) % _SMOOTHED, _SMOOTHED)
+    blocks = [rounds[start : start + _SMOOTHED] for start in at] or [rounds]
+    middle = [sum(r.index for r in block) / len(block) for block in blocks]
+    losses.plot(
+        middle, [sum(r.suppression_loss for r in b) / len(b) for b in blocks], color="#c2410c"
+    )
+    losses.set_title(f"{variation.value}: suppression loss", fontsize=9)
+    query = [100 * sum(r.query_score for r in b) / len(b) for b in blocks]
+    scores.plot(middle, query, color="#c2410c", label="query score")
+    guarded = [(r.index, 100 * r.guard_score) for r in rounds if r.guard_score is not None]
+    scores.plot(*zip(*guarded, strict=True), color="#1d4ed8", label="original")
+    scores.set_ylim(0, 100)
+    scores.set_title(f"{variation.value}: scores over the rounds, %", fontsize=9)
+    scores.legend(fontsize=7)
+
+
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing to files. Raises SpecError where it is not installed."""
+    try:
+        importlib.import_module("matplotlib").use("agg")
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise SpecError(
+            f"matplotlib cannot be imported ({error}): the study's figure needs it: pip install"
+            " 'sophon-protect[demo]'"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import shlex
@@ -9,11 +10,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from grid import TRAINING_IMAGES, Cell, text_of
 from sophon._attacks.suites import resolved
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._base.files import read_json
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
-from sophon._grid import TRAINING_IMAGES, Cell, base_file, base_name, run_file
 from sophon._protection.spec import ProtectSpec
 from sophon._records.audit_record import AuditRecord, DomainRecord
 from sophon._specs import AuditSpec, DomainSpec, ModelSpec, PretrainSpec, fingerprint_of, parse_spec
@@ -30,7 +31,7 @@ def changes_of(record: AuditRecord, cell: Cell, base: Path | None = None) -> tup
     whose training is compared with the cell's where it is there. Raises CheckpointError where its
     description is damaged.
     """
-    wanted = parse_spec(RunSpec, tomllib.loads(run_file(cell, cell.name, ".")), where=cell.name)
+    wanted = parse_spec(RunSpec, tomllib.loads(text_of(cell.run_file)), where=cell.name)
     found = [] if record.model == _named(wanted.model) else ["model.name"]
     if record.task != wanted.task.name:
         found.append("task.name")
@@ -42,9 +43,11 @@ def changes_of(record: AuditRecord, cell: Cell, base: Path | None = None) -> tup
     for role, added in (("held_out", record.held_out), ("benign", record.benign)):
         found += [role] if added else []
     held = (record.protection or {}).get("spec")
-    found += _differing("protect", _completed(ProtectSpec, held), _plain(wanted.protect))
+    found += _changes("protect", held, wanted.protect)
     found += _differing("audit", _plain(record.spec), _plain(resolved(wanted.audit)))
-    found += _set_in(record.command)
+    # The record tells of the others by value.
+    told = ("audit", "protect")
+    found += [k for k in settings_in(record.command) if k.partition(".")[0] not in told]
     if base is not None and (base / BASE_DONE).is_file():
         found += _training_changes(base, cell)
     return tuple(dict.fromkeys(found))
@@ -64,12 +67,6 @@ def _timestep(task_name: str) -> int | None:
     """Return the only timestep of a diffusion task, from its name in a record; None: all."""
     found = re.search(r"\btimestep (\d+) alone\b", task_name)
     return int(found.group(1)) if found else None
-
-
-def _set_in(command: str) -> list[str]:
-    """Return the keys that a command sets and that no value in the record tells of."""
-    told = ("audit", "protect")
-    return [key for key in settings_in(command) if key.partition(".")[0] not in told]
 
 
 def settings_in(command: str) -> list[str]:
@@ -97,9 +94,9 @@ def key_of(setting: str) -> str:
 
 def _training_changes(base: Path, cell: Cell) -> list[str]:
     """Return the keys in which the model in `base` was not trained as the cell says."""
-    wanted = parse_spec(PretrainRunSpec, tomllib.loads(base_file(cell, "")), where=cell.name)
+    wanted = parse_spec(PretrainRunSpec, tomllib.loads(text_of(cell.base_file)), where=cell.name)
     held = _trained_as(base)
-    found = _differing("pretrain", _completed(PretrainSpec, held["spec"]), _plain(wanted.pretrain))
+    found = _changes("pretrain", held["spec"], wanted.pretrain)
     if _timestep(held["identity"].get("task", "")) != wanted.task.timestep:
         found.append("task.timestep")
     model = read_json(base / "model.json").get("model") or {}
@@ -113,12 +110,14 @@ def _plain(spec: AuditSpec | ProtectSpec | PretrainSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
-def _completed(kind: type[ProtectSpec] | type[PretrainSpec], held: Any) -> Any:
-    """Return a stored specification with what later versions added to it."""
-    try:
-        return _plain(parse_spec(kind, held, where="stored"))
-    except SpecError:
-        return held
+def _changes(path: str, held: Any, wanted: ProtectSpec | PretrainSpec) -> list[str]:
+    """Return the keys in which a stored specification, completed with what later versions added
+    to it, differs from the one that is wanted.
+    """
+    # What does not read as a specification stays as it is, and differs.
+    with contextlib.suppress(SpecError):
+        held = _plain(parse_spec(type(wanted), held, where="stored"))
+    return _differing(path, held, _plain(wanted))
 
 
 def _named(model: ModelSpec) -> str:
@@ -137,9 +136,9 @@ def _domain_changes(
         where = role if role == "original" else f"{role}.{number}"
         if one.image[1:] != (spec.image_size or _OWN_SIDE,) * 2:
             found.append(f"{where}.image_size")
-        if one.train != TRAINING_IMAGES[one.name]:
-            wanted_images = TRAINING_IMAGES[one.name]
-            found.append(f"{where}: {one.train:,} training images instead of {wanted_images:,}")
+        images = TRAINING_IMAGES[one.name]
+        if one.train != images:
+            found.append(f"{where}: {one.train:,} training images instead of {images:,}")
     return found
 
 
@@ -163,8 +162,8 @@ CHANGES_NOTHING = ("model.gradient_checkpointing",)
 
 
 def base_folder(out: Path, cell: Cell) -> Path:
-    """Return where `sophon reproduce --out` keeps the model that a cell protects."""
-    return out / "bases" / base_name(cell)
+    """Return where the model that a cell protects lies below `--out`."""
+    return out / "bases" / f"{cell.scale}-{cell.architecture}"
 
 
 def _trained_as(folder: Path) -> dict[str, Any]:
@@ -182,12 +181,12 @@ def require_same_base(folder: Path, wanted: PretrainRunSpec) -> None:
     held = _trained_as(folder)
     model = read_json(folder / "model.json").get("model") or {}
     pairs = {
-        **_values("pretrain", held["spec"], wanted.pretrain, PretrainSpec),
+        **_values("pretrain", held["spec"], wanted.pretrain),
         "original.name": (held["original"], wanted.original.name),
     }
     if wanted.task.name == "classification":
         # The folder of a diffusion model names itself.
-        pairs |= _values("model", model, wanted.model, ModelSpec)
+        pairs |= _values("model", model, wanted.model)
         for key in CHANGES_NOTHING:
             del pairs[key]
     different = [
@@ -221,7 +220,7 @@ def require_same_training(folder: Path, fingerprint: str, task: str) -> None:
 def require_same_protection(folder: Path, wanted: ProtectSpec) -> None:
     """Raise CheckpointError unless the model in `folder` was protected as `wanted` says."""
     held = read_json(folder / "model.json").get("protection") or {}
-    found = _differing("protect", _completed(ProtectSpec, held.get("spec")), _plain(wanted))
+    found = _changes("protect", held.get("spec"), wanted)
     if found:
         raise CheckpointError(
             f"{folder} was protected with other {', '.join(found[:3])}: give another --out, or"
@@ -230,9 +229,9 @@ def require_same_protection(folder: Path, wanted: ProtectSpec) -> None:
 
 
 def _values(
-    path: str, held: dict[str, Any], now: ModelSpec | PretrainSpec, kind: type[Any]
+    path: str, held: dict[str, Any], now: ModelSpec | PretrainSpec
 ) -> dict[str, tuple[Any, Any]]:
     """Return each field of two specifications with both values; absent ones have defaults."""
-    before = parse_spec(kind, held, where=path)
+    before = parse_spec(type(now), held, where=path)
     names = type(now).model_fields
     return {f"{path}.{name}": (getattr(before, name), getattr(now, name)) for name in names}

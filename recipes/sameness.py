@@ -15,7 +15,10 @@ from sophon._attacks.suites import resolved
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._base.files import read_json
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
+from sophon._protection.losses import SUPPRESSIONS
+from sophon._protection.presets import as_paper
 from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._records.audit_record import AuditRecord, DomainRecord
 from sophon._specs import AuditSpec, DomainSpec, ModelSpec, PretrainSpec, fingerprint_of, parse_spec
 
@@ -116,8 +119,17 @@ def _changes(path: str, held: Any, wanted: ProtectSpec | PretrainSpec) -> list[s
     """
     # What does not read as a specification stays as it is, and differs.
     with contextlib.suppress(SpecError):
-        held = _plain(parse_spec(type(wanted), held, where="stored"))
-    return _differing(path, held, _plain(wanted))
+        held = _plain(_whole(parse_spec(type(wanted), held, where="stored")))
+    return _differing(path, held, _plain(_whole(wanted)))
+
+
+def _whole(spec: ProtectSpec | PretrainSpec) -> ProtectSpec | PretrainSpec:
+    """Return a specification with nothing left open: cells are by the paper's method."""
+    if isinstance(spec, PretrainSpec):
+        return spec
+    losses = [term.loss for term in spec.hinder or () if isinstance(term, Rehearsal)]
+    diffusion = any(SUPPRESSIONS[loss].metric == "mse" for loss in losses if loss is not None)
+    return as_paper(spec, "mse" if diffusion else "accuracy")
 
 
 def _named(model: ModelSpec) -> str:

@@ -29,7 +29,15 @@ def completed(spec: ProtectSpec, setting: Setting) -> ProtectSpec:
     """
     metric = setting.task.metric
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
-    usual = _erasure(setting) if erases else _sophon()
+    return _filled(spec, _erasure(setting), metric) if erases else as_paper(spec, metric)
+
+
+def as_paper(spec: ProtectSpec, metric: str) -> ProtectSpec:
+    """Return the specification completed by the paper's method, for a task that `metric` scores."""
+    return _filled(spec, _sophon(), metric)
+
+
+def _filled(spec: ProtectSpec, usual: dict[str, Any], metric: str) -> ProtectSpec:
     values = {name: value for name, value in usual.items() if getattr(spec, name) is None}
     whole = spec.model_copy(update=values)
     guard = whole.guard or Guard()

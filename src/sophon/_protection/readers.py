@@ -107,7 +107,8 @@ def standardised(features: Tensor, clip: float) -> Tensor:
     centred = features - features.mean(0, keepdim=True)
     variance = centred.square().mean(0, keepdim=True)
     least = _LEAST * variance.mean().detach() + torch.finfo(features.dtype).tiny ** 0.5
-    return (centred * (variance + least).rsqrt()).clamp(-clip, clip)
+    scaled: Tensor = centred * (variance + least).rsqrt()
+    return scaled.clamp(-clip, clip)
 
 
 def pooled(output: Tensor, view: int) -> Tensor:
@@ -119,7 +120,9 @@ def pooled(output: Tensor, view: int) -> Tensor:
     output = output.float()
     if output.dim() == 4:
         height, width = output.shape[-2:]
-        return F.adaptive_avg_pool2d(output, (min(view, height), min(view, width))).flatten(1)
+        sides = (min(view, height), min(view, width))
+        averages: Tensor = F.adaptive_avg_pool2d(output, sides)
+        return averages.flatten(1)
     if output.dim() == 3:
         count = min(view * view, output.shape[1])
         return F.adaptive_avg_pool1d(output.transpose(1, 2), count).flatten(1)

@@ -117,16 +117,19 @@ def pooled(output: Tensor, view: int) -> Tensor:
     Maps (images, channels, height, width) are averaged to `view` positions a side, tokens (images,
     tokens, channels) to as many in their order; (images, features) stays.
     """
-    output = output.float()
     if output.dim() == 4:
         height, width = output.shape[-2:]
         sides = (min(view, height), min(view, width))
-        averages: Tensor = F.adaptive_avg_pool2d(output, sides)
-        return averages.flatten(1)
+        if height % sides[0] or width % sides[1]:
+            averages = F.adaptive_avg_pool2d(output, sides)
+        else:
+            # The same averages; its backward pass keeps the memory layout.
+            averages = F.avg_pool2d(output, (height // sides[0], width // sides[1]))
+        return averages.float().flatten(1)
     if output.dim() == 3:
         count = min(view * view, output.shape[1])
-        return F.adaptive_avg_pool1d(output.transpose(1, 2), count).flatten(1)
-    return output.flatten(1)
+        return F.adaptive_avg_pool1d(output.float().transpose(1, 2), count).flatten(1)
+    return output.float().flatten(1)
 
 
 def explained(
@@ -178,7 +181,13 @@ class Readers:
         for name in self.depths:
             row = []
             for view in self.spec.views:
-                features = standardised(pooled(outputs[name], view), self.spec.clip)
+                read = pooled(outputs[name], view)
+                if not bool(read.isfinite().all()):
+                    raise NonFiniteError(
+                        f"erasure: what leaves block {name!r} on restricted images is not finite:"
+                        " lower the rate of protect.update, or set protect.precision = 'fp32'"
+                    )
+                features = standardised(read, self.spec.clip)
                 for kind in self.spec.kinds:
                     share = float(torch.rand((), generator=stream, dtype=torch.float64))
                     penalty = math.exp(low + share * (high - low))
@@ -233,12 +242,6 @@ class Readers:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, output in outputs.items():
-            if not bool(output.isfinite().all()):
-                raise NonFiniteError(
-                    f"erasure: what leaves block {name!r} on restricted images is not finite: lower"
-                    " the rate of protect.update, or set protect.precision = 'fp32'"
-                )
 
     def _floor(self, domain: Domain) -> list[Tensor]:
         tables = []

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from sophon._base.seeding import generator
 from sophon._data import Domain, Images
-from sophon._records.audit_record import ErrorScore, Measurement, Score
+from sophon._records.audit_record import Measurement
 from sophon._training.setting import Setting
 
 
@@ -22,7 +20,7 @@ def evaluate(
 
 def measured(scores: Tensor, setting: Setting) -> Measurement:
     """Return the score that `image_scores` come to."""
-    return _MEASURED[setting.task.metric](scores)
+    return setting.task.measure(scores)
 
 
 @torch.no_grad()
@@ -44,32 +42,10 @@ def image_scores(
         for pixels, labels in setting.feed(domain, images, batch_size=batch_size).in_order():
             with setting.autocast():
                 outputs, targets = task.outputs(model, pixels, labels, stream)
-            held.append(task.score(outputs, targets))
+            score = task.score(outputs, targets)
+            # Half precision would round what is averaged.
+            held.append(score.to(torch.promote_types(score.dtype, torch.float32)))
         scores.append(torch.cat(held))
     for module, training in modes.items():
         module.training = training
     return torch.stack(scores).cpu()
-
-
-def _correct(scores: Tensor) -> Score:
-    """Return how many images are right, from one part's scores of 0 and 1."""
-    return Score(correct=int(scores.sum().item()), total=scores.shape[1])
-
-
-def _squared_error(scores: Tensor) -> ErrorScore:
-    """Return the mean error of images, each averaged over the parts, and of each part."""
-    errors = 1 - scores.double()
-    images = errors.mean(0)
-    quarters = errors.mean(1).tolist() if len(errors) > 1 else ()
-    return ErrorScore(
-        mse=float(images.mean()),
-        variance=float(images.var(correction=0)),
-        total=len(images),
-        quarters=tuple(quarters),
-    )
-
-
-_MEASURED: dict[str, Callable[[Tensor], Measurement]] = {
-    "accuracy": _correct,
-    "mse": _squared_error,
-}

@@ -216,7 +216,6 @@ def attacker_copy(
         for step in range(min(count, max(1, len(feed.images) // strategy.batch_size))):
             yield feed.batch(step)
 
-    classifies = setting.task.metric == "accuracy"
     surroundings = Surroundings(
         head=setting.head,
         image_shape=setting.task.shape((setting.channels, *feed.images.pixels.shape[2:])),
@@ -224,7 +223,7 @@ def attacker_copy(
         seed=stream[0],
         names=stream[1],
         batches=batches,
-        labelled=labelled if classifies else None,
+        labelled=labelled if setting.task.kind.classifies else None,
         train=lambda model, course: _follow(model, course, strategy, setting),
         steps=strategy.steps,
         bare=bare,

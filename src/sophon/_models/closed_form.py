@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sophon._base.errors import UnsupportedModelError
 from sophon._models.batch_norm import batch_norm_reestimated
+from sophon._models.probing import keeping_modes
 
 # Penalties that are tried, relative to the mean of the features' squared singular values.
 _PENALTIES = torch.logspace(-4, 4, 33, dtype=torch.float64)
@@ -64,17 +65,14 @@ def _inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> list[Tens
         found.append(_flat(layer, given[0], head).detach().double().cpu())
 
     handle = layer.register_forward_pre_hook(keep)
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with batch_norm_reestimated(model, batches) as anew:
+        with keeping_modes(model), batch_norm_reestimated(model, batches) as anew:
             if not anew:
                 model.eval()
                 for images in batches:
                     model(images)
     finally:
         handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return found
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sophon._base.seeding import generator
 from sophon._data import Domain, Images
+from sophon._models import keeping_modes
 from sophon._records.audit_record import Measurement
 from sophon._training.setting import Setting
 
@@ -33,19 +34,17 @@ def image_scores(
     image's place alone, so numbers of any two models compare. The model's train or eval mode is
     as before afterwards.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     scores = []
-    for index, task in enumerate(setting.task.parts):
-        stream = generator(0, "evaluation", index)
-        held = []
-        for pixels, labels in setting.feed(domain, images, batch_size=batch_size).in_order():
-            with setting.autocast():
-                outputs, targets = task.outputs(model, pixels, labels, stream)
-            score = task.score(outputs, targets)
-            # Half precision would round what is averaged.
-            held.append(score.to(torch.promote_types(score.dtype, torch.float32)))
-        scores.append(torch.cat(held))
-    for module, training in modes.items():
-        module.training = training
+    with keeping_modes(model):
+        model.eval()
+        for index, task in enumerate(setting.task.parts):
+            stream = generator(0, "evaluation", index)
+            held = []
+            for pixels, labels in setting.feed(domain, images, batch_size=batch_size).in_order():
+                with setting.autocast():
+                    outputs, targets = task.outputs(model, pixels, labels, stream)
+                score = task.score(outputs, targets)
+                # Half precision would round what is averaged.
+                held.append(score.to(torch.promote_types(score.dtype, torch.float32)))
+            scores.append(torch.cat(held))
     return torch.stack(scores).cpu()

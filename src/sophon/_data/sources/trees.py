@@ -6,17 +6,17 @@ whole is found before anything is trained on it.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, unknown
 from sophon._data.images import Bytes, Integers, shorter_side
-from sophon._data.sources.conventions import CLASS_ORDERS, IMAGENETTE
+from sophon._data.sources.conventions import CLASS_ORDERS, SETS
 from sophon._data.sources.decoded import read_pictures
 from sophon._data.splits import Contents, Part
 
@@ -88,46 +88,17 @@ def _ffhq_splits(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     return {"train": train, "test": [file for file in files if int(file.stem) >= 60_000]}
 
 
-_CIFAR_NAMES = {names[0]: names[0] for names in CLASS_ORDERS["cifar10"]}
+# How images that lie in one folder are dealt out to the splits.
+_SORTS = {"CelebA": _celeba_splits, "FFHQ": _ffhq_splits}
 
-TREES: dict[str, Tree] = {
-    "Imagenette": Tree(
-        {"train": "train", "test": "val"},
-        IMAGENETTE,
-        {"train": 9469, "test": 3925},
-        "{archive} of https://github.com/fastai/imagenette",
-        variants={"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"},
-        sides={"160px": 160, "320px": 320},
-    ),
-    "ILSVRC": Tree(
-        {"train": "train", "test": "val"},
-        IMAGENETTE,
-        {"train": 12_894, "test": 500},
-        "ILSVRC2012 of https://image-net.org (on application), validation images sorted into"
-        " folders by class",
-    ),
-    "CINIC10": Tree(
-        {"train": "train", "validation": "valid", "test": "test"},
-        _CIFAR_NAMES,
-        {"train": 90_000, "validation": 90_000, "test": 90_000},
-        "CINIC-10.tar.gz of https://datashare.ed.ac.uk/handle/10283/3192",
-    ),
-    "CelebA": Tree(
-        {"train": "img_align_celeba"},
-        {},
-        {"train": 202_599},
-        "img_align_celeba.zip and list_eval_partition.txt of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-        _celeba_splits,
-    ),
-    "FFHQ": Tree(
-        {"train": "thumbnails128x128"},
-        {},
-        {"train": 70_000},
-        "https://github.com/NVlabs/ffhq-dataset",
-        _ffhq_splits,
-        {"128px": "thumbnails128x128", "1024px": "images1024x1024"},
-    ),
-}
+
+def _tree(name: str, held: dict[str, Any]) -> Tree:
+    order, shown = CLASS_ORDERS.get(held.pop("order", ""), ()), held.pop("shown", 0)
+    classes = {names[0]: names[shown] for names in order}
+    return Tree(**held, classes=classes, sort=_SORTS.get(name))
+
+
+TREES = {name: _tree(name, dict(held)) for name, held in SETS["trees"].items()}
 
 
 def read_tree(name: str, root: Path, size: int | None) -> Contents:
@@ -143,10 +114,7 @@ def read_tree(name: str, root: Path, size: int | None) -> Contents:
     """
     key, _, variant = name.partition(":")
     if key not in TREES:
-        close = difflib.get_close_matches(key.upper(), {known.upper() for known in TREES}, 1)
-        guess = next((known for known in TREES if known.upper() in close), None)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise DataError(f"unknown tree {name!r}; {hint}known: {', '.join(TREES)}")
+        raise DataError(unknown("tree", name, TREES, any_case=True))
     tree = TREES[key]
     if variant and variant not in tree.variants:
         known = ", ".join(f"{key}:{one}" for one in tree.variants) or key

@@ -31,7 +31,13 @@ def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor
     UnsupportedModelError for a head whose input has no feature dimension to regress on.
     """
     labels: list[Tensor] = []
-    inputs = _inputs(model, head, (images for images, _ in _kept(batches, labels)))
+
+    def images() -> Iterator[Tensor]:
+        for pixels, answers in batches:
+            labels.append(answers)
+            yield pixels
+
+    inputs = _inputs(model, head, images())
     if not inputs:
         return False
     features = torch.cat(inputs)
@@ -46,14 +52,6 @@ def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor
     if layer.bias is not None:
         layer.bias.copy_(bias)
     return True
-
-
-def _kept(
-    batches: Iterable[tuple[Tensor, Tensor]], labels: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, answers in batches:
-        labels.append(answers)
-        yield images, answers
 
 
 def _inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> list[Tensor]:

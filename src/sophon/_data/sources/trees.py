@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sophon._base.errors import DataError, unknown
-from sophon._data.images import Bytes, Integers, shorter_side
+from sophon._data.images import shorter_side
 from sophon._data.sources.conventions import CLASS_ORDERS, SETS
-from sophon._data.sources.decoded import read_pictures
-from sophon._data.splits import Contents, Part
+from sophon._data.sources.folders import read_later
+from sophon._data.splits import Contents
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 # Images whose size is looked at to tell one variant of a data set from another.
@@ -152,7 +150,7 @@ def _with_classes(key: str, tree: Tree, variant: str, base: Path, size: int | No
         _require_whole(key, variant, split, base / below, files)
         if variant:
             _require_size(f"{key}:{variant}", tree, base / below, files)
-        parts[split] = _part(files, labels, size)
+        parts[split] = read_later(files, size, labels)
     classes = tuple(tree.classes.values())
     return Contents(parts["train"], parts.get("test"), classes, parts.get("validation"))
 
@@ -165,7 +163,7 @@ def _without_classes(key: str, tree: Tree, variant: str, root: Path, size: int |
     _require_whole(key, variant, "train", root / below, files)
     assert tree.sort is not None
     dealt = {name: held for name, held in tree.sort(root, files).items() if held}
-    parts = {name: _part(held, [0] * len(held), size) for name, held in dealt.items()}
+    parts = {name: read_later(held, size) for name, held in dealt.items()}
     return Contents(parts["train"], parts.get("test"), ("face",), parts.get("validation"))
 
 
@@ -229,10 +227,3 @@ def _pictures(folder: Path, *, flat: bool = False) -> list[Path]:
         held = (name for name in sorted(names) if not name.startswith("."))
         found += [Path(place, name) for name in held if name.lower().endswith(SUFFIXES)]
     return sorted(found)
-
-
-def _part(files: list[Path], labels: list[int], size: int | None) -> Part:
-    def read(index: Integers) -> Bytes:
-        return read_pictures([files[one] for one in index], size)
-
-    return Part(np.array(labels, dtype=np.int64), read)

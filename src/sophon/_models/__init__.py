@@ -14,6 +14,7 @@ from sophon._models.batch_norm import (
 )
 from sophon._models.building import (
     DIFFUSERS,
+    Blueprint,
     architecture,
     blueprint,
     denoiser_name,
@@ -67,5 +68,6 @@ from sophon._models.weights import (
     load_weights,
     network_identity,
     read_tensors,
+    require_finite,
     weights_sha256,
 )

@@ -21,7 +21,6 @@ from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import load_domain
 from sophon._data.sources.conventions import (
     CLASS_ORDERS,
-    IMAGENETTE,
     NORMALISATIONS,
     ordered_classes,
 )
@@ -57,7 +56,9 @@ def test_a_tree_has_its_classes_and_splits(
 ) -> None:
     formats.write_tree(tmp_path, name, monkeypatch)
     domain = load(tmp_path, source="tree", name=name, root=".", image_size=16)
-    wanted = CIFAR_NAMES if name == "CINIC10" else tuple(IMAGENETTE.values())
+    wanted = (
+        CIFAR_NAMES if name == "CINIC10" else tuple(name for _, name in CLASS_ORDERS["imagenette"])
+    )
     assert (domain.classes, domain.image_shape) == (wanted, (3, 16, 16))
     assert domain.test.labels.tolist() == [label for label in range(10) for _ in range(2)]
 
@@ -84,7 +85,7 @@ def test_ilsvrc_takes_ten_of_its_classes(tmp_path: Path, monkeypatch: pytest.Mon
     again = load(
         tmp_path, source="folder", path=".", class_order="imagenette", image_size=16, validation=0.1
     )
-    assert again.classes == tuple(IMAGENETTE)
+    assert again.classes == tuple(wnid for wnid, _ in CLASS_ORDERS["imagenette"])
     assert torch.equal(again.test.pixels, domain.test.pixels)
 
 

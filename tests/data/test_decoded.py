@@ -51,7 +51,7 @@ def test_pictures_are_decoded_once_for_each_size(
     monkeypatch.setattr(decoded, "open_picture", _no_decoder)
     for size, pixels in expected.items():
         assert np.array_equal(read_pictures(files, size), pixels)
-    monkeypatch.setenv("SOPHON_PLAIN", "1")
+    monkeypatch.delenv("SOPHON_CACHE")
     with pytest.raises(AssertionError, match="decoded again"):
         read_pictures(files, 8)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -126,15 +127,51 @@ def test_query_images_are_not_trained_on() -> None:
         assert float(torch.cdist(query, support).min()) > 0
 
 
+# The factors at a step of 20, five of them for warming up: written out again, for the loop's own
+# cannot vouch for themselves.
+FACTORS = {
+    "constant": lambda step, steps, warmup: 1.0,
+    "warmup": lambda step, steps, warmup: 1.0 if step >= warmup else (step + 1) / warmup,
+    "cosine": lambda step, steps, warmup: math.cos(math.pi * step / steps / 2) ** 2,
+    "warmup_cosine": lambda step, steps, warmup: (
+        FACTORS["warmup"](step, steps, warmup) * FACTORS["cosine"](step, steps, warmup)
+    ),
+}
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_stay_in_range(name: str) -> None:
+def test_schedules_are_what_they_are_called(name: str) -> None:
     strategy = Strategy(schedule=name, steps=20, warmup_steps=5)
-    factors = [SCHEDULES[name](step, strategy) for step in range(20)]
-    assert all(0 < factor <= 1 for factor in factors)
-    if name.startswith("warmup"):
-        assert factors[0] < factors[4]
-    if name.endswith("cosine"):
-        assert factors[-1] < 0.05
+    tenth = Strategy(schedule=name, steps=40)
+    for step in range(20):
+        expected = FACTORS[name](step, 20, 5)
+        assert SCHEDULES[name](step, strategy) == pytest.approx(expected, abs=1e-12)
+        assert SCHEDULES[name](step, tenth) == pytest.approx(FACTORS[name](step, 40, 4), abs=1e-12)
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    setting = _setting()
+    domain = restricted()
+    feed = setting.feed(domain, domain.train, batch_size=19, stream=(3, ("test",)))
+    a_pass = len(domain.train) // 19
+
+    def order(feed: Feed, epoch: int) -> list[bytes]:
+        steps = range(epoch * a_pass, (epoch + 1) * a_pass)
+        return [image.numpy().tobytes() for step in steps for image in feed.batch(step)[0]]
+
+    epochs = [order(feed, epoch) for epoch in range(3)]
+    assert a_pass * 19 == len(domain.train)
+    assert len(set(epochs[0])) > 100
+    for number, one in enumerate(epochs):
+        assert sorted(one) == sorted(epochs[0])
+        assert all(one != other for other in epochs[:number])
+    # A batch depends on its step alone, not on what was asked for before.
+    assert order(_feed(setting, 19), 1) == order(feed, 1) == epochs[1]
+    others = [(4, ("test",)), (3, ("tests",))]
+    for stream in others:
+        assert order(setting.feed(domain, domain.train, batch_size=19, stream=stream), 0) not in (
+            epochs
+        )
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -184,7 +221,7 @@ def test_every_setting_acts_as_in_a_plain_loop(changes: dict[str, object]) -> No
         F.cross_entropy(plain(images), labels).backward()
         if strategy.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), strategy.clip_norm)
-        optimizer.param_groups[0]["lr"] = 0.02 * SCHEDULES[strategy.schedule](step, strategy)
+        optimizer.param_groups[0]["lr"] = 0.02 * FACTORS[strategy.schedule](step, 6, 3)
         optimizer.step()
     plainly, usual = plain.state_dict(), dict(untouched.named_parameters())
     for key, value in model.named_parameters():

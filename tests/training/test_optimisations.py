@@ -18,6 +18,7 @@ from sophon._protection.protection import Protection
 from sophon._protection.terms.rehearsal import Rehearsals
 from sophon._specs import Strategy
 from sophon._training.loop import OPTIMIZERS
+from sophon._training.setting import Feed
 
 
 @pytest.fixture(params=["1", "0"], ids=["plain", "not plain"])
@@ -95,19 +96,26 @@ def test_gradients_added_together_are_bit_identical(monkeypatch: pytest.MonkeyPa
         assert value.abs().sum() > 0
 
 
-def test_batches_and_seeds_are_bit_identical(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for value in ("0", "1"):
-        monkeypatch.setenv("SOPHON_PLAIN", value)
-        setting = setting_of(trained_model())
-        feed = setting.feed(restricted(), restricted().train, batch_size=100, augmentation="crop")
-        made = [feed.batch(step) for step in (0, 1, 9, 1)]
+def test_what_is_kept_between_batches_changes_no_bit() -> None:
+    setting = setting_of(trained_model())
+
+    def feed() -> Feed:
+        domain = restricted()
+        return setting.feed(domain, domain.train, batch_size=100, augmentation="crop")
+
+    kept = feed()
+    for step in (0, 1, 9, 1):
+        for fast, anew in zip(kept.batch(step), feed().batch(step), strict=True):
+            assert torch.equal(fast, anew)
+
+
+def test_the_shorter_way_to_a_seed_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = []
+    for alone in (True, False):
+        monkeypatch.setattr("sophon._base.seeding._processor_alone", lambda alone=alone: alone)
         with seeded(3, "dropout", 7):
-            found.append((made, torch.rand(5)))
-    for fast, slow in zip(found[0][0], found[1][0], strict=True):
-        assert torch.equal(fast[0], slow[0])
-        assert torch.equal(fast[1], slow[1])
-    assert torch.equal(found[0][1], found[1][1])
+            draws.append(torch.rand(5))
+    assert torch.equal(*draws)
 
 
 def test_a_plain_run_is_not_taken_up_without_the_switch(

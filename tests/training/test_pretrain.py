@@ -105,3 +105,37 @@ def test_a_folder_is_taken_up_only_by_the_same_network_and_engine(
         monkeypatch.setenv("SOPHON_PLAIN", now)
         with pytest.raises(CheckpointError, match="a run with another plain"):
             Pretraining(_model(), original=original(), spec=SPEC, out=folder)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"steps": 24, "every": 8, "ema_decay": 0.9})
+    whole = Pretraining(_model(), original=original(), spec=spec)
+    stages = list(whole)
+    out = tmp_path / "run"
+    first = Pretraining(_model(), original=original(), spec=spec, out=out)
+    assert not (out / "stages.jsonl").read_text()
+    for _ in zip(range(2), first, strict=False):
+        pass
+    assert first.done == 2
+    with pytest.raises(CheckpointError, match="stage 2 of 3: iterate to the end"):
+        first.result()
+    lines = (out / "stages.jsonl").read_text()
+    # Killed before the state of a further stage was whole.
+    (out / "stages.jsonl").write_text(lines + lines.splitlines()[0] + "\n")
+    again = Pretraining(_model(), original=original(), spec=spec, out=out)
+    assert (again.done, (out / "stages.jsonl").read_text()) == (2, lines)
+    assert len(list(again)) == 1
+    assert weights_sha256(again.model) == weights_sha256(whole.model)
+    assert weights_sha256(again.tuning.model) == weights_sha256(whole.tuning.model)
+    assert weights_sha256(again.model) != weights_sha256(again.tuning.model)
+    told = [(stage.step, stage.loss, stage.validation) for stage in stages]
+    assert [(stage.step, stage.loss, stage.validation) for stage in again.stages] == told
+    assert len((out / "stages.jsonl").read_text().splitlines()) == 3
+    made = again.result()
+    described = json.loads((out / "pretraining.json").read_text())
+    assert described["identity"] == whole.identity
+    assert described["validation"] == made.score.model_dump()
+    assert sorted(path.name for path in (out / "states").iterdir()) == [
+        "round-00000002",
+        "round-00000003",
+    ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SophonError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line returns.
@@ -57,3 +60,25 @@ class ControlError(SophonError):
 
 class RanksError(SophonError):
     """Another process of the same run failed, ended, or holds other weights."""
+
+
+def first_line(error: BaseException, most: int = 160, *, default: str | None = None) -> str:
+    """Return the first line of what an error says, cut to `most` characters; one that says nothing
+    is called by `default`, or its class.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else default or type(error).__name__
+
+
+def unknown(what: str, name: str, known: Iterable[str], *, any_case: bool = False) -> str:
+    """Return the message that a name is not among the `known` ones, with the nearest of them."""
+    names = list(known)
+    if any_case:
+        folded = difflib.get_close_matches(
+            name.partition(":")[0].upper(), {one.upper() for one in names}, 1
+        )
+        near = next((one for one in names if one.upper() in folded), "")
+    else:
+        near = next((repr(one) for one in difflib.get_close_matches(name, names, 1)), "")
+    hint = f"did you mean {near}? " if near else ""
+    return f"unknown {what} {name!r}; {hint}known: {', '.join(names)}"

@@ -1,9 +1,8 @@
-"""The one switch of everything that only makes a run faster.
+"""The one switch of what makes a run faster and may round otherwise.
 
 With `SOPHON_PLAIN=1` in the environment a run computes the plain way: fp32 where precision is
 `auto`, the default memory layout, optimizers that go parameter by parameter, gradients added one
-by one, batches and seeds without what is kept from the last one. Tests compare both ways; the list
-of what it switches is in `docs/design/engine.md`.
+by one. Tests compare both ways; the list of what it switches is in `docs/design/engine.md`.
 """
 
 from __future__ import annotations

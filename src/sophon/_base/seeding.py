@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
-from sophon._base.plain_mode import plain
-
 if TYPE_CHECKING:
     import torch
 
@@ -42,13 +40,9 @@ def seeded(seed: int, *names: str | int) -> Iterator[None]:
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        start = torch.default_generator.manual_seed if _direct() else torch.manual_seed
+        start = torch.default_generator.manual_seed if _processor_alone() else torch.manual_seed
         start(derive_seed(seed, *names))
         yield
-
-
-def _direct() -> bool:
-    return _processor_alone() and not plain()
 
 
 @cache

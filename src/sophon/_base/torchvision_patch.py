@@ -1,8 +1,24 @@
-"""Work-arounds for combinations of libraries that do not load beside each other."""
+"""Optional libraries: loaded when needed, beside each other where they do not go together."""
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
+from typing import Any
+
+from sophon._base.errors import UnsupportedModelError
+
+
+def library(name: str, refusal: str, remedy: str) -> Any:
+    """Return a module of an optional library.
+
+    Raises UnsupportedModelError, with both texts, where it cannot be imported.
+    """
+    prepare_torchvision()
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedModelError(f"{refusal} ({error}): {remedy}") from None
 
 
 @cache

@@ -366,12 +366,7 @@ def _load_denoiser(case: Case, folder: Path) -> nn.Module:
     """Return the U-Net of a folder that diffusers wrote, which predicts what the run's does."""
     source = DenoiserSource(folder)
     scheduler = source.scheduler()
-    if scheduler is not None and isinstance(case.task, Denoising):
-        held = scheduler.config.get("prediction_type", "epsilon")
-        if held != case.task.prediction:
-            raise SpecError(
-                f"{folder} predicts {held!r} and the model of the run {case.task.prediction!r}:"
-                " compare models that predict the same"
-            )
+    if scheduler is not None:
+        case.task.require_alike(scheduler, folder)
     model = source.load()
     return (checkpoint_gradients(model) if case.network.gradient_checkpointing else model).eval()

@@ -32,31 +32,23 @@ def check_distinct(
     """Raise DataError if more than half of the training images of one domain are images of the
     other: compared pixel by pixel (any split), or by thumbnails where their sizes differ.
     """
-    if first.image_shape != second.image_shape:
-        _check_resized(first, second, roles)
-        return
+    resized = first.image_shape != second.image_shape
     for one, other in ((second, first), (first, second)):
-        known: set[bytes] = set()
-        for split in (other.train, other.validation, other.test):
-            known.update(_hashes(split))
-        share = sum(image in known for image in _hashes(one.train)) / len(one.train)
+        found = copies(one.train, other.train) if resized else _found(one.train, other)
+        share = found / len(one.train)
         if share > 0.5:
             raise DataError(
                 f"{roles[1]} domain {second.name!r} is the same data as the {roles[0]} "
-                f"{first.name!r}: {share:.0%} of the training images of {one.name!r} are in"
-                " both; give each its own images"
+                f"{first.name!r}{' in another size' if resized else ''}: {share:.0%} of the"
+                f" training images of {one.name!r} are in both; give each its own images"
             )
 
 
-def _check_resized(first: Domain, second: Domain, roles: tuple[str, str]) -> None:
-    for one, other in ((second, first), (first, second)):
-        alike = copies(one.train, other.train) / len(one.train)
-        if alike > 0.5:
-            raise DataError(
-                f"{roles[1]} domain {second.name!r} is the same data as the {roles[0]}"
-                f" {first.name!r} in another size: {alike:.0%} of the training images of"
-                f" {one.name!r} are in both; give each its own images"
-            )
+def _found(images: Images, domain: Domain) -> int:
+    """Return how many images are in some split of `domain`, pixel by pixel."""
+    splits = (domain.train, domain.validation, domain.test)
+    known = {image for split in splits for image in _hashes(split)}
+    return sum(image in known for image in _hashes(images))
 
 
 def _hashes(images: Images) -> Iterator[bytes]:

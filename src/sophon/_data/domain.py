@@ -116,15 +116,7 @@ class Domain:
         made = [part_of_array(*part, None) for part in parts]
         contents = Contents(made[0], made[1] if len(made) > 1 else None, names)
         splits = cut(contents, Cut(validation, test, split_seed, least_classes=1 if bare else 2))
-        return cls(
-            name,
-            splits.train,
-            splits.validation,
-            splits.test,
-            splits.classes,
-            _floats(mean),
-            _floats(std),
-        )
+        return cls(name, **vars(splits), mean=_floats(mean), std=_floats(std))
 
     @classmethod
     def from_datasets(  # noqa: PLR0913 - one keyword per field of DomainSpec

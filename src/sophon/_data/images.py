@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, first_line
 
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
@@ -122,7 +122,7 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBo
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path} cannot be read as an image ({_first_line(error)}); replace or remove it"
+        f"{path} cannot be read as an image ({first_line(error, 1000)}); replace or remove it"
     )
 
 
@@ -205,8 +205,3 @@ def _as_bytes(array: NDArray[Any]) -> Bytes:
 
 def _size(picture: Bytes) -> str:
     return f"{picture.shape[1]}x{picture.shape[0]}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

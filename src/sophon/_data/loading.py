@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, unknown
 from sophon._data.domain import Domain
 from sophon._data.sources.archives import read_archive
 from sophon._data.sources.conventions import normalisation_of, ordered_classes
@@ -36,9 +35,7 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
     base = Path(base)
     try:
         if spec.source not in SOURCES:
-            close = difflib.get_close_matches(spec.source, SOURCES, 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise DataError(f"unknown source {spec.source!r}; {hint}known: {', '.join(SOURCES)}")
+            raise DataError(unknown("source", spec.source, SOURCES))
         if spec.labels == "coarse" and spec.source != "npz":
             raise DataError(
                 f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it"
@@ -166,18 +163,9 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
         least_classes=1 if free or spec.labels == "none" else 2,
         stratified=not free,
     )
-    splits = cut(contents, how)
-    return Domain(
-        spec.name or name,
-        splits.train,
-        splits.validation,
-        splits.test,
-        splits.classes,
-        mean,
-        std,
-        spec.source,
-        spec.weight,
-    )
+    splits = vars(cut(contents, how))
+    named, weight = spec.name or name, spec.weight
+    return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight)
 
 
 def _normalisation(spec: DomainSpec) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

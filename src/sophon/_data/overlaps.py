@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from functools import partial
 
 import torch
 
@@ -85,18 +86,14 @@ def _reduced(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
 
     Some at a time: the floats of all would take many times the memory of the images.
     """
-    small, thumbnails = [], []
+    sizes = ((8, 9), (_THUMBNAIL, _THUMBNAIL))
+    reduce = partial(torch.nn.functional.interpolate, mode="bilinear", antialias=True)
+    parts = []
     for part in images.pixels.split(_CHUNK):
         grey = part.float().mean(1, keepdim=True) / 255
-        small.append(_resized(grey, 8, 9))
-        thumbnails.append(_resized(grey, _THUMBNAIL, _THUMBNAIL))
-    return torch.cat(small), torch.cat(thumbnails)
-
-
-def _resized(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return torch.nn.functional.interpolate(
-        grey, (height, width), mode="bilinear", antialias=True, align_corners=False
-    )[:, 0]
+        parts.append([reduce(grey, size, align_corners=False)[:, 0] for size in sizes])
+    small, thumbnails = (torch.cat(held) for held in zip(*parts, strict=True))
+    return small, thumbnails
 
 
 def _overlap(first: str, one: _Prints, second: str, other: _Prints) -> Overlap:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophon._models.probing import keeping_modes
+
 BatchNorms = nn.modules.batchnorm._BatchNorm
 
 
@@ -29,23 +31,21 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     and momenta are as before afterwards.
     """
     tracked = tracked_batch_norms(model)
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in tracked]
     seen = 0
-    model.eval()
-    for norm in tracked:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
     try:
-        for images in batches:
-            model(images)
-            seen += 1
+        with keeping_modes(model):
+            model.eval()
+            for norm in tracked:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for images in batches:
+                model(images)
+                seen += 1
     finally:
         for norm, momentum in zip(tracked, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
     return seen
 
 

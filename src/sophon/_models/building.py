@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sophon._base.errors import CheckpointError, UnsupportedModelError
 from sophon._base.files import read_json
 from sophon._base.seeding import seeded
-from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._models.denoisers import DenoiserSource
 from sophon._models.gradient_checkpointing import checkpoint_gradients
 from sophon._models.heads import find_head, head_classes, replace_head
+from sophon._models.libraries import (
+    build_timm,
+    build_torchvision,
+    installed_networks,
+    require_name,
+    unknown_network,
+)
 from sophon._models.networks import NETWORKS
-from sophon._models.probing import (
-    made_for,
-)
-from sophon._models.published import (
-    FILES,
-    is_published,
-    published_place,
-    published_timm,
-    published_torchvision,
-    require_published,
-)
+from sophon._models.probing import made_for
+from sophon._models.published import FILES, published
 from sophon._models.weights import load_weights, read_tensors, require_finite
 from sophon._specs import ModelSpec, parse_spec
 
@@ -70,7 +62,11 @@ def resolve_model(
     classes = spec.classes or network.classes or default_classes
     if spec.pretrained:
         classes = spec.classes
-        model = _pretrained(spec)
+        source = published(spec)
+        # Arguments at fault are said before anything is fetched.
+        blueprint(spec).build(None)
+        model = source.model()
+        _refit(model, spec)
     elif file is None:
         with seeded(0, "weights", spec.name.rpartition("/")[2]):
             model = plan.build(classes) if plan.load is None else plan.load()
@@ -104,17 +100,11 @@ def require_model(spec: ModelSpec, *, base: str | Path = ".") -> None:
     blueprint(network)
     kind, _, name = network.name.partition(":")
     if kind in ("timm", "torchvision"):
-        _require_name(kind, name)
-    if spec.pretrained:
-        _weights_file(spec, base)
-        library, name = _publisher(spec)
-        try:
-            require_published(library, name)
-        except _UNREACHED as error:
-            raise _out_of_reach(spec, error) from None
-        return
+        require_name(kind, name)
     file = _weights_file(spec, base)
-    if file is not None and not file.is_file():
+    if spec.pretrained:
+        published(spec).require()
+    elif file is not None and not file.is_file():
         read_tensors(file)
 
 
@@ -155,7 +145,7 @@ def blueprint(spec: ModelSpec) -> Blueprint:
     if kind == "timm" and name:
         return Blueprint(
             spec.name,
-            lambda classes: _build_timm(name, classes, spec.in_channels, spec.arguments),
+            lambda classes: build_timm(name, classes, spec.in_channels, spec.arguments),
         )
     if kind == "torchvision" and name:
         if spec.in_channels != 3:
@@ -164,7 +154,7 @@ def blueprint(spec: ModelSpec) -> Blueprint:
                 "use 3 (grey images are repeated) or a timm network"
             )
         return Blueprint(
-            spec.name, lambda classes: _build_torchvision(name, classes, spec.arguments)
+            spec.name, lambda classes: build_torchvision(name, classes, spec.arguments)
         )
     if spec.name.startswith(DIFFUSERS):
         source = DenoiserSource(Path(spec.name.removeprefix(DIFFUSERS)))
@@ -176,207 +166,12 @@ def blueprint(spec: ModelSpec) -> Blueprint:
             )
         network = NETWORKS[spec.name]
         return Blueprint(spec.name, lambda classes: network(classes or 10, spec.in_channels))
-    raise UnsupportedModelError(_unknown(spec.name, [*NETWORKS, *_elsewhere()]))
-
-
-def _elsewhere() -> list[str]:
-    """Return the networks of the libraries that are installed: `timm:resnet18` and so on."""
-    held = []
-    for kind in ("timm", "torchvision"):
-        try:
-            held += [f"{kind}:{one}" for one in _names_of(kind)]
-        except UnsupportedModelError:
-            continue
-    return held
+    raise UnsupportedModelError(unknown_network(spec.name, [*NETWORKS, *installed_networks()]))
 
 
 def denoiser_name(name: str, base: Path) -> str:
     """Return `diffusers:PATH` with a path that starts at `base` made absolute."""
     return DIFFUSERS + str((base / name.removeprefix(DIFFUSERS)).absolute())
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    near = [one for one in known if one.endswith(f":{name}")] or _near(name, known)
-    hint = f"did you mean {', '.join(near)}?" if near else ""
-    forms = (
-        f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME, diffusers:PATH or a path to a"
-        " checkpoint"
-    )
-    return f"model.name = {name!r} is not known: {hint or forms}"
-
-
-def _near(name: str, known: list[str]) -> list[str]:
-    """Return the names nearest to one; a name without a library is compared with names alone, and
-    networks of our own come first.
-    """
-    if ":" in name:
-        return difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    bare: dict[str, list[str]] = {}
-    for one in known:
-        bare.setdefault(one.rpartition(":")[2], []).append(one)
-    close = difflib.get_close_matches(name, bare, n=4, cutoff=0.5)
-    return sorted((one for held in close for one in bare[held]), key=lambda one: ":" in one)[:4]
-
-
-def _library(name: str) -> Any:
-    prepare_torchvision()
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"{name} cannot be imported ({error}): pip install 'sophon-protect[vision]'"
-        ) from None
-
-
-def _require_name(kind: str, name: str) -> None:
-    """Raise UnsupportedModelError, with near matches, for a name that timm or torchvision lacks."""
-    if kind == "timm" and _library("timm").is_model(name):
-        _require_tag(name)
-        return
-    known = _names_of(kind)
-    if kind == "timm" or name not in known:
-        near = [f"{kind}:{found}" for found in known]
-        raise UnsupportedModelError(_unknown(f"{kind}:{name}", near))
-
-
-def _require_tag(name: str) -> None:
-    """Raise UnsupportedModelError, with those there are, for weights that timm does not know."""
-    network, _, tag = name.partition(".")
-    held: list[str] = _library("timm").list_pretrained(f"{network}.*") if tag else []
-    if tag and name not in held:
-        known = ", ".join(f"timm:{one}" for one in held) or "none"
-        raise UnsupportedModelError(
-            f"model.name = 'timm:{name}': timm knows no weights {tag!r} of {network}; known:"
-            f" {known}"
-        )
-
-
-def _names_of(kind: str) -> list[str]:
-    """Return the networks that timm or torchvision knows."""
-    if kind == "timm":
-        names: list[str] = _library("timm").list_models()
-        return names
-    models = _library("torchvision.models")
-    held: list[str] = models.list_models(module=models)
-    return held
-
-
-def _build_timm(
-    name: str, classes: int | None, in_channels: int, options: dict[str, Any]
-) -> nn.Module:
-    _require_name("timm", name)
-    timm = _library("timm")
-    arguments: dict[str, Any] = {"in_chans": in_channels, **_tuples(options)}
-    if classes is not None:
-        arguments["num_classes"] = classes
-    return _with_arguments(
-        f"timm:{name}", options, lambda: _flexible(timm.create_model, name, **arguments)
-    )
-
-
-def _flexible(create: Callable[..., nn.Module], *names: Any, **arguments: Any) -> nn.Module:
-    """Return the timm network; a vision transformer takes any image size, with unchanged keys."""
-    try:
-        return create(*names, dynamic_img_size=True, **arguments)
-    except TypeError:
-        return create(*names, **arguments)
-
-
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-
-
-def _with_arguments(
-    name: str, options: dict[str, Any], build: Callable[[], nn.Module]
-) -> nn.Module:
-    """Return what `build` makes; UnsupportedModelError if `options` are at fault."""
-    try:
-        return build()
-    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError) as error:
-        if not options:
-            raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UnsupportedModelError(
-            f"model.arguments = {options}: {name} cannot be built with them ({line}); correct or"
-            " remove them"
-        ) from None
-
-
-def _build_torchvision(name: str, classes: int | None, options: dict[str, Any]) -> nn.Module:
-    _require_name("torchvision", name)
-    models = _library("torchvision.models")
-    arguments: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if name in ("googlenet", "inception_v3"):
-        arguments |= {"aux_logits": False, "init_weights": True}
-    arguments |= _tuples(options)
-    return _with_arguments(
-        f"torchvision:{name}", options, lambda: models.get_model(name, weights=None, **arguments)
-    )
-
-
-_UNREACHED = (OSError, RuntimeError, ValueError)
-# What reading half a file raises, and a download whose checksum is another.
-_CUT = (SafetensorError, UnpicklingError, EOFError, RuntimeError)
-
-
-def _publisher(spec: ModelSpec) -> tuple[Any, str]:
-    """Return the library that publishes weights of the network, and its name there.
-
-    Raises UnsupportedModelError where none does.
-    """
-    kind, _, name = spec.name.partition(":")
-    library = None
-    if kind in ("timm", "torchvision"):
-        _require_name(kind, name)
-        library = _library("timm" if kind == "timm" else "torchvision.models")
-    if library is None or not is_published(library, name):
-        raise UnsupportedModelError(
-            f"model.pretrained = true: {spec.name} has no published weights; set model.weights"
-        )
-    return library, name
-
-
-def _pretrained(spec: ModelSpec) -> nn.Module:
-    """Return the network with its publisher's weights; another class count gets a fresh head."""
-    library, name = _publisher(spec)
-    blueprint(spec).build(None)
-    options = _tuples(spec.arguments)
-    try:
-        if spec.name.startswith("timm:"):
-            options["in_chans"] = spec.in_channels
-            model = _flexible(published_timm, library, name, **options)
-        else:
-            model = published_torchvision(library, name, **options)
-    except _CUT as error:
-        if "state_dict" in str(error):
-            raise UnsupportedModelError(
-                f"the published weights of {spec.name} do not fit it with model.arguments ="
-                f" {spec.arguments}: remove these, or set model.pretrained = false"
-            ) from None
-        raise _damaged(spec, error) from None
-    except _UNREACHED as error:
-        raise _out_of_reach(spec, error) from None
-    _refit(model, spec)
-    return model
-
-
-def _damaged(spec: ModelSpec, error: Exception) -> UnsupportedModelError:
-    said = " ".join(str(error).split())[:120]
-    return UnsupportedModelError(
-        f"the published weights of {spec.name} in {published_place(*_publisher(spec))} are damaged"
-        f" or a partial download ({type(error).__name__}: {said}): delete them and download them"
-        " again"
-    )
-
-
-def _out_of_reach(spec: ModelSpec, error: Exception) -> UnsupportedModelError:
-    library, name = _publisher(spec)
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
-    return UnsupportedModelError(
-        f"the published weights of {spec.name} are not at hand ({reason}): download them once "
-        f"with a connection, to {published_place(library, name)}, or give the file as"
-        " model.weights and set model.pretrained = false beside it"
-    )
 
 
 def _refit(model: nn.Module, spec: ModelSpec) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sophon._base.errors import UnsupportedModelError
 from sophon._models.batch_norm import batch_norm_reestimated
+from sophon._models.probing import keeping_modes
 
 # Penalties that are tried, relative to the mean of the features' squared singular values.
 _PENALTIES = torch.logspace(-4, 4, 33, dtype=torch.float64)
@@ -30,7 +31,13 @@ def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor
     UnsupportedModelError for a head whose input has no feature dimension to regress on.
     """
     labels: list[Tensor] = []
-    inputs = _inputs(model, head, (images for images, _ in _kept(batches, labels)))
+
+    def images() -> Iterator[Tensor]:
+        for pixels, answers in batches:
+            labels.append(answers)
+            yield pixels
+
+    inputs = _inputs(model, head, images())
     if not inputs:
         return False
     features = torch.cat(inputs)
@@ -47,14 +54,6 @@ def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor
     return True
 
 
-def _kept(
-    batches: Iterable[tuple[Tensor, Tensor]], labels: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, answers in batches:
-        labels.append(answers)
-        yield images, answers
-
-
 def _inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> list[Tensor]:
     """Return what reaches the head, (batch, features) in double precision, batch by batch."""
     found: list[Tensor] = []
@@ -64,17 +63,14 @@ def _inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> list[Tens
         found.append(_flat(layer, given[0], head).detach().double().cpu())
 
     handle = layer.register_forward_pre_hook(keep)
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with batch_norm_reestimated(model, batches) as anew:
+        with keeping_modes(model), batch_norm_reestimated(model, batches) as anew:
             if not anew:
                 model.eval()
                 for images in batches:
                     model(images)
     finally:
         handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return found
 
 

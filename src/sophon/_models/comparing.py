@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sophon._models.gradient_checkpointing import checkpointed
 from sophon._models.hooks import foreign_hooks
+from sophon._models.weights import tensor_bytes
 
 # What every module holds, where a checkpoint was loaded from and by which version, and what a new
 # head leaves as it was.
@@ -161,8 +162,7 @@ def _of_function(value: FunctionType) -> str:
 
 
 def _of_tensor(value: Tensor) -> str:
-    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    content = hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+    content = hashlib.sha256(tensor_bytes(value)).hexdigest()[:16]
     return f"{value.dtype} {tuple(value.shape)} {content}"
 
 

@@ -6,7 +6,6 @@ built or loaded.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -16,14 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, DataError, UnsupportedModelError
+from sophon._base.errors import CheckpointError, DataError, UnsupportedModelError, first_line
 from sophon._base.files import temporary_beside, write_text
-from sophon._base.torchvision_patch import prepare_torchvision
+from sophon._base.torchvision_patch import library
 
 # What the last layer is called in both; it is the head that attackers start anew.
 HEAD = "conv_out"
 PLAIN, CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
 _INDEX, _CONFIG = "model_index.json", "config.json"
+# What EMAModel writes into the configuration beside the network's own settings.
+_OF_EMA = {
+    *("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup"),
+    *("inv_gamma", "power"),
+}
 # Tokens of the empty condition that a probe gives.
 _PROBE_TOKENS = 4
 
@@ -141,17 +145,14 @@ def _settings(model: nn.Module) -> Any:
 
 def diffusers() -> Any:
     """Return the library. Raises UnsupportedModelError where it is not installed."""
-    prepare_torchvision()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        library = importlib.import_module("diffusers")
-        # Loading is shown by whoever runs a command, and a page of bars hides that.
-        importlib.import_module("diffusers.utils.logging").disable_progress_bar()
-        return library
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"diffusers cannot be imported ({error}): pip install 'sophon-protect[diffusion]'"
-        ) from None
+    needed = "pip install 'sophon-protect[diffusion]'"
+    held = library("diffusers", "diffusers cannot be imported", needed)
+    # Loading is shown by whoever runs a command, and a page of bars hides that.
+    library(
+        "diffusers.utils.logging", "diffusers cannot be imported", needed
+    ).disable_progress_bar()
+    return held
 
 
 class DenoiserSource:
@@ -222,9 +223,8 @@ class DenoiserSource:
                 self.unet, local_files_only=True, low_cpu_mem_usage=False
             )
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
-                f"{self.unet} holds no usable weights ({line}): download"
+                f"{self.unet} holds no usable weights ({first_line(error, 200)}): download"
                 " diffusion_pytorch_model.safetensors again"
             ) from None
         # Of another type only where that is needed: diffusers warns of it.
@@ -239,20 +239,6 @@ class DenoiserSource:
         if kind is None:
             raise UnsupportedModelError(f"{self.pipeline}: diffusers has no scheduler {name}")
         return kind.from_pretrained(self.pipeline / "scheduler", local_files_only=True)
-
-
-# What EMAModel writes into the configuration beside the network's own settings.
-_OF_EMA = frozenset(
-    (
-        "decay",
-        "min_decay",
-        "optimization_step",
-        "update_after_step",
-        "use_ema_warmup",
-        "inv_gamma",
-        "power",
-    )
-)
 
 
 def _read(file: Path) -> dict[str, Any]:

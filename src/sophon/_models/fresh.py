@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import seeded
 from sophon._models.heads import head_classes, replace_head
 from sophon._models.probing import Names
+from sophon._models.weights import tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,7 @@ class Bare:
 
     def sha256(self) -> str:
         """Return the SHA-256 (hex) of names, types, shapes and bytes."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.values.items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(flat.numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_sha256(self.values.items())
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def _layers_giving_the_output(
         with probing(model):
             result = model(probe_images(model, image_shape))
     except PROBE_ERRORS as error:
-        raise cannot_take(model, image_shape, "the probe", str(error)) from None
+        raise cannot_take(model, image_shape, "the probe", error) from None
     finally:
         for handle in handles:
             handle.remove()

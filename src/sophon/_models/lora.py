@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import re
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import seeded
-from sophon._base.torchvision_patch import prepare_torchvision
+from sophon._base.torchvision_patch import library
 
 # peft keeps a layer's own weights under this name, and its adapters under "default".
 _BASE = ".base_layer."
@@ -29,7 +28,7 @@ def add_lora(
     layers = [name for name, part in model.named_modules() if _adaptable(part) and name != head]
     if not layers:
         raise UnsupportedModelError("lora_rank: the model has no Conv2d or Linear besides its head")
-    peft = _peft()
+    peft = require_peft()
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="|".join(re.escape(name) for name in layers)
     )
@@ -70,17 +69,10 @@ def _adaptable(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1)
 
 
-def require_peft() -> None:
-    """Raise UnsupportedModelError unless peft can be imported."""
-    _peft()
-
-
-def _peft() -> Any:
-    prepare_torchvision()
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"peft cannot be imported ({error}): attacks with lora_rank need it: pip install"
-            " 'sophon-protect[peft]'"
-        ) from None
+def require_peft() -> Any:
+    """Return peft. Raises UnsupportedModelError where it cannot be imported."""
+    return library(
+        "peft",
+        "peft cannot be imported",
+        "attacks with lora_rank need it: pip install 'sophon-protect[peft]'",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sophon._base.errors import UnsupportedModelError
-from sophon._base.torchvision_patch import prepare_torchvision
+from sophon._base.torchvision_patch import library
 
 
 class BasicBlock(nn.Module):
@@ -151,13 +149,8 @@ def small_vgg(classes: int = 10, in_channels: int = 3) -> nn.Module:
 
 
 def _timm(module: str, name: str) -> Any:
-    prepare_torchvision()
-    try:
-        return importlib.import_module(f"timm.models.{module}")
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"{name} needs timm ({error}): pip install 'sophon-protect[vision]'"
-        ) from None
+    needed = "pip install 'sophon-protect[vision]'"
+    return library(f"timm.models.{module}", f"{name} needs timm", needed)
 
 
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import DataError, UnsupportedModelError
+from sophon._base.errors import DataError, UnsupportedModelError, first_line
 from sophon._base.seeding import generator, seeded
 from sophon._models.denoisers import is_denoiser, probe_prediction
 
@@ -29,20 +29,28 @@ PROBE_ERRORS = (
 
 
 @contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` back into its train or eval mode after a block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def probing(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Run a block with `model` in eval (or train) mode, without gradients; then put all back.
 
     Restored are its modes, its buffers and torch's global generators.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad(), seeded(0, "probe"):
+        with keeping_modes(model), torch.no_grad(), seeded(0, "probe"):
             model.train(training)
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -67,12 +75,7 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
     for mode in (False, True) if training else (False,):
         output = run_probe(model, image_shape, what=what, training=mode, images=images)
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if (
-            not isinstance(output, Tensor)
-            or output.dim() != 2
-            or len(output) != 2
-            or (output.shape[1] < 2)
-        ):
+        if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
             raise UnsupportedModelError(
                 f"the model's output for two images is {shape}; a classifier returns "
                 "(2, classes): wrap it so that forward returns the logits alone"
@@ -101,7 +104,7 @@ def run_probe(
         with probing(model, training=training):
             return run(model, probe_images(model, image_shape) if images is None else images)
     except PROBE_ERRORS as error:
-        raise cannot_take(model, image_shape, what, str(error)) from None
+        raise cannot_take(model, image_shape, what, error) from None
 
 
 def check_single_image(model: nn.Module, image_shape: Shape, what: str) -> None:
@@ -113,10 +116,9 @@ def check_single_image(model: nn.Module, image_shape: Shape, what: str) -> None:
         with probing(model, training=True):
             run(model, probe_images(model, image_shape, 1))
     except PROBE_ERRORS as error:
-        line = str(error).strip().splitlines()[0][:160]
         raise UnsupportedModelError(
-            f"{what} = 1: the model cannot be trained on one image at a time ({line}): use at"
-            " least 2"
+            f"{what} = 1: the model cannot be trained on one image at a time"
+            f" ({first_line(error)}): use at least 2"
         ) from None
 
 
@@ -130,7 +132,7 @@ def expected_channels(model: nn.Module) -> int | None:
 
 
 def cannot_take(
-    model: nn.Module, image_shape: Shape, what: str, reason: str
+    model: nn.Module, image_shape: Shape, what: str, error: Exception
 ) -> DataError | UnsupportedModelError:
     """Return the error that names the channels or the size that the model cannot take."""
     channels, height, width = image_shape
@@ -140,7 +142,7 @@ def cannot_take(
             f"{what} has images of {channels} channels and the model takes {expected}: set "
             f"model.in_channels = {channels}, or convert the images"
         )
-    line = reason.strip().splitlines()[0][:160] if reason.strip() else "no reason given"
+    line = first_line(error, default="no reason given")
     made = made_for(model, (0, 0))
     hint = f" (it was made for {made[0]}x{made[1]})" if made[0] else ""
     return DataError(

@@ -7,73 +7,146 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+
+from sophon._base.errors import UnsupportedModelError, first_line
+from sophon._models.libraries import flexible, require_name, tuples, vision
+from sophon._specs import ModelSpec
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 _REACH_S = 3.0
+_UNREACHED = (OSError, RuntimeError, ValueError)
+# What reading half a file raises, and a download whose checksum is another.
+_CUT = (SafetensorError, UnpicklingError, EOFError, RuntimeError)
 
 
-def is_published(library: Any, name: str) -> bool:
-    """Return whether timm or `torchvision.models` names weights of a network that it knows."""
-    if hasattr(library, "get_pretrained_cfg"):
-        settings = library.get_pretrained_cfg(name)
-        return settings is not None and bool(settings.hf_hub_id or settings.url or settings.file)
-    return len(library.get_model_weights(name)) > 0
+@dataclass(frozen=True)
+class Published:
+    """The published weights of the network `spec`.
 
-
-def require_published(library: Any, name: str) -> None:
-    """Raise FileNotFoundError at once where the published weights of a network of timm or of
-    `torchvision.models` are neither in a cache nor within reach.
+    `file` is that in a cache, None where there is none: then `host` has them, and `lacking` says
+    what no cache has. `place` is where the file is looked for; `load` gives the network.
     """
-    if hasattr(library, "get_pretrained_cfg"):
-        settings = library.get_pretrained_cfg(name)
-        if settings is not None and _cached(settings) is None:
-            require_reach(_host(settings), f"the cache has no weights of timm:{name}")
-        return
-    url = library.get_model_weights(name).DEFAULT.url
-    if not _in_torch_cache(url):
-        what = f"torch's cache has no {Path(url).name}"
-        require_reach(urlsplit(url).hostname or "", what)
+
+    spec: ModelSpec
+    file: Path | None
+    host: str
+    lacking: str
+    place: Path
+    load: Callable[[], nn.Module]
+
+    def require(self) -> None:
+        """Raise UnsupportedModelError at once where they are in no cache and out of reach."""
+        try:
+            self._require()
+        except _UNREACHED as error:
+            raise self._out_of_reach(error) from None
+
+    def model(self) -> nn.Module:
+        """Return the network with these weights.
+
+        Raises UnsupportedModelError where they are out of reach, damaged, or do not fit.
+        """
+        try:
+            self._require()
+            return self.load()
+        except _CUT as error:
+            if "state_dict" in str(error):
+                raise UnsupportedModelError(
+                    f"the published weights of {self.spec.name} do not fit it with model.arguments"
+                    f" = {self.spec.arguments}: remove these, or set model.pretrained = false"
+                ) from None
+            said = " ".join(str(error).split())[:120]
+            raise UnsupportedModelError(
+                f"the published weights of {self.spec.name} in {self.place} are damaged or a"
+                f" partial download ({type(error).__name__}: {said}): delete them and download"
+                " them again"
+            ) from None
+        except _UNREACHED as error:
+            raise self._out_of_reach(error) from None
+
+    def _require(self) -> None:
+        if self.file is None:
+            require_reach(self.host, self.lacking)
+
+    def _out_of_reach(self, error: Exception) -> UnsupportedModelError:
+        reason = first_line(error, 200, default="no reason")
+        return UnsupportedModelError(
+            f"the published weights of {self.spec.name} are not at hand ({reason}): download them"
+            f" once with a connection, to {self.place}, or give the file as model.weights and set"
+            " model.pretrained = false beside it"
+        )
 
 
-def published_timm(timm: Any, name: str, **arguments: Any) -> nn.Module:
-    """Return a timm network with its published weights; raises as `require_published`."""
-    require_published(timm, name)
+def published(spec: ModelSpec) -> Published:
+    """Return the weights that timm or torchvision publishes of the network `spec`.
+
+    Raises UnsupportedModelError where neither does.
+    """
+    kind, _, name = spec.name.partition(":")
+    found = None
+    if kind in ("timm", "torchvision"):
+        require_name(kind, name)
+        found = _of_timm(spec, name) if kind == "timm" else _of_torchvision(spec, name)
+    if found is None:
+        raise UnsupportedModelError(
+            f"model.pretrained = true: {spec.name} has no published weights; set model.weights"
+        )
+    return found
+
+
+def _of_timm(spec: ModelSpec, name: str) -> Published | None:
+    timm = vision("timm")
     settings = timm.get_pretrained_cfg(name)
-    file = None if settings is None else _cached(settings)
-    overlay = {} if file is None else {"pretrained_cfg_overlay": {"file": str(file)}}
-    model: nn.Module = timm.create_model(name, pretrained=True, **overlay, **arguments)
-    return model
+    if settings is None or not (settings.hf_hub_id or settings.url or settings.file):
+        return None
+    file = Path(settings.file) if settings.file else None
+    if settings.hf_hub_id:
+        from huggingface_hub import constants
 
-
-def published_torchvision(models: Any, name: str, **arguments: Any) -> nn.Module:
-    """Return a torchvision network with its default weights; raises as `require_published`."""
-    require_published(models, name)
-    weights = models.get_model_weights(name).DEFAULT
-    # Its images have three channels: `blueprint` refused anything else.
-    model: nn.Module = models.get_model(name, weights=weights, **arguments)
-    return model
-
-
-def published_place(library: Any, name: str) -> str:
-    """Return where the file of weights is looked for, of timm or of `torchvision.models`."""
-    if hasattr(library, "get_pretrained_cfg"):
-        settings = library.get_pretrained_cfg(name)
-        if settings is not None and settings.hf_hub_id:
-            from huggingface_hub import constants
-
-            folder = f"models--{settings.hf_hub_id.replace('/', '--')}"
-            return str(Path(constants.HF_HUB_CACHE) / folder)
-        url = "" if settings is None else settings.url
+        place = Path(constants.HF_HUB_CACHE) / f"models--{settings.hf_hub_id.replace('/', '--')}"
+        host = constants.ENDPOINT
+        file = file or _hub_file(settings)
     else:
-        url = library.get_model_weights(name).DEFAULT.url
-    return str(_torch_cache(url) if url else Path(torch.hub.get_dir()) / "checkpoints")
+        host, place = settings.url or "", _torch_cache(settings.url or "")
+        file = file or (place if place.is_file() else None)
+    overlay = {} if file is None else {"pretrained_cfg_overlay": {"file": str(file)}}
+    arguments = {"in_chans": spec.in_channels, **tuples(spec.arguments), **overlay}
+    return Published(
+        spec=spec,
+        file=file,
+        host=urlsplit(host).hostname or "",
+        lacking=f"the cache has no weights of timm:{name}",
+        place=place,
+        load=lambda: flexible(timm.create_model, name, pretrained=True, **arguments),
+    )
+
+
+def _of_torchvision(spec: ModelSpec, name: str) -> Published | None:
+    models = vision("torchvision.models")
+    every = models.get_model_weights(name)
+    if not len(every):
+        return None
+    weights = every.DEFAULT
+    place = _torch_cache(weights.url)
+    return Published(
+        spec=spec,
+        file=place if place.is_file() else None,
+        host=urlsplit(weights.url).hostname or "",
+        lacking=f"torch's cache has no {Path(weights.url).name}",
+        place=place,
+        load=lambda: models.get_model(name, weights=weights, **tuples(spec.arguments)),
+    )
 
 
 def require_reach(host: str, what: str) -> None:
@@ -91,31 +164,14 @@ def require_reach(host: str, what: str) -> None:
         raise FileNotFoundError(f"{what} and {place[0]} does not answer, {error}") from None
 
 
-def _cached(settings: Any) -> Path | None:
-    """Return the file of weights in a cache, or None."""
-    if settings.file:
-        return Path(settings.file)
-    if settings.hf_hub_id:
-        from huggingface_hub import try_to_load_from_cache
+def _hub_file(settings: Any) -> Path | None:
+    """Return the file of weights in the cache of Hugging Face's hub, or None."""
+    from huggingface_hub import try_to_load_from_cache
 
-        names = [settings.hf_hub_filename] if settings.hf_hub_filename else FILES
-        for name in names:
-            found = try_to_load_from_cache(settings.hf_hub_id, name)
-            if isinstance(found, str):
-                return Path(found)
-        return None
-    return _torch_cache(settings.url) if settings.url and _in_torch_cache(settings.url) else None
-
-
-def _host(settings: Any) -> str:
-    from huggingface_hub import constants
-
-    return urlsplit(constants.ENDPOINT if settings.hf_hub_id else settings.url).hostname or ""
+    names = [settings.hf_hub_filename] if settings.hf_hub_filename else FILES
+    found = (try_to_load_from_cache(settings.hf_hub_id, name) for name in names)
+    return next((Path(file) for file in found if isinstance(file, str)), None)
 
 
 def _torch_cache(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
-
-
-def _in_torch_cache(url: str) -> bool:
-    return _torch_cache(url).is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,21 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._base.errors import CheckpointError, UnsupportedModelError, first_line
 from sophon._models.hooks import hooks
 
 _DAMAGED = (
-    SafetensorError,
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AssertionError,
-    AttributeError,
-    TypeError,
-    OverflowError,
-    MemoryError,
+    *(SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, AssertionError),
+    *(AttributeError, TypeError, OverflowError, MemoryError),
 )
 
 
@@ -63,10 +55,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "safetensors.torch.save_file"
         ) from None
     except _DAMAGED as error:
-        said = (str(error).strip().splitlines() or ["it ends early"])[0]
+        said = first_line(error, default="it ends early")
         # torch says where in its own code; that is no help.
         reason = said if said.isprintable() and "[enforce" not in said else "no such file inside"
-        reason = reason[:160]
         raise CheckpointError(
             f"{path} is damaged or not a file of tensors ({reason}): copy it again, or save"
             " model.state_dict() with safetensors.torch.save_file"
@@ -178,10 +169,19 @@ def _untrained(part: nn.Module) -> str:
 
 def weights_sha256(model: nn.Module) -> str:
     """Return the SHA-256 (hex) of every parameter and buffer: names, types, shapes and bytes."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return tensors_sha256([*model.named_parameters(), *model.named_buffers()])
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 (hex) of tensors in the order of their names: see `weights_sha256`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(flat.numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor's values, of whatever type, as bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().tobytes()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -28,11 +29,13 @@ class MetricKind:
 
     `allowed` is the least value after protection of a model that had `value` before, `tolerance`
     says how that was specified, `ruin` is a loss that forbids a verdict. `chance` is what guessing
-    gives with so many classes. `floor` is where recovery starts, given what a fresh network
-    reaches. `far` is a difference from the best value that is large, `close` one that is small.
+    gives with so many classes. `task` is what a record calls its tasks. `floor` is where
+    recovery starts, given what a fresh network reaches. `far` is a difference from the best value
+    that is large, `close` one that is small.
     """
 
     name: str
+    task: Literal["classification", "denoising"]
     noun: str
     unit: str
     show: Callable[[float, int], str]
@@ -50,6 +53,11 @@ class MetricKind:
     far_words: str
     close: float
     higher_is_better: bool = True
+
+    @property
+    def classifies(self) -> bool:
+        """Whether what it scores are classifiers: labels are the targets of a head."""
+        return self.task == "classification"
 
     def interval(self, bounds: tuple[float, float], digits: int = 1) -> tuple[str, str]:
         """Return the bounds of an interval of values as they are read: the smaller number first."""
@@ -71,6 +79,7 @@ def _round_step(width: float) -> float:
 KINDS: dict[str, MetricKind] = {
     "accuracy": MetricKind(
         name="accuracy",
+        task="classification",
         noun="accuracy",
         unit="percent",
         show=lambda value, digits: f"{100 * value:.{digits}f} %",
@@ -91,6 +100,7 @@ KINDS: dict[str, MetricKind] = {
     # A value is 1 - MSE: of noise, the share that is explained.
     "mse": MetricKind(
         name="mse",
+        task="denoising",
         noun="squared error (lower is better)",
         unit="mean square",
         show=lambda value, digits: f"{1 - value:.{digits + 3}f}",
@@ -122,7 +132,7 @@ def kind_of(score: Measurement) -> MetricKind:
 
 def kind_of_record(record: AuditRecord) -> MetricKind:
     """Return the kind of an audit's scores."""
-    return KINDS["accuracy" if record.task == "classification" else "mse"]
+    return next(kind for kind in KINDS.values() if kind.task == record.task)
 
 
 def measurement(held: object) -> Measurement:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from sophon._base.errors import DataError, SpecError, UnsupportedModelError
 from sophon._data import Domain
 from sophon._models import (
+    DIFFUSERS,
     Shape,
     check_denoiser,
+    check_sample_size,
     class_embeddings,
     diffusers,
     expected_channels,
@@ -22,7 +25,9 @@ from sophon._models import (
     is_denoiser,
     predict,
     run_probe,
+    write_pipeline,
 )
+from sophon._specs import ModelSpec
 from sophon._tasks.latents import Latents
 from sophon._tasks.task import Normalisation, Task
 
@@ -50,6 +55,7 @@ class Denoising(Task):
 
     metric = "mse"
     normalisation: Normalisation = ((0.5,), (0.5,))
+    ema_decay = 0.999
 
     def __init__(
         self,
@@ -184,6 +190,29 @@ class Denoising(Task):
             )
         for training in (False, True) if trained else (False,):
             run_probe(model, met, what=what, training=training)
+
+    def check_shipped(self, model: nn.Module, domain: Domain, shape: Shape) -> None:
+        """Raise DataError unless the U-Net's configuration says that its images have `shape`."""
+        check_sample_size(model, shape, f"domain {domain.name!r}")
+
+    def require_alike(self, scheduler: Any, folder: Path) -> None:
+        """Raise SpecError if a model in `folder` with that scheduler predicts something else."""
+        held = scheduler.config.get("prediction_type", "epsilon")
+        if held != self.prediction:
+            raise SpecError(
+                f"{folder} predicts {held!r} and the model of the run {self.prediction!r}:"
+                " compare models that predict the same"
+            )
+
+    def described(self, spec: ModelSpec | None) -> ModelSpec | None:
+        """Return the folder's own U-Net: the folder is a pipeline."""
+        del spec
+        return ModelSpec(name=f"{DIFFUSERS}unet")
+
+    def complete(self, folder: Path, model: nn.Module) -> None:
+        """Make the folder a pipeline of diffusers as well."""
+        source = None if self.latents is None else self.latents.source
+        write_pipeline(folder, model, self.scheduler, source)
 
 
 def _alphas(scheduler: Any) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, DataError
+from sophon._base.errors import CheckpointError, DataError, first_line
 from sophon._data import Domain
 from sophon._models import Shape, diffusers, weights_sha256
 
@@ -64,9 +64,9 @@ class Latents:
                 ]
             return cls(pipeline.vae, prompts, torch.cat(held), source=folder)
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
-                f"{folder} is no pipeline with an autoencoder and a text encoder ({line})"
+                f"{folder} is no pipeline with an autoencoder and a text encoder"
+                f" ({first_line(error, 200)})"
             ) from None
 
     @property

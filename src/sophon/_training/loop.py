@@ -30,19 +30,16 @@ from sophon._training.sharding import backward, is_sharded, placed
 # Raise this when a change of the loop changes what a trial with an old key would give.
 ENGINE_VERSION = 4
 
+
+def _sgd(parameters: list[nn.Parameter], strategy: Strategy, **more: Any) -> Optimizer:
+    decay = strategy.weight_decay
+    return SGD(parameters, strategy.learning_rate, weight_decay=decay, **more, **fused())
+
+
 OPTIMIZERS: dict[OptimizerName, Callable[[list[nn.Parameter], Strategy], Optimizer]] = {
-    "sgd": lambda p, s: SGD(p, s.learning_rate, weight_decay=s.weight_decay, **fused()),
-    "sgd_momentum": lambda p, s: SGD(
-        p, s.learning_rate, momentum=s.momentum, weight_decay=s.weight_decay, **fused()
-    ),
-    "nesterov": lambda p, s: SGD(
-        p,
-        s.learning_rate,
-        momentum=s.momentum,
-        weight_decay=s.weight_decay,
-        nesterov=True,
-        **fused(),
-    ),
+    "sgd": _sgd,
+    "sgd_momentum": lambda p, s: _sgd(p, s, momentum=s.momentum),
+    "nesterov": lambda p, s: _sgd(p, s, momentum=s.momentum, nesterov=True),
     "adagrad": lambda p, s: Adagrad(p, s.learning_rate, weight_decay=s.weight_decay, **_unfused()),
     "adadelta": lambda p, s: Adadelta(
         p, s.learning_rate, weight_decay=s.weight_decay, **_unfused()
@@ -218,7 +215,7 @@ def attacker_copy(
     stream: tuple[int, tuple[str | int, ...]],
     bare: Bare | None = None,
 ) -> AttackerCopy:
-    """Prepare `model`, already a copy, as the strategy says: see `_preparations`, `_lora`."""
+    """Prepare `model`, already a copy, as the strategy says."""
 
     def batches(count: int) -> Iterator[Tensor]:
         for step in range(count):
@@ -228,7 +225,6 @@ def attacker_copy(
         for step in range(min(count, max(1, len(feed.images) // strategy.batch_size))):
             yield feed.batch(step)
 
-    classifies = setting.task.metric == "accuracy"
     surroundings = Surroundings(
         head=setting.head,
         image_shape=setting.task.shape((setting.channels, *feed.images.pixels.shape[2:])),
@@ -236,7 +232,7 @@ def attacker_copy(
         seed=stream[0],
         names=stream[1],
         batches=batches,
-        labelled=labelled if classifies else None,
+        labelled=labelled if setting.task.kind.classifies else None,
         train=lambda model, course: _follow(model, course, strategy, setting),
         steps=strategy.steps,
         bare=bare,

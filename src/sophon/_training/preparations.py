@@ -9,7 +9,6 @@ re-initialised, c where they are rescaled. Factors multiply along the list. Trai
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,14 +28,9 @@ from sophon._models import (
     drop_foreign_hooks,
     fit_head,
     head_classes,
-    layers_in_order,
-    normalised_pairs,
-    probe_images,
-    probing,
     reestimate_batch_norm,
     reinitialise,
     replace_head,
-    run,
     tracked_batch_norms,
 )
 from sophon._specs import (
@@ -50,11 +44,8 @@ from sophon._specs import (
     ResetLastBlocks,
     RidgeHead,
 )
+from sophon._training.rescaling import rescale_weights
 
-# Outputs may move by this much, relative to their size: a normalisation's eps does not scale.
-_PRESERVED = 0.02
-# Between layers that undo each other exactly only rounding is left.
-_CHAIN_PRESERVED = 1e-3
 # Passes forward that cost as much as a step, which goes back as well.
 _PASSES_A_STEP = 3
 # A head is fitted to no more images than this.
@@ -286,116 +277,11 @@ def _noise_kick(
     return 0
 
 
-@torch.no_grad()
 def _rescale_weights(
     model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings, factors: Factors
 ) -> int:
-    """Scale what the next layer can undo: weight and bias by c, the next weight by 1 / c; then what
-    a normalisation undoes: weight, bias and running mean by c, variance by c^2.
-
-    In this order: a normalised layer may have to take what the one before it left. All pairs at
-    once when that preserves the function; otherwise one at a time, leaving out those that do not
-    (an output read elsewhere, an eps that matters).
-    """
-    pairs = normalised_pairs(model, surroundings.image_shape)
-    normalised = {layer for layer, _ in pairs if _scalable(_size(model, layer))}
-    _rescale_chain(model, preparation.norm, surroundings, factors, normalised)
-    scales = [
-        (layer, norm, preparation.norm / size)
-        for layer, norm in pairs
-        if _scalable(size := _size(model, layer))
-    ]
-    images = probe_images(model, surroundings.image_shape)
-    with probing(model):
-        expected = run(model, images)
-    kept = _apply_together(model, scales, images, expected)
-    if not kept:
-        kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
-    for layer, _, scale in kept:
-        _multiply(factors, layer, scale)
+    rescale_weights(model, preparation.norm, surroundings.image_shape, factors)
     return 0
-
-
-def _size(model: nn.Module, layer: str) -> float:
-    """Return the root mean square over a layer's filters of their norms."""
-    weight: Any = model.get_submodule(layer).weight
-    return float(weight.norm()) / math.sqrt(weight.shape[0])
-
-
-def _scalable(size: float) -> bool:
-    return size > 0 and math.isfinite(size)
-
-
-def _multiply(factors: Factors, layer: str, scale: float) -> None:
-    for name in (f"{layer}.weight", f"{layer}.bias"):
-        if name in factors:
-            factors[name] *= scale
-
-
-def _rescale_chain(
-    model: nn.Module, norm: float, surroundings: Surroundings, factors: Factors, but: set[str]
-) -> None:
-    """Scale each layer that no normalisation follows, where its successor can take the inverse."""
-    images = probe_images(model, surroundings.image_shape)
-    with probing(model):
-        expected = run(model, images)
-    order = layers_in_order(model, surroundings.image_shape)
-    for name, after in itertools.pairwise(order):
-        layer: Any = model.get_submodule(name)
-        following: Any = model.get_submodule(after)
-        size = _size(model, name)
-        if name in but or not _scalable(size):
-            continue
-        scale = norm / size
-        touched = [layer.weight, following.weight]
-        touched += [] if layer.bias is None else [layer.bias]
-        before = [tensor.clone() for tensor in touched]
-        layer.weight.mul_(scale)
-        following.weight.div_(scale)
-        if layer.bias is not None:
-            layer.bias.mul_(scale)
-        with probing(model):
-            moved = (run(model, images) - expected).norm()
-        if bool(moved <= _CHAIN_PRESERVED * expected.norm()):
-            _multiply(factors, name, scale)
-            factors[f"{after}.weight"] /= scale
-            continue
-        for tensor, value in zip(touched, before, strict=True):
-            tensor.copy_(value)
-
-
-Scale = tuple[str, str, float]
-
-
-def _apply_together(
-    model: nn.Module, scales: list[Scale], images: Tensor, expected: Tensor
-) -> list[Scale]:
-    """Return `scales`, applied, or nothing and the tensors as before when the outputs move."""
-    touched = [tensor for scale in scales for tensor, _ in _scaled_tensors(model, *scale)]
-    before = [tensor.clone() for tensor in touched]
-    for scale in scales:
-        for tensor, factor in _scaled_tensors(model, *scale):
-            tensor.mul_(factor)
-    with probing(model):
-        moved = (run(model, images) - expected).norm()
-    if bool(moved <= _PRESERVED * expected.norm()):
-        return scales
-    for tensor, value in zip(touched, before, strict=True):
-        tensor.copy_(value)
-    return []
-
-
-def _scaled_tensors(
-    model: nn.Module, layer: str, norm: str, scale: float
-) -> Iterator[tuple[Tensor, float]]:
-    owner: Any = model.get_submodule(layer)
-    yield owner.weight, scale
-    if owner.bias is not None:
-        yield owner.bias, scale
-    follower: Any = model.get_submodule(norm)
-    if getattr(follower, "running_mean", None) is not None:
-        yield follower.running_mean, scale
-        yield follower.running_var, scale * scale
 
 
 # Each returns the steps it spent.

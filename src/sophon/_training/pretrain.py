@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sophon._base.errors import CheckpointError, NonFiniteError
-from sophon._base.files import write_json, write_text
-from sophon._base.plain_mode import plain
+from sophon._base.errors import NonFiniteError
 from sophon._data import Domain, check_batch_fits
-from sophon._models import check_sample_size, network_identity, weights_sha256
 from sophon._records.audit_record import Measurement, Stage
 from sophon._specs import ModelSpec, PretrainSpec, Strategy
-from sophon._tasks import Classification, Denoising, Task
-from sophon._training.checkpoints import open_run, save_state
+from sophon._tasks import Classification, Task
 from sophon._training.evaluate import evaluate
 from sophon._training.loop import ENGINE_VERSION, FineTuning, optimizer_tensors, restore_optimizer
+from sophon._training.ranks import Ranks
+from sophon._training.resumable import Groups, ResumableRun, run_identity
 from sophon._training.setting import make_setting
-from sophon._training.shipping import ship
 
-_STAGES, _STATES, _DONE = "stages.jsonl", "states", "pretraining.json"
 Tensors = tuple[Tensor, ...] | list[Tensor]
-_EMA_OF_DIFFUSION = 0.999
 # What a state holds in sizes of the model: itself, its average, two moments; two states and a half.
 _STATE_SIZES = 3 * 4
 
@@ -50,7 +45,7 @@ class Pretrained:
     folder: Path | None
 
 
-class Pretraining:
+class Pretraining(ResumableRun[Stage]):
     """A pre-training run: iterate it for its stages, then ask it for its `result()`.
 
     The recipe is AdamW with warm-up and a cosine over all steps, clipping and flips; diffusion
@@ -58,6 +53,9 @@ class Pretraining:
     changed. Raises DataError, UnsupportedModelError or CheckpointError before any work; while it
     runs, NonFiniteError.
     """
+
+    part, table, record = "stage", "pretrain", Stage
+    spec: PretrainSpec
 
     def __init__(
         self,
@@ -70,6 +68,7 @@ class Pretraining:
         model_spec: ModelSpec | None = None,
         device: str | torch.device | None = None,
     ) -> None:
+        super().__init__()
         self.spec = spec = PretrainSpec() if spec is None else spec
         self.setting = make_setting(
             model,
@@ -81,9 +80,8 @@ class Pretraining:
             device=device,
         )
         check_batch_fits(original, spec.batch_size, "pretrain.batch_size")
-        if isinstance(self.setting.task, Denoising):
-            check_sample_size(model, self.setting.shape(original), f"domain {original.name!r}")
-        self.out = None if out is None else Path(out)
+        self.setting.task.check_shipped(model, original, self.setting.shape(original))
+        self.out, self.ranks = None if out is None else Path(out), Ranks()
         self.model_spec = model_spec
         self._given = model
         stream = (spec.seed, ("pretrain",))
@@ -97,86 +95,60 @@ class Pretraining:
         placed = self.setting.place(copy.deepcopy(model))
         self.tuning = FineTuning(placed, _strategy(spec), self.setting, feed, stream=stream)
         self.average = self._averaged(placed)
-        self.stages: list[Stage] = []
-        self._open()
+        self.identity = run_identity(spec, model, self.setting, engine=ENGINE_VERSION)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.open(_STATE_SIZES * size)
 
     def __len__(self) -> int:
         """Return the number of stages of the whole run."""
         return math.ceil(self.spec.steps / self.spec.every)
 
     @property
-    def done(self) -> int:
-        """Stages finished so far."""
-        return len(self.stages)
+    def stages(self) -> list[Stage]:
+        """The records of the stages finished so far."""
+        return self.records
 
     @property
     def model(self) -> nn.Module:
         """The model that would be shipped now: the average of the weights, if one is kept."""
         return self.tuning.model if self.average is None else self.average.module
 
-    def __iter__(self) -> Iterator[Stage]:
-        """Run the remaining stages, yielding each once it is recorded."""
-        while self.done < len(self):
-            self.stages.append(self._stage())
-            self.save()
-            yield self.stages[-1]
-
     def result(self) -> Pretrained:
         """Return the trained model after the last stage, written to the folder if there is one."""
-        if self.done < len(self):
-            raise CheckpointError(
-                f"stage {self.done} of {len(self)}: iterate to the end before result()"
-            )
+        self.require_done()
         model = copy.deepcopy(self._given)
         model.load_state_dict(self.model.state_dict())
         model.eval()
         score = self.stages[-1].validation
-        if self.out is not None:
-            about = {
-                "spec": self.spec.model_dump(mode="json"),
-                "identity": self.identity,
-                "original": self.setting.original.name,
-                "input": self.setting.input(),
-                "validation": score.model_dump(),
-                "wall_s": sum(stage.wall_s for stage in self.stages),
-            }
-            ship(self.out, model, self.model_spec, {"pretraining": about}, self.setting.task)
-            write_json(self.out / _DONE, about)
+        about = {
+            "spec": self.spec.model_dump(mode="json"),
+            "identity": self.identity,
+            "original": self.setting.original.name,
+            "input": self.setting.input(),
+            "validation": score.model_dump(),
+            "wall_s": sum(stage.wall_s for stage in self.stages),
+        }
+        self.ship(model, "pretraining", about)
         return Pretrained(model, tuple(self.stages), score, self.out)
 
-    def save(self) -> None:
-        """Write the state to resume from. Without a folder this does nothing."""
-        if self.out is None:
-            return
+    def state(self) -> tuple[Groups, dict[str, Any]]:
+        """Return the model, its average, the optimizer's moments, and the steps taken."""
         moments, values = optimizer_tensors(self.tuning.optimizer)
         groups = {"model": self.tuning.model.state_dict(), "optimizer": moments}
         if self.average is not None:
             groups["average"] = self.average.state_dict()
-        tensors = {f"{g}|{n}": value for g, held in groups.items() for n, value in held.items()}
-        meta = {
-            "stages": [stage.model_dump(mode="json") for stage in self.stages],
-            "taken": self.tuning.taken,
-            "optimizer": values,
-        }
-        save_state(self.out / _STATES, self.done, tensors, meta)
-        lines = [stage.model_dump_json() + "\n" for stage in self.stages]
-        write_text(self.out / _STAGES, "".join(lines))
+        return groups, {"taken": self.tuning.taken, "optimizer": values}
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What a run must share with the one whose folder it takes up."""
-        return {
-            "spec": self.spec.fingerprint(),
-            "model": self._digest,
-            "engine": str(ENGINE_VERSION),
-            "network": self._network,
-            "domains": self.setting.original.fingerprint(),
-            "task": self.setting.task.name,
-            "precision": self.setting.precision,
-            "plain": str(plain()),
-        }
+    def restore(self, group: Callable[[str], dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+        self.tuning.model.load_state_dict(group("model"))
+        if self.average is not None:
+            self.average.load_state_dict(group("average"))
+        self.tuning.taken = values["taken"]
+        restore_optimizer(self.tuning.optimizer, group("optimizer"), values["optimizer"])
 
-    def _stage(self) -> Stage:
+    def next_record(self) -> Stage:
+        """Train for a stage and score what would be shipped then."""
         start = time.perf_counter()
         count = min(self.spec.every, self.spec.steps - self.tuning.taken)
         total = torch.zeros((), device=self.setting.device)
@@ -201,7 +173,7 @@ class Pretraining:
     def _averaged(self, model: nn.Module) -> AveragedModel | None:
         decay = self.spec.ema_decay
         if decay is None:
-            decay = _EMA_OF_DIFFUSION if self.setting.task.metric == "mse" else 0.0
+            decay = self.setting.task.ema_decay
         if decay == 0:
             return None
 
@@ -211,36 +183,6 @@ class Pretraining:
             torch._foreach_lerp_(held, new, 1 - min(decay, (1 + number) / (10 + number)))
 
         return AveragedModel(model, multi_avg_fn=torch.no_grad()(average))
-
-    def _open(self) -> None:
-        """Start afresh or take up the newest state of the folder."""
-        self._digest, self._network = weights_sha256(self._given), network_identity(self._given)
-        if self.out is None:
-            return
-        size = sum(p.numel() * p.element_size() for p in self._given.parameters())
-        state = open_run(
-            self.out,
-            self.identity,
-            self.spec.model_dump(mode="json"),
-            prefix="pretrain",
-            states=self.out / _STATES,
-            needed_bytes=_STATE_SIZES * size,
-            owner=self,
-        )
-        if state is not None:
-            self._restore(*state)
-
-    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        def group(name: str) -> dict[str, Tensor]:
-            mark = name + "|"
-            return {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
-
-        self.tuning.model.load_state_dict(group("model"))
-        if self.average is not None:
-            self.average.load_state_dict(group("average"))
-        self.tuning.taken = meta["taken"]
-        restore_optimizer(self.tuning.optimizer, group("optimizer"), meta["optimizer"])
-        self.stages = [Stage.model_validate(held) for held in meta["stages"]]
 
 
 def _strategy(spec: PretrainSpec) -> Strategy:

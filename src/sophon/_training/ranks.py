@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sophon._base.errors import RanksError, SophonError, SpecError
+from sophon._base.errors import RanksError, SophonError, SpecError, first_line
 
 # One that ends is noticed at once; the others wait while the first one measures and writes alone.
 _PATIENCE = datetime.timedelta(hours=6)
@@ -212,11 +212,10 @@ class Ranks:
             lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
             if not lost and not any(sign in text for sign in _GONE):
                 raise
-            line = str(error).strip().splitlines()[0][:160]
             raise RanksError(
-                f"another of the {self.world} processes does not answer ({line}): it says why if"
-                " it could, or it took longer than the group's timeout; repeat the command to"
-                " resume"
+                f"another of the {self.world} processes does not answer ({first_line(error)}): it"
+                " says why if it could, or it took longer than the group's timeout; repeat the"
+                " command to resume"
             ) from error
 
     @property

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sophon._base.errors import DataError, UnsupportedModelError
-from sophon._base.plain_mode import plain
 from sophon._base.seeding import generator
 from sophon._base.spans import spanned
 from sophon._data import (
@@ -55,7 +54,7 @@ class Feed:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return normalised images (batch, channels, height, width) and labels of one step."""
         epoch, position = divmod(step, max(1, len(self.images) // self.batch_size))
-        if epoch not in self._epoch or plain():
+        if epoch not in self._epoch:
             self._epoch.clear()
             stream = generator(self.seed, *self.names, "epoch", epoch)
             self._epoch[epoch] = torch.randperm(len(self.images), generator=stream)

@@ -21,30 +21,14 @@ from sophon._data.splits import Contents, Part, part_of_array
 
 # What damaged headers make numpy and zipfile raise.
 _DAMAGED = (
-    OSError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    MemoryError,
-    OverflowError,
-    SyntaxError,
-    RuntimeError,
-    NotImplementedError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
+    *(OSError, EOFError, KeyError, IndexError, TypeError, MemoryError, OverflowError, SyntaxError),
+    *(RuntimeError, NotImplementedError, struct.error, tokenize.TokenError),
+    *(zipfile.BadZipFile, zlib.error),
 )
 # What the small recipes read.
 _OF_RECIPES = {
-    "cifar10.npz",
-    "cifar100.npz",
-    "cifar10_jpeg.npz",
-    "gtsrb10.npz",
-    "mnist.npz",
-    "orl_faces64.npz",
-    "tiny_imagenet20_64.npz",
+    *("cifar10.npz", "cifar100.npz", "cifar10_jpeg.npz", "gtsrb10.npz", "mnist.npz"),
+    *("orl_faces64.npz", "tiny_imagenet20_64.npz"),
 }
 FORMAT = "x_train, y_train (uint8 images, integer labels); x_test, y_test, class_names if there are"
 

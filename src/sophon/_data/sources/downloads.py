@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 SIGNS = 43
-_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ def expected_files(kind: Any, variant: str = "") -> tuple[Expected, ...]:
     if hasattr(kind, "train_list"):
         return _of_lists(kind)
     if hasattr(kind, "split_list"):
-        return tuple(Expected(file, md5) for _, file, md5 in _train_and_test(kind.split_list))
+        splits = [kind.split_list[name] for name in ("train", "test")]
+        return tuple(Expected(file, md5) for _, file, md5 in splits)
     if hasattr(kind, "file_list"):
         held = [(file, md5) for _, md5, file in kind.file_list if file.endswith(".txt")]
         texts = [Expected(f"{kind.base_folder}/{file}", md5) for file, md5 in held]
@@ -56,10 +56,6 @@ def _of_lists(kind: Any) -> tuple[Expected, ...]:
     if names is not None:
         listed.append((names, None))
     return tuple(Expected(f"{kind.base_folder}/{name}", md5) for name, md5 in listed)
-
-
-def _train_and_test(splits: dict[str, Any]) -> list[Any]:
-    return [splits["train"], splits["test"]]
 
 
 def fault(root: Path, expected: tuple[Expected, ...], *, checksums: bool) -> str | None:
@@ -89,8 +85,5 @@ def summary(expected: tuple[Expected, ...]) -> str:
 
 
 def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

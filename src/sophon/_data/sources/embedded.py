@@ -5,7 +5,6 @@ They are for trying sophon out, not for evidence.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import string
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, unknown
 from sophon._base.seeding import derive_seed
 from sophon._data.images import Bytes, Integers, from_picture
 from sophon._data.splits import Contents, part_of_array
@@ -26,19 +25,13 @@ LETTERS = string.ascii_uppercase
 PER_LETTER = 120
 CANVAS = 64
 # Text fonts only: the other files hold mathematical symbols.
-FONTS = (
-    "DejaVuSans.ttf",
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSans-Oblique.ttf",
-    "DejaVuSansMono.ttf",
-    "DejaVuSansMono-Bold.ttf",
-    "DejaVuSerif.ttf",
-    "DejaVuSerif-Bold.ttf",
-    "DejaVuSerif-Italic.ttf",
-    "STIXGeneral.ttf",
-    "STIXGeneralBol.ttf",
-    "STIXGeneralItalic.ttf",
-    "STIXGeneralBolIta.ttf",
+FONTS = tuple(
+    f"{name}.ttf"
+    for name in (
+        *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono"),
+        *("DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
+        *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    )
 )
 
 
@@ -53,9 +46,7 @@ def read_embedded(name: str, size: int | None) -> Contents:
         DataError: an unknown name, or scikit-learn or matplotlib is not installed.
     """
     if name not in EMBEDDED:
-        close = difflib.get_close_matches(name, EMBEDDED, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DataError(f"unknown embedded domain {name!r}; {hint}known: {', '.join(EMBEDDED)}")
+        raise DataError(unknown("embedded domain", name, EMBEDDED))
     make, classes = EMBEDDED[name]
     pixels, labels = make()
     return Contents(part_of_array(pixels, labels, size), None, classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sophon._base.errors import DataError
 from sophon._data.images import Bytes, Integers
@@ -83,13 +84,13 @@ def read_images(path: Path, size: int | None) -> Contents:
     return Contents(parts[0], parts[1] if len(parts) > 1 else None, ("image",))
 
 
-def read_later(files: list[Path], size: int | None) -> Part:
-    """Return a part of image files, all labelled 0, that are read when they are asked for."""
+def read_later(files: list[Path], size: int | None, labels: ArrayLike = 0) -> Part:
+    """Return a part of image files that are read when they are asked for."""
 
     def read(index: Integers) -> Bytes:
         return read_pictures([files[one] for one in index], size)
 
-    return Part(np.zeros(len(files), dtype=np.int64), read)
+    return Part(np.array(np.broadcast_to(labels, len(files)), np.int64), read)
 
 
 def _part(root: Path, classes: tuple[str, ...], size: int | None) -> Part:
@@ -98,9 +99,8 @@ def _part(root: Path, classes: tuple[str, ...], size: int | None) -> Part:
         for label, name in enumerate(classes)
         if (root / name).is_dir()
     }
-    labels = [np.full(len(files), label) for label, files in found.items()]
-    paths = [path for files in found.values() for path in files]
-    return Part(np.concatenate(labels).astype(np.int64), read_later(paths, size).read)
+    labels = [label for label, files in found.items() for _ in files]
+    return read_later([path for files in found.values() for path in files], size, labels)
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sophon._base.errors import DataError
 from sophon._data.domain import Domain
 from sophon._data.images import Images
 from sophon._data.sources.folders import image_files, read_later
-from sophon._data.splits import Contents, Part
+from sophon._data.splits import Contents
 
 TABLE = "metadata.jsonl"
 
@@ -47,8 +46,8 @@ def read_prompts(path: Path, size: int | None) -> Contents:
     if bare:
         raise DataError(f"{table} has no prompt for {bare[0].name} ({len(bare)} images lack one)")
     prompts = tuple(dict.fromkeys(text for _, text in rows))
-    labels = np.array([prompts.index(text) for _, text in rows], dtype=np.int64)
-    return Contents(Part(labels, read_later(files, size).read), None, prompts)
+    labels = [prompts.index(text) for _, text in rows]
+    return Contents(read_later(files, size, labels), None, prompts)
 
 
 def _row(line: str, number: int, table: Path) -> tuple[str, str]:

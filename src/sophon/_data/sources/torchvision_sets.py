@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, first_line, unknown
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data.images import Bytes, Integers, from_item, stack
+from sophon._data.sources.conventions import SETS
 from sophon._data.sources.downloads import expected_files, fault, summary
 from sophon._data.splits import Contents, Part
 
@@ -29,67 +29,25 @@ class Entry:
     images of the two splits where no checksum tells a whole copy.
     """
 
-    train: dict[str, Any]
-    test: dict[str, Any]
     labels: str
     get: str
+    train: dict[str, Any] = field(default_factory=lambda: {"split": "train"})
+    test: dict[str, Any] = field(default_factory=lambda: {"split": "test"})
     classes: tuple[str, ...] = ()
     counts: tuple[int, int] | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
     variant: tuple[str, str] | None = None
 
 
-_TRAIN_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
-_SPLIT_NAME: dict[str, Any] = {"train": {"split": "train"}, "test": {"split": "test"}}
-
 _DOWNLOAD = "set download = true"
-_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
-DATASETS: dict[str, Entry] = {
-    "CIFAR10": Entry(**_TRAIN_FLAG, labels="targets", get=_CIFAR),
-    "CIFAR100": Entry(**_TRAIN_FLAG, labels="targets", get=_CIFAR),
-    "MNIST": Entry(
-        **_TRAIN_FLAG,
-        labels="targets",
-        get="torchvision's mirror, https://ossci-datasets.s3.amazonaws.com/mnist",
-        counts=(60_000, 10_000),
-    ),
-    "FashionMNIST": Entry(
-        **_TRAIN_FLAG,
-        labels="targets",
-        get="https://github.com/zalandoresearch/fashion-mnist",
-        counts=(60_000, 10_000),
-    ),
-    "SVHN": Entry(
-        **_SPLIT_NAME,
-        labels="labels",
-        get="http://ufldl.stanford.edu/housenumbers",
-        classes=tuple("0123456789"),
-    ),
-    "STL10": Entry(**_SPLIT_NAME, labels="labels", get="https://cs.stanford.edu/~acoates/stl10"),
-    "Imagenette": Entry(
-        {"split": "train"},
-        {"split": "val"},
-        labels="_samples",
-        get="https://github.com/fastai/imagenette",
-        counts=(9469, 3925),
-        variant=("size", "320px"),
-    ),
-    "GTSRB": Entry(
-        **_SPLIT_NAME,
-        labels="_samples",
-        get="https://benchmark.ini.rub.de",
-        counts=(26_640, 12_630),
-        classes=tuple(str(sign) for sign in range(43)),
-    ),
-    "CelebA": Entry(
-        **_SPLIT_NAME,
-        labels="attr",
-        get="https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-        fixed={"target_type": "attr"},
-        variant=("attribute", "Male"),
-    ),
-}
+
+def _entry(held: dict[str, Any]) -> Entry:
+    made: dict[str, Any] = {key: tuple(held[key]) for key in ("counts", "variant") if key in held}
+    return Entry(**{**held, **made, "classes": tuple(map(str, range(held.get("classes", 0))))})
+
+
+DATASETS = {name: _entry(held) for name, held in SETS["torchvision"].items()}
 
 
 def read_torchvision(name: str, root: Path, *, download: bool, size: int | None) -> Contents:
@@ -105,10 +63,7 @@ def read_torchvision(name: str, root: Path, *, download: bool, size: int | None)
     """
     key, _, variant = name.partition(":")
     if key not in DATASETS:
-        close = difflib.get_close_matches(key.upper(), {known.upper() for known in DATASETS}, 1)
-        guess = next((known for known in DATASETS if known.upper() in close), None)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise DataError(f"unknown torchvision dataset {name!r}; {hint}known: {', '.join(DATASETS)}")
+        raise DataError(unknown("torchvision dataset", name, DATASETS, any_case=True))
     entry = DATASETS[key]
     if variant and entry.variant is None:
         raise DataError(f"torchvision dataset {key} has no variants; write {key!r}, not {name!r}")
@@ -133,7 +88,7 @@ def _opened(key: str, split: SplitName, variant: str, root: Path, download: bool
             f"{key} needs {error.name or 'torchvision'}; pip install 'sophon-protect[vision]' scipy"
         ) from None
     except (RuntimeError, OSError, ValueError, KeyError, EOFError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error, 1000)
         raise _unusable(key, split, variant, root, download, reason) from None
 
 

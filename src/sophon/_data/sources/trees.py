@@ -6,19 +6,17 @@ whole is found before anything is trained on it.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from sophon._base.errors import DataError
-from sophon._data.images import Bytes, Integers, shorter_side
-from sophon._data.sources.conventions import CLASS_ORDERS, IMAGENETTE
-from sophon._data.sources.decoded import read_pictures
-from sophon._data.splits import Contents, Part
+from sophon._base.errors import DataError, unknown
+from sophon._data.images import shorter_side
+from sophon._data.sources.conventions import CLASS_ORDERS, SETS
+from sophon._data.sources.folders import read_later
+from sophon._data.splits import Contents
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 # Images whose size is looked at to tell one variant of a data set from another.
@@ -88,46 +86,17 @@ def _ffhq_splits(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     return {"train": train, "test": [file for file in files if int(file.stem) >= 60_000]}
 
 
-_CIFAR_NAMES = {names[0]: names[0] for names in CLASS_ORDERS["cifar10"]}
+# How images that lie in one folder are dealt out to the splits.
+_SORTS = {"CelebA": _celeba_splits, "FFHQ": _ffhq_splits}
 
-TREES: dict[str, Tree] = {
-    "Imagenette": Tree(
-        {"train": "train", "test": "val"},
-        IMAGENETTE,
-        {"train": 9469, "test": 3925},
-        "{archive} of https://github.com/fastai/imagenette",
-        variants={"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"},
-        sides={"160px": 160, "320px": 320},
-    ),
-    "ILSVRC": Tree(
-        {"train": "train", "test": "val"},
-        IMAGENETTE,
-        {"train": 12_894, "test": 500},
-        "ILSVRC2012 of https://image-net.org (on application), validation images sorted into"
-        " folders by class",
-    ),
-    "CINIC10": Tree(
-        {"train": "train", "validation": "valid", "test": "test"},
-        _CIFAR_NAMES,
-        {"train": 90_000, "validation": 90_000, "test": 90_000},
-        "CINIC-10.tar.gz of https://datashare.ed.ac.uk/handle/10283/3192",
-    ),
-    "CelebA": Tree(
-        {"train": "img_align_celeba"},
-        {},
-        {"train": 202_599},
-        "img_align_celeba.zip and list_eval_partition.txt of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-        _celeba_splits,
-    ),
-    "FFHQ": Tree(
-        {"train": "thumbnails128x128"},
-        {},
-        {"train": 70_000},
-        "https://github.com/NVlabs/ffhq-dataset",
-        _ffhq_splits,
-        {"128px": "thumbnails128x128", "1024px": "images1024x1024"},
-    ),
-}
+
+def _tree(name: str, held: dict[str, Any]) -> Tree:
+    order, shown = CLASS_ORDERS.get(held.pop("order", ""), ()), held.pop("shown", 0)
+    classes = {names[0]: names[shown] for names in order}
+    return Tree(**held, classes=classes, sort=_SORTS.get(name))
+
+
+TREES = {name: _tree(name, dict(held)) for name, held in SETS["trees"].items()}
 
 
 def read_tree(name: str, root: Path, size: int | None) -> Contents:
@@ -143,10 +112,7 @@ def read_tree(name: str, root: Path, size: int | None) -> Contents:
     """
     key, _, variant = name.partition(":")
     if key not in TREES:
-        close = difflib.get_close_matches(key.upper(), {known.upper() for known in TREES}, 1)
-        guess = next((known for known in TREES if known.upper() in close), None)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise DataError(f"unknown tree {name!r}; {hint}known: {', '.join(TREES)}")
+        raise DataError(unknown("tree", name, TREES, any_case=True))
     tree = TREES[key]
     if variant and variant not in tree.variants:
         known = ", ".join(f"{key}:{one}" for one in tree.variants) or key
@@ -184,7 +150,7 @@ def _with_classes(key: str, tree: Tree, variant: str, base: Path, size: int | No
         _require_whole(key, variant, split, base / below, files)
         if variant:
             _require_size(f"{key}:{variant}", tree, base / below, files)
-        parts[split] = _part(files, labels, size)
+        parts[split] = read_later(files, size, labels)
     classes = tuple(tree.classes.values())
     return Contents(parts["train"], parts.get("test"), classes, parts.get("validation"))
 
@@ -197,7 +163,7 @@ def _without_classes(key: str, tree: Tree, variant: str, root: Path, size: int |
     _require_whole(key, variant, "train", root / below, files)
     assert tree.sort is not None
     dealt = {name: held for name, held in tree.sort(root, files).items() if held}
-    parts = {name: _part(held, [0] * len(held), size) for name, held in dealt.items()}
+    parts = {name: read_later(held, size) for name, held in dealt.items()}
     return Contents(parts["train"], parts.get("test"), ("face",), parts.get("validation"))
 
 
@@ -261,10 +227,3 @@ def _pictures(folder: Path, *, flat: bool = False) -> list[Path]:
         held = (name for name in sorted(names) if not name.startswith("."))
         found += [Path(place, name) for name in held if name.lower().endswith(SUFFIXES)]
     return sorted(found)
-
-
-def _part(files: list[Path], labels: list[int], size: int | None) -> Part:
-    def read(index: Integers) -> Bytes:
-        return read_pictures([files[one] for one in index], size)
-
-    return Part(np.array(labels, dtype=np.int64), read)

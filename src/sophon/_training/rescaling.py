@@ -1,0 +1,130 @@
+"""Weights rescaled so that the function stays: a following layer, or a normalisation, undoes it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophon._models import Shape, layers_in_order, normalised_pairs, probe_images, probing, run
+
+# Outputs may move by this much, relative to their size: a normalisation's eps does not scale.
+_PRESERVED = 0.02
+# Between layers that undo each other exactly only rounding is left.
+_CHAIN_PRESERVED = 1e-3
+# A layer, the normalisation after it, and a factor; a tensor and what it becomes.
+Scale = tuple[str, str, float]
+Scaled = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def rescale_weights(
+    model: nn.Module, size: float, image_shape: Shape, factors: dict[str, float]
+) -> None:
+    """Give filters the norm `size` where the function allows it.
+
+    Scaled is what the next layer can undo: weight and bias by c, the next weight by 1 / c; then
+    what a normalisation undoes: weight, bias and running mean by c, variance by c^2.
+
+    In this order: a normalised layer may have to take what the one before it left. All pairs at
+    once when that preserves the function; otherwise one at a time, leaving out those that do not
+    (an output read elsewhere, an eps that matters). `factors` of the parameters follow.
+    """
+    pairs = normalised_pairs(model, image_shape)
+    normalised = {layer for layer, _ in pairs if _scalable(_size(model, layer))}
+    images = probe_images(model, image_shape)
+    _rescale_chain(model, size, layers_in_order(model, image_shape), images, factors, normalised)
+    scales = [
+        (layer, norm, size / held)
+        for layer, norm in pairs
+        if _scalable(held := _size(model, layer))
+    ]
+    with probing(model):
+        expected = run(model, images)
+    kept = _apply_together(model, scales, images, expected)
+    if not kept:
+        kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
+    for layer, _, scale in kept:
+        _multiply(factors, layer, scale)
+
+
+def _size(model: nn.Module, layer: str) -> float:
+    """Return the root mean square over a layer's filters of their norms."""
+    weight: Any = model.get_submodule(layer).weight
+    return float(weight.norm()) / math.sqrt(weight.shape[0])
+
+
+def _scalable(size: float) -> bool:
+    return size > 0 and math.isfinite(size)
+
+
+def _multiply(factors: dict[str, float], layer: str, scale: float) -> None:
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        if name in factors:
+            factors[name] *= scale
+
+
+def _rescale_chain(
+    model: nn.Module,
+    norm: float,
+    order: list[str],
+    images: Tensor,
+    factors: dict[str, float],
+    but: set[str],
+) -> None:
+    """Scale each layer that no normalisation follows, where its successor can take the inverse."""
+    with probing(model):
+        expected = run(model, images)
+    for name, after in itertools.pairwise(order):
+        size = _size(model, name)
+        if name in but or not _scalable(size):
+            continue
+        scale = norm / size
+        following: Any = model.get_submodule(after)
+        scaled = [*_layer_tensors(model, name, scale), (following.weight, following.weight / scale)]
+        if _applied(model, scaled, images, expected, _CHAIN_PRESERVED):
+            _multiply(factors, name, scale)
+            factors[f"{after}.weight"] /= scale
+
+
+def _apply_together(
+    model: nn.Module, scales: list[Scale], images: Tensor, expected: Tensor
+) -> list[Scale]:
+    """Return `scales`, applied, or nothing and the tensors as before when the outputs move."""
+    scaled = [pair for scale in scales for pair in _scaled_tensors(model, *scale)]
+    return scales if _applied(model, scaled, images, expected, _PRESERVED) else []
+
+
+def _applied(
+    model: nn.Module, scaled: list[Scaled], images: Tensor, expected: Tensor, tolerated: float
+) -> bool:
+    """Change tensors and return whether the outputs stayed; where they moved, undo it."""
+    before = [tensor.clone() for tensor, _ in scaled]
+    for tensor, value in scaled:
+        tensor.copy_(value)
+    with probing(model):
+        moved = (run(model, images) - expected).norm()
+    if bool(moved <= tolerated * expected.norm()):
+        return True
+    for (tensor, _), value in zip(scaled, before, strict=True):
+        tensor.copy_(value)
+    return False
+
+
+def _layer_tensors(model: nn.Module, layer: str, scale: float) -> Iterator[Scaled]:
+    owner: Any = model.get_submodule(layer)
+    yield owner.weight, owner.weight * scale
+    if owner.bias is not None:
+        yield owner.bias, owner.bias * scale
+
+
+def _scaled_tensors(model: nn.Module, layer: str, norm: str, scale: float) -> Iterator[Scaled]:
+    yield from _layer_tensors(model, layer, scale)
+    follower: Any = model.get_submodule(norm)
+    if getattr(follower, "running_mean", None) is not None:
+        yield follower.running_mean, follower.running_mean * scale
+        yield follower.running_var, follower.running_var * (scale * scale)

@@ -27,7 +27,7 @@ from sophon._auditing.samples import picture_grid, spread_labels
 from sophon._base.errors import DataError, SophonError, SpecError
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import Domain
-from sophon._judgement.flags.attacks import near_chance_on_original, original_task_suffers
+from sophon._judgement.flags.original import near_chance_on_original, original_task_suffers
 from sophon._judgement.pictures import slows, withstands
 from sophon._judgement.statistics import winner
 from sophon._judgement.verdict import secondary, summarise

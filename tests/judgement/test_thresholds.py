@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from records import CURVES, STEPS, record, trial
-from sophon._judgement.flags.attacks import CHECKS
+from sophon._judgement.flags.all import CHECKS
 from sophon._judgement.statistics import winner
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise

@@ -15,7 +15,7 @@ from records import record
 from sophon._base.errors import CheckpointError, SophonError
 from sophon._cli import app
 from sophon._cli.reading import read_record
-from sophon._judgement.flags.attacks import CHECKS
+from sophon._judgement.flags.all import CHECKS
 from sophon._records.audit_record import AuditRecord, ErrorScore, Score
 from sophon._records.statement import stated
 from sophon._reporting.report import report

@@ -6,8 +6,9 @@ import math
 from typing import Literal
 
 from sophon._base.errors import AuditError
-from sophon._judgement.flags.attacks import CHECKS, UNPROTECTED_FAILS, unlearnt
+from sophon._judgement.flags.all import CHECKS
 from sophon._judgement.flags.flag import GOOD, WITHSTOOD, Flag, trials_of
+from sophon._judgement.flags.horizon import unlearnt
 from sophon._judgement.pictures import slows, withstands
 from sophon._judgement.statistics import Estimate, Interval, budgets, interval_of
 from sophon._judgement.summaries import (
@@ -132,7 +133,7 @@ def _summarise(
     first = _judge(subjects, advantage, (slowing, surely), flags, seeds)
     verdict, reasons, looks = _beside_unprotected(record, domain, subjects, advantage, first)
     if verdict == "void":
-        failing = [flag for flag in flags if flag.name == UNPROTECTED_FAILS]
+        failing = [flag for flag in flags if flag.name == "unprotected model fails its task"]
         reasons = (*(f"{flag.name}: {flag.detail}" for flag in failing), *reasons)
     # Pictures could only acquit an allowed task of being blocked: there the error is enough.
     if record.task == "denoising" and domain.role != "benign":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sophon._records.audit_record import AuditRecord, Trial
+from sophon._records.audit_record import AuditRecord, Measurement, SubjectRecord, Trial
+from sophon._specs import Subject
 
 # Verdicts that speak for a model.
 GOOD = frozenset({"withstood", "slowed"})
@@ -30,6 +31,16 @@ class Flag(NamedTuple):
 
 
 Check = Callable[[AuditRecord, str], Flag | None]
+
+
+def subjects(record: AuditRecord) -> dict[Subject, SubjectRecord]:
+    """Return an audit's subjects by their names."""
+    return {subject.name: subject for subject in record.subjects}
+
+
+def originals(record: AuditRecord) -> dict[Subject, Measurement]:
+    """Return the test scores on the original task that were measured, by subject."""
+    return {s.name: s.original for s in record.subjects if s.original is not None}
 
 
 def trials_of(record: AuditRecord, domain: str, subject: str | None = None) -> list[Trial]:

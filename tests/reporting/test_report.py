@@ -20,7 +20,7 @@ from records import CURVES, crashed, diverged, record, trial
 from sophon._base.errors import AuditError
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.summaries import DomainSummary
-from sophon._judgement.verdict import UNTRIED, overall, secondary, summarise
+from sophon._judgement.verdict import UNTRIED, judge, overall, summarise
 from sophon._records.audit_record import (
     SCHEMA_VERSION,
     AuditRecord,
@@ -748,7 +748,7 @@ def test_an_allowed_task_that_says_too_little_is_not_one_that_can_be_learnt() ->
         return held.model_copy(update={"curve": curve})
 
     held = _changed(base, one)
-    (allowed,) = secondary(held, "benign")
+    (allowed,) = judge(held).allowed
     assert allowed.verdict not in ("withstood", "slowed")
     assert allowed.advantage.interval is not None
     assert allowed.advantage.interval.high > 1
@@ -783,7 +783,7 @@ def test_allowed_tasks_are_held_against_the_attacks_that_they_met() -> None:
     ]
     held = base.model_copy(update={"trials": (*base.trials, *more)})
     made = report(held)
-    (allowed,) = secondary(held, "benign")
+    (allowed,) = judge(held).allowed
     lost, wanted = allowed.advantage.value or 0, made.worst.advantage.value or 0
     assert lost >= 0.8 * wanted
     assert allowed.verdict == "slowed"
@@ -996,8 +996,8 @@ def test_a_record_with_every_field_of_this_version_still_loads_and_is_judged() -
     made = report(held)
     assert made.verdict == WHOLE["verdict"]
     assert made.worst.advantage.value == pytest.approx(WHOLE["advantage"])
-    assert [s.text for s in secondary(held, "benign")] == WHOLE["benign"]
-    assert [s.text for s in secondary(held, "held_out")] == WHOLE["held_out"]
+    assert [s.text for s in judge(held).allowed] == WHOLE["benign"]
+    assert [s.text for s in judge(held).held_out] == WHOLE["held_out"]
     assert len(depth_rows(held, held.restricted[0].name)) == WHOLE["depths"]
     assert held.spec.search_trials
     assert held.overlaps

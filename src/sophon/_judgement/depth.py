@@ -8,7 +8,7 @@ import numpy as np
 
 from sophon._attacks.kinds import blocks_reset, in_batches_of
 from sophon._attacks.suites import depth_attacks
-from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import area, budgets, envelope
 from sophon._records.audit_record import AuditRecord, Trial
 from sophon._records.metrics import kind_of_record

@@ -14,8 +14,9 @@ from typing import Any
 
 from sophon._attacks.suites import SUITES, beyond_rehearsal, beyond_usual, strategies_of
 from sophon._base.errors import AuditError
+from sophon._judgement.parts import originals
 from sophon._judgement.summaries import DomainSummary, Verdict
-from sophon._judgement.verdict import overall, summarise
+from sophon._judgement.verdict import Judgement, judge
 from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 from sophon._records.statement import stated
@@ -31,21 +32,25 @@ _SHORT_HASH = 12
 
 @dataclass(frozen=True)
 class Entry:
-    """One audit of a comparison: what it is called, its record, its restricted domains."""
+    """One audit of a comparison: what it is called, and what it was judged to be."""
 
     name: str
-    record: AuditRecord
-    summaries: tuple[DomainSummary, ...]
+    judgement: Judgement
+
+    @property
+    def record(self) -> AuditRecord:
+        """The audit's record."""
+        return self.judgement.record
 
     @property
     def worst(self) -> DomainSummary:
         """The domain that speaks for the model."""
-        return overall(self.summaries)
+        return self.judgement.worst
 
     @property
     def flags(self) -> tuple[str, ...]:
         """The names of the flags raised on any restricted domain."""
-        return tuple(dict.fromkeys(f.name for s in self.summaries for f in s.flags))
+        return tuple(dict.fromkeys(f.name for s in self.judgement.restricted for f in s.flags))
 
     @property
     def rates(self) -> dict[OptimizerName, float]:
@@ -126,7 +131,7 @@ class Comparison:
             raise AuditError(f"{twice} is named twice: name each audit once")
         groups: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
         for name, record in records:
-            entry = Entry(name, record, summarise(record))
+            entry = Entry(name, judge(record))
             groups.setdefault(tuple(_setting(record).items()), []).append(entry)
         ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
         self.groups = tuple(
@@ -269,7 +274,7 @@ def _order(entry: Entry) -> tuple[int, float, str]:
 
 
 def _originals(record: AuditRecord) -> tuple[Measurement | None, Measurement | None]:
-    held = {subject.name: subject.original for subject in record.subjects}
+    held = originals(record)
     return held.get("protected"), held.get("unprotected")
 
 

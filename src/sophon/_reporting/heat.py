@@ -6,9 +6,8 @@ import math
 from typing import NamedTuple
 
 from sophon._attacks.kinds import without_rate
-from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.parts import SUBJECTS, trials_of
 from sophon._judgement.statistics import best_of
-from sophon._judgement.summaries import SUBJECTS
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import MetricKind, kind_of_record
 from sophon._reporting.rendering import Table, table

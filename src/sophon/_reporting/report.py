@@ -10,9 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from sophon._judgement.depth import depth_rows
-from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.parts import alone, trials_of
 from sophon._judgement.summaries import DomainSummary
-from sophon._judgement.verdict import alone, overall, scope, secondary, summarise
+from sophon._judgement.verdict import judge
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
 from sophon._reporting.heat import HeatMap, heat_maps
@@ -78,8 +78,8 @@ class Report:
 
     def __init__(self, record: AuditRecord) -> None:
         self.record = record
-        self.summaries = summarise(record)
-        self.worst = overall(self.summaries)
+        self.judgement = judge(record)
+        self.summaries, self.worst = self.judgement.restricted, self.judgement.worst
 
     @property
     def verdict(self) -> str:
@@ -123,16 +123,14 @@ class Report:
             report=self,
             record=record,
             meaning=MEANINGS[self.worst.verdict],
-            scope=scope(record),
+            scope=self.judgement.scope,
             alone=alone(record),
             scoring=_scoring(record),
             kind=kind_of_record(record),
             task=_task(record),
             sections=[_section(record, summary) for summary in self.summaries],
-            held_out=secondary_table(
-                secondary(record, "held_out"), benign=False, narrower=narrower
-            ),
-            benign=secondary_table(secondary(record, "benign"), benign=True, narrower=narrower),
+            held_out=secondary_table(self.judgement.held_out, benign=False, narrower=narrower),
+            benign=secondary_table(self.judgement.allowed, benign=True, narrower=narrower),
             originals=original_table(record),
             claimed=claimed_domains(record),
             overlaps=overlap_table(record),

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from sophon._judgement.advantage import Estimate
 from sophon._judgement.depth import depth_rows
-from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.parts import SUBJECTS, trials_of
 from sophon._judgement.pictures import moment, pictures_of, when
-from sophon._judgement.statistics import Estimate, best_of, interval_of
-from sophon._judgement.summaries import SUBJECTS, DomainSummary, Ratio
+from sophon._judgement.statistics import best_of, interval_of
+from sophon._judgement.summaries import DomainSummary, Ratio
 from sophon._judgement.survival import Recovery
 from sophon._records.audit_record import (
     AuditRecord,
@@ -281,7 +282,7 @@ def secondary_table(
         held = [summary.subjects.get(name) for name in SUBJECTS]
         word = summary.text
         if benign:
-            word = _BENIGN_WORDS[summary.verdict] + summary.text.removeprefix(summary.verdict)
+            word = _BENIGN_WORDS[summary.verdict] + summary.factor
         flags = ", ".join(flag.name for flag in summary.flags) or "none"
         rows.append(
             (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sophon._judgement.flags.flag import GOOD, Flag, subjects
+from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.parts import subjects
 from sophon._records.audit_record import AuditRecord
 
 # The cosine of weights before and after protection was 0.93 or more in every tensor (900 rounds);

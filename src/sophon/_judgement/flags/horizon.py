@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sophon._judgement.flags.flag import WITHSTOOD, Flag, trials_of
+from sophon._judgement.flags.flag import WITHSTOOD, Flag
+from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import budgets, by_seed, interval_of, winner
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record, shown

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sophon._judgement.flags.flag import GOOD, Flag, originals
+from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.parts import originals
 from sophon._judgement.statistics import interval_of
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record, shown

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from sophon._attacks.suites import SUITES, Suite
-from sophon._judgement.flags.flag import WITHSTOOD, Flag, trials_of
+from sophon._judgement.flags.flag import WITHSTOOD, Flag
+from sophon._judgement.parts import SUBJECTS, trials_of
 from sophon._records.audit_record import AuditRecord
-from sophon._specs import AuditSpec, Subject
+from sophon._specs import AuditSpec
 
 # How often a subject must be attacked, of how often another one was.
 _AS_OFTEN = 0.95
@@ -35,7 +34,7 @@ def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
 def most_diverged(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if more than half of the attacks on a subject diverged."""
     found = {}
-    for subject in get_args(Subject):
+    for subject in SUBJECTS:
         trials = trials_of(record, domain, subject)
         diverged = sum(trial.outcome.kind == "diverged" for trial in trials)
         if diverged > len(trials) / 2:

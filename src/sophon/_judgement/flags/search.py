@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from sophon._attacks.kinds import fresh_head_only, in_batches_of, optimizer_group, way
 from sophon._attacks.suites import SUITES, strategies_of
-from sophon._judgement.flags.flag import Flag, trials_of
+from sophon._judgement.flags.flag import Flag
+from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import best_of, run_with_all_seeds, winner
 from sophon._records.audit_record import AuditRecord, Trial
 from sophon._records.metrics import kind_of_record

@@ -6,7 +6,8 @@ Records without vitals raise none of them but that of unhealthy weights.
 from __future__ import annotations
 
 from sophon._attacks.kinds import rescales
-from sophon._judgement.flags.flag import GOOD, Flag, subjects, trials_of
+from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.parts import subjects, trials_of
 from sophon._records.audit_record import AuditRecord, Vitals
 
 # Protected over unprotected, or the inverse: what training a network does stays well within.

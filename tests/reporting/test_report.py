@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
+from torch import nn
 
 from records import CURVES, crashed, diverged, record, trial
 from sophon._base.errors import AuditError
@@ -34,10 +35,12 @@ from sophon._records.audit_record import (
     Vitals,
     record_schema,
 )
+from sophon._reporting.comparison import compare
+from sophon._reporting.export import Exported, _body
 from sophon._reporting.heat import heat_maps
 from sophon._reporting.report import attacks_by_role, report
 from sophon._reporting.tables import distribution
-from sophon._specs import RescaleWeights, Strategy
+from sophon._specs import ModelSpec, RescaleWeights, Strategy
 
 STORED = Path(__file__).parents[1] / "records" / "record-v1.json"
 STORED_WHOLE = Path(__file__).parents[1] / "records" / "record-v1-whole.json"
@@ -507,6 +510,25 @@ def test_markdown_cells_cannot_break_the_table() -> None:
     text = report(record([*record().trials, bad])).markdown()
     assert "<script>" not in text.split("## Every trial")[1]
     assert "a \\| b" in text
+
+
+def test_names_are_no_html_in_any_markdown() -> None:
+    name = "<img src=x onerror=alert(1)>|\n# refused"
+    text = record().model_dump_json()
+    for held in ("refused", "kept", "resnet20"):
+        text = text.replace(json.dumps(held), json.dumps(name + held))
+    hostile = AuditRecord.model_validate_json(text)
+    command = hostile.model_copy(update={"command": "sophon\n```\n<img src=x>"})
+    compared = compare([(name, hostile), ("other", record())])
+    source = Exported(
+        ModelSpec(name="resnet20"), nn.Identity(), {"restricted": [name], "original": name}, 10
+    )
+    for made in (report(hostile).markdown(), compared.markdown(), _body(source, None)):
+        assert "onerror" in made
+        assert "<img" not in made
+        assert "\n# refused" not in made
+    fence = report(command).markdown().split("## How to repeat it")[1].split("```")
+    assert "<img src=x>" in fence[1]
 
 
 def test_crashes_of_trials_that_were_run_again_are_shown() -> None:

@@ -58,12 +58,17 @@ def plain(text: str) -> str:
     return safe.replace("&#39;", "'").replace("&#34;", '"')
 
 
-def markdown_table(held: Table) -> str:
+def fenced(text: str) -> Markup:
+    """Return `text` for a fenced block of Markdown, which it cannot end."""
+    return Markup(text.replace("```", "'''"))
+
+
+def markdown_table(held: Table) -> Markup:
     """Return a table as Markdown."""
     lines = [held.header, ("---",) * len(held.header)]
     lines += [tuple(map(plain, row)) for row in held.rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\n{held.note}" if held.note else text
+    return Markup(f"{text}\n\n{plain(held.note)}" if held.note else text)
 
 
 def html_table(held: Table, kind: str = "") -> Markup:
@@ -85,16 +90,18 @@ def _cell(text: str) -> str:
 
 
 def render(name: str, **values: Any) -> str:
-    """Return the template `name` filled in; only HTML is escaped by itself."""
+    """Return the template `name` filled in; all but `Markup` is escaped."""
+    page = name.endswith(".html.j2")
     environment = Environment(
         loader=PackageLoader("sophon._reporting"),
-        autoescape=name.endswith(".html.j2"),
+        autoescape=page,
+        finalize=None if page else lambda v: v if isinstance(v, Markup) else plain(str(v)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plain": plain, "markdown": markdown_table, "as_table": html_table}
+    environment.filters |= {"fenced": fenced, "markdown": markdown_table, "as_table": html_table}
     return environment.get_template(name).render(**values)
 
 

@@ -56,30 +56,10 @@ class SubjectSummary:
     recovery_scratch: Recovery | None
 
 
-Code = Literal[
-    "flag",
-    "undefined",
-    "removed",
-    "looks",
-    "withstood",
-    "slowed",
-    "unsure",
-    "no room",
-    "too little",
-    "convicted",
-    "alone",
-    "profit",
-    "unlearnt",
-    "luck",
-    "pictures",
-    "allowed",
-]
-
-
 class Reason(NamedTuple):
     """Why a verdict is what it is: what to decide by, and what to read."""
 
-    code: Code
+    code: str
     text: str
 
 

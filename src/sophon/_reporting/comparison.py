@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sophon._attacks.suites import SUITES, beyond_rehearsal, beyond_usual, strategies_of
@@ -20,7 +19,7 @@ from sophon._judgement.verdict import Judgement, judge
 from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 from sophon._records.statement import stated
-from sophon._reporting.rendering import Table, render, score_text, table, write_document
+from sophon._reporting.rendering import Document, Table, render, score_text, table
 from sophon._reporting.tables import ratio_text, removed_text
 from sophon._specs import OptimizerName, Strategy, fingerprint_of
 
@@ -119,7 +118,7 @@ class Group:
         )
 
 
-class Comparison:
+class Comparison(Document):
     """Groups of audits that can be compared, the largest first."""
 
     def __init__(self, records: Sequence[tuple[str, AuditRecord]]) -> None:
@@ -148,22 +147,6 @@ class Comparison:
         """Return a table for each group."""
         return [_table(group) for group in self.groups]
 
-    def html(self) -> str:
-        """Return the comparison as one self-contained HTML page without scripts."""
-        return self._rendered("comparison.html.j2")
-
-    def markdown(self) -> str:
-        """Return the comparison as Markdown."""
-        return self._rendered("comparison.md.j2")
-
-    def write_html(self, path: str | Path) -> None:
-        """Write the HTML page to `path`, whole or not at all."""
-        write_document(path, self.html())
-
-    def write_markdown(self, path: str | Path) -> None:
-        """Write the Markdown text to `path`, whole or not at all."""
-        write_document(path, self.markdown())
-
     def data(self) -> list[dict[str, Any]]:
         """Return the groups as plain values, for JSON; fractions in [0, 1]."""
         return [
@@ -177,9 +160,10 @@ class Comparison:
             for group in self.groups
         ]
 
-    def _rendered(self, name: str) -> str:
+    def rendered(self, form: str) -> str:
+        """Return it as `html` or as `md`."""
         pairs = list(zip(self.groups, self.tables(), strict=True))
-        return render(name, comparison=self, groups=pairs)
+        return render(f"comparison.{form}.j2", comparison=self, groups=pairs)
 
 
 def compare(records: Sequence[tuple[str, AuditRecord]]) -> Comparison:

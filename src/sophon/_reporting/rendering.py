@@ -105,8 +105,30 @@ def render(name: str, **values: Any) -> str:
     return environment.get_template(name).render(**values)
 
 
-def write_document(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all; folders are made."""
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place, text)
+class Document:
+    """What is shown as one HTML page, and as Markdown."""
+
+    def rendered(self, form: str) -> str:
+        """Return it as `html`, without references to anything outside, or as `md`."""
+        raise NotImplementedError
+
+    def html(self) -> str:
+        """Return it as one self-contained HTML page, which says everything without scripts."""
+        return self.rendered("html")
+
+    def markdown(self) -> str:
+        """Return it as Markdown."""
+        return self.rendered("md")
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the HTML page to `path`, whole or not at all; folders are made."""
+        _write(Path(path), self.html())
+
+    def write_markdown(self, path: str | Path) -> None:
+        """Write the Markdown text to `path`, whole or not at all; folders are made."""
+        _write(Path(path), self.markdown())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)

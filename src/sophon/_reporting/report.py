@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -15,6 +14,13 @@ from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import judge
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
+from sophon._reporting.audit_tables import (
+    claimed_domains,
+    domains_of,
+    original_table,
+    overlap_table,
+    trial_table,
+)
 from sophon._reporting.heat import HeatMap, heat_maps
 from sophon._reporting.plots import (
     depth_plot,
@@ -23,23 +29,18 @@ from sophon._reporting.plots import (
     search_plot,
     strip_plot,
 )
-from sophon._reporting.rendering import Table, render, write_document
+from sophon._reporting.rendering import Document, Table, render
 from sophon._reporting.tables import (
     best_by_attack,
-    claimed_domains,
     depth,
     distribution,
-    domains_of,
     envelopes,
     facts,
-    original_table,
-    overlap_table,
     pictures,
     quarters,
     reached,
     secondary_table,
     sheets,
-    trial_table,
     verdict_table,
 )
 from sophon._specs import Strategy, shared_fields
@@ -73,7 +74,7 @@ class Section:
     plots: dict[str, Markup]
 
 
-class Report:
+class Report(Document):
     """An audit's report: its verdict, its table, and the two documents."""
 
     def __init__(self, record: AuditRecord) -> None:
@@ -94,32 +95,14 @@ class Report:
         """Return the verdict and its numbers as plain values, for JSON; fractions in [0, 1]."""
         return {"verdict": self.verdict, "domains": [_values(s) for s in self.summaries]}
 
-    def html(self) -> str:
-        """Return the report as one HTML page without references to anything outside.
-
-        Its only script lets a reader sort the trials; without it everything is still there.
-        """
-        return self._rendered("report.html.j2")
-
-    def markdown(self) -> str:
-        """Return the report as Markdown, for a model card."""
-        return self._rendered("report.md.j2")
-
-    def write_html(self, path: str | Path) -> None:
-        """Write the HTML page to `path`, whole or not at all."""
-        write_document(path, self.html())
-
-    def write_markdown(self, path: str | Path) -> None:
-        """Write the Markdown text to `path`, whole or not at all."""
-        write_document(path, self.markdown())
-
-    def _rendered(self, name: str) -> str:
+    def rendered(self, form: str) -> str:
+        """Return it as `html` or as `md`."""
         record = self.record
         protection = record.protection
         restricted, others = attacks_by_role(record)
         narrower = others if others < restricted else 0
         return render(
-            name,
+            f"report.{form}.j2",
             report=self,
             record=record,
             meaning=MEANINGS[self.worst.verdict],

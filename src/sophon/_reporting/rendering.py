@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sophon._base.files import write_text
-from sophon._judgement.statistics import Interval, interval_of
+from sophon._judgement.statistics import interval_of
 from sophon._records.audit_record import Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 
@@ -33,14 +33,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") 
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction as a percentage, or a dash for none."""
     return NONE if value is None else f"{100 * value:z.{digits}f} %"
-
-
-def with_interval(value: float, interval: Interval | None, digits: int = 1) -> str:
-    """Return a percentage with its 95 % interval."""
-    if interval is None:
-        return percent(value, digits)
-    low, high = (f"{100 * bound:z.{digits}f}" for bound in interval)
-    return f"{percent(value, digits)} ({low} to {high})"
 
 
 def score_text(score: Measurement | None) -> str:

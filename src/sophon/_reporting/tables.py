@@ -22,7 +22,7 @@ from sophon._records.audit_record import (
     Trial,
 )
 from sophon._records.metrics import NONE, kind_of_record, shown
-from sophon._reporting.rendering import Table, percent, score_text, table, with_interval
+from sophon._reporting.rendering import Table, percent, score_text, table
 from sophon._specs import Strategy, shared_fields
 
 # --- One domain -----------------------------------------------------------------------------------
@@ -54,9 +54,10 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
 
 def removed_text(advantage: Estimate) -> str:
     """Return how much advantage was removed with its interval, or a dash."""
-    if advantage.value is None:
-        return NONE
-    return with_interval(advantage.value, advantage.interval, digits=0)
+    text = percent(advantage.value, 0)
+    if advantage.interval is None:
+        return text
+    return f"{text} ({100 * advantage.interval.low:z.0f} to {100 * advantage.interval.high:z.0f})"
 
 
 def ratio_text(ratio: Ratio) -> str:

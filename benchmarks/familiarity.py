@@ -21,7 +21,7 @@ from sophon._auditing.familiarity import familiarity
 from sophon._base.seeding import seeded
 from sophon._cli.run_file import Case, load
 from sophon._data import Domain
-from sophon._judgement.flags.weights import _both, _lead
+from sophon._judgement.flags.images import _both, _lead
 from sophon._models import fresh_copy
 from sophon._specs import FreshHead, Strategy
 from sophon._training.loop import FineTuning, attacker_copy

@@ -39,7 +39,8 @@ from sophon._attacks.suites import strategies_of
 from sophon._auditing.audit import Audit
 from sophon._auditing.plan import Plan
 from sophon._data import load_domain
-from sophon._judgement.statistics import Interval, advantage_removed, image_areas, shared_budgets
+from sophon._judgement.advantage import advantage_removed, image_areas
+from sophon._judgement.statistics import Interval, shared_budgets
 from sophon._models import resolve_model
 from sophon._records.audit_record import Point, Score, Trial, pack, unpack
 from sophon._specs import AuditSpec, DomainSpec, FreshHead, ModelSpec, Strategy, Subject

@@ -19,9 +19,10 @@ from PIL import Image
 
 from sophon._base.errors import SophonError
 from sophon._cli.reading import read_record
+from sophon._judgement.parts import SUBJECTS
 from sophon._judgement.pictures import moment, pictures_of
 from sophon._judgement.statistics import interval_of
-from sophon._judgement.summaries import SUBJECTS, DomainSummary
+from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
 from sophon._records.audit_record import AuditRecord, ErrorScore, Measurement, SampleRecord
 

@@ -18,7 +18,8 @@ from sophon._auditing.audit import Audit, audit
 from sophon._auditing.trial import Assignment, Bench, evaluation_steps
 from sophon._base.errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._data import Domain, Images
-from sophon._judgement.statistics import budgets, image_areas
+from sophon._judgement.advantage import image_areas
+from sophon._judgement.statistics import budgets
 from sophon._judgement.verdict import summarise
 from sophon._models.networks import SmallConvNet
 from sophon._protection.protection import protect

@@ -13,14 +13,13 @@ import torch
 
 from builders import Fatal, digits, original, restricted, trained_model
 from records import trial as made
+from sophon._attacks.kinds import method, patient
 from sophon._attacks.search import AT_ONCE, RATES, AttackerSearch, rates
 from sophon._attacks.suites import (
     SUITES,
     Suite,
     beyond_rehearsal,
     depth_attacks,
-    method,
-    patient,
     resolved,
     strategies_of,
     suite_fingerprint,

@@ -27,10 +27,10 @@ from sophon._auditing.samples import picture_grid, spread_labels
 from sophon._base.errors import DataError, SophonError, SpecError
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import Domain
-from sophon._judgement.flags.attacks import near_chance_on_original, original_task_suffers
+from sophon._judgement.flags.original import near_chance_on_original, original_task_suffers
 from sophon._judgement.pictures import slows, withstands
 from sophon._judgement.statistics import winner
-from sophon._judgement.verdict import secondary, summarise
+from sophon._judgement.verdict import judge, summarise
 from sophon._models import diffusers, resolve_model
 from sophon._records.audit_record import AuditRecord, ErrorScore, Point, SampleRecord, Score, Trial
 from sophon._records.metrics import KINDS, kind_of, shown
@@ -465,7 +465,7 @@ def test_slowed_is_a_verdict_only_as_far_as_pictures_bear_it_out(
         changes |= {"restricted": (other,), "held_out": (own,)}
     judged = held.model_copy(update=changes)
     # Recovered at step 20 and at step 200: ten times, of which pictures show three.
-    summary = secondary(judged, "held_out")[0] if role == "held_out" else summarise(judged)[0]
+    summary = judge(judged).held_out[0] if role == "held_out" else summarise(judged)[0]
     assert summary.text == verdict, summary.reasons
 
 

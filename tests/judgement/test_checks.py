@@ -8,7 +8,8 @@ import pytest
 
 from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks.suites import resolved, strategies_of
-from sophon._judgement.flags.attacks import CHECKS, unequal_search
+from sophon._judgement.flags.all import CHECKS
+from sophon._judgement.flags.running import unequal_search
 from sophon._records.audit_record import AuditRecord, Familiarity, Overlap, Score, Vitals
 from sophon._specs import AuditSpec, FreshHead, RescaleWeights, Strategy, Subject
 

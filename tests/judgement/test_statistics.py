@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from records import CURVES, STEPS, trial
 from sophon._auditing.trial import evaluation_steps
+from sophon._judgement.advantage import advantage_removed, image_areas
 from sophon._judgement.statistics import (
-    advantage_removed,
     area,
     bands,
     budgets,
     by_seed,
     cost_to_recover,
     envelope,
-    image_areas,
     next_seed,
     shared_budgets,
     wilson,

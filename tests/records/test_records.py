@@ -15,11 +15,11 @@ from records import record
 from sophon._base.errors import CheckpointError, SophonError
 from sophon._cli import app
 from sophon._cli.reading import read_record
-from sophon._judgement.flags.attacks import CHECKS
+from sophon._judgement.flags.all import CHECKS
 from sophon._records.audit_record import AuditRecord, ErrorScore, Score
 from sophon._records.statement import stated
+from sophon._reporting.audit_tables import claimed_domains, reported
 from sophon._reporting.report import report
-from sophon._reporting.tables import claimed_domains, reported
 
 WHOLE = json.loads((Path(__file__).parents[1] / "records" / "record-v1-whole.json").read_text())
 

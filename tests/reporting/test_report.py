@@ -15,12 +15,13 @@ from xml.etree import ElementTree
 
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
+from torch import nn
 
 from records import CURVES, crashed, diverged, record, trial
 from sophon._base.errors import AuditError
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.summaries import DomainSummary
-from sophon._judgement.verdict import UNTRIED, overall, secondary, summarise
+from sophon._judgement.verdict import UNTRIED, judge, overall, summarise
 from sophon._records.audit_record import (
     SCHEMA_VERSION,
     AuditRecord,
@@ -34,10 +35,12 @@ from sophon._records.audit_record import (
     Vitals,
     record_schema,
 )
+from sophon._reporting.comparison import compare
+from sophon._reporting.export import Exported, _body
 from sophon._reporting.heat import heat_maps
 from sophon._reporting.report import attacks_by_role, report
 from sophon._reporting.tables import distribution
-from sophon._specs import RescaleWeights, Strategy
+from sophon._specs import ModelSpec, RescaleWeights, Strategy
 
 STORED = Path(__file__).parents[1] / "records" / "record-v1.json"
 STORED_WHOLE = Path(__file__).parents[1] / "records" / "record-v1-whole.json"
@@ -509,6 +512,25 @@ def test_markdown_cells_cannot_break_the_table() -> None:
     assert "a \\| b" in text
 
 
+def test_names_are_no_html_in_any_markdown() -> None:
+    name = "<img src=x onerror=alert(1)>|\n# refused"
+    text = record().model_dump_json()
+    for held in ("refused", "kept", "resnet20"):
+        text = text.replace(json.dumps(held), json.dumps(name + held))
+    hostile = AuditRecord.model_validate_json(text)
+    command = hostile.model_copy(update={"command": "sophon\n```\n<img src=x>"})
+    compared = compare([(name, hostile), ("other", record())])
+    source = Exported(
+        ModelSpec(name="resnet20"), nn.Identity(), {"restricted": [name], "original": name}, 10
+    )
+    for made in (report(hostile).markdown(), compared.markdown(), _body(source, None)):
+        assert "onerror" in made
+        assert "<img" not in made
+        assert "\n# refused" not in made
+    fence = report(command).markdown().split("## How to repeat it")[1].split("```")
+    assert "<img src=x>" in fence[1]
+
+
 def test_crashes_of_trials_that_were_run_again_are_shown() -> None:
     base = record()
     key = base.trials[0].key
@@ -748,7 +770,7 @@ def test_an_allowed_task_that_says_too_little_is_not_one_that_can_be_learnt() ->
         return held.model_copy(update={"curve": curve})
 
     held = _changed(base, one)
-    (allowed,) = secondary(held, "benign")
+    (allowed,) = judge(held).allowed
     assert allowed.verdict not in ("withstood", "slowed")
     assert allowed.advantage.interval is not None
     assert allowed.advantage.interval.high > 1
@@ -783,7 +805,7 @@ def test_allowed_tasks_are_held_against_the_attacks_that_they_met() -> None:
     ]
     held = base.model_copy(update={"trials": (*base.trials, *more)})
     made = report(held)
-    (allowed,) = secondary(held, "benign")
+    (allowed,) = judge(held).allowed
     lost, wanted = allowed.advantage.value or 0, made.worst.advantage.value or 0
     assert lost >= 0.8 * wanted
     assert allowed.verdict == "slowed"
@@ -996,8 +1018,8 @@ def test_a_record_with_every_field_of_this_version_still_loads_and_is_judged() -
     made = report(held)
     assert made.verdict == WHOLE["verdict"]
     assert made.worst.advantage.value == pytest.approx(WHOLE["advantage"])
-    assert [s.text for s in secondary(held, "benign")] == WHOLE["benign"]
-    assert [s.text for s in secondary(held, "held_out")] == WHOLE["held_out"]
+    assert [s.text for s in judge(held).allowed] == WHOLE["benign"]
+    assert [s.text for s in judge(held).held_out] == WHOLE["held_out"]
     assert len(depth_rows(held, held.restricted[0].name)) == WHOLE["depths"]
     assert held.spec.search_trials
     assert held.overlaps

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sophon._attacks.kinds import of_classifiers_only, spent_first
 from sophon._base.errors import SpecError
 from sophon._specs import (
     BatchNorm,
-    Distil,
     FreshHead,
     Heal,
     NoiseKick,
@@ -75,8 +75,8 @@ def starts(metric: str, steps: int, stop: int | None = None) -> dict[str, tuple[
     return {
         name: held
         for name, held in PREPARATIONS.items()
-        if _spent(held, steps) < end
-        and (metric == "accuracy" or not any(isinstance(p, BatchNorm | RidgeHead) for p in held))
+        if spent_first(held, steps) < end
+        and (metric == "accuracy" or of_classifiers_only(held) is None)
     }
 
 
@@ -226,12 +226,6 @@ class AttackerSearch:
 
 def _named(choices: Mapping[str, Any], wanted: Any) -> str | None:
     return next((name for name, held in choices.items() if held == wanted), None)
-
-
-def _spent(preparations: tuple[Preparation, ...], steps: int) -> int:
-    """Return about how many of the steps are spent on training beforehand."""
-    courses = [p for p in preparations if isinstance(p, Heal | Distil | RidgeHead)]
-    return sum(max(1, round(p.share * steps)) for p in courses)
 
 
 def require_optuna() -> None:

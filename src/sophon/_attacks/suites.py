@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
+from sophon._attacks.kinds import of_classifiers_only
 from sophon._attacks.search import search_space
 from sophon._base.errors import SpecError
 from sophon._records.statement import statement_of
@@ -166,10 +167,6 @@ _BEYOND = (10, 100)
 _UNSAID: dict[OptimizerName, float] = {"sgd_momentum": 1e-1, "adam": 1e-2}
 # Numbers of blocks whose attacks by depth stand for all in a suite's fingerprint.
 _NETWORKS = (1, 5, 12)
-_CLASSIFIERS_ONLY = {
-    "batch_norm": "no BatchNorm to put back",
-    "ridge_head": "no classes to fit a head to",
-}
 
 
 def suite_of(spec: AuditSpec) -> Suite:
@@ -255,17 +252,11 @@ def fitting(
 ) -> tuple[tuple[Strategy, ...], tuple[str, ...]]:
     """Return the attacks that can do something to a task's models, and what was left out and why.
 
-    A diffusion model has no BatchNorm to put back and no classes to fit a head to; all else
-    applies, its last convolution being the head.
+    To a diffusion model all else applies, its last convolution being the head.
     """
     if metric == "accuracy":
         return strategies, ()
-    why = {
-        s: next(
-            (_CLASSIFIERS_ONLY[p.kind] for p in s.preparations if p.kind in _CLASSIFIERS_ONLY), None
-        )
-        for s in strategies
-    }
+    why = {s: of_classifiers_only(s.preparations) for s in strategies}
     kept = tuple(s for s in strategies if why[s] is None)
     return kept, tuple(f"{s.label()}: {reason}" for s, reason in why.items() if reason is not None)
 
@@ -317,22 +308,6 @@ def depth_attacks(blocks: int, spec: AuditSpec) -> tuple[Strategy, ...]:
 
 def _reset(blocks: int) -> tuple[Preparation, ...]:
     return (ResetLastBlocks(blocks=blocks), FreshHead()) if blocks else _FRESH
-
-
-def trains_first(strategy: Strategy) -> bool:
-    """Return whether an attack trains on the original task before it trains on its own."""
-    return any(isinstance(p, Heal | Distil) for p in strategy.preparations)
-
-
-def patient(strategy: Strategy) -> bool:
-    """Return whether an attack pays off late by design, so that no prefilter may stop it."""
-    return trains_first(strategy) or strategy.schedule != "constant"
-
-
-def method(strategy: Strategy) -> tuple[str, ...]:
-    """Return the kinds of an attack's preparations, and whether it trains the head or adapters."""
-    trained = "adapters" if strategy.lora_rank is not None else strategy.scope
-    return (*(preparation.kind for preparation in strategy.preparations), trained)
 
 
 def suite_fingerprint(name: str) -> str:

@@ -14,15 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sophon._attacks.kinds import method, patient, trains_first
 from sophon._attacks.search import AT_ONCE, AttackerSearch
 from sophon._attacks.suites import (
     Suite,
     fitting,
-    method,
-    patient,
     secondary_of,
     suite_of,
-    trains_first,
 )
 from sophon._auditing.trial import Assignment, evaluation_steps, stop_at
 from sophon._data import Domain
@@ -359,11 +357,8 @@ def _noise(start: Point, best: Point) -> float:
 
 def _guess(domain: Domain, kind: MetricKind) -> float:
     """Return what guessing gives: of classes that are not equally frequent, the largest."""
-    chance = kind.chance(domain.class_count)
-    if kind.name != "accuracy":
-        return chance
     _, counts = domain.validation.labels.unique(return_counts=True)
-    return max(chance, int(counts.max()) / len(domain.validation))
+    return kind.chance(domain.class_count, int(counts.max()) / len(domain.validation))
 
 
 def _holders(trials: Sequence[Trial]) -> set[Strategy]:

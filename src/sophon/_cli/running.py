@@ -93,7 +93,7 @@ def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
     from sophon._records.metrics import kind_of
 
     before = run.guard.before
-    kind, chance = kind_of(before), kind_of(before).chance(run.setting.original.class_count)
+    kind, chance = kind_of(before), kind_of(before).chance(run.setting.original.class_count, 0.0)
     if mode in ("bar", "lines") and interval_of(before).low <= chance:
         typer.echo(
             f"warning: the model does not know its original task: {kind.show(before.value, 1)} on"

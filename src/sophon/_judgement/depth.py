@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sophon._attacks.kinds import blocks_reset, in_batches_of
 from sophon._attacks.suites import depth_attacks
-from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import area, budgets, envelope
 from sophon._records.audit_record import AuditRecord, Trial
 from sophon._records.metrics import kind_of_record
-from sophon._specs import ResetLastBlocks, Strategy
 
 # A lead must be so many small differences of its kind for shares of it to mean something.
 _SMALL_DIFFERENCES = 4
@@ -37,20 +37,20 @@ def depth_rows(record: AuditRecord, domain: str) -> tuple[DepthRow, ...]:
     Only the first attack seed counts: later ones are not run for all depths.
     """
     blocks = max((s.blocks or 0 for s in record.subjects), default=0)
-    wanted = {_form(strategy) for strategy in depth_attacks(blocks, record.spec)}
+    wanted = {in_batches_of(strategy, 1) for strategy in depth_attacks(blocks, record.spec)}
     first = record.seeds[0]
     held = [
         trial
         for trial in trials_of(record, domain)
-        if trial.seed == first and trial.curve and _form(trial.strategy) in wanted
+        if trial.seed == first and trial.curve and in_batches_of(trial.strategy, 1) in wanted
     ]
-    resets = sorted({_reset(trial.strategy) for trial in held}, reverse=True)
+    resets = sorted({blocks_reset(trial.strategy) for trial in held}, reverse=True)
     if len(resets) < 2:
         return ()
     at = budgets(held)
     groups: dict[int, dict[str, list[Trial]]] = {reset: {} for reset in resets}
     for trial in held:
-        groups[_reset(trial.strategy)].setdefault(trial.subject, []).append(trial)
+        groups[blocks_reset(trial.strategy)].setdefault(trial.subject, []).append(trial)
     areas = {
         reset: {subject: _area(trials, at) for subject, trials in group.items()}
         for reset, group in groups.items()
@@ -72,15 +72,6 @@ def depth_rows(record: AuditRecord, domain: str) -> tuple[DepthRow, ...]:
         )
         for reset, found in areas.items()
     )
-
-
-def _form(strategy: Strategy) -> Strategy:
-    # Batches may have been made smaller to fit the images.
-    return strategy.model_copy(update={"batch_size": 1})
-
-
-def _reset(strategy: Strategy) -> int:
-    return sum(p.blocks for p in strategy.preparations if isinstance(p, ResetLastBlocks))
 
 
 def _area(trials: list[Trial], at: list[int]) -> float:

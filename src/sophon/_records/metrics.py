@@ -46,7 +46,8 @@ class MetricKind:
     allowed: Callable[[float, Guard], float]
     tolerance: Callable[[Guard], str]
     ruin: Callable[[float], float]
-    chance: Callable[[int], float]
+    # Of so many classes, and of the share of the largest.
+    chance: Callable[[int, float], float]
     floor: Callable[[float | None], float]
     goal: str
     far: Callable[[float], float]
@@ -90,7 +91,7 @@ KINDS: dict[str, MetricKind] = {
         allowed=lambda value, guard: value - guard.tolerance_points / 100,
         tolerance=lambda guard: f"{guard.tolerance_points} points (guard.tolerance_points)",
         ruin=lambda value: 0.1,
-        chance=lambda classes: 1 / classes,
+        chance=lambda classes, largest: max(1 / classes, largest),
         floor=lambda scratch: 0.0,
         goal="90 % of unprotected",
         far=lambda best: 0.1,
@@ -113,7 +114,7 @@ KINDS: dict[str, MetricKind] = {
             f"{100 * guard.tolerance_relative:.0f} % of the error (guard.tolerance_relative)"
         ),
         ruin=lambda value: 1 - value,
-        chance=lambda classes: 0.0,
+        chance=lambda classes, largest: 0.0,
         # Any network explains most of the noise: what counts is what a fresh one lacks.
         floor=lambda scratch: scratch or 0.0,
         goal="90 % of the way from scratch to unprotected",

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sophon._attacks.suites import SUITES, beyond_rehearsal, beyond_usual, strategies_of
 from sophon._base.errors import AuditError
+from sophon._judgement.parts import originals
 from sophon._judgement.summaries import DomainSummary, Verdict
-from sophon._judgement.verdict import overall, summarise
+from sophon._judgement.verdict import Judgement, judge
 from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 from sophon._records.statement import stated
-from sophon._reporting.rendering import Table, render, score_text, table, write_document
+from sophon._reporting.rendering import Document, Table, render, score_text, table
 from sophon._reporting.tables import ratio_text, removed_text
 from sophon._specs import OptimizerName, Strategy, fingerprint_of
 
@@ -31,21 +31,25 @@ _SHORT_HASH = 12
 
 @dataclass(frozen=True)
 class Entry:
-    """One audit of a comparison: what it is called, its record, its restricted domains."""
+    """One audit of a comparison: what it is called, and what it was judged to be."""
 
     name: str
-    record: AuditRecord
-    summaries: tuple[DomainSummary, ...]
+    judgement: Judgement
+
+    @property
+    def record(self) -> AuditRecord:
+        """The audit's record."""
+        return self.judgement.record
 
     @property
     def worst(self) -> DomainSummary:
         """The domain that speaks for the model."""
-        return overall(self.summaries)
+        return self.judgement.worst
 
     @property
     def flags(self) -> tuple[str, ...]:
         """The names of the flags raised on any restricted domain."""
-        return tuple(dict.fromkeys(f.name for s in self.summaries for f in s.flags))
+        return tuple(dict.fromkeys(f.name for s in self.judgement.restricted for f in s.flags))
 
     @property
     def rates(self) -> dict[OptimizerName, float]:
@@ -114,7 +118,7 @@ class Group:
         )
 
 
-class Comparison:
+class Comparison(Document):
     """Groups of audits that can be compared, the largest first."""
 
     def __init__(self, records: Sequence[tuple[str, AuditRecord]]) -> None:
@@ -126,7 +130,7 @@ class Comparison:
             raise AuditError(f"{twice} is named twice: name each audit once")
         groups: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
         for name, record in records:
-            entry = Entry(name, record, summarise(record))
+            entry = Entry(name, judge(record))
             groups.setdefault(tuple(_setting(record).items()), []).append(entry)
         ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
         self.groups = tuple(
@@ -143,22 +147,6 @@ class Comparison:
         """Return a table for each group."""
         return [_table(group) for group in self.groups]
 
-    def html(self) -> str:
-        """Return the comparison as one self-contained HTML page without scripts."""
-        return self._rendered("comparison.html.j2")
-
-    def markdown(self) -> str:
-        """Return the comparison as Markdown."""
-        return self._rendered("comparison.md.j2")
-
-    def write_html(self, path: str | Path) -> None:
-        """Write the HTML page to `path`, whole or not at all."""
-        write_document(path, self.html())
-
-    def write_markdown(self, path: str | Path) -> None:
-        """Write the Markdown text to `path`, whole or not at all."""
-        write_document(path, self.markdown())
-
     def data(self) -> list[dict[str, Any]]:
         """Return the groups as plain values, for JSON; fractions in [0, 1]."""
         return [
@@ -172,9 +160,10 @@ class Comparison:
             for group in self.groups
         ]
 
-    def _rendered(self, name: str) -> str:
+    def rendered(self, form: str) -> str:
+        """Return it as `html` or as `md`."""
         pairs = list(zip(self.groups, self.tables(), strict=True))
-        return render(name, comparison=self, groups=pairs)
+        return render(f"comparison.{form}.j2", comparison=self, groups=pairs)
 
 
 def compare(records: Sequence[tuple[str, AuditRecord]]) -> Comparison:
@@ -269,7 +258,7 @@ def _order(entry: Entry) -> tuple[int, float, str]:
 
 
 def _originals(record: AuditRecord) -> tuple[Measurement | None, Measurement | None]:
-    held = {subject.name: subject.original for subject in record.subjects}
+    held = originals(record)
     return held.get("protected"), held.get("unprotected")
 
 

@@ -23,6 +23,7 @@ from sophon._base.files import read_json, require_writable, write_text
 from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
+from sophon._reporting.rendering import plain
 from sophon._reporting.report import Report, report
 from sophon._specs import ModelSpec, parse_spec
 from sophon._training.checkpoints import require_recorded, save_tensors
@@ -268,8 +269,8 @@ def _metadata(source: Exported, made: Report | None) -> dict[str, Any]:
 
 def _body(source: Exported, made: Report | None) -> str:
     protection = source.protection
-    refused = ", ".join(protection.get("restricted", ())) or "unnamed domains"
-    kept = protection.get("original", "its original task")
+    refused = plain(", ".join(protection.get("restricted", ())) or "unnamed domains")
+    kept = plain(protection.get("original", "its original task"))
     alone = source.network.name.startswith(("timm:", "torchvision:", DIFFUSERS))
     how = "without Sophon" if alone else "with Sophon (`pip install sophon-protect`)"
     name, classes = _name(source), "" if source.index else f" with {source.classes} classes"

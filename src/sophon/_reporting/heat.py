@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from sophon._judgement.flags.flag import trials_of
+from sophon._attacks.kinds import without_rate
+from sophon._judgement.parts import SUBJECTS, trials_of
 from sophon._judgement.statistics import best_of
-from sophon._judgement.summaries import SUBJECTS
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import MetricKind, kind_of_record
 from sophon._reporting.rendering import Table, table
-from sophon._specs import Strategy
 
 
 class HeatMap(NamedTuple):
@@ -56,7 +55,7 @@ def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
         cells: dict[str, dict[int, float]] = {}
         for trial in trials:
             if trial.subject == subject:
-                row = cells.setdefault(_family(trial.strategy), {})
+                row = cells.setdefault(without_rate(trial.strategy), {})
                 at = _half_decade(trial.strategy.learning_rate)
                 row[at] = max(row.get(at, -math.inf), best_of(trial))
         rows = tuple((n, tuple(row.get(c) for c in columns)) for n, row in sorted(cells.items()))
@@ -64,19 +63,6 @@ def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
             rates = tuple(_rate(column) for column in columns)
             maps.append(HeatMap(subject, rates, rows, min(values), max(values), kind))
     return maps
-
-
-def _family(strategy: Strategy) -> str:
-    """Return what an attack is, apart from its rate and how its steps are arranged."""
-    kept = Strategy(
-        optimizer=strategy.optimizer,
-        scope=strategy.scope,
-        preparations=strategy.preparations,
-        lora_rank=strategy.lora_rank,
-        data_fraction=strategy.data_fraction,
-        learning_rate=1.0,
-    )
-    return kept.label().replace(f" {strategy.optimizer} 1", f" {strategy.optimizer}", 1)
 
 
 def _half_decade(rate: float) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from markupsafe import Markup, escape
 
 from sophon._judgement.depth import DepthRow
+from sophon._judgement.parts import SUBJECTS
 from sophon._judgement.statistics import best_of
-from sophon._judgement.summaries import SUBJECTS, DomainSummary, SubjectSummary
+from sophon._judgement.summaries import DomainSummary, SubjectSummary
 from sophon._records.audit_record import Trial
 from sophon._records.metrics import MetricKind
 from sophon._specs import Strategy

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sophon._base.files import write_text
-from sophon._judgement.statistics import Interval, interval_of
+from sophon._judgement.statistics import interval_of
 from sophon._records.audit_record import Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 
@@ -35,14 +35,6 @@ def percent(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{100 * value:z.{digits}f} %"
 
 
-def with_interval(value: float, interval: Interval | None, digits: int = 1) -> str:
-    """Return a percentage with its 95 % interval."""
-    if interval is None:
-        return percent(value, digits)
-    low, high = (f"{100 * bound:z.{digits}f}" for bound in interval)
-    return f"{percent(value, digits)} ({low} to {high})"
-
-
 def score_text(score: Measurement | None) -> str:
     """Return a score in its unit with its 95 % interval, or a dash."""
     if score is None:
@@ -58,12 +50,17 @@ def plain(text: str) -> str:
     return safe.replace("&#39;", "'").replace("&#34;", '"')
 
 
-def markdown_table(held: Table) -> str:
+def fenced(text: str) -> Markup:
+    """Return `text` for a fenced block of Markdown, which it cannot end."""
+    return Markup(text.replace("```", "'''"))
+
+
+def markdown_table(held: Table) -> Markup:
     """Return a table as Markdown."""
     lines = [held.header, ("---",) * len(held.header)]
     lines += [tuple(map(plain, row)) for row in held.rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\n{held.note}" if held.note else text
+    return Markup(f"{text}\n\n{plain(held.note)}" if held.note else text)
 
 
 def html_table(held: Table, kind: str = "") -> Markup:
@@ -85,21 +82,45 @@ def _cell(text: str) -> str:
 
 
 def render(name: str, **values: Any) -> str:
-    """Return the template `name` filled in; only HTML is escaped by itself."""
+    """Return the template `name` filled in; all but `Markup` is escaped."""
+    page = name.endswith(".html.j2")
     environment = Environment(
         loader=PackageLoader("sophon._reporting"),
-        autoescape=name.endswith(".html.j2"),
+        autoescape=page,
+        finalize=None if page else lambda v: v if isinstance(v, Markup) else plain(str(v)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plain": plain, "markdown": markdown_table, "as_table": html_table}
+    environment.filters |= {"fenced": fenced, "markdown": markdown_table, "as_table": html_table}
     return environment.get_template(name).render(**values)
 
 
-def write_document(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all; folders are made."""
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place, text)
+class Document:
+    """What is shown as one HTML page, and as Markdown."""
+
+    def rendered(self, form: str) -> str:
+        """Return it as `html`, without references to anything outside, or as `md`."""
+        raise NotImplementedError
+
+    def html(self) -> str:
+        """Return it as one self-contained HTML page, which says everything without scripts."""
+        return self.rendered("html")
+
+    def markdown(self) -> str:
+        """Return it as Markdown."""
+        return self.rendered("md")
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the HTML page to `path`, whole or not at all; folders are made."""
+        _write(Path(path), self.html())
+
+    def write_markdown(self, path: str | Path) -> None:
+        """Write the Markdown text to `path`, whole or not at all; folders are made."""
+        _write(Path(path), self.markdown())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from sophon._judgement.depth import depth_rows
-from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.parts import alone, trials_of
 from sophon._judgement.summaries import DomainSummary
-from sophon._judgement.verdict import alone, overall, scope, secondary, summarise
+from sophon._judgement.verdict import judge
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
+from sophon._reporting.audit_tables import (
+    claimed_domains,
+    domains_of,
+    original_table,
+    overlap_table,
+    trial_table,
+)
 from sophon._reporting.heat import HeatMap, heat_maps
 from sophon._reporting.plots import (
     depth_plot,
@@ -23,23 +29,18 @@ from sophon._reporting.plots import (
     search_plot,
     strip_plot,
 )
-from sophon._reporting.rendering import Table, render, write_document
+from sophon._reporting.rendering import Document, Table, render
 from sophon._reporting.tables import (
     best_by_attack,
-    claimed_domains,
     depth,
     distribution,
-    domains_of,
     envelopes,
     facts,
-    original_table,
-    overlap_table,
     pictures,
     quarters,
     reached,
     secondary_table,
     sheets,
-    trial_table,
     verdict_table,
 )
 from sophon._specs import Strategy, shared_fields
@@ -73,13 +74,13 @@ class Section:
     plots: dict[str, Markup]
 
 
-class Report:
+class Report(Document):
     """An audit's report: its verdict, its table, and the two documents."""
 
     def __init__(self, record: AuditRecord) -> None:
         self.record = record
-        self.summaries = summarise(record)
-        self.worst = overall(self.summaries)
+        self.judgement = judge(record)
+        self.summaries, self.worst = self.judgement.restricted, self.judgement.worst
 
     @property
     def verdict(self) -> str:
@@ -94,45 +95,25 @@ class Report:
         """Return the verdict and its numbers as plain values, for JSON; fractions in [0, 1]."""
         return {"verdict": self.verdict, "domains": [_values(s) for s in self.summaries]}
 
-    def html(self) -> str:
-        """Return the report as one HTML page without references to anything outside.
-
-        Its only script lets a reader sort the trials; without it everything is still there.
-        """
-        return self._rendered("report.html.j2")
-
-    def markdown(self) -> str:
-        """Return the report as Markdown, for a model card."""
-        return self._rendered("report.md.j2")
-
-    def write_html(self, path: str | Path) -> None:
-        """Write the HTML page to `path`, whole or not at all."""
-        write_document(path, self.html())
-
-    def write_markdown(self, path: str | Path) -> None:
-        """Write the Markdown text to `path`, whole or not at all."""
-        write_document(path, self.markdown())
-
-    def _rendered(self, name: str) -> str:
+    def rendered(self, form: str) -> str:
+        """Return it as `html` or as `md`."""
         record = self.record
         protection = record.protection
         restricted, others = attacks_by_role(record)
         narrower = others if others < restricted else 0
         return render(
-            name,
+            f"report.{form}.j2",
             report=self,
             record=record,
             meaning=MEANINGS[self.worst.verdict],
-            scope=scope(record),
+            scope=self.judgement.scope,
             alone=alone(record),
             scoring=_scoring(record),
             kind=kind_of_record(record),
             task=_task(record),
             sections=[_section(record, summary) for summary in self.summaries],
-            held_out=secondary_table(
-                secondary(record, "held_out"), benign=False, narrower=narrower
-            ),
-            benign=secondary_table(secondary(record, "benign"), benign=True, narrower=narrower),
+            held_out=secondary_table(self.judgement.held_out, benign=False, narrower=narrower),
+            benign=secondary_table(self.judgement.allowed, benign=True, narrower=narrower),
             originals=original_table(record),
             claimed=claimed_domains(record),
             overlaps=overlap_table(record),

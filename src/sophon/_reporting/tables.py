@@ -7,24 +7,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
+from sophon._judgement.advantage import Estimate
 from sophon._judgement.depth import depth_rows
-from sophon._judgement.flags.flag import trials_of
+from sophon._judgement.parts import SUBJECTS, trials_of
 from sophon._judgement.pictures import moment, pictures_of, when
-from sophon._judgement.statistics import Estimate, best_of, interval_of
-from sophon._judgement.summaries import SUBJECTS, DomainSummary, Ratio
+from sophon._judgement.statistics import best_of
+from sophon._judgement.summaries import DomainSummary, Ratio
 from sophon._judgement.survival import Recovery
 from sophon._records.audit_record import (
     AuditRecord,
-    DomainRecord,
     ErrorScore,
-    Measurement,
     SampleRecord,
     Trial,
 )
-from sophon._records.metrics import NONE, kind_of_record, measurement, shown
-from sophon._reporting.rendering import Table, percent, score_text, table, with_interval
+from sophon._records.metrics import NONE, kind_of_record, shown
+from sophon._reporting.rendering import Table, percent, score_text, table
 from sophon._specs import Strategy, shared_fields
 
 # --- One domain -----------------------------------------------------------------------------------
@@ -56,9 +54,10 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
 
 def removed_text(advantage: Estimate) -> str:
     """Return how much advantage was removed with its interval, or a dash."""
-    if advantage.value is None:
-        return NONE
-    return with_interval(advantage.value, advantage.interval, digits=0)
+    text = percent(advantage.value, 0)
+    if advantage.interval is None:
+        return text
+    return f"{text} ({100 * advantage.interval.low:z.0f} to {100 * advantage.interval.high:z.0f})"
 
 
 def ratio_text(ratio: Ratio) -> str:
@@ -281,7 +280,7 @@ def secondary_table(
         held = [summary.subjects.get(name) for name in SUBJECTS]
         word = summary.text
         if benign:
-            word = _BENIGN_WORDS[summary.verdict] + summary.text.removeprefix(summary.verdict)
+            word = _BENIGN_WORDS[summary.verdict] + summary.factor
         flags = ", ".join(flag.name for flag in summary.flags) or "none"
         rows.append(
             (
@@ -306,176 +305,6 @@ def secondary_table(
             " seeds: a good verdict here says less than one above."
         )
     return table((*header, *best, "flags"), rows, note)
-
-
-# --- Original task and data -----------------------------------------------------------------------
-
-
-def original_table(record: AuditRecord) -> Table:
-    """Return what each subject scores on the original domain, reported and measured again."""
-    claims = reported(record)
-    rows: list[tuple[str, ...]] = []
-    for subject in sorted(record.subjects, key=lambda s: SUBJECTS.index(s.name), reverse=True):
-        if subject.original is None:
-            continue
-        claim = claims.get(subject.name)
-        row: tuple[str, ...] = (subject.name, score_text(subject.original))
-        if claims:
-            row = (subject.name, score_text(claim), row[1], _agree(claim, subject.original))
-        rows.append(row)
-    if not claims:
-        noun = kind_of_record(record).noun
-        return table(("model", f"test {noun} (95 %)"), rows)
-    return table(
-        ("model", "reported, validation (95 %)", "re-measured, test (95 %)", "agreement"),
-        rows,
-        "Reported is what the checkpoint says of itself, on the publisher's validation images;"
-        " re-measured is what this audit found on test images.",
-    )
-
-
-def reported(record: AuditRecord) -> dict[str, Measurement]:
-    """Return the scores on the original domain that the checkpoint claims, by subject."""
-    held = record.protection or {}
-    found: dict[str, Measurement] = {}
-    for name, key in (("unprotected", "validation_before"), ("protected", "validation_after")):
-        claim = held.get(key)
-        try:
-            found[name] = measurement(claim)
-        except ValidationError:
-            # Whoever publishes a checkpoint may claim anything; what is no score claims nothing.
-            continue
-    return found
-
-
-def _agree(claim: Measurement | None, measured: Measurement) -> str:
-    if claim is None:
-        return NONE
-    one, other = interval_of(claim), interval_of(measured)
-    if one.low > other.high:
-        return "less than reported"
-    return "more than reported" if one.high < other.low else "within both intervals"
-
-
-def claimed_domains(record: AuditRecord) -> str:
-    """Return what the checkpoint says it was protected against, if this audit tried others."""
-    named = (record.protection or {}).get("restricted")
-    if not isinstance(named, list | tuple):
-        return ""
-    tried = {domain.name for domain in record.restricted}
-    stated = [str(name) for name in named]
-    if set(stated) == tried:
-        return ""
-    return (
-        f"The checkpoint says it was protected against {', '.join(stated)};"
-        f" this audit judges {', '.join(sorted(tried))}."
-    )
-
-
-def overlap_table(record: AuditRecord) -> tuple[str, Table | None]:
-    """Return a sentence on images that splits share, and the table of those that share any."""
-    if not record.overlaps:
-        return "Whether domains share images was not measured.", None
-    shared = [o for o in record.overlaps if o.exact + o.near]
-    count = len(record.overlaps)
-    if not shared:
-        return f"None of {count} pairs of splits share an image, exactly or nearly.", None
-    shared.sort(key=lambda o: -(o.exact + o.near) / max(1, o.count))
-    rows = [
-        (
-            o.first,
-            o.second,
-            str(o.count),
-            str(o.exact),
-            str(o.near),
-            percent((o.exact + o.near) / max(1, o.count)),
-        )
-        for o in shared
-    ]
-    text = f"{len(shared)} of {count} pairs of splits share images:"
-    return text, table(("of", "also in", "images", "exact", "near", "share"), rows)
-
-
-def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
-    """Return every domain of an audit."""
-    return (record.original, *record.restricted, *record.held_out, *record.benign)
-
-
-# --- Trials ---------------------------------------------------------------------------------------
-
-
-def trial_table(record: AuditRecord) -> Table:
-    """Return every trial."""
-    shared, kind = shared_fields(t.strategy for t in record.trials), kind_of_record(record)
-    header = (
-        "domain",
-        "subject",
-        "attack",
-        "seed",
-        "best validation",
-        "at step",
-        "test",
-        "outcome",
-        "seconds",
-        "TFLOP, at most",
-    )
-    flops = {domain.name: domain.training_flops for domain in domains_of(record)}
-    crashes: dict[str, list[str]] = {}
-    for crash in record.earlier_crashes:
-        crashes.setdefault(crash.trial, []).append(crash.error)
-    rows = [
-        (
-            trial.domain,
-            trial.subject,
-            trial.strategy.label(shared),
-            str(trial.seed),
-            kind.shown(best_of(trial)) if trial.curve else NONE,
-            NONE if trial.best_step is None else str(trial.best_step),
-            shown(trial.test),
-            _ended(trial, crashes.get(trial.key, [])),
-            f"{trial.wall_s:.1f}",
-            _teraflops(trial, flops[trial.domain]),
-        )
-        for trial in record.trials
-    ]
-    note = (
-        "The validation split chooses the step; the test split is measured once there and chooses"
-        " nothing."
-    )
-    if crashes:
-        runs = len(record.earlier_crashes)
-        note += (
-            f" Run again after a crash: {len(crashes)} trials; {runs} crashed"
-            f" run{'' if runs == 1 else 's'} in all."
-        )
-    return table(header, rows, note)
-
-
-def _teraflops(trial: Trial, each: int | None) -> str:
-    """Return the cost of a trial's images if all weights were trained: an adapter's or the head's
-    steps take less, and measurements are not counted.
-    """
-    images = max((point.samples for point in trial.curve), default=0)
-    return NONE if each is None else f"{images * each / 1e12:.3g}"
-
-
-def _ended(trial: Trial, crashes: Sequence[str]) -> str:
-    """Return how a trial ended, and the errors of its earlier crashes."""
-    outcome = trial.outcome
-    if outcome.kind == "crashed":
-        text = f"crashed: {outcome.error}"
-    elif outcome.kind == "completed":
-        text = outcome.kind
-    else:
-        text = f"{outcome.kind} at step {outcome.step}"
-    if not crashes:
-        return text
-    errors = ", ".join(dict.fromkeys(error or "error not known" for error in crashes))
-    return f"{text}; crashed {_times(len(crashes))} before: {errors}"
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def verdict_table(summaries: Sequence[DomainSummary], record: AuditRecord) -> list[tuple[str, ...]]:

@@ -1,11 +1,11 @@
-"""What a red flag is, and which trials it is about. No torch."""
+"""What a red flag is. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sophon._records.audit_record import AuditRecord, Trial
+from sophon._records.audit_record import AuditRecord
 
 # Verdicts that speak for a model.
 GOOD = frozenset({"withstood", "slowed"})
@@ -28,14 +28,10 @@ class Flag(NamedTuple):
     forbids: frozenset[str] = frozenset()
     alone: bool = False
 
+    @property
+    def said(self) -> str:
+        """The flag as a reason for a verdict."""
+        return f"{self.name}: {self.detail}"
+
 
 Check = Callable[[AuditRecord, str], Flag | None]
-
-
-def trials_of(record: AuditRecord, domain: str, subject: str | None = None) -> list[Trial]:
-    """Return a domain's trials, of one subject or of all."""
-    return [
-        trial
-        for trial in record.trials
-        if trial.domain == domain and subject in (None, trial.subject)
-    ]

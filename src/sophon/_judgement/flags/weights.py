@@ -1,18 +1,14 @@
-"""Red flags on what attacks start from: gradients, outputs, weights, statistics, head, data.
+"""Red flags on what attacks start from: gradients, outputs, weights, statistics.
 
-Pure functions of a record, as in `_checks`; records without vitals raise none of them.
+Records without vitals raise none of them but that of unhealthy weights.
 """
 
 from __future__ import annotations
 
-import math
-from statistics import NormalDist
-
-from sophon._judgement.flags.flag import GOOD, Flag, trials_of
-from sophon._judgement.statistics import best_of
-from sophon._records.audit_record import AuditRecord, Familiarity, Vitals
-from sophon._records.metrics import kind_of_record
-from sophon._specs import FreshHead, RescaleWeights, Strategy
+from sophon._attacks.kinds import rescales
+from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.parts import subjects, trials_of
+from sophon._records.audit_record import AuditRecord, Vitals
 
 # Protected over unprotected, or the inverse: what training a network does stays well within.
 _FAR = 100.0
@@ -24,46 +20,16 @@ _LARGEST_LOGIT = 1e3
 _LARGEST_STATISTIC = 1e4
 # The smallest running variance over that of the unprotected model.
 _SHRUNK = 1e-4
-_OVERLAP = 0.01
 # Relative error of outputs in the attacks' precision, and how much larger than before protection.
 _ROUNDING = 0.1
 _WORSE = 3.0
-# The cosine of weights before and after protection was 0.93 or more in every tensor (900 rounds);
-# of networks that were trained apart it is near 0.
-_RELATED = 0.5
-# How unlikely it must be that an unprotected model knows training images better by chance, and by
-# how much it must: splits that differ a little are no memory.
-_BY_CHANCE = 1e-3
-_FAMILIAR = 0.1
-# Lines of a list that a flag shows.
-_LISTED = 5
 
 
 def _vitals(record: AuditRecord) -> tuple[Vitals | None, Vitals | None]:
     """Return the vitals of the protected and of the unprotected subject."""
-    held = {subject.name: subject.vitals for subject in record.subjects}
-    return held.get("protected"), held.get("unprotected")
-
-
-def same_weights(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the protected model is the one before protection, to the bit."""
-    del domain
-    held = {subject.name: subject for subject in record.subjects}
-    after, before = held.get("protected"), held.get("unprotected")
-    if after is None or before is None or after.weights_sha256 != before.weights_sha256:
-        return None
-    # What is computed otherwise with the same weights has a flag of its own.
-    if after.code:
-        return None
-    return Flag(
-        "same weights",
-        "the protected and the unprotected model have the same weights and compute the same",
-        "There is no protection to judge: one of the two was named by mistake, or protection"
-        " changed nothing.",
-        "Name the protected weights with --model, and those before protection in the run file or"
-        " with --unprotected.",
-        after.weights_sha256[:12],
-    )
+    held = subjects(record)
+    before = held.get("unprotected")
+    return held["protected"].vitals, None if before is None else before.vitals
 
 
 def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
@@ -103,62 +69,8 @@ def _off(after: Vitals, norm: float | None, usual: float | None) -> str | None:
     return None
 
 
-def other_code(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the protected model computes otherwise than the unprotected one."""
-    del domain
-    found = [line for s in record.subjects if s.name == "protected" for line in s.code]
-    if not found:
-        return None
-    rest = len(found) - _LISTED
-    return Flag(
-        "code of its own",
-        "the protected model has layers, settings or hooks that the unprotected one (without one: a"
-        " fresh network) lacks",
-        "What acts in train mode only makes a network hard to train and protects nothing: an"
-        " attacker loads the weights into code of their own.",
-        "Load its weights alone into the network of the unprotected model, and audit that.",
-        "; ".join((*found[:_LISTED], *((f"and {rest} more",) if rest > 0 else ()))),
-        forbids=GOOD,
-    )
-
-
-def another_network(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the protected model was not made from the unprotected one: it states another
-    one, or its weights have little in common with that one's.
-    """
-    del domain
-    held = {subject.name: subject for subject in record.subjects}
-    if not {"protected", "unprotected"} <= held.keys():
-        return None
-    stated, sha256 = _stated_model(record), held["unprotected"].weights_sha256
-    alike = held["protected"].similarity
-    if stated is not None and stated != sha256:
-        detail = f"it states weights {stated[:12]}, the unprotected model has {sha256[:12]}"
-    elif alike is not None and alike < _RELATED:
-        detail = f"cosine of their weights {alike:.2f} (median over tensors)"
-    else:
-        return None
-    return Flag(
-        "another network before protection",
-        "the protected model states that it was made from other weights than the unprotected"
-        f" model's, or the cosine of their weights is below {_RELATED:g}",
-        "What an unrelated network knows is no measure of what protection took away.",
-        "Name the model that was protected (--unprotected FILE), or none.",
-        detail,
-        forbids=GOOD,
-    )
-
-
-def _stated_model(record: AuditRecord) -> str | None:
-    """Return the hash of the weights that the checkpoint says it was made from."""
-    identity = (record.protection or {}).get("identity")
-    stated = identity.get("model") if isinstance(identity, dict) else None
-    return stated if isinstance(stated, str) else None
-
-
 def saturated_logits(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if outputs on the original domain are not finite or beyond 1000."""
-    del domain
     after, _ = _vitals(record)
     if after is None:
         return None
@@ -192,8 +104,8 @@ def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
     )
     stuck = [n for n in far if n in left or n not in rescaled]
     name = max(far, key=lambda n: max(far[n], 1 / max(far[n], 1e-12)))
-    attacks = [t.strategy for t in trials_of(record, domain, "protected") if t.curve]
-    undone = any(isinstance(p, RescaleWeights) for s in attacks for p in s.preparations)
+    attacks = trials_of(record, domain, "protected")
+    undone = any(t.curve and rescales(t.strategy) for t in attacks)
     size = f"{far[name]:.3g}" if before is None else f"{far[name]:.3g} times as large"
     kept = f", of which rescaling leaves {len(stuck)} ({stuck[0]})" if stuck else ""
     return Flag(
@@ -230,7 +142,6 @@ def _far_off(
 
 def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if BatchNorm statistics are not finite, negative, or far beyond usual."""
-    del domain
     after, before = _vitals(record)
     if after is None or not (after.largest_buffer is not None or _had_norms(after, before)):
         return None
@@ -260,7 +171,6 @@ def lost_in_rounding(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the protected model computes something else in the attacks' precision, and
     the unprotected one does not.
     """
-    del domain
     after, before = _vitals(record)
     error = None if after is None else after.rounding
     if error is None or error <= _ROUNDING:
@@ -280,121 +190,17 @@ def lost_in_rounding(record: AuditRecord, domain: str) -> Flag | None:
     )
 
 
-def unprotected_on_trust(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if nothing ties the unprotected model to the protected one."""
-    del domain
-    if not any(s.name == "unprotected" for s in record.subjects):
-        return None
-    if _stated_model(record) is not None:
-        return None
-    return Flag(
-        "unprotected model on trust",
-        "the protected model does not state which weights it was made from",
-        "An unprotected model that has already seen the refused task makes any other look slowed.",
-        "Know where the unprotected checkpoint comes from; one that was protected here states it.",
-        "no hash of the weights before protection",
-    )
-
-
-def seen_before(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the unprotected model was trained on the domain's training images."""
-    held = {s.name: s.vitals.familiarity.get(domain) if s.vitals else None for s in record.subjects}
-    before, fresh = held.get("unprotected"), held.get("scratch")
-    if before is None:
-        return None
-    lead, chance = _lead(before, fresh)
-    if lead < _FAMILIAR or chance >= _BY_CHANCE:
-        return None
-    shown = f"unprotected {_both(before)}" + (f", fresh network {_both(fresh)}" if fresh else "")
-    return Flag(
-        "refused images seen before",
-        "the unprotected model tells training images of the refused domain apart better than its"
-        f" test images, by {100 * _FAMILIAR:.0f} points more than a fresh network does, and by more"
-        f" than chance allows in one of {1 / _BY_CHANCE:.0f} cases",
-        "A model that was trained on the refused task knows it already: next to it any other looks"
-        " slowed, and its lead over a fresh network is no transfer that protection took away.",
-        "Name the model as it was before protection and before it met these images, or attack with"
-        " images of the domain that it has not met.",
-        f"a head fitted to other training images is right about, training and test: {shown}",
-        forbids=GOOD,
-    )
-
-
-def _both(held: Familiarity) -> str:
-    return f"{held.trained.value:.1%} and {held.others.value:.1%}"
-
-
-def _lead(before: Familiarity, fresh: Familiarity | None) -> tuple[float, float]:
-    """Return by how much training images are known better than others, and how likely so much is by
-    chance (a one-sided normal test, variances pooled).
-
-    Frames of one film in both halves of the training images are a lead that says nothing: a fresh
-    network has it, too. The lead is measured from that one's, or from 0 if that is negative.
-    """
-    lead, variance = _better(before)
-    usual, spread = (0.0, 0.0) if fresh is None else _better(fresh)
-    if usual > 0:
-        lead, variance = lead - usual, variance + spread
-    if not variance:
-        return lead, 1.0
-    return lead, 1 - NormalDist().cdf(lead / math.sqrt(variance))
-
-
-def _better(held: Familiarity) -> tuple[float, float]:
-    """Return the lead of training images over others, and its variance if there is none."""
-    trained, others = held.trained, held.others
-    share = (trained.correct + others.correct) / (trained.total + others.total)
-    return trained.value - others.value, share * (1 - share) * (
-        1 / trained.total + 1 / others.total
-    )
-
-
-def head_alone(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if a fresh head gets far further than the head as it is."""
-    kind = kind_of_record(record)
-    trials = [t for t in trials_of(record, domain, "protected") if t.curve]
-    fresh = [best_of(t) for t in trials if _fresh_head_only(t.strategy)]
-    kept = [best_of(t) for t in trials if not t.strategy.preparations]
-    if not fresh or not kept or max(fresh) - max(kept) <= kind.far(max(fresh)):
-        return None
-    return Flag(
-        "the head alone resists",
-        f"attacks that only begin with a fresh head get over {kind.far_words} further than those"
-        " that keep it",
-        "Every attacker replaces the head; a defence that sits there is none.",
-        "Judge by the attacks with a fresh head.",
-        f"{kind.show(max(fresh), 1)} against {kind.show(max(kept), 1)}",
-    )
-
-
-def _fresh_head_only(strategy: Strategy) -> bool:
-    return [type(p) for p in strategy.preparations] == [FreshHead]
-
-
-def data_overlap(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if more than one image in a hundred is in two splits, exactly or nearly.
-
-    Splits are those of the domain and of the original one; of a held-out domain those of the
-    restricted ones, too, which it must have nothing of.
-    """
-    names = {domain, record.original.name}
-    held_out = domain in {held.name for held in record.held_out}
-    given = {held.name for held in record.restricted} if held_out else set()
-    found = []
-    for o in record.overlaps:
-        pair = {o.first.rpartition("/")[0], o.second.rpartition("/")[0]}
-        meant = pair <= names or (domain in pair and pair <= {domain, *given})
-        if meant and o.exact + o.near > _OVERLAP * o.count:
-            found.append(o)
+def unhealthy_weights(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if a subject has weights that are not finite or parameters that are frozen."""
+    found = [f"{s.name}: {', '.join(s.flags)}" for s in record.subjects if s.flags]
     if not found:
         return None
-    worst = max(found, key=lambda o: (o.exact + o.near) / o.count)
     return Flag(
-        "overlapping data",
-        "more than one image in a hundred of a split is, exactly or nearly, in another",
-        "Scores on images that were trained on, or that the publisher's task shares, say little.",
-        "Remove the duplicates, or split by what they have in common (the object, the source).",
-        f"{worst.first} in {worst.second}: {worst.exact} exact and {worst.near} near of"
-        f" {worst.count}; {len(found)} pairs of splits",
+        "unhealthy weights",
+        "a subject has frozen parameters or weights that are not finite",
+        "Such a model only looks hard to train; an attacker thaws or repairs it.",
+        "Judge by attacks that undo it; do not publish such weights as protected.",
+        "; ".join(found),
+        voids=any("non_finite_weights" in s.flags for s in record.subjects),
         forbids=GOOD,
     )

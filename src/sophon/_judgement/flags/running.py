@@ -1,0 +1,148 @@
+"""Red flags on how attacks were run: how many, how often, where, and what broke down."""
+
+from __future__ import annotations
+
+from sophon._attacks.suites import SUITES, Suite
+from sophon._judgement.flags.flag import WITHSTOOD, Flag
+from sophon._judgement.parts import SUBJECTS, trials_of
+from sophon._records.audit_record import AuditRecord
+from sophon._specs import AuditSpec
+
+# How often a subject must be attacked, of how often another one was.
+_AS_OFTEN = 0.95
+
+
+def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if any attack crashed."""
+    crashed = [t for t in trials_of(record, domain) if t.outcome.kind == "crashed"]
+    if not crashed:
+        return None
+    found = sorted({trial.subject for trial in crashed})
+    errors = [t.outcome.error for t in crashed if t.outcome.kind == "crashed"]
+    return Flag(
+        "crashed attacks",
+        "an attack ended with an exception",
+        "An attack that could not run says nothing about the model; one that raises in train mode"
+        " only looks protected.",
+        "Read the traceback in the record, mend the cause and repeat the command.",
+        f"{len(crashed)} on {', '.join(found)}: {errors[0]}",
+        voids=True,
+        alone=found == ["protected"],
+    )
+
+
+def most_diverged(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if more than half of the attacks on a subject diverged."""
+    found = {}
+    for subject in SUBJECTS:
+        trials = trials_of(record, domain, subject)
+        diverged = sum(trial.outcome.kind == "diverged" for trial in trials)
+        if diverged > len(trials) / 2:
+            found[subject] = f"{diverged} of {len(trials)} on {subject}"
+    if not found:
+        return None
+    return Flag(
+        "most trials diverged",
+        "more than half of the attacks on a subject diverged",
+        "A weak search makes any model look protected.",
+        "Add lower rates, warm-up or gradient clipping (audit.extra).",
+        ", ".join(found.values()),
+        voids=True,
+        alone=list(found) == ["protected"],
+    )
+
+
+def unequal_search(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if a subject was attacked clearly less often than another.
+
+    Searches may propose to one subject what another one met already, so a few trials may differ.
+    """
+    names = [subject.name for subject in record.subjects]
+    counts = {
+        name: len({(t.strategy, t.seed) for t in trials_of(record, domain, name)}) for name in names
+    }
+    if min(counts.values()) >= _AS_OFTEN * max(counts.values()):
+        return None
+    return Flag(
+        "unequal search",
+        "one subject was attacked over 5 % less often than another",
+        "Whoever is attacked less looks better protected.",
+        "Run the whole suite on every subject: repeat the audit command.",
+        ", ".join(f"{name} {count}" for name, count in counts.items()),
+        voids=True,
+    )
+
+
+def few_seeds(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if fewer than three attack seeds were run."""
+    if len(record.seeds) >= 3:
+        return None
+    return Flag(
+        "fewer than three seeds",
+        "the audit ran fewer than three attack seeds",
+        "Chance in data order and initialisation is not averaged out; intervals are missing or"
+        " too narrow.",
+        "Set audit.seeds = [0, 1, 2] or more.",
+        f"{len(record.seeds)}",
+    )
+
+
+def cut_down_suite(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if the audit is weaker than the suite whose name it bears."""
+    spec, suite = record.spec, SUITES.get(record.spec.suite)
+    if suite is None:
+        return None
+    less = []
+    if (spec.search_trials or 0) < suite.search_trials:
+        less.append(f"{spec.search_trials or 0} of {suite.search_trials} searched strategies")
+    if suite.prefilter is not None and (spec.prefilter or suite.prefilter) < suite.prefilter:
+        less.append(f"most attacks end at {spec.prefilter:.2g} of the budget")
+    if (spec.survivors or suite.survivors) < suite.survivors:
+        less.append(f"{spec.survivors} of {suite.survivors} attacks of a subject go on")
+    if len(record.seeds) < len(suite.seeds):
+        less.append(f"{len(record.seeds)} of {len(suite.seeds)} attack seeds")
+    less += _coarser(spec, suite)
+    if not less:
+        return None
+    return Flag(
+        "suite cut down",
+        "search, seeds, evaluations, batches or the attacks that go on are less than the suite's"
+        " own",
+        "A weaker attacker makes any model look protected; the name of the suite promises more.",
+        "Leave audit.search_trials, prefilter, survivors, seeds, evaluations and batch_size out,"
+        " and give it time.",
+        "; ".join(less),
+        forbids=WITHSTOOD,
+    )
+
+
+def _coarser(spec: AuditSpec, suite: Suite) -> list[str]:
+    """Return in what measurements and batches are less than a suite's own."""
+    less = []
+    usual = AuditSpec.model_fields["evaluations"].default
+    if spec.evaluations < usual:
+        less.append(f"{spec.evaluations} of {usual} evaluations")
+    batches = sorted({strategy.batch_size for strategy in suite.strategies})
+    if spec.batch_size is not None and (len(batches) > 1 or spec.batch_size < batches[0]):
+        own = ", ".join(map(str, batches))
+        less.append(f"batches of {spec.batch_size} alone, of the suite's {own}")
+    return less
+
+
+def mixed_machines(record: AuditRecord, domain: str) -> Flag | None:
+    """Return a flag if a domain's trials were run on unlike machines or versions."""
+    held = [t.environment for t in trials_of(record, domain) if t.environment is not None]
+    kinds = {
+        (e.processor, e.place, e.precision, e.versions.get("torch", ""), e.threads): None
+        for e in held
+    }
+    if len(kinds) < 2:
+        return None
+    return Flag(
+        "trials of unlike machines",
+        "a domain's trials differ in processor, device, precision, threads or version of torch",
+        "Subjects are compared with one another; what the machine does differently looks like"
+        " protection.",
+        "Run the audit on one machine, with a store of its own.",
+        "; ".join(", ".join(map(str, kind)) for kind in list(kinds)[:3]),
+    )

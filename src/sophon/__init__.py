@@ -40,7 +40,7 @@ _PUBLIC = {
     "RescaleWeights": "_specs",
     "ResetLastBlocks": "_specs",
     "RidgeHead": "_specs",
-    "Round": "_records.audit_record",
+    "Round": "_records.round",
     "RunSpec": "_specs",
     "SophonError": "_base.errors",
     "SpecError": "_base.errors",
@@ -71,7 +71,8 @@ if TYPE_CHECKING:
     from sophon._data import Domain, load_domain, share_prompts
     from sophon._models import resolve_model
     from sophon._protection.protection import Protected, Protection, protect
-    from sophon._records.audit_record import AuditRecord, Round
+    from sophon._records.audit_record import AuditRecord
+    from sophon._records.round import Round
     from sophon._reporting.report import report
     from sophon._specs import (
         AuditSpec,

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from sophon._base.errors import CheckpointError
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
-from sophon._records.audit_record import AuditRecord, Measurement, Round
+from sophon._records.audit_record import AuditRecord, Measurement
+from sophon._records.round import Round
 from sophon._reproduction import Triple, missing_of, origin_of, read_stored, scores_of
 from sophon._sameness import settings_in
 from sophon._specs import Strategy

@@ -14,7 +14,7 @@ from sophon._ablation import AXES, BASE, results, table, variations
 from sophon._base.errors import IntactnessError
 from sophon._cli import app, reproducing
 from sophon._cli.run_file import read_run
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 from sophon._reproduction import failure_file
 
 RUN_FILE = Path(__file__).resolve().parents[2] / "recipes/small/ablation.toml"

@@ -37,7 +37,8 @@ from sophon._grid import (
     run_file,
     training_images,
 )
-from sophon._records.audit_record import AuditRecord, DomainRecord, Round
+from sophon._records.audit_record import AuditRecord, DomainRecord
+from sophon._records.round import Round
 from sophon._reproduction import (
     measured,
     origin_of,

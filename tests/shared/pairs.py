@@ -21,7 +21,7 @@ from builders import digits, original, restricted
 from sophon._base.plain_mode import SWITCH
 from sophon._data import Domain
 from sophon._protection.protection import Protection, protect
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 from sophon._specs import (
     FreshHead,
     Guard,

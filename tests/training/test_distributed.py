@@ -25,7 +25,7 @@ from pairs import Attentive, Pair, network, spec
 from sophon._base.errors import RanksError, SpecError, UnsupportedModelError
 from sophon._data import load_domain
 from sophon._models.networks import SmallConvNet
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 from sophon._specs import DomainSpec, ProtectSpec, Rehearsal, Strategy
 from sophon._tasks import Classification
 from sophon._training.ranks import Ranks, process_group, take_card

@@ -17,7 +17,8 @@ from sophon._records.metrics import shown
 
 if TYPE_CHECKING:
     from sophon._data import Domain
-    from sophon._records.audit_record import Stage, Trial
+    from sophon._records.audit_record import Trial
+    from sophon._records.round import Stage
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0

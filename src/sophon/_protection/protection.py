@@ -29,7 +29,8 @@ from sophon._models import network_identity, weights_sha256
 from sophon._protection.checks import check_protection
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.terms.rehearsal import Rehearsals, Visit
-from sophon._records.audit_record import Measurement, Round
+from sophon._records.audit_record import Measurement
+from sophon._records.round import Round
 from sophon._specs import ModelSpec, ProtectSpec, fingerprint_of
 from sophon._tasks import Classification, Task
 from sophon._training.checkpoints import open_run, save_state

@@ -24,7 +24,8 @@ from sophon._base.files import write_json, write_text
 from sophon._base.plain_mode import plain
 from sophon._data import Domain, check_batch_fits
 from sophon._models import check_sample_size, network_identity, weights_sha256
-from sophon._records.audit_record import Measurement, Stage
+from sophon._records.audit_record import Measurement
+from sophon._records.round import Stage
 from sophon._specs import ModelSpec, PretrainSpec, Strategy
 from sophon._tasks import Classification, Denoising, Task
 from sophon._training.checkpoints import open_run, save_state

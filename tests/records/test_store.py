@@ -13,7 +13,7 @@ from records import crashed, trial
 from sophon._base.errors import CheckpointError
 from sophon._base.files import temporary_beside
 from sophon._records.audit_record import Crashed, Trial
-from sophon._records.store import TrialStore, earlier_crashes
+from sophon._records.store import DocumentStore, TrialStore, earlier_crashes
 
 
 def _good(wall_s: float = 1.0) -> Trial:
@@ -149,6 +149,25 @@ def test_a_trial_under_anothers_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"aaaa.* under another's name: delete"):
         store.get("b" * 64)
     assert store.get(held.key) is None
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_first_document_under_a_key_stays(stored: bool, tmp_path: Path) -> None:
+    store = DocumentStore(tmp_path / "new" if stored else None)
+    assert store.get("k") is None
+    for value in (1, 2):
+        store.put("k", {"value": value})
+    assert store.get("k") == {"value": 1}
+    assert store.get("other") is None
+
+
+def test_earlier_crashes_come_in_the_order_of_the_trials() -> None:
+    store = TrialStore(None)
+    trials = [_good().model_copy(update={"key": key}) for key in ("b", "c", "a")]
+    for key in ("a", "b", "c"):
+        store.put(_crash(f"of {key}").model_copy(update={"key": key}))
+    found = earlier_crashes(store, trials)
+    assert [(c.trial, c.error) for c in found] == [(k, f"of {k}") for k in ("b", "c", "a")]
 
 
 def test_temporary_names_differ_though_process_numbers_do_not(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from cases import Sizes, protection, quick
 from timing import Row, alone, row
 from torch import Tensor, nn
 
-from sophon._auditing.trial import Assignment, Bench, Start, evaluation_steps
+from sophon._auditing.trial import Bench, Job, Start, evaluation_steps
 from sophon._protection.losses import SUPPRESSIONS
 from sophon._specs import Strategy
 from sophon._training.setting import Feed, Setting
@@ -236,10 +236,10 @@ def trial_rows(name: str, steps: int, repeats: int) -> list[Row]:
     setting, domain = run.setting, run.setting.restricted[0]
     strategy = Strategy(learning_rate=1e-3, batch_size=TRIAL_BATCH, steps=steps)
     bench = Bench(setting, EVALUATIONS)
-    assignment = Assignment("protected", domain, strategy, 0)
+    job = Job("protected", domain.name, strategy, 0)
     start = Start(run.model, name, "")
     shorter = strategy.model_copy(update={"steps": 4})
-    brief = Bench(setting, 2), Assignment("protected", domain, shorter, 0)
+    brief = Bench(setting, 2), Job("protected", domain.name, shorter, 0)
     feed = setting.feed(domain, domain.train, batch_size=TRIAL_BATCH, stream=(0, ("bare",)))
     batches = [feed.batch(step) for step in range(steps)]
     validation, test = (
@@ -263,7 +263,7 @@ def trial_rows(name: str, steps: int, repeats: int) -> list[Row]:
         scored(model, setting, test)
 
     brief[0].run(brief[1], start)
-    found = compared(lambda: bench.run(assignment, start), bare, repeats, of=lambda feed: True)
+    found = compared(lambda: bench.run(job, start), bare, repeats, of=lambda feed: True)
     what = f"{name}, 32x32, {steps} steps of {TRIAL_BATCH}, {len(due) + 1} evaluations"
     return [
         row(

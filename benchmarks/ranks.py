@@ -25,9 +25,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sophon._auditing.executors import Executor, Job, Processes, Serial, Workload
+from sophon._auditing.executors import Executor, Processes, Serial, Workload
 from sophon._auditing.ray import RayCluster
-from sophon._auditing.trial import Bench, Start
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import SpecError
 from sophon._data import Domain
 from sophon._models import network_identity, weights_sha256
@@ -177,9 +177,7 @@ def trials(size: Size) -> Iterator[Measured]:
     setting = started(size).setting
     restricted = setting.restricted[0]
     held = Start(model, network_identity(model), weights_sha256(model))
-    workload = Workload(
-        Bench(setting, 2), {restricted.name: restricted}, {("unprotected", 0): held}
-    )
+    workload = Workload(Bench(setting, 2), {("unprotected", 0): held})
     strategy = Strategy(learning_rate=1e-3, batch_size=64, steps=size.trial_steps)
     jobs = [
         Job("unprotected", restricted.name, strategy, seed, None) for seed in range(size.trials)

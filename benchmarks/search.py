@@ -37,16 +37,15 @@ from sophon._attacks.suites import (
     resolved,
     strategies_of,
 )
-from sophon._auditing.executors import Job, Processes, Serial, Workload
+from sophon._auditing.executors import Processes, Serial, Workload
 from sophon._auditing.plan import Plan
-from sophon._auditing.trial import Assignment, Bench, Start
-from sophon._auditing.vitals import block_count
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import AuditError
 from sophon._base.files import require_writable
 from sophon._cli.run_file import load, load_subject, weights_file
 from sophon._data import Domain
 from sophon._judgement.statistics import area, envelope
-from sophon._models import network_identity, weights_sha256
+from sophon._models import blocks, network_identity, weights_sha256
 from sophon._records.audit_record import AuditRecord, Trial
 from sophon._records.store import TrialStore
 from sophon._specs import AuditSpec, FreshHead, OptimizerName, Strategy, Subject
@@ -108,30 +107,26 @@ class Runner:
             precision=case.spec.audit.precision,
             device=None,
         )
-        self.blocks = block_count(model, self.setting.head)
+        self.blocks = len(blocks(model, self.setting.head))
         self.bench = Bench(self.setting, AuditSpec().evaluations)
         self.start = Start(model, network_identity(model), weights_sha256(model))
         starts = {(self.subject, 0): self.start}
-        workload = Workload(self.bench, {self.domain.name: self.domain}, starts)
+        workload = Workload(self.bench, starts)
         self.executor = Serial(workload) if workers == 1 else Processes(workload, workers)
         folder = None if store is None else store / "trials"
         if folder is not None:
             require_writable(folder, remedy="choose another folder with --store")
         self.store = TrialStore(folder)
 
-    def assigned(self, strategy: Strategy, seed: int) -> Assignment:
-        """Return the assignment of an attack on this network."""
-        return Assignment(self.subject, self.domain, strategy, seed)
+    def job(self, strategy: Strategy, seed: int) -> Job:
+        """Return the job of an attack on this network."""
+        return Job(self.subject, self.domain.name, strategy, seed)
 
-    def run(self, assignments: Sequence[Assignment]) -> Iterator[Trial]:
-        """Yield the trials of the assignments, in order. AuditError for one that crashed."""
-        found = [self.known(self.bench.key(a, self.start)) for a in assignments]
-        jobs = [
-            Job(a.subject, a.domain.name, a.strategy, a.seed, a.stop)
-            for a, held in zip(assignments, found, strict=True)
-            if held is None
-        ]
-        fresh = self.executor.run(jobs)
+    def run(self, jobs: Sequence[Job]) -> Iterator[Trial]:
+        """Yield the trials of the jobs, in order. AuditError for one that crashed."""
+        found = [self.known(self.bench.key(job, self.start)) for job in jobs]
+        lacking = [job for job, held in zip(jobs, found, strict=True) if held is None]
+        fresh = self.executor.run(lacking)
         for held in found:
             trial = held
             if trial is None:
@@ -163,12 +158,12 @@ def standard(runner: Runner, seed: int) -> list[Trial]:
         whole=depth_attacks(runner.blocks, spec),
         beyond=beyond,
     )
-    met: set[str] = set()
-    for stage in plan.stages():
-        for trial in runner.run(stage):
-            if trial.key not in met:
-                met.add(trial.key)
-                plan.trials.append(trial)
+    met: dict[str, Trial] = {}
+    jobs = plan.next()
+    while jobs is not None:
+        new = {t.key: t for t in runner.run(jobs) if t.key not in met}
+        met |= new
+        jobs = plan.next(list(new.values()))
     return plan.trials
 
 
@@ -263,7 +258,7 @@ def main(words: Sequence[str] | None = None) -> int:
             plain: list[list[Trial]] = []
             for seed in chosen.seeds:
                 ours.append(standard(runner, seed))
-                plain.append(list(runner.run([runner.assigned(s, seed) for s in grid()])))
+                plain.append(list(runner.run([runner.job(s, seed) for s in grid()])))
                 row = compared(ours[-1:], plain[-1:])
                 missed = missed or bool(row.missed)
                 print(f"{seed:4}  {row}", flush=True)

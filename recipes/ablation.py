@@ -19,7 +19,8 @@ from sophon._base.errors import CheckpointError, SpecError
 from sophon._cli.progress import toml
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
-from sophon._records.audit_record import AuditRecord, Measurement, Round
+from sophon._records.audit_record import AuditRecord, Measurement
+from sophon._records.round import Round
 from sophon._reporting.tables import removed_text
 from sophon._specs import Strategy
 from tables import SUBJECTS, Triple, missing_of, origin_of, read_stored, scores_of

@@ -46,7 +46,7 @@ _PUBLIC = {
     "RescaleWeights": "_specs",
     "ResetLastBlocks": "_specs",
     "RidgeHead": "_specs",
-    "Round": "_records.audit_record",
+    "Round": "_records.round",
     "RunSpec": "_cli.run_spec",
     "SophonError": "_base.errors",
     "SpecError": "_base.errors",
@@ -86,7 +86,8 @@ if TYPE_CHECKING:
     from sophon._protection.terms.erasure import ErasureSpec
     from sophon._protection.terms.rehearsal import Rehearsal
     from sophon._protection.terms.task import TaskLossSpec
-    from sophon._records.audit_record import AuditRecord, Round
+    from sophon._records.audit_record import AuditRecord
+    from sophon._records.round import Round
     from sophon._reporting.report import report
     from sophon._specs import (
         AuditSpec,

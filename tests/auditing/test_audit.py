@@ -15,7 +15,7 @@ from torch import nn
 from builders import digits, original, quick_spec, restricted, scratch_model, trained_model
 from sophon._attacks.suites import SUITES, strategies_of, suite_fingerprint
 from sophon._auditing.audit import Audit, audit
-from sophon._auditing.trial import Assignment, Bench, evaluation_steps
+from sophon._auditing.trial import Bench, Job, evaluation_steps
 from sophon._base.errors import AuditError, CheckpointError, DataError, SpecError
 from sophon._data import Domain, Images
 from sophon._judgement.advantage import image_areas
@@ -178,10 +178,10 @@ def test_a_crashed_trial_is_run_again_and_its_trace_kept(
     spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
     attack = Bench._attack
 
-    def failing(self: Bench, assignment: Assignment, *rest: object) -> object:
-        if assignment.subject == "scratch":
+    def failing(self: Bench, job: Job, *rest: object) -> object:
+        if job.subject == "scratch":
             raise MemoryError("for once")
-        return attack(self, assignment, *rest)  # type: ignore[arg-type]
+        return attack(self, job, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Bench, "_attack", failing)
     first = _record(tmp_path, spec)
@@ -236,12 +236,12 @@ def test_code_beside_the_weights_is_recorded_and_has_trials_of_its_own() -> None
         return Audit(model, unprotected=trained_model(), **held)  # type: ignore[arg-type]
 
     plain, same, other = opened(), opened(), opened(rate=0.9)
-    keys = [[run._key(a) for a in next(run.plan.stages())] for run in (plain, same, other)]
+    keys = [[run._key(a) for a in run.plan.next() or ()] for run in (plain, same, other)]
     assert keys[0] == keys[1]
-    assert plain._code() == ()
+    assert plain.subjects.code() == ()
     # The protected model's alone: the others compute as they did.
     assert len(set(keys[0]) & set(keys[2])) == 2 * len(set(keys[0])) // 3
-    assert other._code() == ("stage1.rate = 0.9 instead of absent",)
+    assert other.subjects.code() == ("stage1.rate = 0.9 instead of absent",)
 
 
 def test_other_weights_and_other_images_are_other_trials(tmp_path: Path) -> None:
@@ -300,8 +300,8 @@ def test_each_seed_has_its_own_fresh_network() -> None:
         spec=SPEC.model_copy(update={"seeds": (0, 1)}),
         scratch=scratch_model,
     )
-    assert run._start("scratch", 0).sha256 != run._start("scratch", 1).sha256
-    assert run._start("protected", 0)[1] == run._start("protected", 1)[1]
+    assert run.subjects.start("scratch", 0).sha256 != run.subjects.start("scratch", 1).sha256
+    assert run.subjects.start("protected", 0)[1] == run.subjects.start("protected", 1)[1]
 
 
 def test_an_attack_the_model_does_not_allow_is_refused_before_any_runs(tmp_path: Path) -> None:

@@ -135,6 +135,19 @@ def test_a_repeated_audit_gives_up_the_same_and_the_record_says_it(
     assert record.spec == first.spec
 
 
+def test_workers_share_the_time_and_what_is_done_is_no_longer_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sophon._auditing.audit.measure_pace", lambda *_: Pace(0.0, 0.0, 1.0))
+    run = _audit(trained_model(), tmp_path, None, search_trials=0)
+    assert run.forecast().seconds == run.forecast().trials == len(run) == run.missing() == 36
+    run.workers = 2
+    assert run.forecast().seconds == 18
+    for _, _ in zip(range(2), run, strict=False):
+        pass
+    assert run.missing() == 36 - len(list((tmp_path / "trials").iterdir()))
+
+
 def test_what_a_budget_gives_up_is_not_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ def test_a_new_process_can_load_a_model_of_timm(tmp_path: Path) -> None:
     prepare_torchvision()
     timm = pytest.importorskip("timm", reason="timm is not installed")
     model = timm.create_model("test_resnet", num_classes=2)
-    workload = Workload(cast("Any", None), {}, {("unprotected", 0): cast("Any", model)})
+    workload = Workload(cast("Any", None), {("unprotected", 0): cast("Any", model)})
     held = tmp_path / "workload.pickle"
     held.write_bytes(pickle.dumps(workload))  # noqa: TID251
     load = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"

@@ -27,7 +27,7 @@ from denoisers import (
 from sophon._auditing.audit import Audit
 from sophon._auditing.executors import Workload
 from sophon._auditing.samples import SampleStage, check_samples
-from sophon._auditing.trial import Assignment, Bench, Start
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import CheckpointError, DataError, SophonError, SpecError
 from sophon._cli import app
 from sophon._cli.run_file import load
@@ -283,7 +283,7 @@ def test_adapters_a_fresh_last_layer_and_last_blocks_attack_a_denoiser() -> None
         {"preparations": (ResetLastBlocks(), FreshHead())},
     ):
         strategy = Strategy(optimizer="adam", learning_rate=1e-2, batch_size=8, steps=4, **changes)
-        trial = bench.run(Assignment("protected", digits(5, 10), strategy, 0), start)
+        trial = bench.run(Job("protected", digits(5, 10).name, strategy, 0), start)
         assert trial.outcome.kind == "completed", trial.outcome
         values = [point.validation.value for point in trial.curve]
         assert max(values[1:]) > values[0]
@@ -380,13 +380,13 @@ def test_a_latent_pipeline_is_protected_and_attacked_through_adapters(tmp_path: 
     assert weights_sha256(protected.model) != weights_sha256(case.model)
     start = Start(protected.model, "unet", weights_sha256(protected.model))
     strategy = Strategy(optimizer="adam", learning_rate=1e-2, batch_size=4, steps=4, lora_rank=2)
-    assignment = Assignment("protected", case.restricted[0], strategy, 0)
-    trial = Bench(run.setting, 2).run(assignment, start)
+    job = Job("protected", case.restricted[0].name, strategy, 0)
+    trial = Bench(run.setting, 2).run(job, start)
     assert trial.outcome.kind == "completed", trial.outcome
     assert trial.curve[-1].validation.value > trial.curve[0].validation.value
     spec = SampleSpec(count=8, steps=2, grid=4, extractor_steps=2, kid_subset=2, neighbours=2)
     check_samples(run.setting, AuditSpec(samples=spec), case.restricted)
-    workload = Workload(Bench(run.setting, 2), {}, {("protected", 0): start})
+    workload = Workload(Bench(run.setting, 2), {("protected", 0): start})
     store = DocumentStore(tmp_path / "samples")
     stage = SampleStage(workload, spec, case.restricted[0], store)
     rows = stage.records([trial], ("protected",))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from builders import digits, original, quick_spec, restricted, setting_of, trained_model
-from sophon._auditing.trial import Assignment, Bench, Start
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import CheckpointError
 from sophon._data import Domain
 from sophon._models import network_identity, weights_sha256
@@ -22,7 +22,7 @@ from sophon._protection.protection import Protection
 from sophon._specs import Heal, Strategy
 
 BENCH = Bench(setting_of(trained_model()), 4)
-ASSIGNMENT = Assignment("protected", restricted(), Strategy(preparations=(Heal(),)), 0)
+JOB = Job("protected", restricted().name, Strategy(preparations=(Heal(),)), 0)
 
 
 def _start(model: nn.Module) -> Start:
@@ -42,25 +42,25 @@ class _OtherTask(type(BENCH.setting.task)):  # type: ignore[misc]
 
 
 CHANGES: dict[str, Callable[[], str]] = {
-    "subject": lambda: BENCH.key(ASSIGNMENT._replace(subject="scratch"), _start(trained_model())),
-    "seed": lambda: BENCH.key(ASSIGNMENT._replace(seed=1), _start(trained_model())),
-    "stop": lambda: BENCH.key(ASSIGNMENT._replace(stop=3), _start(trained_model())),
-    "strategy": lambda: BENCH.key(
-        ASSIGNMENT._replace(strategy=Strategy()), _start(trained_model())
+    "subject": lambda: BENCH.key(JOB._replace(subject="scratch"), _start(trained_model())),
+    "seed": lambda: BENCH.key(JOB._replace(seed=1), _start(trained_model())),
+    "stop": lambda: BENCH.key(JOB._replace(stop=3), _start(trained_model())),
+    "strategy": lambda: BENCH.key(JOB._replace(strategy=Strategy()), _start(trained_model())),
+    "domain": lambda: _setting(restricted=(digits(5, 8),)).key(
+        JOB._replace(domain=digits(5, 8).name), _start(trained_model())
     ),
-    "domain": lambda: BENCH.key(ASSIGNMENT._replace(domain=digits(5, 8)), _start(trained_model())),
     "evaluations": lambda: dataclasses.replace(BENCH, evaluations=5).key(
-        ASSIGNMENT, _start(trained_model())
+        JOB, _start(trained_model())
     ),
-    "precision": lambda: _setting(precision="bf16").key(ASSIGNMENT, _start(trained_model())),
-    "head": lambda: _setting(head="stage1.0").key(ASSIGNMENT, _start(trained_model())),
-    "task": lambda: _setting(task=_OtherTask()).key(ASSIGNMENT, _start(trained_model())),
-    "original": lambda: _setting(original=digits(0, 4)).key(ASSIGNMENT, _start(trained_model())),
+    "precision": lambda: _setting(precision="bf16").key(JOB, _start(trained_model())),
+    "head": lambda: _setting(head="stage1.0").key(JOB, _start(trained_model())),
+    "task": lambda: _setting(task=_OtherTask()).key(JOB, _start(trained_model())),
+    "original": lambda: _setting(original=digits(0, 4)).key(JOB, _start(trained_model())),
     "normalisation": lambda: _setting(original=_normalised(original())).key(
-        ASSIGNMENT._replace(strategy=Strategy()), _start(trained_model())
+        JOB._replace(strategy=Strategy()), _start(trained_model())
     ),
-    "weights": lambda: BENCH.key(ASSIGNMENT, _start(_other_weights())),
-    "layers": lambda: BENCH.key(ASSIGNMENT, _start(_sigmoid())),
+    "weights": lambda: BENCH.key(JOB, _start(_other_weights())),
+    "layers": lambda: BENCH.key(JOB, _start(_sigmoid())),
 }
 
 
@@ -79,10 +79,10 @@ def _sigmoid() -> nn.Module:
 
 @pytest.mark.parametrize("part", list(CHANGES))
 def test_whatever_determines_a_trial_is_in_its_key(part: str) -> None:
-    plain = Strategy() if part == "normalisation" else ASSIGNMENT.strategy
-    usual = BENCH.key(ASSIGNMENT._replace(strategy=plain), _start(trained_model()))
+    plain = Strategy() if part == "normalisation" else JOB.strategy
+    usual = BENCH.key(JOB._replace(strategy=plain), _start(trained_model()))
     assert CHANGES[part]() != usual
-    assert BENCH.key(ASSIGNMENT._replace(strategy=plain), _start(trained_model())) == usual
+    assert BENCH.key(JOB._replace(strategy=plain), _start(trained_model())) == usual
 
 
 def test_layers_that_have_no_weights_tell_networks_apart() -> None:

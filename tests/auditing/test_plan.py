@@ -460,7 +460,7 @@ def test_allowed_tasks_meet_the_strongest_kinds_of_attack_too(metric: str) -> No
         suite = strategies_of(spec)
         allowed = digits(8, 10)
         plan = Plan(spec, ("protected",), (), (allowed,), suite, metric=metric)
-        return {a.strategy for stage in plan.stages() for a in stage}
+        return {job.strategy for batch in iter(plan.next, None) for job in batch}
 
     spec = AuditSpec(suite="standard-1", steps=40)
     met, own = secondary(spec), set(fitted(strategies_of(spec), digits(8, 10)))
@@ -584,17 +584,58 @@ def test_of_a_search_the_better_half_goes_on_unless_nothing_has_moved() -> None:
     assert plan._going_on(domain, asked) == asked
 
 
+def test_of_an_odd_number_of_proposals_the_better_half_is_the_larger_one() -> None:
+    plan = _audit(spec=SPEC.model_copy(update={"steps": 200})).plan
+    three = [Strategy(learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+    for count, kept in ((3, {three[0], three[2]}), (1, {three[0]})):
+        some = three[:count]
+        _at_stop(plan, dict.fromkeys(plan.subjects, [0.9, 0.8, 0.95][:count]), some)
+        chosen = plan._going_on(plan.restricted[0], dict.fromkeys(plan.subjects, some))
+        assert set(map(frozenset, chosen.values())) == {frozenset(kept)}
+
+
+def test_secondary_domains_are_attacked_with_the_first_three_seeds() -> None:
+    spec = AuditSpec(suite="quick-1", steps=40, seeds=(4, 3, 2, 1, 0))
+    suite, domain = strategies_of(spec), digits(8, 10)
+    plan = Plan(spec, ("protected",), (), (domain,), suite)
+    jobs = plan.next() or []
+    assert [job.seed for job in jobs] == [s for s in (4, 3, 2) for _ in fitted(suite, domain)]
+    assert {job.domain for job in jobs} == {domain.name}
+    assert plan.expected().trials == len(jobs)
+    # Once it is done it stays done.
+    assert plan.next() is plan.next() is None
+
+
+def test_what_is_given_as_results_decides_the_next_batch() -> None:
+    plan = _audit(spec=SPEC.model_copy(update={"steps": 200, "survivors": 1})).plan
+    first = plan.next() or []
+    stopped = {job.strategy for job in first if job.stop is not None}
+    by_method: dict[tuple[str, ...], list[Strategy]] = {}
+    for strategy in stopped:
+        by_method.setdefault(method(strategy), []).append(strategy)
+    best = {max(some, key=lambda s: s.learning_rate) for some in by_method.values()}
+    results = []
+    for job in first:
+        value = 0.95 if job.strategy in best else 0.6
+        met = made(job.subject, [value], strategy=job.strategy, domain=job.domain)
+        last = met.curve[1].model_copy(update={"step": job.stop or 200})
+        results.append(met.model_copy(update={"curve": (met.curve[0], last)}))
+    second = plan.next(results) or []
+    assert plan.trials == results
+    # Before the first step all are alike: the first of them leads there.
+    assert {job.strategy for job in second} == best | {first[0].strategy} < stopped
+    assert {job.stop for job in second} == {None}
+
+
 def test_a_prefilter_at_the_end_of_the_budget_runs_nothing_twice() -> None:
     spec = SPEC.model_copy(update={"prefilter": 1.0, "search_trials": 0, "seeds": (0,)})
     plan = _audit(spec=spec).plan
-    stages = plan.stages()
-    first = next(stages)
+    first = plan.next() or []
     # Met as trials of the first stage, survivors would not be run again.
-    assert {assignment.stop for assignment in first} == {None}
-    plan.trials += [
-        made(a.subject, (0.5,), strategy=a.strategy, domain=a.domain.name) for a in first
-    ]
-    second = next(stages)
+    assert {job.stop for job in first} == {None}
+    second = plan.next(
+        [made(a.subject, (0.5,), strategy=a.strategy, domain=a.domain) for a in first]
+    )
     assert second
     assert set(second) <= set(first)
     of_one_domain = len({(a.subject, a.strategy) for a in first})

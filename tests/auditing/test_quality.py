@@ -14,12 +14,10 @@ from torch import nn
 
 from denoisers import digits, unet, write_latent_pipeline
 from records import record, trial
+from sophon._auditing.extractors import Extractor, check_extractor, make_extractor
 from sophon._auditing.picture_quality import (
-    Extractor,
-    check_extractor,
     check_quality,
     draw_samples,
-    make_extractor,
     make_sampler,
     measure_quality,
 )

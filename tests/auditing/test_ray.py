@@ -14,8 +14,9 @@ import torch
 from builders import original, restricted, scratch_model, trained_model
 from ray_models import FatalOnce
 from sophon._auditing.audit import Audit
-from sophon._auditing.executors import ATTEMPTS, Job
+from sophon._auditing.executors import ATTEMPTS
 from sophon._auditing.ray import RayCluster
+from sophon._auditing.trial import Job
 from sophon._base.errors import AuditError, SpecError
 from sophon._base.plain_mode import SWITCH, plain
 from sophon._records.audit_record import Trial

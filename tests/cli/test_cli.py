@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from sophon._auditing import controls as _controls
 from sophon._cli import app
 from sophon._cli.application import guarded
-from sophon._cli.auditing import _why_missed
+from sophon._cli.controls import _why_missed
 from sophon._cli.demo import prepare
 from sophon._cli.progress import Display, duration
 from sophon._models.networks import SmallConvNet

@@ -20,7 +20,8 @@ from sophon import _models as models
 from sophon._base.errors import AuditError, CheckpointError, SpecError
 from sophon._cli import app
 from sophon._cli.tensorboard import SCALARS, RoundLog
-from sophon._records.audit_record import AuditRecord, Round
+from sophon._records.audit_record import AuditRecord
+from sophon._records.round import Round
 from sophon._reporting.export import Exported, export, load_protected, model_card
 from sophon._reporting.report import report
 from sophon._specs import ModelSpec

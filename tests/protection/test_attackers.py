@@ -16,7 +16,7 @@ from torch import nn
 
 from builders import original, quick_spec, restricted, setting_of, trained_model
 from sophon._auditing.audit import Audit
-from sophon._auditing.trial import Assignment, Bench, Start
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._data import Domain
 from sophon._models import (
     Bare,
@@ -103,12 +103,14 @@ def test_standard_1_attacks_networks_with_parameters_that_no_reset_reaches(name:
     assert all(held.values for held in run.bench.bare.values())
     for preparation in (Distil(share=0.5), ResetLastBlocks(blocks=1)):
         attack = Strategy(preparations=(preparation, FreshHead()), batch_size=16, steps=4)
-        assignment = Assignment("protected", run.restricted[0], attack, 1)
-        trial = run.bench.run(assignment, run._start("protected", 1))
+        job = Job("protected", run.restricted[0].name, attack, 1)
+        trial = run.bench.run(job, run.subjects.start("protected", 1))
         assert trial.outcome.kind == "completed", trial.outcome
-        assert trial.key != replace(run.bench, bare={}).key(assignment, run._start("protected", 1))
-    plain = Assignment("protected", run.restricted[0], Strategy(preparations=(FreshHead(),)), 1)
-    keys = {held.key(plain, run._start("protected", 1)) for held in (run.bench, _no_bare(run))}
+        assert trial.key != replace(run.bench, bare={}).key(job, run.subjects.start("protected", 1))
+    plain = Job("protected", run.restricted[0].name, Strategy(preparations=(FreshHead(),)), 1)
+    keys = {
+        held.key(plain, run.subjects.start("protected", 1)) for held in (run.bench, _no_bare(run))
+    }
     assert len(keys) == 1
 
 
@@ -157,11 +159,11 @@ def test_a_student_keeps_no_hook_of_the_publishers() -> None:
     keys = []
     for preparations in ((Distil(share=0.5),), ()):
         attack = Strategy(preparations=preparations, batch_size=16, steps=4)
-        assignment = Assignment("protected", restricted(), attack, 0)
+        job = Job("protected", restricted().name, attack, 0)
         start = plain._replace(model=hooked)
-        outcome = bench.run(assignment, start).outcome.kind
+        outcome = bench.run(job, start).outcome.kind
         assert outcome == ("completed" if preparations else "diverged")
-        keys.append(bench.key(assignment, start) == bench.key(assignment, plain))
+        keys.append(bench.key(job, start) == bench.key(job, plain))
     # Only of the student does the key say that its hooks are gone.
     assert keys == [False, True]
     assert len(hooked._forward_hooks) == 1

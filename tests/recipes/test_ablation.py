@@ -15,7 +15,7 @@ from cells import grid_command
 from jobs import Jobs
 from sophon._base.errors import IntactnessError
 from sophon._cli.run_file import read_run
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 from tables import failure_file
 
 TINY = (

@@ -35,7 +35,8 @@ from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._cli.run_file import load_pretraining
 from sophon._models import blueprint
 from sophon._models.networks import SmallConvNet
-from sophon._records.audit_record import AuditRecord, Round
+from sophon._records.audit_record import AuditRecord
+from sophon._records.round import Round
 
 BRIEF = {
     "original.image_size": 16,

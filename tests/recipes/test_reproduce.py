@@ -39,7 +39,8 @@ from sophon._cli.application import command_line
 from sophon._cli.run_file import load_pretraining
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data.splits import stratified
-from sophon._records.audit_record import AuditRecord, DomainRecord, Round
+from sophon._records.audit_record import AuditRecord, DomainRecord
+from sophon._records.round import Round
 from sophon._specs import AuditSpec, parse_spec
 from sophon._tasks import Denoising
 from tables import folder_of, measured, origin_of, rehearsed_attack, scores_of, table

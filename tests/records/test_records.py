@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 import pytest
 from typer.testing import CliRunner
@@ -16,10 +18,12 @@ from sophon._base.errors import CheckpointError, SophonError
 from sophon._cli import app
 from sophon._cli.reading import read_record
 from sophon._judgement.flags.all import CHECKS
-from sophon._records.audit_record import AuditRecord, ErrorScore, Score
+from sophon._records.audit_record import AuditRecord, ErrorScore, Point, Score, pack, unpack
+from sophon._records.metrics import KINDS
 from sophon._records.statement import stated
 from sophon._reporting.audit_tables import claimed_domains, reported
 from sophon._reporting.report import report
+from sophon._specs import Guard
 
 WHOLE = json.loads((Path(__file__).parents[1] / "records" / "record-v1-whole.json").read_text())
 
@@ -100,6 +104,42 @@ def test_a_statement_that_cannot_be_read_says_nothing(statement: dict[str, objec
         assert check(held, "refused") == check(silent, "refused")
     assert "unknown rehearsal" in {flag.name for flag in report(held).worst.flags}
     assert report(held).html()
+
+
+def test_a_statement_says_the_upper_rates_and_the_whole_life() -> None:
+    ranges = {"adam": [1e-4, 1e-2], "sgd": [1e-3, 1e-1]}
+    rehearsal = {"distribution": {"learning_rates": ranges}, "steps": 10}
+    said = stated({"spec": {"rehearsal": rehearsal, "guard": {"tolerance_points": 2.0}}})
+    assert (said.rates, said.life) == ({"adam": 1e-2, "sgd": 1e-1}, 10)
+    assert said.tolerances == {"tolerance_points": 2.0}
+    fixed = rehearsal | {"fixed": {"optimizer": "sgd", "learning_rate": 0.5}, "horizon": 40}
+    said = stated({"spec": {"rehearsal": fixed}})
+    assert (said.rates, said.life, said.tolerances) == ({"sgd": 0.5}, 40, {})
+    assert (stated(None).rates, stated(None).life, stated({"spec": {}}).life) == ({}, 0, 0)
+
+
+def test_each_kind_of_score_is_written_in_its_own_unit() -> None:
+    accuracy, error = KINDS["accuracy"], KINDS["mse"]
+    assert accuracy.interval((0.25, 0.5)) == ("25.0 %", "50.0 %")
+    assert error.interval((0.25, 0.5)) == ("0.5000", "0.7500")
+    assert (accuracy.shown(None), error.shown(0.9, 0)) == ("\u2013", "0.100")
+    ticks = [error.tick(width) for width in (1.0, 0.9, 0.5, 0.3, 0.0)]
+    assert ticks == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.0002])
+    loose = Guard(tolerance_points=2.0, tolerance_relative=0.1)
+    assert accuracy.allowed(0.9, loose) == pytest.approx(0.88)
+    assert error.allowed(0.9, loose) == pytest.approx(0.89)
+
+
+def test_scores_are_packed_bit_by_bit_and_damage_shows() -> None:
+    right = np.array([1.0, 0, 0, 1, 1, 0, 0, 0, 1])
+    score = Score(correct=4, total=9)
+    text = pack(right, score)
+    assert base64.b64decode(text) == bytes([0b10011000, 0b10000000])
+    assert unpack(text, score).tolist() == right.tolist()
+    for total, correct in ((8, 4), (17, 4), (9, 3)):
+        held = {"correct": correct, "total": total}
+        with pytest.raises(pydantic.ValidationError, match="by_image is damaged"):
+            Point(step=0, samples=0, validation=Score(**held), by_image=text)
 
 
 @pytest.mark.parametrize(

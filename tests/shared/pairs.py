@@ -24,7 +24,7 @@ from sophon._protection.protection import Protection, protect
 from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.terms.rehearsal import Rehearsal
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 from sophon._specs import FreshHead, Guard, Heal, NoiseKick, Preparation, RescaleWeights
 from sophon._tasks import Denoising
 from sophon._training.loop import optimizer_tensors

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from records import crashed, trial
-from sophon._auditing.executors import Job
-from sophon._auditing.trial import Start
+from sophon._auditing.trial import Job, Start
 from sophon._records.audit_record import Crashed, Trial
 from sophon._specs import Strategy
 

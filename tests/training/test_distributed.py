@@ -27,7 +27,7 @@ from sophon._data import load_domain
 from sophon._models.networks import SmallConvNet
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.terms.rehearsal import Rehearsal
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 from sophon._specs import DomainSpec, Strategy
 from sophon._tasks import Classification
 from sophon._training.ranks import Ranks, process_group, take_card

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from builders import Double, original, quick_spec, restricted, setting_of, trained_model
-from sophon._auditing.trial import Assignment, Bench, Start
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import CheckpointError
 from sophon._base.seeding import seeded
 from sophon._models import choose_precision
@@ -69,9 +69,9 @@ def test_an_attack_is_the_same_to_rounding(optimizer: str, monkeypatch: pytest.M
         setting = setting_of(model)
         bench = Bench(setting, 4)
         start = Start(setting.place(copy.deepcopy(model)), "", "")
-        assignment = Assignment("protected", restricted(), strategy, 0)
-        left = bench.attacked(assignment, start, 12).state_dict()
-        found[value] = left, bench.run(assignment, start), bench.key(assignment, start)
+        job = Job("protected", restricted().name, strategy, 0)
+        left = bench.attacked(job, start, 12).state_dict()
+        found[value] = left, bench.run(job, start), bench.key(job, start)
     for name, tensor in found["0"][0].items():
         torch.testing.assert_close(tensor, found["1"][0][name], rtol=1e-6, atol=1e-9)
     fast, slow = (found[value][1] for value in ("0", "1"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sophon._attacks.suites import suite_of
 from sophon._auditing.plan import Work
-from sophon._auditing.trial import Assignment, Bench, Start
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import AuditError
-from sophon._specs import AuditSpec, Strategy
+from sophon._records.store import DocumentStore
+from sophon._specs import AuditSpec, fingerprint_of, parse_spec
 
 # Steps of the two trials that are measured.
 _FEW, _MORE = 2, 12
@@ -46,17 +48,15 @@ class AuditForecast:
     seconds: float | None
 
 
-def measure_pace(bench: Bench, assignment: Assignment, start: Start) -> Pace | None:
+def measure_pace(bench: Bench, job: Job, start: Start) -> Pace | None:
     """Return what trials take, from three short ones; None if one of them crashed.
 
-    `assignment` says where; its strategy's batch size is kept.
+    `job` says where; its strategy's batch size is kept.
     """
 
     def seconds(steps: int, evaluations: int) -> tuple[float, int] | None:
-        strategy = assignment.strategy.model_copy(update={"steps": steps})
-        trial = replace(bench, evaluations=evaluations).run(
-            assignment._replace(strategy=strategy), start
-        )
+        strategy = job.strategy.model_copy(update={"steps": steps})
+        trial = replace(bench, evaluations=evaluations).run(job._replace(strategy=strategy), start)
         return None if trial.outcome.kind == "crashed" else (trial.wall_s, len(trial.curve))
 
     # The first trial of a process pays for what is only set up once.
@@ -68,7 +68,7 @@ def measure_pace(bench: Bench, assignment: Assignment, start: Start) -> Pace | N
     step_s = max(1e-6, (long[0] - short[0]) / (_MORE - _FEW))
     measurement_s = max(0.0, (dense[0] - long[0]) / max(1, dense[1] - long[1]))
     trial_s = max(0.0, short[0] - _FEW * step_s - short[1] * measurement_s)
-    return Pace(step_s / assignment.strategy.batch_size, measurement_s, trial_s)
+    return Pace(step_s / job.strategy.batch_size, measurement_s, trial_s)
 
 
 def fit(
@@ -94,6 +94,27 @@ def fit(
         f" {_duration(least)}: raise --budget, use more --workers, or lower audit.steps or"
         f" audit.seeds yourself{smaller}"
     )
+
+
+def decided(
+    decisions: DocumentStore,
+    asked: dict[str, Any],
+    choose: Callable[[], tuple[AuditSpec, tuple[str, ...]]],
+) -> tuple[AuditSpec, tuple[str, ...]]:
+    """Return what `choose` does, an audit and what it gives up, as an earlier run decided it.
+
+    Audits of several protections of one model ask alike and decide alike: they can be compared,
+    and share their trials of the unprotected and of the fresh network.
+    """
+    key = fingerprint_of(asked)
+    if decisions.get(key) is None:
+        chosen, given_up = choose()
+        made = {"chosen": chosen.model_dump(mode="json"), "given_up": list(given_up)}
+        decisions.put(key, {**asked, **made})
+    # Of two audits that measure at once the first to be done decides.
+    held = decisions.get(key) or {}
+    where = f"the budget's decision {key}"
+    return parse_spec(AuditSpec, held["chosen"], where=where), tuple(held["given_up"])
 
 
 def least_steps(spec: AuditSpec, rehearsed: int) -> int:
@@ -153,8 +174,3 @@ def _concessions(spec: AuditSpec, rehearsed: int) -> Iterator[list[tuple[dict[st
             ({"survivors": n}, f"{n} instead of {several} attacks of each subject go on from there")
             for n in range(several - 1, 1, -1)
         ]
-
-
-def usual_attack(batch_size: int) -> Strategy:
-    """Return the attack that the pace is measured with."""
-    return Strategy(batch_size=batch_size, steps=_MORE)

@@ -14,16 +14,15 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pickle import PicklingError
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
-from sophon._auditing.trial import Assignment, Bench, Start
+from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import AuditError
 from sophon._base.torchvision_patch import prepare_torchvision
-from sophon._data import Domain
 from sophon._records.audit_record import Trial
-from sophon._specs import Strategy, Subject
+from sophon._specs import Subject
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -42,27 +41,16 @@ def unheard(_: Trial) -> None:
     """Do nothing with a finished trial."""
 
 
-class Job(NamedTuple):
-    """A trial to run, by names: what a worker needs besides the workload it holds."""
-
-    subject: Subject
-    domain: str
-    strategy: Strategy
-    seed: int
-    stop: int | None
-
-
 @dataclass(frozen=True)
 class Workload:
-    """Everything that trials share: the bench, the domains and what attacks start from."""
+    """Everything that trials share: the bench, and what attacks start from."""
 
     bench: Bench
-    domains: dict[str, Domain]
     starts: dict[tuple[Subject, int], Start]
 
     def __reduce__(self) -> tuple[Callable[..., Workload], tuple[Any, ...]]:
         """Have the process that unpickles this prepare itself before it imports what models are."""
-        return _unpacked, (_Preparation(), self.bench, self.domains, self.starts)
+        return _unpacked, (_Preparation(), self.bench, self.starts)
 
     @property
     def device(self) -> torch.device:
@@ -75,15 +63,11 @@ class Workload:
 
     def run(self, job: Job) -> Trial:
         """Return the finished trial of a job."""
-        return self.bench.run(self._assignment(job), self.start(job.subject, job.seed))
+        return self.bench.run(job, self.start(job.subject, job.seed))
 
     def crashed(self, job: Job, error: str) -> Trial:
         """Return the trial of a job that could not be finished."""
-        start = self.start(job.subject, job.seed)
-        return self.bench.crashed(self._assignment(job), start, error)
-
-    def _assignment(self, job: Job) -> Assignment:
-        return Assignment(job.subject, self.domains[job.domain], job.strategy, job.seed, job.stop)
+        return self.bench.crashed(job, self.start(job.subject, job.seed), error)
 
 
 def in_order(completed: Iterable[tuple[int, Trial]], finished: Finished) -> Iterator[Trial]:
@@ -282,13 +266,8 @@ class _Preparation:
         return prepare_torchvision, ()
 
 
-def _unpacked(
-    _: None,
-    bench: Bench,
-    domains: dict[str, Domain],
-    starts: dict[tuple[Subject, int], Start],
-) -> Workload:
-    return Workload(bench, domains, starts)
+def _unpacked(_: None, bench: Bench, starts: dict[tuple[Subject, int], Start]) -> Workload:
+    return Workload(bench, starts)
 
 
 _held: list[Workload] = []

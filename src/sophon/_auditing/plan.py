@@ -22,7 +22,7 @@ from sophon._attacks.suites import (
     secondary_of,
     suite_of,
 )
-from sophon._auditing.trial import Assignment, evaluation_steps, stop_at
+from sophon._auditing.trial import Job, evaluation_steps, stop_at
 from sophon._data import Domain
 from sophon._judgement.statistics import area, best_of, envelope, winner
 from sophon._records.audit_record import Point, Trial, unpack
@@ -58,10 +58,11 @@ class Work(NamedTuple):
 
 @dataclass
 class Plan:
-    """The trials of an audit. `trials` are those met so far: the caller adds to them.
+    """Decides which trials an audit runs, batch after batch: ask `next` until it is None.
 
     `strategies` are the suite's and the extra ones, `whole` more that no prefilter stops, `beyond`
-    those whose rates a search must reach; `metric` is the task's.
+    those whose rates a search must reach; `metric` is the task's, which has no use for what is
+    `left_out`. `trials` are those met so far.
     """
 
     spec: AuditSpec
@@ -72,7 +73,11 @@ class Plan:
     whole: tuple[Strategy, ...] = ()
     beyond: tuple[Strategy, ...] = ()
     metric: str = "accuracy"
+    left_out: tuple[str, ...] = ()
     trials: list[Trial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._batches = self._in_order()
 
     @property
     def suite(self) -> Suite:
@@ -134,8 +139,16 @@ class Plan:
         due = evaluation_steps(self.spec.steps, self.spec.evaluations)
         return work.plus(count, steps, batch_size, 1 + sum(step <= steps for step in due))
 
-    def stages(self) -> Iterator[list[Assignment]]:
-        """Yield lists of trials to run; each must be met in full before the next is asked for."""
+    def next(self, results: Sequence[Trial] = ()) -> list[Job] | None:
+        """Return the next batch of trials to run, or None where all were.
+
+        `results` are the trials of the batch before, all of them: they decide what is next. Where
+        a batch asks for a trial that was met before, its result need not be given again.
+        """
+        self.trials += results
+        return next(self._batches, None)
+
+    def _in_order(self) -> Iterator[list[Job]]:
         for domain in self.restricted:
             yield from self._suite_stages(domain)
             yield from self._search_stages(domain)
@@ -154,7 +167,7 @@ class Plan:
         own, _ = fitting(secondary_of(self.spec), self.metric)
         return fitted(own or self.strategies, domain)
 
-    def _suite_stages(self, domain: Domain) -> Iterator[list[Assignment]]:
+    def _suite_stages(self, domain: Domain) -> Iterator[list[Job]]:
         chosen = self._suite_for(domain)
         first = self.seeds[:1]
         if self.suite.prefilter is None:
@@ -214,13 +227,14 @@ class Plan:
 
     # --- The search --------------------------------------------------------------------------
 
-    def _search_stages(self, domain: Domain) -> Iterator[list[Assignment]]:
+    def _search_stages(self, domain: Domain) -> Iterator[list[Job]]:
         left = self.spec.search_trials or 0
         if not left:
             return
         seed, stop = self.seeds[0], self._stop()
-        searches = {
-            name: AttackerSearch(
+        searches: dict[Subject, AttackerSearch] = {}
+        for name in self.subjects:
+            searches[name] = search = AttackerSearch(
                 seed,
                 self.spec.steps,
                 len(domain.train),
@@ -229,29 +243,26 @@ class Plan:
                 beyond=self.beyond,
                 stop=stop,
             )
-            for name in self.subjects
-        }
-        for name, search in searches.items():
-            met = {t.strategy: None for t in self._met(domain, name)}
-            for strategy in met:
+            for strategy in dict.fromkeys(t.strategy for t in self._met(domain, name)):
                 search.learn(strategy, self._reached(domain, name, strategy))
         while left:
             count = min(AT_ONCE, left)
             left -= count
             asked = {name: search.ask(count) for name, search in searches.items()}
-            yield [
-                Assignment(name, domain, strategy, seed, stop)
-                for name, strategies in asked.items()
-                for strategy in strategies
-            ]
+            yield self._of_each(domain, asked, stop)
             if stop is not None:
-                yield [
-                    Assignment(name, domain, strategy, seed)
-                    for name, strategies in self._going_on(domain, asked).items()
-                    for strategy in strategies
-                ]
+                yield self._of_each(domain, self._going_on(domain, asked), None)
             for name, strategies in asked.items():
                 searches[name].tell([self._reached(domain, name, s) for s in strategies])
+
+    def _of_each(
+        self, domain: Domain, asked: dict[Subject, list[Strategy]], stop: int | None
+    ) -> list[Job]:
+        return [
+            Job(name, domain.name, strategy, self.seeds[0], stop)
+            for name, strategies in asked.items()
+            for strategy in strategies
+        ]
 
     def _going_on(
         self, domain: Domain, asked: dict[Subject, list[Strategy]]
@@ -266,15 +277,14 @@ class Plan:
         late = max(sum(map(trains_first, strategies)) for strategies in asked.values())
         chosen: dict[Subject, list[Strategy]] = {}
         for name, strategies in asked.items():
-            reached = {s: self._reached(domain, name, s) for s in strategies}
-            ranked = sorted(strategies, key=lambda s: (trains_first(s), reached[s]), reverse=True)
+            scored = [(trains_first(s), self._reached(domain, name, s), s) for s in strategies]
+            ranked = [s for *_, s in sorted(scored, key=lambda one: one[:2], reverse=True)]
             chosen[name] = ranked[: max(late, (len(ranked) + 1) // 2)]
         return chosen
 
     def _reached(self, domain: Domain, subject: Subject, strategy: Strategy) -> float:
         """Return the area under a strategy's best-so-far, as far as it was run."""
-        trials = [t for t in self._met(domain, subject) if t.strategy == strategy]
-        return self._area(trials)
+        return self._area([t for t in self._met(domain, subject) if t.strategy == strategy])
 
     def _area(self, trials: Sequence[Trial]) -> float:
         at = sorted(evaluation_steps(self.spec.steps, self.spec.evaluations))
@@ -294,7 +304,7 @@ class Plan:
             by_strategy: dict[Strategy, list[Trial]] = {}
             for trial in met:
                 by_strategy.setdefault(trial.strategy, []).append(trial)
-            full = self._area([t for trials in by_strategy.values() for t in trials])
+            full = self._area(met)
             held: list[Trial] = []
             close = next((kind_of(t.curve[0].validation).close for t in met), 0.0)
             for _ in range(_LEADERS):
@@ -319,10 +329,10 @@ class Plan:
         strategies: Iterable[Strategy],
         seeds: Iterable[int],
         stop: int | None = None,
-    ) -> list[Assignment]:
+    ) -> list[Job]:
         strategies = list(strategies)
         return [
-            Assignment(subject, domain, strategy, seed, stop)
+            Job(subject, domain.name, strategy, seed, stop)
             for seed in seeds
             for strategy in strategies
             for subject in self.subjects

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Self
 
-from sophon._auditing.executors import ATTEMPTS, Finished, Job, Workload, in_order, lost, unheard
+from sophon._auditing.executors import ATTEMPTS, Finished, Workload, in_order, lost, unheard
+from sophon._auditing.trial import Job
 from sophon._base.errors import AuditError, SpecError
 from sophon._base.plain_mode import SWITCH
 from sophon._records.audit_record import Trial

@@ -17,19 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sophon._attacks.suites import strategies_of
 from sophon._auditing.executors import Workload
+from sophon._auditing.extractors import Extractor, check_extractor, extractor_key, make_extractor
 from sophon._auditing.picture_quality import (
-    Extractor,
-    check_extractor,
     check_quality,
     draw_samples,
-    extractor_key,
-    make_extractor,
     make_sampler,
     measure_quality,
 )
-from sophon._auditing.plan import fitted
-from sophon._auditing.trial import Assignment, evaluation_steps
+from sophon._auditing.plan import Plan, fitted
+from sophon._auditing.trial import Job, evaluation_steps
 from sophon._base.errors import SpecError
 from sophon._data import Domain
 from sophon._judgement.statistics import winner
@@ -220,8 +218,8 @@ class SampleStage:
         start, setting = self.workload.start(subject, seed), self._setting
         model: nn.Module = start.model
         if trial is not None:
-            assignment = Assignment(subject, self.domain, trial.strategy, trial.seed)
-            model = self.workload.bench.attacked(assignment, start, trial.best_step or 0)
+            job = Job(subject, self.domain.name, trial.strategy, trial.seed)
+            model = self.workload.bench.attacked(job, start, trial.best_step or 0)
         judged = [self.domain]
         # Whether the original task is kept shows in pictures too.
         judged += [setting.original] if trial is None and subject != "scratch" else []
@@ -252,6 +250,22 @@ class SampleStage:
             grid=picture_grid(samples[: self.spec.grid]),
             **quality._asdict(),
         )
+
+
+def drawn(
+    workload: Workload, plan: Plan, trials: Sequence[Trial], store: DocumentStore
+) -> list[SampleRecord]:
+    """Return the pictures of every subject, before and after its attacks; none if not `wanted`."""
+    spec = plan.spec
+    if not wanted(workload.bench.setting, spec.samples):
+        return []
+    extra = strategies_of(spec)[-len(spec.extra) :] if spec.extra else ()
+    rows: list[SampleRecord] = []
+    for domain in plan.restricted:
+        stage = SampleStage(workload, spec.samples, domain, store)
+        met = [trial for trial in trials if trial.domain == domain.name]
+        rows += stage.records(met, plan.subjects, steps=spec.steps, extra=extra)
+    return rows
 
 
 def picture_grid(images: Tensor) -> str:

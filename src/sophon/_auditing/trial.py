@@ -41,14 +41,15 @@ REINITIALISING = frozenset({"distil", "reset_last_blocks"})
 _REESTIMATE_ON = 256
 
 
-class Assignment(NamedTuple):
+class Job(NamedTuple):
     """One trial to run: which attack, on which subject and domain, with which seed.
 
-    With `stop` the attack ends after so many steps of its budget: what a prefilter needs.
+    Subject and domain are names, so that a job is small where it is sent to a worker. With `stop`
+    the attack ends after so many steps of its budget: what a prefilter needs.
     """
 
     subject: Subject
-    domain: Domain
+    domain: str
     strategy: Strategy
     seed: int
     stop: int | None = None
@@ -74,18 +75,22 @@ class Bench:
     evaluations: int
     bare: Mapping[int, Bare] = field(default_factory=dict, repr=False, compare=False)
 
-    def key(self, assignment: Assignment, start: Start) -> str:
+    def domain(self, job: Job) -> Domain:
+        """Return the domain that a job attacks on: one of the setting's restricted ones."""
+        return next(d for d in self.setting.restricted if d.name == job.domain)
+
+    def key(self, job: Job, start: Start) -> str:
         """Return the fingerprint of everything that determines a trial."""
-        setting, domain = self.setting, assignment.domain
+        setting, domain = self.setting, self.domain(job)
         parts = {
             "schema": SCHEMA_VERSION,
             "engine": ENGINE_VERSION,
             # Two subjects may hold equal weights and yet compute differently.
-            "subject": assignment.subject,
+            "subject": job.subject,
             "network": start.network,
             "weights": start.sha256,
-            "strategy": assignment.strategy.keyed(),
-            "seed": assignment.seed,
+            "strategy": job.strategy.keyed(),
+            "seed": job.seed,
             "domain": domain.fingerprint(),
             "normalisation": setting.normalisation(domain),
             "evaluations": self.evaluations,
@@ -93,53 +98,53 @@ class Bench:
             "task": setting.task.name,
             "head": setting.head,
         }
-        if assignment.stop is not None:
-            parts["stop"] = assignment.stop
+        if job.stop is not None:
+            parts["stop"] = job.stop
         if plain():
             parts["plain"] = True
-        if assignment.strategy.preparations:
+        if job.strategy.preparations:
             # Some train on the original domain first.
             parts["original"] = setting.original.fingerprint()
-        kinds = {preparation.kind for preparation in assignment.strategy.preparations}
-        bare = self.bare.get(assignment.seed)
+        kinds = {preparation.kind for preparation in job.strategy.preparations}
+        bare = self.bare.get(job.seed)
         if bare is not None and kinds & REINITIALISING:
             parts["bare"] = bare.sha256()
         if "distil" in kinds and foreign_hooks(start.model):
             parts["student"] = "without hooks"
         return fingerprint_of(parts)
 
-    def run(self, assignment: Assignment, start: Start) -> Trial:
+    def run(self, job: Job, start: Start) -> Trial:
         """Return the finished trial; an attack that raised is one too, with its traceback."""
         begun = time.perf_counter()
         progress = _Progress()
         try:
-            outcome = self._attack(assignment, start, progress)
+            outcome = self._attack(job, start, progress)
         except Exception as error:  # noqa: BLE001 - a crashed attack is a result, kept with its trace
             progress.test = None
             outcome = Crashed(
                 error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()
             )
-        return self._trial(assignment, start, progress, outcome, time.perf_counter() - begun)
+        return self._trial(job, start, progress, outcome, time.perf_counter() - begun)
 
-    def crashed(self, assignment: Assignment, start: Start, error: str) -> Trial:
+    def crashed(self, job: Job, start: Start, error: str) -> Trial:
         """Return the trial of an attack that took its process with it: nothing of it is left."""
         outcome = Crashed(error=error, traceback="")
-        return self._trial(assignment, start, _Progress(), outcome, 0.0)
+        return self._trial(job, start, _Progress(), outcome, 0.0)
 
     def _trial(
         self,
-        assignment: Assignment,
+        job: Job,
         start: Start,
         progress: _Progress,
         outcome: Outcome,
         wall_s: float,
     ) -> Trial:
         return Trial(
-            key=self.key(assignment, start),
-            subject=assignment.subject,
-            domain=assignment.domain.name,
-            strategy=assignment.strategy,
-            seed=assignment.seed,
+            key=self.key(job, start),
+            subject=job.subject,
+            domain=job.domain,
+            strategy=job.strategy,
+            seed=job.seed,
             curve=tuple(progress.curve),
             best_step=progress.best_step,
             test=progress.test,
@@ -148,16 +153,16 @@ class Bench:
             environment=environment(self.setting.device, self.setting.precision),
         )
 
-    def attacked(self, assignment: Assignment, start: Start, steps: int) -> nn.Module:
+    def attacked(self, job: Job, start: Start, steps: int) -> nn.Module:
         """Return the network that an attack leaves after `steps` steps, adapters merged."""
-        tuning = self._begun(assignment, start)
+        tuning = self._begun(job, start)
         for _ in tuning.run(max(0, steps - tuning.taken)):
             pass
         return merged_lora(tuning.model)
 
-    def _begun(self, assignment: Assignment, start: Start) -> FineTuning:
+    def _begun(self, job: Job, start: Start) -> FineTuning:
         """Return an attack before its first step."""
-        domain, strategy, seed = assignment.domain, assignment.strategy, assignment.seed
+        domain, strategy, seed = self.domain(job), job.strategy, job.seed
         model = copy.deepcopy(start.model)
         stream = (seed, ("attack",))
         feed = self.setting.feed(
@@ -179,9 +184,9 @@ class Bench:
         )
         return FineTuning(model, strategy, self.setting, feed, stream=stream, taken=prepared.spent)
 
-    def _attack(self, assignment: Assignment, start: Start, progress: _Progress) -> Outcome:
-        tuning, domain = self._begun(assignment, start), assignment.domain
-        outcome = self._advance(tuning, domain, progress, assignment.stop)
+    def _attack(self, job: Job, start: Start, progress: _Progress) -> Outcome:
+        tuning, domain = self._begun(job, start), self.domain(job)
+        outcome = self._advance(tuning, domain, progress, job.stop)
         if progress.best is not None:
             tuning.model.load_state_dict(progress.best)
             merged = merged_lora(tuning.model)

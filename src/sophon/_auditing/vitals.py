@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sophon._auditing.familiarity import familiarity
 from sophon._base.seeding import generator
 from sophon._data import Domain
-from sophon._models import blocks, tracked_batch_norms
+from sophon._models import tracked_batch_norms
 from sophon._records.audit_record import Vitals
 from sophon._specs import RescaleWeights, Strategy
 from sophon._training.loop import FineTuning, attacker_copy
@@ -84,11 +84,6 @@ def _rescaled_sizes(model: nn.Module, setting: Setting) -> dict[str, float | Non
     )
     prepare(held, (RescaleWeights(),), surroundings)
     return _sizes(held)
-
-
-def block_count(model: nn.Module, head: str) -> int:
-    """Return how many blocks lie before the head."""
-    return len(blocks(model, head))
 
 
 @torch.no_grad()

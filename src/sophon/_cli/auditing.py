@@ -1,16 +1,14 @@
-"""`sophon audit`: its options, the forecast it prints, the audit itself and the controls."""
+"""`sophon audit`: its options, the forecast it prints, the audit itself."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sophon._base.errors import CheckpointError, ControlError, SpecError
+from sophon._base.errors import CheckpointError, SpecError
 from sophon._cli.application import (
     Json,
     Quiet,
@@ -22,12 +20,11 @@ from sophon._cli.application import (
     counted,
     guarded,
 )
-from sophon._cli.reading import CONTROLS, show_controls
+from sophon._cli.controls import CONTROLS, run_controls
 from sophon._cli.running import mode_of, show_verdict
 
 if TYPE_CHECKING:
     from sophon._auditing.audit import Audit
-    from sophon._auditing.budget import AuditForecast
     from sophon._cli.progress import Mode
     from sophon._cli.run_file import Case
     from sophon._records.audit_record import AuditRecord
@@ -36,6 +33,56 @@ if TYPE_CHECKING:
 # Any of these in a folder tells that an audit, or controls, were written there.
 _OURS = ("record.json", CONTROLS, "trials", "budgets")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where record and reports go.")]
+Protected = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="FILE", help="The protected checkpoint: its file or folder."),
+]
+Unprotected = Annotated[
+    Path | None,
+    typer.Option(
+        "--unprotected",
+        metavar="FILE",
+        help="The checkpoint before protection; default: the model of RUN.TOML. `none`: there"
+        " is none, and the report says what cannot be claimed without.",
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", metavar="FOLDER", help="Where trials are kept and looked up; default: --out."
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="TIME",
+        help="Fit the audit to a time such as 45m or 1h30m, and say what that gives up.",
+    ),
+]
+WithControls = Annotated[
+    bool,
+    typer.Option(
+        "--controls",
+        help="Audit the audit: models that only look protected, made from the model of"
+        " RUN.TOML, must be found out.",
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers", parser=counted, metavar="N", help="Trials run at once, of one thread each."
+    ),
+]
+Executor = Annotated[
+    str, typer.Option("--executor", metavar="processes|ray", help="What runs the workers.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster; default: here."),
+]
 
 
 @app.command(
@@ -50,59 +97,15 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 @guarded
 def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     run_file: RunFile,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where record and reports go.")
-    ],
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", metavar="FILE", help="The protected checkpoint: its file or folder."
-        ),
-    ] = None,
-    unprotected: Annotated[
-        Path | None,
-        typer.Option(
-            "--unprotected",
-            metavar="FILE",
-            help="The checkpoint before protection; default: the model of RUN.TOML. `none`: there"
-            " is none, and the report says what cannot be claimed without.",
-        ),
-    ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            "--store", metavar="FOLDER", help="Where trials are kept and looked up; default: --out."
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            metavar="TIME",
-            help="Fit the audit to a time such as 45m or 1h30m, and say what that gives up.",
-        ),
-    ] = None,
-    controls: Annotated[
-        bool,
-        typer.Option(
-            "--controls",
-            help="Audit the audit: models that only look protected, made from the model of"
-            " RUN.TOML, must be found out.",
-        ),
-    ] = False,
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers", parser=counted, metavar="N", help="Trials run at once, of one thread each."
-        ),
-    ] = 1,
-    executor: Annotated[
-        str, typer.Option("--executor", metavar="processes|ray", help="What runs the workers.")
-    ] = "processes",
-    address: Annotated[
-        str | None,
-        typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster; default: here."),
-    ] = None,
+    out: Out,
+    model: Protected = None,
+    unprotected: Unprotected = None,
+    store: Store = None,
+    budget: Budget = None,
+    controls: WithControls = False,
+    workers: Workers = 1,
+    executor: Executor = "processes",
+    address: Address = None,
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -113,8 +116,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of RUN.TOML and a network from scratch are attacked alike. Only
     trials that the store lacks are run; repeat the command to resume.
     """
-    from sophon._base.files import require_unused
-    from sophon._cli.run_file import load, require_outside, require_place
+    from sophon._cli.run_file import load
 
     mode = mode_of(quiet, as_json)
     if not run_file.is_file():
@@ -127,16 +129,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     }
     _require_consistent(controls, {"--model": model, "--unprotected": unprotected}, budget)
     seconds = None if budget is None else parse_duration(budget)
-    require_place(out)
-    require_place(store or out)
-    if model is not None and model.is_dir() and out.resolve() == model.resolve():
-        raise SpecError(
-            f"--out = {out} is the folder of the model to audit, which is for publishing: choose"
-            f" another, such as {out}-audit"
-        )
-    for folder in dict.fromkeys((out, store or out)):
-        require_unused(folder, *_OURS)
-        require_outside(folder, run_file, settings)
+    _require_places(run_file, settings, model, (out, store or out))
     # Another model before protection, or none, stands in for the run file's.
     case = load(run_file, settings, threads, network_only=unprotected is not None)
     if controls and case.task.metric != "accuracy":
@@ -150,6 +143,28 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
         )
         made = write_audit(record, out)
         show_verdict(made, mode, {"report": out / "report.html"})
+
+
+def _require_places(
+    run_file: Path, settings: list[str] | None, model: Path | None, folders: tuple[Path, Path]
+) -> None:
+    """Raise SpecError or CheckpointError for folders, --out and --store, that must stay as they
+    are.
+    """
+    from sophon._base.files import require_unused
+    from sophon._cli.run_file import require_outside, require_place
+
+    for folder in folders:
+        require_place(folder)
+    out = folders[0]
+    if model is not None and model.is_dir() and out.resolve() == model.resolve():
+        raise SpecError(
+            f"--out = {out} is the folder of the model to audit, which is for publishing: choose"
+            f" another, such as {out}-audit"
+        )
+    for folder in dict.fromkeys(folders):
+        require_unused(folder, *_OURS)
+        require_outside(folder, run_file, settings)
 
 
 def _require_consistent(
@@ -240,8 +255,28 @@ def run_audit(
     report. `arguments` are further ones of `Audit`. Raises CheckpointError if `out` holds the
     record of another audit.
     """
-    from sophon._auditing.audit import Audit
     from sophon._cli.progress import Display, trial_text
+
+    audit = _opened(case, path, mode, unprotected=unprotected, note=note, store=store, **arguments)
+    if out is not None:
+        _require_same_audit(out, audit)
+    todo = audit.missing()
+    _show_forecast(audit, todo, mode)
+    with Display(mode, noun="trial", total=len(audit), todo=todo) as display:
+        for trial in audit:
+            fresh = trial.key in audit.ran
+            display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
+    if audit.picture_sets and mode in ("bar", "lines"):
+        sets = audit.picture_sets
+        typer.echo(f"drawing and judging {sets} sets of pictures, stored ones excepted", err=True)
+    return audit.record()
+
+
+def _opened(
+    case: Case, path: Path, mode: Mode, *, unprotected: Path | None, note: str, **arguments: Any
+) -> Audit:
+    """Return the audit of a checkpoint, and warn of one that is not protected."""
+    from sophon._auditing.audit import Audit
     from sophon._cli.run_file import load_subject, weights_file
     from sophon._models import weights_sha256
     from sophon._training.checkpoints import file_sha256
@@ -261,7 +296,6 @@ def run_audit(
         benign=case.benign,
         task=case.task,
         spec=case.spec.audit,
-        store=store,
         scratch=case.scratch,
         head=case.network.head,
         about={
@@ -279,26 +313,16 @@ def run_audit(
             " ones with --model, and those in the run file or with --unprotected",
             err=True,
         )
-    if out is not None:
-        _require_same_audit(out, audit)
-    todo = audit.missing()
-    _show_forecast(audit, todo, mode)
-    display = Display(mode, noun="trial", total=len(audit), todo=todo)
-    with display:
-        for trial in audit:
-            fresh = trial.key in audit.ran
-            display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
-    if audit.picture_sets and mode in ("bar", "lines"):
-        sets = audit.picture_sets
-        typer.echo(f"drawing and judging {sets} sets of pictures, stored ones excepted", err=True)
-    return audit.record()
+    return audit
 
 
 def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
     """Print, before any trial, what the audit is expected to take and what it gives up."""
+    from sophon._cli.progress import say_forecast
+
     if not todo or mode == "quiet":
         return
-    _say_forecast(audit.forecast(), mode, todo, audit.given_up, about=audit.plan.staged)
+    say_forecast(audit.forecast(), mode, todo, audit.given_up, about=audit.plan.staged)
     if mode == "json":
         return
     if audit.picture_sets:
@@ -309,34 +333,6 @@ def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
         )
     for lost in audit.given_up:
         typer.echo(f"given up to fit the budget: {lost}", err=True)
-
-
-def _say_forecast(
-    expected: AuditForecast,
-    mode: Mode,
-    todo: int | None = None,
-    given_up: Sequence[str] = (),
-    *,
-    about: bool = True,
-) -> None:
-    """Print a forecast; `todo` is how many of its trials no store has, where that is known."""
-    from sophon._cli.progress import duration
-
-    if mode == "quiet":
-        return
-    if mode == "json":
-        numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
-        more = {} if todo is None else {"to_run": todo, "given_up": list(given_up)}
-        typer.echo(json.dumps({"event": "forecast", **numbers, **more}))
-        return
-    seconds = expected.seconds
-    time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
-    left = "" if todo is None else f"; {todo} trials are still to be run"
-    typer.echo(
-        f"forecast: {'about ' if about else ''}{expected.trials} trials, {expected.steps} steps,"
-        f" {time} in all{left}",
-        err=True,
-    )
 
 
 def write_audit(record: AuditRecord, out: Path) -> Report:
@@ -350,49 +346,3 @@ def write_audit(record: AuditRecord, out: Path) -> Report:
     made.write_html(out / "report.html")
     made.write_markdown(out / "report.md")
     return made
-
-
-def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
-    """Audit every control, write `controls.json` to `out` and print what became of each.
-
-    Raises ControlError if one was not found out.
-    """
-    from sophon._auditing.controls import Controls
-    from sophon._base.files import write_json
-    from sophon._cli.progress import Display
-
-    controls = Controls(
-        case.model,
-        original=case.original,
-        restricted=case.restricted[0],
-        benign=case.benign,
-        spec=case.spec.audit,
-        scratch=case.scratch,
-        head=case.network.head,
-        **arguments,
-    )
-    _say_forecast(controls.forecast(), mode)
-    held = []
-    with Display(mode, noun="control", total=len(controls), todo=len(controls)) as display:
-        for result in controls:
-            held.append(result.as_dict())
-            verdict = result.summary.text
-            display.step(held[-1], f"{result.name}: {verdict}")
-    write_json(out / CONTROLS, {"controls": held, "command": command_line()})
-    missed = [f"{row['control']} ({_why_missed(row)})" for row in held if not row["passed"]]
-    if mode in ("bar", "lines"):
-        show_controls(held)
-    if missed:
-        raise ControlError(
-            f"{', '.join(missed)}: not found out; audits made like this prove nothing. Use more"
-            f" steps, measurements (audit.evaluations), seeds or images; the numbers are in"
-            f" {out / CONTROLS}"
-        )
-    if mode != "json":
-        typer.echo(f"controls: all {len(held)} found out or recovered; {out / CONTROLS}")
-
-
-def _why_missed(row: dict[str, Any]) -> str:
-    """Return what a control failed, and why its audit could say nothing where that is so."""
-    reasons = row["reasons"] if row["advantage_removed"] is None else []
-    return "; ".join([row["failed"], *reasons[:1]])

@@ -37,6 +37,27 @@ from sophon._cli.running import (
 # What only reads and prints may run in several processes.
 _SHARED = ("protect", "report", "compare", "inspect")
 
+Out = Annotated[
+    Path, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
+]
+Profile = Annotated[
+    int | None,
+    typer.Option(
+        "--profile",
+        parser=counted,
+        metavar="ROUNDS",
+        help="Time the parts of so many rounds and trace one more, into FOLDER/profile.",
+    ),
+]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        "--shard",
+        help="Spread training over torchrun's processes: for a model whose weights fit on one"
+        " device but whose training state does not.",
+    ),
+]
+
 
 @app.callback(invoke_without_command=True)
 @guarded
@@ -78,24 +99,9 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
         Path | None,
         typer.Option("--tensorboard", metavar="FOLDER", help="Log every round for TensorBoard."),
     ] = None,
-    profile: Annotated[
-        int | None,
-        typer.Option(
-            "--profile",
-            parser=counted,
-            metavar="ROUNDS",
-            help="Time the parts of so many rounds and trace one more, into FOLDER/profile.",
-        ),
-    ] = None,
+    profile: Profile = None,
     threads: Threads = None,
-    shard: Annotated[
-        bool,
-        typer.Option(
-            "--shard",
-            help="Spread training over torchrun's processes: for a model whose weights fit on one"
-            " device but whose training state does not.",
-        ),
-    ] = False,
+    shard: Shard = False,
 ) -> None:
     """Protect the model of RUN.TOML; repeat the command to resume.
 
@@ -150,9 +156,7 @@ def _require_one_process(world: int, profile: int | None, *, dry_run: bool) -> N
 @guarded
 def pretrain(
     run_file: RunFile,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
-    ],
+    out: Out,
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -13,12 +13,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from sophon._records.audit_record import Round
 from sophon._records.metrics import shown
+from sophon._records.round import Round
 
 if TYPE_CHECKING:
+    from sophon._auditing.budget import AuditForecast
     from sophon._data import Domain
-    from sophon._records.audit_record import Stage, Trial
+    from sophon._records.audit_record import Trial
+    from sophon._records.round import Stage
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0
@@ -41,6 +43,32 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def say_forecast(
+    expected: AuditForecast,
+    mode: Mode,
+    todo: int | None = None,
+    given_up: Sequence[str] = (),
+    *,
+    about: bool = True,
+) -> None:
+    """Print a forecast; `todo` is how many of its trials no store has, where that is known."""
+    if mode == "quiet":
+        return
+    if mode == "json":
+        numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
+        more = {} if todo is None else {"to_run": todo, "given_up": list(given_up)}
+        typer.echo(json.dumps({"event": "forecast", **numbers, **more}))
+        return
+    seconds = expected.seconds
+    time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
+    left = "" if todo is None else f"; {todo} trials are still to be run"
+    typer.echo(
+        f"forecast: {'about ' if about else ''}{expected.trials} trials, {expected.steps} steps,"
+        f" {time} in all{left}",
+        err=True,
+    )
 
 
 class Display:

@@ -6,13 +6,14 @@ Nothing heavy is imported before a command runs; none of them but `inspect` need
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._cli.application import Json, Quiet, app, guarded
-from sophon._cli.running import mode_of, print_rows, say, show_comparison, show_verdict
+from sophon._cli.controls import CONTROLS, show_controls
+from sophon._cli.running import mode_of, say, show_comparison, show_verdict
 
 if TYPE_CHECKING:
     from sophon._records.audit_record import AuditRecord
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 # What every file compressed by gzip begins with.
 _GZIP = b"\x1f\x8b"
 _PRINTED = Path("-")
-CONTROLS = "controls.json"
 
 
 def read_record(path: Path) -> AuditRecord:
@@ -115,21 +115,6 @@ def report(
 
 def _is_of_controls(folder: Path) -> bool:
     return (folder / CONTROLS).is_file() and not (folder / "record.json").is_file()
-
-
-def show_controls(held: list[dict[str, Any]]) -> None:
-    """Print what became of each control, as `controls.json` keeps it."""
-    header = ("control", "verdict", "advantage removed", "flags that tell", "found out")
-    print_rows([header, *map(_control_row, held)])
-
-
-def _control_row(row: dict[str, Any]) -> tuple[str, ...]:
-    value, interval = row["advantage_removed"], row["interval"]
-    shown = "-" if value is None else f"{100 * value:z.0f} %"
-    if interval is not None:
-        shown += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
-    found = "yes" if row["passed"] else f"NO: {row.get('failed') or 'see its flags'}"
-    return (row["control"], row["verdict"], shown, ", ".join(row["telling"]), found)
 
 
 def _require_places(html: Path | None, markdown: Path | None, *, as_json: bool) -> None:

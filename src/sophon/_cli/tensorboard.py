@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sophon._base.errors import SpecError
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 
 # The tag of each number of a round.
 SCALARS = {

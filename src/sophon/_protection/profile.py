@@ -14,7 +14,7 @@ from sophon._base.errors import SpecError
 from sophon._base.files import write_json
 from sophon._base.spans import Clock, clocked, span
 from sophon._protection.protection import Protection
-from sophon._records.audit_record import Round
+from sophon._records.round import Round
 from sophon._training.environment import environment
 
 FOLDER = "profile"

@@ -32,7 +32,8 @@ from sophon._protection.start import starting_weights
 from sophon._protection.term import State, Surroundings
 from sophon._protection.terms import TERMS, Hindrance, Term
 from sophon._protection.update import KeepSide, updating
-from sophon._records.audit_record import Measurement, Round
+from sophon._records.audit_record import Measurement
+from sophon._records.round import Round
 from sophon._records.statement import Terms
 from sophon._specs import Guard, ModelSpec, fingerprint_of, parse_spec
 from sophon._tasks import Classification, Task

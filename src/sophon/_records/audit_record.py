@@ -1,4 +1,4 @@
-"""What happened: frozen, versioned records of rounds, trials and audits."""
+"""What happened: frozen, versioned records of trials and audits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sophon._specs import AuditSpec, Strategy, Subject
 
 SCHEMA_VERSION = 1
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 class Record(BaseModel):
@@ -94,9 +95,8 @@ class ErrorScore(Record):
     @model_validator(mode="after")
     def _of_images(self) -> Self:
         if self.total < 1 or self.variance < 0:
-            raise ValueError(
-                f"an error over {self.total} images of variance {self.variance:g} is no score"
-            )
+            spread = f"of variance {self.variance:g}"
+            raise ValueError(f"an error over {self.total} images {spread} is no score")
         return self
 
     @property
@@ -109,9 +109,7 @@ Measurement = Score | ErrorScore
 
 
 def first_evaluation(steps: int) -> int:
-    """Return after how many of so many steps an attack is measured for the first time, unless its
-    preparation takes longer.
-    """
+    """Return the first of `steps` after which an attack is measured, if it is prepared by then."""
     return max(1, steps // 40)
 
 
@@ -139,9 +137,8 @@ class Point(Record):
         except ValueError as error:
             raise ValueError(f"by_image is damaged ({error})") from None
         score = self.validation
-        if len(held) != score.total or (
-            isinstance(score, Score) and int(held.sum()) != score.correct
-        ):
+        other_sum = isinstance(score, Score) and int(held.sum()) != score.correct
+        if len(held) != score.total or other_sum:
             raise ValueError(
                 f"by_image is damaged: it has {len(held)} images and the sum {held.sum():g}, the"
                 f" score {score.total} images and the value {score.value:g}"
@@ -164,8 +161,8 @@ def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
     if isinstance(score, Score):
         # The last byte is filled up with zeros; a text of another length shows.
         bits = np.unpackbits(np.frombuffer(held, np.uint8))
-        whole = len(held) == math.ceil(score.total / 8)
-        return (bits[: score.total] if whole else bits).astype(np.float64)
+        end = score.total if len(held) == math.ceil(score.total / 8) else None
+        return bits[:end].astype(np.float64)
     return np.frombuffer(held, "<f2").astype(np.float64)
 
 
@@ -398,38 +395,6 @@ class AuditRecord(Record):
 
 def record_schema() -> str:
     """Return the JSON Schema (draft 2020-12) of an audit record as it is written, as text."""
-    schema = AuditRecord.model_json_schema()
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     named = {"title": f"Sophon audit record, version {SCHEMA_VERSION}"}
-    return json.dumps(dialect | schema | named, indent=1) + "\n"
-
-
-class Stage(Record):
-    """Some steps of pre-training: the mean loss over them, and the score after them."""
-
-    step: int
-    loss: float
-    validation: Measurement
-    wall_s: float
-
-
-class Round(Record):
-    """One round of protection. Losses and scores are means over the round's queries.
-
-    `price` is the multiplier of the hindrances, `readings` what their terms measured by name.
-    """
-
-    index: int
-    suppression_loss: float
-    query_score: float
-    original_loss: float | None
-    suppression_gradient_norm: float
-    reinforcement_gradient_norm: float | None
-    strategies: tuple[str, ...]
-    domains: tuple[str, ...]
-    guard_score: float | None = None
-    guard: Literal["met", "violated"] | None = None
-    reinforcement_steps: int
-    wall_s: float
-    price: float | None = None
-    readings: dict[str, float] = {}
+    schema = {"$schema": _DIALECT} | AuditRecord.model_json_schema() | named
+    return json.dumps(schema, indent=1) + "\n"

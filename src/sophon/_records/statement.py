@@ -74,14 +74,18 @@ class Statement(_Part):
     spec: _Stated | None = None
 
     @property
+    def _rehearsal(self) -> _Rehearsal:
+        return (self.spec and self.spec.rehearsal) or _Rehearsal()
+
+    @property
     def rates(self) -> dict[OptimizerName, float]:
         """The rate rehearsed last, by optimizer: of a range the upper end; empty: not said."""
         if self.terms is not None:
             return {n: rate for part in self.terms.rehearsed for n, rate in part.rates.items()}
-        rehearsal = _Rehearsal() if self.spec is None else self.spec.rehearsal or _Rehearsal()
-        if rehearsal.fixed is not None:
-            return {rehearsal.fixed.optimizer: rehearsal.fixed.learning_rate}
-        ranges = rehearsal.distribution and rehearsal.distribution.learning_rates
+        fixed, distribution = self._rehearsal.fixed, self._rehearsal.distribution
+        if fixed is not None:
+            return {fixed.optimizer: fixed.learning_rate}
+        ranges = distribution and distribution.learning_rates
         return {optimizer: high for optimizer, (_, high) in (ranges or {}).items()}
 
     @property
@@ -89,8 +93,7 @@ class Statement(_Part):
         """How many steps a rehearsed attacker takes in its life; 0: not said."""
         if self.terms is not None:
             return max((part.life for part in self.terms.rehearsed), default=0)
-        rehearsal = _Rehearsal() if self.spec is None else self.spec.rehearsal or _Rehearsal()
-        return rehearsal.horizon or rehearsal.steps or 0
+        return self._rehearsal.horizon or self._rehearsal.steps or 0
 
     @property
     def tolerances(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sophon._base.errors import CheckpointError
-from sophon._base.files import read_json, write_new_text, write_numbered_text, write_text
+from sophon._base.files import read_json, write_new_text, write_numbered_text
 from sophon._records.audit_record import EarlierCrash, Trial
 
 _CRASHED = ".crashed"
@@ -20,7 +20,7 @@ class TrialStore:
     """An append-only folder of trials, one file each, named by the trial's key.
 
     A crashed trial is to be run again and never has that name: it stands beside as
-    `KEY.crashed-N.json`, N from 1 on. Older versions named the last one `KEY.json`.
+    `KEY.crashed-N.json`, N from 1 on.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -29,7 +29,7 @@ class TrialStore:
         self._crashed: list[Trial] = []
 
     def get(self, key: str) -> Trial | None:
-        """Return the stored trial, or None: a crashed one counts as none.
+        """Return the stored trial, or None; a crashed one is not found by its key.
 
         Raises CheckpointError if its file is damaged or holds another trial.
         """
@@ -42,7 +42,7 @@ class TrialStore:
                 f"{path} holds the trial {held.key}, under another's name: delete that file to run"
                 " the trial again"
             )
-        return None if held is None or held.outcome.kind == "crashed" else held
+        return held
 
     def put(self, trial: Trial) -> None:
         """Store a trial; one already there under its key stays, and so does every crashed one."""
@@ -52,20 +52,10 @@ class TrialStore:
                 self._crashed.append(trial)
             else:
                 self._memory.setdefault(trial.key, trial)
-            return
-        path, text = self.folder / f"{trial.key}.json", trial.model_dump_json()
-        if crashed:
-            write_numbered_text(path.with_stem(trial.key + _CRASHED), text)
         else:
-            write_new_text(path, text)
-        held = self._read(path)
-        if held is None or held.outcome.kind != "crashed":
-            return
-        # Of an older version. It is copied, then replaced, never moved: whoever does the same
-        # meanwhile, and wherever either is stopped, nothing is lost; no crash replaces anything.
-        write_new_text(path.with_stem(f"{trial.key}{_CRASHED}-0"), held.model_dump_json())
-        if not crashed:
-            write_text(path, text)
+            name = f"{trial.key}{_CRASHED if crashed else ''}.json"
+            write = write_numbered_text if crashed else write_new_text
+            write(self.folder / name, trial.model_dump_json())
 
     def crashes(self) -> list[tuple[str, Trial | None]]:
         """Return the key of every crashed trial with the trial; None where it cannot be read."""

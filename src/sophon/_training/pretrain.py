@@ -21,7 +21,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from sophon._base.errors import NonFiniteError
 from sophon._data import Domain, check_batch_fits
-from sophon._records.audit_record import Measurement, Stage
+from sophon._records.audit_record import Measurement
+from sophon._records.round import Stage
 from sophon._specs import ModelSpec, PretrainSpec, Strategy
 from sophon._tasks import Classification, Task
 from sophon._training.evaluate import evaluate

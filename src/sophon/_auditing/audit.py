@@ -7,12 +7,11 @@ runs it to the end and returns the record.
 from __future__ import annotations
 
 import datetime
-import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +37,7 @@ from sophon._auditing.trial import REINITIALISING, Bench, Job
 from sophon._auditing.vitals import training_flops
 from sophon._base.errors import AuditError
 from sophon._base.files import require_writable
+from sophon._base.signatures import signed_as
 from sophon._data import Domain, overlaps_of
 from sophon._models import Bare, blocks, weights_sha256
 from sophon._records.audit_record import (
@@ -54,9 +54,6 @@ from sophon._specs import AuditSpec, Strategy, Subject
 from sophon._tasks import Classification, Task
 from sophon._training.environment import domain_record, environment
 from sophon._training.setting import make_setting
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
 class Audit:
@@ -378,19 +375,7 @@ def _named(job: Job, trial: Trial) -> Trial:
     return trial.model_copy(update={"subject": job.subject, "domain": job.domain})
 
 
-def _taking_those_of(
-    kind: Callable[Arguments, object],
-) -> Callable[[Callable[..., Result]], Callable[Arguments, Result]]:
-    """Give a function the signature of the class that it hands all its arguments to."""
-
-    def signed(function: Callable[..., Result]) -> Callable[Arguments, Result]:
-        setattr(function, "__signature__", inspect.signature(kind))  # noqa: B010 - mypy
-        return function
-
-    return signed
-
-
-@_taking_those_of(Audit)
+@signed_as(Audit)
 def audit(*model: Any, **arguments: Any) -> AuditRecord:
     """Return the record of a whole audit; see `Audit` for the arguments and errors."""
     run = Audit(*model, **arguments)

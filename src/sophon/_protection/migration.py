@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sophon._base.files import read_json, write_json
 
 # Flat keys of `protect` and where they are now, below the update and below the rehearsal.
@@ -59,16 +57,12 @@ def migrate_run(folder: Path, fingerprint: Any) -> None:
         write_json(file, {**held, "spec": spec, "resolved": resolved})
 
 
-def migrated_state(
-    tensors: dict[str, Tensor], meta: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a state in the present form: the pool of attackers was no term's once."""
-    if "pool" not in meta:
-        return tensors, meta
-    mark = "attackers|"
-    named = {
-        (f"hinder.0|{k.removeprefix(mark)}" if k.startswith(mark) else k): v
-        for k, v in tensors.items()
-    }
-    kept = {key: value for key, value in meta.items() if key not in ("pool", "reinforced")}
-    return named, {**kept, "kept": meta["reinforced"], "terms": {"hinder.0": meta["pool"]}}
+def migrated_state(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the plain values of a state in the present form, and under which other name it has
+    the tensors of a term: the pool of attackers was no term's once.
+    """
+    if "pool" not in values:
+        return values, {}
+    kept = {key: value for key, value in values.items() if key not in ("pool", "reinforced")}
+    present = {**kept, "kept": values["reinforced"], "terms": {"hinder.0": values["pool"]}}
+    return present, {"hinder.0": "attackers"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,35 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, NonFiniteError
-from sophon._base.files import write_json, write_text
+from sophon._base.errors import NonFiniteError
 from sophon._base.plain_mode import plain
-from sophon._base.spans import spanned
+from sophon._base.signatures import signed_as
 from sophon._data import Domain
-from sophon._models import network_identity, weights_sha256
 from sophon._protection.checks import check_protection
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.migration import migrate_run, migrated_state
 from sophon._protection.presets import completed
 from sophon._protection.spec import Alternate, ProtectSpec
 from sophon._protection.start import starting_weights
-from sophon._protection.term import State, Surroundings
+from sophon._protection.term import Surroundings
 from sophon._protection.terms import TERMS, Hindrance, Term
-from sophon._protection.update import KeepSide, updating
+from sophon._protection.update import KeepSide, Turn, updating
 from sophon._records.audit_record import Measurement
 from sophon._records.round import Round
 from sophon._records.statement import Terms
 from sophon._specs import Guard, ModelSpec, fingerprint_of, parse_spec
 from sophon._tasks import Classification, Task
-from sophon._training.checkpoints import open_run, save_state
 from sophon._training.loop import optimizer_tensors, restore_optimizer
 from sophon._training.ranks import Ranks, take_card
+from sophon._training.resumable import Groups, ResumableRun, run_identity
 from sophon._training.setting import make_setting
-from sophon._training.sharding import gathered, load_whole, splits
+from sophon._training.sharding import load_whole, splits
 from sophon._training.sharding import shard as spread
-from sophon._training.shipping import ship
 
-_ROUNDS, _STATES, _DONE = "rounds.jsonl", "states", "protection.json"
 # Raise this when a change of the rounds changes what a run that is resumed would give.
 ENGINE_VERSION = 2
 # States on the disk at once, at most: two, and the one being written.
@@ -68,7 +64,7 @@ class Protected:
     folder: Path | None
 
 
-class Protection:
+class Protection(ResumableRun[Round]):
     """A protection run: iterate it for its rounds, then ask it for its `result()`.
 
     Implements SOPHON (arXiv 2404.12699, algorithm 1). The model passed in is never changed.
@@ -87,6 +83,9 @@ class Protection:
     NonFiniteError.
     """
 
+    part, table, record = "round", "protect", Round
+    spec: ProtectSpec
+
     def __init__(  # noqa: PLR0913 - one keyword per part of a run
         self,
         model: nn.Module,
@@ -101,6 +100,7 @@ class Protection:
         device: str | torch.device | None = None,
         shard: bool = False,
     ) -> None:
+        super().__init__()
         self.ranks = Ranks.present(sharded=shard)
         take_card(device)
         spec = ProtectSpec() if spec is None else spec
@@ -132,11 +132,12 @@ class Protection:
         )
         self.model = self.setting.place(starting_weights(model, self.spec))
         self._assemble()
-        self.rounds: list[Round] = []
         self.guard = IntactnessGuard(
             self.model, self.setting, self.spec.guard or Guard(), self.ranks
         )
-        self._open()
+        if self.out is not None and self.ranks.first:
+            migrate_run(self.out, self._present)
+        self.open(self._needed_bytes())
 
     def _surroundings(self, model: nn.Module) -> Surroundings:
         given = self.setting.place(copy.deepcopy(model)).requires_grad_(False).eval()
@@ -159,59 +160,38 @@ class Protection:
         """Return what determines the result; how many processes there are does not."""
         domains = (self.setting.original, *self.setting.restricted)
         return {
-            "spec": self.spec.fingerprint(),
-            "model": weights_sha256(model),
-            "engine": str(ENGINE_VERSION),
-            "network": network_identity(model),
+            **run_identity(self.spec, model, self.setting, engine=ENGINE_VERSION),
             "domains": fingerprint_of([[d.name, d.weight, d.fingerprint()] for d in domains]),
-            "task": self.setting.task.name,
             "head": self.setting.head,
-            "precision": self.setting.precision,
-            "plain": str(plain()),
         }
 
     @property
-    def done(self) -> int:
-        """Rounds finished so far."""
-        return len(self.rounds)
-
-    @property
-    def rounds_in_all(self) -> int:
-        """Rounds of the whole run."""
-        return self.spec.rounds or 0
+    def rounds(self) -> list[Round]:
+        """The records of the rounds finished so far."""
+        return self.records
 
     def __len__(self) -> int:
         """Return the number of rounds of the whole run."""
-        return self.rounds_in_all
+        return self.spec.rounds or 0
 
-    def __iter__(self) -> Iterator[Round]:
-        """Run the remaining rounds, yielding each once it is recorded."""
-        while self.done < self.rounds_in_all:
-            self.rounds.append(self._round(self.done))
-            if self.out is not None:
-                if self.ranks.first:
-                    with (self.out / _ROUNDS).open("a", encoding="utf-8") as file:
-                        file.write(self.rounds[-1].model_dump_json() + "\n")
-                if self.done % self.spec.checkpoint_every == 0 or self.done == self.rounds_in_all:
-                    self.save()
-            yield self.rounds[-1]
+    @property
+    def due(self) -> bool:
+        """Whether a state is to be written now."""
+        return self.done % self.spec.checkpoint_every == 0
+
+    def begin(self) -> None:
+        """Measure the original task before the first round."""
+        self.guard.begin()
 
     def result(self) -> Protected:
         """Return the protected model after the last round, written to the folder if there is one.
 
         Raises IntactnessError if no checked weights met the tolerance; every file is kept.
         """
-        if self.done < self.rounds_in_all:
-            raise CheckpointError(
-                f"round {self.done} of {self.rounds_in_all}: iterate to the end before result()"
-            )
+        self.require_done()
         with self.ranks.agreeing():
             result = self._shipped()
-            if self.out is not None and self.ranks.first:
-                protection = self._description(result)
-                about = {"protection": protection}
-                ship(self.out, result.model, self.model_spec, about, self.setting.task)
-                write_json(self.out / _DONE, protection)
+            self.ship(result.model, "protection", self._description(result))
         return result
 
     def _shipped(self) -> Protected:
@@ -229,37 +209,14 @@ class Protection:
             folder=self.out,
         )
 
-    def save(self) -> None:
-        """Write the state to resume from. Without a folder this does nothing."""
-        if self.out is None:
-            return
-        self.save_to(self.out / _STATES)
-
-    @spanned("states written")
-    def save_to(self, folder: Path) -> None:
-        """Write the state to resume from into `folder`."""
-        tensors, plain = self._state()
-        if self.ranks.first:
-            save_state(folder, self.done, tensors, plain)
-
-    def _round(self, index: int) -> Round:
-        start = time.perf_counter()
+    def next_record(self) -> Round:
+        """Take the updates of a round, and look at the original task when it is due."""
+        index, start = self.done, time.perf_counter()
         price, steps = self.guard.price, self.update.keep_steps(self.guard.extra_steps)
-        try:
-            turn = self.update.round(index / self.rounds_in_all, price, self.guard.extra_steps)
-            pairs = torch.stack(turn.kept).mean(0).tolist() if turn.kept else None
-            if pairs is not None and not all(map(math.isfinite, pairs)):
-                raise NonFiniteError("reinforcement: lower the keep rate (protect.update)")
-        except NonFiniteError as error:
-            told = NonFiniteError(
-                f"round {index}: a loss or gradient is not finite in the {error}; states written"
-                " before are kept"
-            )
-            told.told = not self.ranks.first
-            raise told from None
+        turn, pairs = self._turn(index, price)
         query_score = sum(turn.scores) / len(turn.scores)
         self.guard.observe(query_score)
-        due = (index + 1) % self.guard.spec.every == 0 or index + 1 == self.rounds_in_all
+        due = (index + 1) % self.guard.spec.every == 0 or index + 1 == len(self)
         guard_score, verdict = self.guard.check(index + 1) if due else (None, None)
         return Round(
             index=index,
@@ -278,52 +235,43 @@ class Protection:
             readings=turn.readings,
         )
 
-    def _open(self) -> None:
-        """Start afresh or take up the newest state of the folder."""
-        held: list[State | None] = [None]
-        with self.ranks.agreeing():
-            if self.out is not None and self.ranks.first:
-                held = [self._opened(self.out)]
-        state = self.ranks.from_first(held[0])
-        if state is not None:
-            self._restore(*state)
-        else:
-            self.guard.begin()
+    def _turn(self, index: int, price: float) -> tuple[Turn, list[float]]:
+        """Return what the updates of a round gave, and loss and gradient norm of the keep terms, if
+        there were any. Raises NonFiniteError.
+        """
+        try:
+            turn = self.update.round(index / len(self), price, self.guard.extra_steps)
+            pairs = torch.stack(turn.kept).mean(0).tolist() if turn.kept else []
+            if not all(map(math.isfinite, pairs)):
+                raise NonFiniteError("reinforcement: lower the keep rate (protect.update)")
+        except NonFiniteError as error:
+            told = NonFiniteError(
+                f"round {index}: a loss or gradient is not finite in the {error}; states written"
+                " before are kept"
+            )
+            told.told = not self.ranks.first
+            raise told from None
+        return turn, pairs
 
-    def _opened(self, out: Path) -> State | None:
-        """Take the folder; return its newest state, or None in a new one."""
-        migrate_run(out, self._present)
+    def _needed_bytes(self) -> int:
+        """Return what states take on the disk at most."""
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        state = open_run(
-            out,
-            self.identity,
-            self.spec.model_dump(mode="json"),
-            prefix="protect",
-            states=out / _STATES,
-            needed_bytes=_KEPT * size * self._copies(),
-            owner=self,
-        )
-        if state is None:
-            write_text(out / _ROUNDS, "")
-        return state
+        # The model, two kept copies, two Adams.
+        copies = 7 + sum(type(term).state_copies(term.spec) for term in self.hinder)
+        return _KEPT * size * copies
 
     def _present(self, table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return fingerprint and table of an earlier version's specification as it is now."""
         spec = completed(parse_spec(ProtectSpec, table, where="run.json"), self.setting)
         return spec.fingerprint(), spec.model_dump(mode="json")
 
-    def _copies(self) -> int:
-        """Return how many times the model's size a state holds, at most."""
-        # The model, two kept copies, two Adams.
-        return 7 + sum(type(term).state_copies(term.spec) for term in self.hinder)
-
     def _terms(self) -> dict[str, Term[Any]]:
         """Return the terms by the names that a state has them under."""
         sides: list[tuple[str, list[Any]]] = [("keep", self.keep.terms), ("hinder", self.hinder)]
         return {f"{side}.{i}": term for side, terms in sides for i, term in enumerate(terms)}
 
-    def _state(self) -> State:
-        """Return whole tensors, in the first process only, and plain values; all must ask."""
+    def state(self) -> tuple[Groups, dict[str, Any]]:
+        """Return the model, the guard's, the terms' and the optimizers' states."""
         guarded, guard = self.guard.state()
         groups = {"model": self.model.state_dict(), **guarded}
         terms: dict[str, Any] = {}
@@ -332,35 +280,21 @@ class Protection:
             groups[name], terms[name] = term.state()
         for name, optimizer in self.update.optimizers.items():
             groups[name], optimizers[name] = optimizer_tensors(optimizer)
-        named = {f"{group}|{name}": v for group, held in groups.items() for name, v in held.items()}
-        meta = {
-            "rounds": [record.model_dump(mode="json") for record in self.rounds],
-            "kept": self.keep.steps,
-            "guard": guard,
-            "terms": terms,
-            "optimizers": optimizers,
-        }
-        return gathered(named, self.ranks), meta
+        values = {"kept": self.keep.steps, "guard": guard}
+        return groups, {**values, "terms": terms, "optimizers": optimizers}
 
-    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        tensors, meta = migrated_state(tensors, meta)
-
-        def group(name: str) -> dict[str, Tensor]:
-            mark = name + "|"
-            return {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
-
+    def restore(self, group: Callable[[str], dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Take back what `state` returned, of this version or an earlier one."""
+        values, renamed = migrated_state(values)
         load_whole(self.model, group("model"))
-        self.rounds = [Round.model_validate(held) for held in meta["rounds"]]
-        self.keep.steps = meta["kept"]
+        self.keep.steps = values["kept"]
         guarded = {name: group(name) for name in ("last_good", "shipped")}
-        self.guard.restore(guarded, meta["guard"])
+        self.guard.restore(guarded, values["guard"])
         for name, optimizer in self.update.optimizers.items():
-            restore_optimizer(optimizer, group(name), meta["optimizers"][name])
+            restore_optimizer(optimizer, group(name), values["optimizers"][name])
         for name, term in self._terms().items():
-            term.restore(self.model, group(name), meta["terms"].get(name, {}))
-        if self.out is not None and self.ranks.first:
-            lines = [record.model_dump_json() + "\n" for record in self.rounds]
-            write_text(self.out / _ROUNDS, "".join(lines))
+            tensors = group(renamed.get(name, name))
+            term.restore(self.model, tensors, values["terms"].get(name, {}))
 
     def _statement(self) -> Terms:
         """Return what the terms state to an audit, and the guard's tolerances."""
@@ -399,34 +333,14 @@ class Protection:
         }
 
 
-def protect(  # noqa: PLR0913 - as Protection
-    model: nn.Module,
-    *,
-    original: Domain,
-    restricted: Domain | list[Domain] | tuple[Domain, ...],
-    task: Task | None = None,
-    spec: ProtectSpec | None = None,
-    out: str | Path | None = None,
-    head: str | None = None,
-    device: str | torch.device | None = None,
-    shard: bool = False,
-) -> Protected:
+@signed_as(Protection)
+def protect(*model: Any, **arguments: Any) -> Protected:
     """Return the protected model; see `Protection` for the arguments.
 
     Raises what `Protection` raises, and IntactnessError if no weights kept the original task
     within the tolerance.
     """
-    run = Protection(
-        model,
-        original=original,
-        restricted=restricted,
-        task=task,
-        spec=spec,
-        out=out,
-        head=head,
-        device=device,
-        shard=shard,
-    )
+    run = Protection(*model, **arguments)
     for _ in run:
         pass
     return run.result()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from sophon._base.errors import SpecError
 from sophon._protection.migration import migrated
 from sophon._protection.terms import parse_term
 from sophon._protection.terms.term import Hindrance, Keep, TermSpec
@@ -45,12 +46,20 @@ def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _term(value: Any, role: type[Keep[Any]] | type[Hindrance[Any]]) -> TermSpec:
+    try:
+        return parse_term(value, role)
+    except SpecError as error:
+        # So that the fault gets the path of the term in the run file.
+        raise ValueError(error) from None
+
+
 def _keep(value: Any) -> TermSpec:
-    return parse_term(value, Keep)
+    return _term(value, Keep)
 
 
 def _hindrance(value: Any) -> TermSpec:
-    return parse_term(value, Hindrance)
+    return _term(value, Hindrance)
 
 
 Update = Annotated[Alternate | Joint, Field(discriminator="kind"), BeforeValidator(_named)]

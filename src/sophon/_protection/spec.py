@@ -107,10 +107,14 @@ class ProtectSpec(Spec):
                 raise ValueError(f"keep has two terms of kind {twice[0]!r}: give their weight once")
         if (self.start == "shrunk") != (self.shrink is not None):
             raise ValueError("start = 'shrunk' and shrink belong together: give both or none")
+        self.require_priced()
+        return self
+
+    def require_priced(self) -> None:
+        """Raise ValueError for a price where the hindrances have steps of their own."""
         alternate = isinstance(self.update, Alternate)
         if self.guard is not None and self.guard.mode == "price" and alternate:
             raise ValueError(
                 "guard.mode = 'price' has nothing to multiply: update = 'alternate' steps on the"
                 " hindrances alone; use update = 'joint' or guard.mode = 'rollback'"
             )
-        return self

@@ -15,7 +15,7 @@ from sophon._data import Domain
 from sophon._models.networks import ResNet20, SmallConvNet
 from sophon._protection.protection import Protection
 from sophon._protection.spec import ProtectSpec
-from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._specs import Augmentation, Guard, Precision, Strategy
 
 
@@ -97,6 +97,13 @@ def protection(  # noqa: PLR0913 - one keyword per part of a case
     )
     domains = [noise(kind, seed, count=count, size=size) for seed, kind in enumerate("ab")]
     return Protection(network(name), original=domains[0], restricted=domains[1], spec=spec)
+
+
+def rehearsal(run: Protection) -> RehearsalTerm:
+    """Return the one rehearsal of a protection."""
+    (term,) = run.hinder
+    assert isinstance(term, RehearsalTerm)
+    return term
 
 
 @contextlib.contextmanager

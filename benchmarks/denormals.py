@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from cases import Sizes, protection, quick, threads
+from cases import Sizes, protection, quick, rehearsal, threads
 from timing import Row, alone, ratios, row
 from torch import Tensor, nn
 
@@ -56,13 +56,14 @@ def flushed(flush: bool) -> Iterator[None]:
 
 def passes(model: nn.Module, run: Protection, loss: str, count: Count | None = None) -> None:
     """Run query passes of one attacker on the model; look at each gradient if asked to."""
-    feed = run.rehearsals.feed(0, run.rehearsals.strategy(0))
+    attackers = rehearsal(run)
+    feed = attackers.feed(0, attackers.strategy(0))
     model.zero_grad()
-    for step in range(run.spec.rehearsal.steps):
+    for step in range(attackers.spec.steps):
         images, labels = feed.batch(step)
         with run.setting.autocast():
             outputs = watched(model, images, count)
-        SUPPRESSIONS[loss](outputs.float(), labels).mean().backward()
+        SUPPRESSIONS[loss].function(outputs.float(), labels).mean().backward()
     if count is not None:
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -107,7 +108,7 @@ def rows(short: bool) -> list[Row]:
             pass
         model = run.model.train()
         moments = Count()
-        for state in run.suppressor.state.values():
+        for state in run.update.optimizers["suppressor"].state.values():
             moments.add(state["exp_avg_sq"])
         what = f"{loss}, after {rounds} rounds, {run.setting.precision}"
         found.append(
@@ -134,7 +135,7 @@ def rows(short: bool) -> list[Row]:
 def timed(model: nn.Module, run: Protection, repeats: int) -> list[float]:
     def with_flush(flush: bool) -> None:
         with flushed(flush):
-            passes(model, run, run.spec.suppression)
+            passes(model, run, rehearsal(run).spec.loss or "klu")
 
     with threads(1):
         return ratios(lambda: with_flush(False), lambda: with_flush(True), repeats)

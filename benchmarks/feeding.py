@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from cases import Sizes, protection, quick
+from cases import Sizes, protection, quick, rehearsal
 from PIL import Image
 from timing import Row, alone, row, seconds
 
@@ -29,14 +29,14 @@ def share(
     Round and feeds augment alike, and an attacker's feed is a new one every time, as in a round.
     """
     run = protection(name, sizes, size=size, count=IMAGES, augmentation=augmentation)
-    rounds = iter(run)
+    rounds, attackers = iter(run), rehearsal(run)
     next(rounds)
 
     def fed(identity: int) -> None:
-        feed = run.rehearsals.feed(identity, run.rehearsals.strategy(identity))
+        feed = attackers.feed(identity, attackers.strategy(identity))
         for step in range(sizes.steps):
             feed.batch(step)
-        run.original_feed.batch(identity)
+        run.keep.feed.batch(identity)
 
     fed(0)
     return [

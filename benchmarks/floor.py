@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from cases import Sizes, protection, quick
+from cases import Sizes, protection, quick, rehearsal
 from timing import Row, alone, row
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ def bare_round(
         train(attacker, optimizer, setting, support)
         with setting.autocast():
             logits = attacker(images)
-        SUPPRESSIONS["klu"](logits.float(), labels).mean().backward()
+        SUPPRESSIONS["klu"].function(logits.float(), labels).mean().backward()
         optimizer.zero_grad()
     adam = torch.optim.Adam(real.parameters(), 1e-4, fused=True)
     for parameter in real.parameters():
@@ -165,13 +165,13 @@ def compared(
 
 def round_row(name: str, sizes: Sizes, repeats: int) -> Row:
     run = protection(name, sizes)
-    setting, rounds = run.setting, iter(run)
-    feed = run.rehearsals.feed(0, run.rehearsals.strategy(0))
+    setting, rounds, attackers = run.setting, iter(run), rehearsal(run)
+    feed = attackers.feed(0, attackers.strategy(0))
     made = [feed.batch(step) for step in range(sizes.steps)]
     supports = [(x[: sizes.support], y[: sizes.support]) for x, y in made]
     queries = [(x[sizes.support :], y[sizes.support :]) for x, y in made]
     real, attacker = (copy.deepcopy(run.model).train() for _ in range(2))
-    batches = supports, queries, [run.original_feed.batch(0)]
+    batches = supports, queries, [run.keep.feed.batch(0)]
     few = replace(sizes, steps=2)
 
     def warm() -> None:
@@ -184,7 +184,7 @@ def round_row(name: str, sizes: Sizes, repeats: int) -> Row:
         lambda: next(rounds),
         lambda: bare_round(real, attacker, setting, batches),
         repeats,
-        of=lambda feed: feed is not run.original_feed,
+        of=lambda feed: feed is not run.keep.feed,
     )
     what = f"protect round / bare passes: {name}, 32x32, K = {sizes.steps}, batch {sizes.batch}"
     return row(

@@ -35,7 +35,7 @@ from sophon._models.networks import ResNet20
 from sophon._protection.protection import Protection
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.terms.rehearsal import Rehearsal
-from sophon._specs import Strategy
+from sophon._specs import Guard, Strategy
 from sophon._training.environment import environment
 
 WORKERS = 2
@@ -85,8 +85,9 @@ def started(size: Size) -> Protection:
     strategy = Strategy(learning_rate=1e-3, batch_size=64)
     rehearsal = Rehearsal(strategies=WORKERS, steps=size.steps, fixed=strategy, query_batch_size=16)
     rounds = size.rounds * (size.repeats + 1) + 1
-    spec = ProtectSpec(rounds=rounds, rehearsal=rehearsal, precision="fp32")
-    spec = spec.model_copy(update={"guard": spec.guard.model_copy(update={"every": rounds})})
+    spec = ProtectSpec(
+        rounds=rounds, rehearsal=rehearsal, guard=Guard(every=rounds), precision="fp32"
+    )
     torch.manual_seed(0)
     original, restricted = domain("a", 0, size.images), domain("b", 1, size.images)
     return Protection(ResNet20(), original=original, restricted=restricted, spec=spec, device="cpu")

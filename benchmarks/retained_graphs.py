@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import Sizes, protection, quick
+from cases import Sizes, protection, quick, rehearsal
 from timing import Row, alone, ratios, row, seconds
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from sophon._protection.losses import SUPPRESSIONS
 from sophon._protection.protection import Protection
-from sophon._protection.terms.rehearsal import Rehearsals
+from sophon._protection.term import Surroundings
+from sophon._protection.terms.rehearsal import RehearsalTerm
 from sophon._specs import Strategy
 from sophon._tasks import Classification
 from sophon._training.setting import make_setting
@@ -35,7 +36,7 @@ SUPPRESSION = "klu"
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "32768"}
 
 
-def retained(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str, Tensor]:
+def retained(model: nn.Module, pool: RehearsalTerm, strategy: Strategy) -> dict[str, Tensor]:
     """Return the gradient by parameter name from K graphs that are kept until one backward."""
     import torchopt
 
@@ -46,7 +47,7 @@ def retained(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str
     names, held = tuple(leaves), tuple(leaves.values())
     optimizer = torchopt.sgd(lr=strategy.learning_rate, momentum=strategy.momentum)
     state = optimizer.init(held)
-    steps, size = pool.rehearsal.steps, strategy.batch_size
+    steps, size = pool.spec.steps, strategy.batch_size
     total: Tensor | float = 0.0
     for step in range(steps):
         images, labels = feed.batch(step)
@@ -55,7 +56,7 @@ def retained(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str
         updates, state = optimizer.update(gradients, state, params=held, inplace=False)
         held = torchopt.apply_updates(held, updates, inplace=False)
         outputs = functional_call(network, dict(zip(names, held, strict=True)), (images[size:],))
-        loss = SUPPRESSIONS[SUPPRESSION](outputs, labels[size:]).mean()
+        loss = SUPPRESSIONS[SUPPRESSION].function(outputs, labels[size:]).mean()
         total = total + loss / steps
     gradients = torch.autograd.grad(total, list(leaves.values()))
     return dict(zip(names, gradients, strict=True))
@@ -63,11 +64,16 @@ def retained(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str
 
 def prepared(sizes: Sizes) -> tuple[Protection, Strategy]:
     run = protection("ResNet-20", sizes, precision="fp32")
-    return run, run.rehearsals.strategy(0)
+    return run, rehearsal(run).strategy(0)
+
+
+def anew(run: Protection) -> RehearsalTerm:
+    """Return the rehearsal of a protection, no attacker taken yet."""
+    return RehearsalTerm(rehearsal(run).spec, run.around)
 
 
 def streamed(run: Protection) -> dict[str, Tensor]:
-    pool = Rehearsals(run.spec, run.setting, [1.0])
+    pool = anew(run)
     return pool.suppress(run.model)[0].gradients
 
 
@@ -96,7 +102,7 @@ def difference(sizes: Sizes) -> float:
         precision="fp32",
         device="cpu",
     )
-    pool = Rehearsals(run.spec, setting, [1.0])
+    pool = RehearsalTerm(rehearsal(run).spec, Surroundings(setting, model, run.spec.seed))
     expected = retained(model, pool, strategy)
     found = pool.suppress(model)[0].gradients
     most = max(float(value.abs().max()) for value in expected.values())
@@ -115,8 +121,8 @@ def measure(way: str, sizes: Sizes) -> dict[str, float]:
     """Return the seconds and the extra MiB of one gradient, in this process."""
     run, strategy = prepared(sizes)
     # The kernels' own buffers belong to neither way.
-    F.cross_entropy(run.model.train()(run.original_feed.batch(0)[0][:8]), torch.zeros(8).long())
-    pool = Rehearsals(run.spec, run.setting, [1.0])
+    F.cross_entropy(run.model.train()(run.keep.feed.batch(0)[0][:8]), torch.zeros(8).long())
+    pool = anew(run)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if way == "streamed":
@@ -145,12 +151,12 @@ def rows(short: bool) -> list[Row]:
         full, images, steps = quick(full), (12, 4), (2, 3)
     small, few = Sizes(full.steps, *images), Sizes(3, 12, 4)
     run, strategy = prepared(Sizes(min(10, full.steps), full.support, full.query))
-    pool = Rehearsals(run.spec, run.setting, [1.0])
+    pool = anew(run)
     brief = prepared(Sizes(2, full.support, full.query))[0]
 
     def warm() -> None:
         streamed(brief)
-        retained(brief.model, Rehearsals(brief.spec, brief.setting, [1.0]), strategy)
+        retained(brief.model, anew(brief), strategy)
 
     speed = ratios(
         lambda: streamed(run),
@@ -169,7 +175,7 @@ def rows(short: bool) -> list[Row]:
             at_most=1e-9,
         ),
         row(
-            f"streamed / retained, seconds: ResNet-20, K = {run.spec.rehearsal.steps}, {whole},"
+            f"streamed / retained, seconds: ResNet-20, K = {rehearsal(run).spec.steps}, {whole},"
             " fp32",
             speed,
             at_most=1.0,

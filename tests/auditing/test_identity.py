@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ import torch
 from torch import nn
 
 from builders import digits, original, quick_spec, restricted, setting_of, trained_model
+from sophon._attacks.suites import SUITES, suite_fingerprint
 from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import CheckpointError
 from sophon._data import Domain
 from sophon._models import network_identity, weights_sha256
+from sophon._models.networks import NETWORKS
 from sophon._protection.protection import Protection
 from sophon._specs import Heal, Strategy
 
+PINS = json.loads((Path(__file__).parents[1] / "house/pins.json").read_text())
 BENCH = Bench(setting_of(trained_model()), 4)
 JOB = Job("protected", restricted().name, Strategy(preparations=(Heal(),)), 0)
 
@@ -158,3 +162,44 @@ def test_a_run_of_another_kind_is_not_taken_up(
     file.write_text(file.read_text().replace(f'"{part}": "', f'"{part}": "other '))
     with pytest.raises(CheckpointError, match=f"another {part}"):
         Protection(trained_model(), **held)
+
+
+# --- What stored trials are known by ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(PINS["suites"]))
+def test_released_suites_and_their_attacks_have_the_fingerprints_that_they_had(name: str) -> None:
+    assert suite_fingerprint(name) == PINS["suites"][name]
+    held = [strategy.fingerprint() for strategy in SUITES[name].strategies]
+    assert held == PINS["strategies"][name]
+
+
+def test_own_networks_have_the_identities_that_they_had() -> None:
+    found = {name: network_identity(make()) for name, make in NETWORKS.items()}
+    assert found == PINS["networks"]
+
+
+def test_trials_have_the_keys_that_they_had() -> None:
+    start = Start(nn.Identity(), "sophon._networks.SmallConvNet+0123", "ab" * 32)
+    found = {
+        strategy.label(): BENCH.key(Job("protected", restricted().name, strategy, 0), start)
+        for strategy in SUITES["standard-1"].strategies[::9]
+    }
+    assert found == PINS["keys"]
+
+
+class _Later(Strategy):
+    """A strategy of a later version, with a field more."""
+
+    patience: int = 3
+
+
+def test_a_later_field_keys_nothing_anew_until_it_is_used() -> None:
+    usual = {"optimizer": "adam", "preparations": (Heal(),)}
+    plain = Strategy(**usual)
+    assert _Later(**usual).fingerprint() == plain.fingerprint()
+    assert _Later(patience=4, **usual).fingerprint() != plain.fingerprint()
+    later = JOB._replace(strategy=_Later(patience=4, preparations=(Heal(),)))
+    assert BENCH.key(later, _start(trained_model())) != BENCH.key(
+        JOB, _start(trained_model())
+    )

@@ -212,7 +212,7 @@ def test_set_takes_toml_values_text_and_indices(run_file: Path) -> None:
     settings = [word for change in changes for word in ("--set", change)]
     out = sophon("protect", run_file, "--dry-run", *settings)[1]
     assert "limit = 11" in out
-    assert 'protect.suppression = "ice"' in out
+    assert 'loss = "ice"' in out
     assert "audit.seeds = [4, 5]" in out
 
 

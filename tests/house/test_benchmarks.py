@@ -27,7 +27,7 @@ from sophon._auditing.trial import Bench
 from sophon._base.errors import AuditError
 from sophon._cli.run_file import load
 from sophon._judgement.statistics import Interval
-from sophon._protection.terms.rehearsal import Rehearsals
+from sophon._protection.terms.rehearsal import RehearsalTerm
 from sophon._records.audit_record import Crashed, Point, Score, Trial, pack, unpack
 from sophon._specs import AuditSpec, Strategy
 
@@ -194,13 +194,13 @@ def test_a_round_augments_as_the_feed_it_is_held_against(
 
     feeding_protection = feeding.protection
     feeds: list[Any] = []
-    feed = Rehearsals.feed
+    feed = RehearsalTerm.feed
     monkeypatch.setattr(feeding, "protection", protection)
-    monkeypatch.setattr(Rehearsals, "feed", lambda *of: feeds.append(of[1]) or feed(*of))
+    monkeypatch.setattr(RehearsalTerm, "feed", lambda *of: feeds.append(of[1]) or feed(*of))
     sizes = feeding.quick(feeding.Sizes(2))
     assert len(feeding.share("small network", sizes, 16, 2, "flip_crop")) == 2
-    assert made[0].original_feed.augmentation == "flip_crop"
-    assert made[0].rehearsals.strategy(0).augmentation == "flip_crop"
+    assert made[0].keep.feed.augmentation == "flip_crop"
+    assert made[0].hinder[0].strategy(0).augmentation == "flip_crop"
     # Rounds take attackers 0 to 2, and the feeds beside them 0 to 2 as well, each for itself.
     assert sorted(feeds) == [0, 0, 1, 1, 2, 2]
 

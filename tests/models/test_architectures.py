@@ -53,21 +53,22 @@ FULL_SIZE = {
 UNET_FILE = Path(__file__).resolve().parents[2] / "recipes/paper/ddpm-unet-32.json"
 
 
-def one_round(batch: int) -> ProtectSpec:
+def one_round(batch: int, **changes: Any) -> ProtectSpec:
     """Return a protection of one round with one attacker of one step."""
-    return ProtectSpec(
-        rounds=1,
-        suppression="klu",
-        original_batch_size=batch,
-        rehearsal=Rehearsal(
+    usual: dict[str, Any] = {
+        "rounds": 1,
+        "suppression": "klu",
+        "original_batch_size": batch,
+        "rehearsal": Rehearsal(
             strategies=1,
             steps=1,
             query_batch_size=batch,
             fixed=Strategy(optimizer="sgd", learning_rate=1e-4, batch_size=batch),
         ),
-        guard=Guard(tolerance_points=100.0, every=1),
-        precision="fp32",
-    )
+        "guard": Guard(tolerance_points=100.0, every=1),
+        "precision": "fp32",
+    }
+    return ProtectSpec(**(usual | changes))
 
 
 def images(name: str, size: int, seed: int) -> Domain:
@@ -202,7 +203,7 @@ def test_the_papers_diffusion_network_at_its_size(tmp_path: Path) -> None:
     """Protect it for a round, attack it for a step, save it and load it with diffusers alone."""
     model, fresh = models.resolve_model(ModelSpec(name=f"diffusers:{UNET_FILE}"), base=tmp_path)
     guard = Guard(tolerance_relative=100.0, every=1)
-    spec = one_round(2).model_copy(update={"suppression": "dos", "guard": guard})
+    spec = one_round(2, suppression="dos", guard=guard)
     run = Protection(
         model,
         original=images("kept", 32, 0),

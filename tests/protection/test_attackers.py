@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from builders import original, quick_spec, restricted, setting_of, trained_model
+from builders import original, quick_spec, rehearsing, restricted, setting_of, trained_model
 from sophon._auditing.audit import Audit
 from sophon._auditing.trial import Bench, Job, Start
 from sophon._data import Domain
@@ -29,7 +29,7 @@ from sophon._models import (
     weights_sha256,
 )
 from sophon._models.networks import small_caformer
-from sophon._protection.terms.rehearsal import Rehearsal, Rehearsals
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._specs import AuditSpec, Distil, FreshHead, Heal, ModelSpec, ResetLastBlocks, Strategy
 from sophon._tasks import Classification, Distillation
 from sophon._training.evaluate import evaluate
@@ -214,12 +214,12 @@ def test_adapters_can_be_rehearsed(horizon: int | None) -> None:
     model = trained_model()
     strategy = Strategy(learning_rate=1e-2, batch_size=16, lora_rank=2)
     rehearsal = Rehearsal(steps=2, horizon=horizon, pool=1, fixed=strategy, query_batch_size=8)
-    pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(), [1.0])
+    pool = rehearsing(quick_spec(rehearsal=rehearsal), _setting(), model)
     total, _ = pool.suppress(model)
     assert all(bool(g.any()) for name, g in total.gradients.items() if name.endswith("weight"))
     if horizon is not None:
         tensors, meta = pool.state()
-        again = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(), [1.0])
+        again = rehearsing(quick_spec(rehearsal=rehearsal), _setting(), model)
         again.restore(model, tensors, meta)
         first, second = pool.suppress(model)[0], again.suppress(model)[0]
         for name, value in first.gradients.items():

@@ -19,7 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from builders import digits, original, quick_spec, restricted, setting_of, trained_model
+from builders import (
+    digits,
+    original,
+    quick_spec,
+    rehearsal_of,
+    restricted,
+    setting_of,
+    trained_model,
+)
 from sophon._base.errors import (
     CheckpointError,
     DataError,
@@ -34,7 +42,8 @@ from sophon._protection.forecast import Forecast, forecast
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.protection import Protection, protect
 from sophon._protection.spec import ProtectSpec
-from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
+from sophon._protection.update import Alternating
 from sophon._records.audit_record import Score
 from sophon._specs import Guard, Heal, Strategy
 from sophon._tasks import Classification
@@ -57,6 +66,11 @@ def _started(out: Path) -> Protection:
     return Protection(
         trained_model(), original=original(), restricted=restricted(), spec=quick_spec(), out=out
     )
+
+
+def _alternating(run: Protection) -> Alternating:
+    assert isinstance(run.update, Alternating)
+    return run.update
 
 
 def _setting() -> Setting:
@@ -105,7 +119,13 @@ def test_every_round_is_recorded() -> None:
 def test_suppression_works_on_the_rehearsed_query() -> None:
     """Long enough, the rehearsed attackers' query accuracy falls: the effect itself."""
     strategy = Strategy(optimizer="sgd", learning_rate=1e-3, batch_size=32)
-    rehearsal = quick_spec().rehearsal.model_copy(update={"fixed": strategy, "horizon": None})
+    usual = rehearsal_of(quick_spec())
+    rehearsal = Rehearsal(
+        strategies=usual.strategies,
+        steps=usual.steps,
+        query_batch_size=usual.query_batch_size,
+        fixed=strategy,
+    )
     spec = quick_spec(rounds=30, rehearsal=rehearsal, suppression_rate=3e-3)
     run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
     rounds = list(run)
@@ -118,7 +138,7 @@ def test_each_violation_adds_one_reinforcement_step_and_what_is_met_none() -> No
     run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
     violations = 0
     for record in run:
-        assert record.reinforcement_steps == spec.reinforcement_steps + violations
+        assert record.reinforcement_steps == _alternating(run).spec.keep_steps + violations
         violations += record.guard == "violated"
     assert {r.guard for r in run.rounds} == {"met", "violated"}
 
@@ -192,7 +212,7 @@ def test_the_suppression_gradient_is_clipped_to_the_norm() -> None:
         trained_model(), original=original(), restricted=restricted(), spec=quick_spec()
     )
     seen = []
-    run.suppressor.register_step_pre_hook(
+    _alternating(run).suppressor.register_step_pre_hook(
         lambda *_: seen.append(
             torch.stack(
                 [p.grad.norm() for p in run.model.parameters() if p.grad is not None]
@@ -200,9 +220,9 @@ def test_the_suppression_gradient_is_clipped_to_the_norm() -> None:
         )
     )
     gradients = {name: torch.ones_like(p) for name, p in run.model.named_parameters()}
-    before = run._apply(gradients)
+    before = _alternating(run)._apply(gradients)
     assert float(before) > 1.0
-    assert float(seen[0]) == pytest.approx(run.spec.clip_norm, rel=1e-3)
+    assert float(seen[0]) == pytest.approx(_alternating(run).spec.clip_norm, rel=1e-3)
 
 
 def test_suppression_and_reinforcement_have_an_adam_each_and_take_their_steps() -> None:
@@ -213,8 +233,8 @@ def test_suppression_and_reinforcement_have_an_adam_each_and_take_their_steps() 
     def count(name: str) -> None:
         taken[name] += 1
 
-    run.suppressor.register_step_pre_hook(lambda *_: count("suppressor"))
-    run.reinforcer.register_step_pre_hook(lambda *_: count("reinforcer"))
+    _alternating(run).suppressor.register_step_pre_hook(lambda *_: count("suppressor"))
+    _alternating(run).reinforcer.register_step_pre_hook(lambda *_: count("reinforcer"))
     next(iter(run))
     assert taken == {"suppressor": 3, "reinforcer": 2}
 
@@ -242,12 +262,16 @@ def test_a_loss_that_is_not_finite_names_the_strategy_and_loses_nothing(tmp_path
     next(rounds)
     second = next(rounds)
     # One attacker of the pool breaks; the other of the same round does not.
-    broken = run.rehearsals.pool[run.rehearsals.visits % 3]
+    (rehearsal,) = run.hinder
+    assert isinstance(rehearsal, RehearsalTerm)
+    broken = rehearsal.pool[rehearsal.visits % 3]
     broken.displacement[run.setting.head + ".weight"].fill_(torch.nan)
     with pytest.raises(NonFiniteError, match=r"round 2.*not finite") as caught:
         next(rounds)
-    assert broken.strategy.label() in str(caught.value)
-    others = {a.strategy.label() for a in run.rehearsals.pool.values()} - {broken.strategy.label()}
+    assert broken.plan.strategy.label() in str(caught.value)
+    others = {a.plan.strategy.label() for a in rehearsal.pool.values()} - {
+        broken.plan.strategy.label()
+    }
     assert not any(label in str(caught.value) for label in others)
     lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [0, 1]
@@ -263,8 +287,10 @@ def test_a_reinforcement_that_is_not_finite_says_so(monkeypatch: pytest.MonkeyPa
     run = Protection(
         trained_model(), original=original(), restricted=restricted(), spec=quick_spec()
     )
-    monkeypatch.setattr(run, "_reinforce", lambda: torch.tensor([torch.nan, 1.0]))
-    with pytest.raises(NonFiniteError, match=r"round 0.*in the reinforcement: lower protect"):
+    monkeypatch.setattr(_alternating(run), "_reinforce", lambda: torch.tensor([torch.nan, 1.0]))
+    with pytest.raises(
+        NonFiniteError, match=r"round 0.*in the reinforcement: lower the keep rate .protect.update"
+    ):
         next(iter(run))
 
 
@@ -283,8 +309,8 @@ def test_too_few_images_for_a_batch_is_refused_before_anything_is_written(tmp_pa
 def test_the_forecast_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def forecast_of(steps: int, rounds: int) -> Forecast:
         spec = quick_spec(rounds=rounds)
-        rehearsal = spec.rehearsal.model_copy(update={"steps": steps, "horizon": None})
-        spec = spec.model_copy(update={"rehearsal": rehearsal})
+        rehearsal = rehearsal_of(spec).model_copy(update={"steps": steps, "horizon": None})
+        spec = spec.model_copy(update={"hinder": (rehearsal,)})
         domains = {"original": original(), "restricted": (restricted(),)}
         return forecast(trained_model(), **domains, spec=spec)
 
@@ -339,7 +365,8 @@ import torch
 from builders import original, quick_spec, restricted, trained_model
 from sophon._protection.spec import ProtectSpec
 from sophon._protection import protection as _protect
-from sophon._protection.terms.rehearsal import Rehearsals
+from sophon._protection.terms.rehearsal import RehearsalTerm
+from sophon._protection.update import Alternating
 
 left = int(sys.argv[2])
 def counted(function):
@@ -355,8 +382,8 @@ model = trained_model()
 os.fsync = counted(os.fsync)
 Path.replace = counted(Path.replace)
 Path.rename = counted(Path.rename)
-Rehearsals.suppress = counted(Rehearsals.suppress)
-_protect.Protection._reinforce = counted(_protect.Protection._reinforce)
+RehearsalTerm.suppress = counted(RehearsalTerm.suppress)
+Alternating._reinforce = counted(Alternating._reinforce)
 _protect.protect(model, original=original(), restricted=restricted(),
                  spec=ProtectSpec.model_validate_json(sys.argv[3]), out=Path(sys.argv[1]))
 print("finished", left)
@@ -502,7 +529,7 @@ def test_a_folder_with_anything_else_in_it_is_refused_and_stays_as_it_is(tmp_pat
 
 def test_another_specification_is_refused_naming_what_changed(tmp_path: Path) -> None:
     _protect(quick_spec(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"protect\.suppression_rate was .*, is 0\.02"):
+    with pytest.raises(CheckpointError, match=r"protect\.update\.hindrance_rate was .*, is 0\.02"):
         _protect(quick_spec(suppression_rate=0.02), tmp_path)
 
 

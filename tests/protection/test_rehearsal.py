@@ -16,6 +16,7 @@ from builders import (
     Double,
     original,
     quick_spec,
+    rehearsing,
     restricted,
     scratch_model,
     setting_of,
@@ -27,7 +28,7 @@ from sophon._protection.protection import Protection
 from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.terms.rehearsal import (
     Rehearsal,
-    Rehearsals,
+    RehearsalTerm,
     domain_of,
     gammas_of,
     sample_strategy,
@@ -40,14 +41,22 @@ def _setting(model: nn.Module) -> Setting:
     return setting_of(model)
 
 
-def _retained_graphs(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> dict[str, Tensor]:
+def _rehearsal(run: Protection) -> RehearsalTerm:
+    (term,) = run.hinder
+    assert isinstance(term, RehearsalTerm)
+    return term
+
+
+def _retained_graphs(
+    model: nn.Module, pool: RehearsalTerm, strategy: Strategy
+) -> dict[str, Tensor]:
     """Train a detached copy; keep every query graph on the real leaves; one backward."""
     feed = pool.feed(0, strategy)
     leaves = {n: p.detach().clone().requires_grad_(True) for n, p in model.named_parameters()}
     attacker = copy.deepcopy(model).train()
     velocity = {name: torch.zeros_like(p) for name, p in attacker.named_parameters()}
     total = torch.zeros((), dtype=torch.float64)
-    gammas = gammas_of(pool.rehearsal.gamma, pool.rehearsal.steps, 1)
+    gammas = gammas_of(pool.spec.gamma, pool.spec.steps, 1)
     for step, gamma in enumerate(gammas):
         images, labels = feed.batch(step)
         size = strategy.batch_size
@@ -62,7 +71,7 @@ def _retained_graphs(model: nn.Module, pool: Rehearsals, strategy: Strategy) -> 
             for name, p in attacker.named_parameters()
         }
         logits = functional_call(attacker, moved, (images[size:],))
-        total = total + gamma * SUPPRESSIONS["klu"](logits, labels[size:]).mean()
+        total = total + gamma * SUPPRESSIONS["klu"].function(logits, labels[size:]).mean()
     total.backward()
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -72,7 +81,7 @@ def test_streamed_gradient_equals_retained_graphs_in_float64(gamma: str) -> None
     model = Double(trained_model())
     strategy = Strategy(learning_rate=0.02, batch_size=16, steps=5)
     rehearsal = Rehearsal(steps=5, fixed=strategy, query_batch_size=8, gamma=gamma)
-    pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(model), [1.0])
+    pool = rehearsing(quick_spec(rehearsal=rehearsal), _setting(model), model)
     total, _ = pool.suppress(model)
     expected = _retained_graphs(model, pool, strategy)
     for name, value in expected.items():
@@ -95,7 +104,7 @@ def test_a_persistent_attacker_moves_by_factor_times_the_real_move(
     model = trained_model()
     strategy = Strategy(learning_rate=1e-2, batch_size=16, preparations=preparations)
     rehearsal = Rehearsal(steps=2, horizon=10, pool=1, fixed=strategy, query_batch_size=8)
-    pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(model), [1.0])
+    pool = rehearsing(quick_spec(rehearsal=rehearsal), _setting(model), model)
     pool.suppress(model)
     attacker = pool.pool[0]
     before = {name: p.detach().clone() for name, p in attacker.model.named_parameters()}
@@ -117,7 +126,7 @@ def test_a_schedule_runs_over_the_attackers_life(horizon: int | None, life: int)
     sampled = rehearsal.model_copy(update={"fixed": None})
     model = trained_model()
     for one in (rehearsal, sampled):
-        pool = Rehearsals(quick_spec(rehearsal=one), _setting(model), [1.0])
+        pool = rehearsing(quick_spec(rehearsal=one), _setting(model), model)
         assert pool.strategy(0).steps == life
 
 
@@ -134,12 +143,12 @@ def test_rescaling_passes_its_factor_on_to_the_gradient() -> None:
         preparations=(RescaleWeights(norm=3.0),),
     )
     rehearsal = Rehearsal(steps=1, fixed=strategy, query_batch_size=64)
-    pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(model), [1.0])
+    pool = rehearsing(quick_spec(rehearsal=rehearsal), _setting(model), model)
     total, attackers = pool.suppress(model)
     factors = {n: o.factor for n, o in attackers[0].origins.items()}
     assert max(factors.values()) > 1.2
     plain = rehearsal.model_copy(update={"fixed": strategy.model_copy(update={"preparations": ()})})
-    reference, _ = Rehearsals(quick_spec(rehearsal=plain), _setting(model), [1.0]).suppress(model)
+    reference, _ = rehearsing(quick_spec(rehearsal=plain), _setting(model), model).suppress(model)
     # The function is preserved, so d L(c * theta) / d theta equals d L(theta) / d theta.
     for name, value in reference.gradients.items():
         scale = float(value.abs().max())
@@ -154,7 +163,7 @@ def test_the_gradient_of_a_fresh_head_stays_out_unless_asked_for() -> None:
     for choice in ("exclude_fresh", "apply_fresh"):
         rehearsal = Rehearsal(steps=2, fixed=strategy, query_batch_size=8)
         spec = quick_spec(rehearsal=rehearsal, head_gradient=choice)
-        total, _ = Rehearsals(spec, setting, [1.0]).suppress(model)
+        total, _ = rehearsing(spec, setting, model).suppress(model)
         sums[choice] = float(total.gradients[setting.head + ".weight"].abs().sum())
         assert any(float(g.abs().sum()) > 0 for g in total.gradients.values())
     assert sums["exclude_fresh"] == 0
@@ -164,7 +173,7 @@ def test_the_gradient_of_a_fresh_head_stays_out_unless_asked_for() -> None:
 def test_suppress_leaves_the_real_model_alone() -> None:
     model = trained_model()
     before = copy.deepcopy(model.state_dict())
-    pool = Rehearsals(quick_spec(), _setting(model), [1.0])
+    pool = rehearsing(quick_spec(), _setting(model), model)
     for _ in range(4):
         pool.suppress(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -172,7 +181,7 @@ def test_suppress_leaves_the_real_model_alone() -> None:
 
 def test_persistent_attackers_retire_at_their_horizon() -> None:
     model = scratch_model()
-    pool = Rehearsals(quick_spec(), _setting(model), [1.0])
+    pool = rehearsing(quick_spec(), _setting(model), model)
     for _ in range(12):
         _, attackers = pool.suppress(model)
         assert all(a.tuning.taken <= a.horizon <= 7 for a in attackers)
@@ -221,7 +230,7 @@ class _Saved:
 def _most_kept(steps: int) -> int:
     model = trained_model()
     spec = quick_spec(rehearsal=Rehearsal(steps=steps, query_batch_size=8))
-    pool = Rehearsals(spec, _setting(model), [1.0])
+    pool = rehearsing(spec, _setting(model), model)
     kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
     most = 0
 
@@ -245,7 +254,7 @@ def test_queries_run_in_the_precision_of_their_attacker() -> None:
     model = trained_model()
     fixed = Strategy(batch_size=16, precision="bf16")
     spec = quick_spec(rehearsal=Rehearsal(steps=1, query_batch_size=8, fixed=fixed))
-    pool = Rehearsals(spec, _setting(model), [1.0])
+    pool = rehearsing(spec, _setting(model), model)
     (attacker,) = pool.suppress(model)[1]
     met = []
     attacker.model.register_forward_hook(lambda *args: met.append(args[2].dtype))
@@ -267,10 +276,10 @@ def test_attackers_that_heal_first_still_have_steps_of_their_own(gamma: str) -> 
     )
     run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
     for _ in range(8):
-        total, (attacker,) = run.rehearsals.suppress(run.model)
+        total, (attacker,) = _rehearsal(run).suppress(run.model)
         assert attacker.tuning.taken > 10
         assert float(total.loss) > 0
-    lives = {a.horizon for a in run.rehearsals.pool.values()}
+    lives = {a.horizon for a in _rehearsal(run).pool.values()}
     assert min(lives) >= 15
     assert len(lives) > 1
 
@@ -279,7 +288,7 @@ def test_an_attacker_that_distils_first_passes_no_gradient_on() -> None:
     strategy = Strategy(preparations=(Distil(share=0.5),), batch_size=16)
     rehearsal = Rehearsal(steps=4, query_batch_size=16, fixed=strategy)
     model = trained_model()
-    pool = Rehearsals(quick_spec(rehearsal=rehearsal), _setting(model), [1.0])
+    pool = rehearsing(quick_spec(rehearsal=rehearsal), _setting(model), model)
     total, _ = pool.suppress(model)
     assert float(total.loss) > 0
     assert not any(bool(gradient.any()) for gradient in total.gradients.values())
@@ -293,8 +302,8 @@ def test_the_first_generation_ends_staggered() -> None:
     )
     run = Protection(trained_model(), original=original(), restricted=restricted(), spec=spec)
     for _ in range(4):
-        run.rehearsals.suppress(run.model)
-    assert [run.rehearsals.pool[slot].horizon for slot in range(4)] == [4, 8, 12, 16]
+        _rehearsal(run).suppress(run.model)
+    assert [_rehearsal(run).pool[slot].horizon for slot in range(4)] == [4, 8, 12, 16]
 
 
 def test_the_query_score_is_a_plain_mean_over_attackers_and_steps() -> None:
@@ -313,6 +322,6 @@ def test_the_query_score_is_a_plain_mean_over_attackers_and_steps() -> None:
         return held
 
     run.setting.task.score = score  # type: ignore[method-assign]
-    total, attackers = run.rehearsals.suppress(run.model)
+    total, attackers = _rehearsal(run).suppress(run.model)
     assert (len(attackers), len(scores)) == (2, 6)
     assert float(total.score) == pytest.approx(sum(scores) / 6)

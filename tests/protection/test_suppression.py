@@ -8,9 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophon._base.errors import SpecError
-from sophon._protection.losses import FITTING, SUPPRESSIONS, require_fitting
+from sophon._protection.losses import SUPPRESSIONS, suppression_named
 
-ON_LOGITS, ON_PREDICTIONS = FITTING["accuracy"], FITTING["mse"]
+
+def _fitting(metric: str) -> list[str]:
+    return [name for name, loss in SUPPRESSIONS.items() if loss.metric == metric]
+
+
+ON_LOGITS, ON_PREDICTIONS = _fitting("accuracy"), _fitting("mse")
 
 
 def _logits(classes: int, scale: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -52,7 +57,7 @@ def _gradient_formula(name: str, logits: torch.Tensor, labels: torch.Tensor) -> 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
 def test_values_and_gradients_equal_the_formula(name: str, classes: int, scale: float) -> None:
     logits, labels = _logits(classes, scale).requires_grad_(True), _labels(classes)
-    loss = SUPPRESSIONS[name](logits, labels)
+    loss = SUPPRESSIONS[name].function(logits, labels)
     torch.testing.assert_close(loss, _formula(name, logits, labels), rtol=1e-9, atol=1e-12)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     torch.testing.assert_close(
@@ -67,7 +72,7 @@ def test_values_and_gradients_equal_the_formula(name: str, classes: int, scale: 
 )
 def test_finite_on_logits_of_plus_minus_200(name: str, rows: list[float], label: int) -> None:
     logits = torch.tensor([rows], dtype=torch.float32, requires_grad=True)
-    loss = SUPPRESSIONS[name](logits, torch.tensor([label % len(rows)]))
+    loss = SUPPRESSIONS[name].function(logits, torch.tensor([label % len(rows)]))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert bool(loss.isfinite().all())
     assert bool(gradient.isfinite().all())
@@ -76,7 +81,7 @@ def test_finite_on_logits_of_plus_minus_200(name: str, rows: list[float], label:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_inverse_cross_entropy_at_the_extremes(sign: float) -> None:
     logits = torch.tensor([[200.0 * sign, -200.0 * sign]], requires_grad=True)
-    loss = SUPPRESSIONS["ice"](logits, torch.tensor([0]))
+    loss = SUPPRESSIONS["ice"].function(logits, torch.tensor([0]))
     assert loss.item() == pytest.approx(400.0 if sign > 0 else 0.0)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     expected = [1.0, -1.0] if sign > 0 else [0.0, 0.0]
@@ -88,7 +93,7 @@ def test_inverse_cross_entropy_at_the_extremes(sign: float) -> None:
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_finite_on_logits_of_any_size_met_in_float32(name: str, classes: int, size: float) -> None:
     logits = (_logits(classes, 1.0).sign() * size).float().requires_grad_()
-    loss = SUPPRESSIONS[name](logits, _labels(classes))
+    loss = SUPPRESSIONS[name].function(logits, _labels(classes))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
@@ -100,7 +105,7 @@ def test_losses_on_predictions_equal_the_formula(name: str, shape: tuple[int, ..
     stream = torch.Generator().manual_seed(1)
     outputs = torch.randn(shape, generator=stream, dtype=torch.float64).requires_grad_(True)
     targets = torch.randn(shape, generator=stream, dtype=torch.float64)
-    loss = SUPPRESSIONS[name](outputs, targets)
+    loss = SUPPRESSIONS[name].function(outputs, targets)
     elements = outputs[0].numel()
     values = outputs.detach().flatten(1).tolist()
     wanted = targets.flatten(1).tolist()
@@ -121,7 +126,7 @@ def test_losses_on_predictions_equal_the_formula(name: str, shape: tuple[int, ..
 @pytest.mark.parametrize("name", ON_PREDICTIONS)
 def test_losses_on_predictions_are_finite_up_to_a_thousand_millions(name: str) -> None:
     outputs = torch.full((2, 3, 8, 8), 1e9, requires_grad=True)
-    loss = SUPPRESSIONS[name](outputs, -outputs.detach())
+    loss = SUPPRESSIONS[name].function(outputs, -outputs.detach())
     (gradient,) = torch.autograd.grad(loss.sum(), outputs)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
@@ -129,10 +134,10 @@ def test_losses_on_predictions_are_finite_up_to_a_thousand_millions(name: str) -
 
 def test_every_loss_fits_one_kind_of_task_and_no_other() -> None:
     assert sorted((*ON_LOGITS, *ON_PREDICTIONS)) == sorted(SUPPRESSIONS)
-    for metric, names in FITTING.items():
+    for metric, names in (("accuracy", ON_LOGITS), ("mse", ON_PREDICTIONS)):
         for name in SUPPRESSIONS:
             if name in names:
-                require_fitting(name, metric)
+                assert suppression_named(name, metric) is SUPPRESSIONS[name].function
                 continue
             with pytest.raises(SpecError, match=f"{name}.*use one of {names[0]}"):
-                require_fitting(name, metric)
+                suppression_named(name, metric)

@@ -56,10 +56,10 @@ def digits(low: int, high: int) -> Domain:
 
 def quick_spec(**changes: Any) -> ProtectSpec:
     """Return a protection of a second or two."""
-    spec = ProtectSpec(
-        rounds=3,
-        suppression="dos",
-        rehearsal=Rehearsal(
+    usual: dict[str, Any] = {
+        "rounds": 3,
+        "suppression": "dos",
+        "rehearsal": Rehearsal(
             strategies=1,
             steps=2,
             horizon=4,
@@ -67,12 +67,12 @@ def quick_spec(**changes: Any) -> ProtectSpec:
             query_batch_size=8,
             distribution=StrategyDistribution(batch_sizes=(8,)),
         ),
-        guard=Guard(every=2, tolerance_relative=10.0),
-        checkpoint_every=1,
-        original_batch_size=8,
-        precision="fp32",
-    )
-    return spec.model_copy(update=changes)
+        "guard": Guard(every=2, tolerance_relative=10.0),
+        "checkpoint_every": 1,
+        "original_batch_size": 8,
+        "precision": "fp32",
+    }
+    return ProtectSpec(**(usual | changes))
 
 
 def write_npz(path: Path, low: int, high: int) -> Path:

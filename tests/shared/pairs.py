@@ -23,7 +23,7 @@ from sophon._data import Domain
 from sophon._protection.protection import Protection, protect
 from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.spec import ProtectSpec
-from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._records.round import Round
 from sophon._specs import FreshHead, Guard, Heal, NoiseKick, Preparation, RescaleWeights
 from sophon._tasks import Denoising
@@ -206,6 +206,12 @@ class Pair:
 # --- What they are given besides ---------------------------------------------------------------
 
 
+def _rehearsal(run: Protection) -> RehearsalTerm:
+    (term,) = run.hinder
+    assert isinstance(term, RehearsalTerm)
+    return term
+
+
 def abandoned(given: ProtectSpec, name: str, rounds: int, out: Path, *, shard: bool = False) -> int:
     """Run some rounds only; return how many are done."""
     run = started(given, name, out=out, shard=shard)
@@ -285,7 +291,7 @@ def most_whole(given: ProtectSpec, name: str) -> int:
 
     with mock.patch.object(DTensor, "full_tensor", gathering):
         run._state()
-        run.rehearsals.copy(run.model)
+        _rehearsal(run)._copy(run.model)
     return max(alive)
 
 
@@ -304,7 +310,7 @@ def called_otherwise(given: ProtectSpec, what: str, folder: Path) -> None:
 def divides(given: ProtectSpec, plain: str) -> bool:
     """Return whether reinforcement splits its batch, with or without the switch."""
     with mock.patch.dict(os.environ, {SWITCH: plain}):
-        return started(given, "layer")._split
+        return started(given, "layer").keep.split
 
 
 def held(given: ProtectSpec, name: str) -> tuple[set[int], int]:
@@ -312,7 +318,7 @@ def held(given: ProtectSpec, name: str) -> tuple[set[int], int]:
     run = started(given, name)
     for _ in run:
         pass
-    return set(run.rehearsals.pool), len(run.rehearsals.occupants)
+    return set(_rehearsal(run).pool), len(_rehearsal(run).occupants)
 
 
 def shares(given: ProtectSpec) -> tuple[int, int, int]:
@@ -321,7 +327,7 @@ def shares(given: ProtectSpec) -> tuple[int, int, int]:
     """
     run = started(given, "layer", shard=True)
     next(iter(run))
-    (attacker,) = run.rehearsals.pool.values()
+    (attacker,) = _rehearsal(run).pool.values()
     moments, _ = optimizer_tensors(attacker.tuning.optimizer)
     tensors = [*attacker.model.parameters(), *attacker.displacement.values(), *moments.values()]
     return _held(list(run.model.parameters())), _held(tensors), _all(list(run.model.parameters()))

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from builders import Double, original, quick_spec, restricted, setting_of, trained_model
+from builders import Double, original, quick_spec, rehearsing, restricted, setting_of, trained_model
 from sophon._auditing.trial import Bench, Job, Start
 from sophon._base.errors import CheckpointError
 from sophon._base.seeding import seeded
 from sophon._models import choose_precision
 from sophon._protection.protection import Protection
-from sophon._protection.terms.rehearsal import Rehearsals
 from sophon._specs import Strategy
 from sophon._training.loop import OPTIMIZERS
 from sophon._training.setting import Feed
@@ -89,7 +88,7 @@ def test_gradients_added_together_are_bit_identical(monkeypatch: pytest.MonkeyPa
     sums = []
     for value in (False, True):
         monkeypatch.setattr("sophon._protection.terms.rehearsal.plain", lambda value=value: value)
-        pool = Rehearsals(quick_spec(), setting, [1.0])
+        pool = rehearsing(quick_spec(), setting, model)
         sums.append(pool.suppress(model)[0].gradients)
     for name, value in sums[0].items():
         assert torch.equal(value, sums[1][name])

@@ -10,7 +10,7 @@ from sophon._models import check_single_image
 from sophon._protection.rehearsal_checks import require_rows
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.term import Surroundings
-from sophon._protection.terms import TERMS
+from sophon._protection.terms import TERMS, Hindrance, Keep
 from sophon._specs.guard import Guard
 
 
@@ -20,6 +20,10 @@ def check_protection(model: nn.Module, spec: ProtectSpec, around: Surroundings) 
     `spec` is completed: nothing in it is left open.
     """
     setting, ranks = around.setting, around.ranks
+    try:
+        spec.require_priced()
+    except ValueError as error:
+        raise SpecError(f"protect.{error}") from None
     size = spec.original_batch_size or 1
     if ranks.sharded:
         _check_rows(model, size, around)
@@ -28,7 +32,10 @@ def check_protection(model: nn.Module, spec: ProtectSpec, around: Surroundings) 
         for term in terms or ():
             kind = TERMS[term.kind]
             if metric not in kind.metrics:
-                fitting = [k for k, other in TERMS.items() if metric in other.metrics]
+                role = Keep if name == "keep" else Hindrance
+                fitting = [
+                    k for k, t in TERMS.items() if metric in t.metrics and issubclass(t, role)
+                ]
                 raise SpecError(
                     f"protect.{name}: a term of kind {term.kind!r} does not fit this task: use one"
                     f" of {', '.join(fitting)}"

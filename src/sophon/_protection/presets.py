@@ -65,9 +65,11 @@ def _sophon() -> dict[str, Any]:
 
 
 def _erasure(setting: Setting) -> dict[str, Any]:
-    # A small domain is read in smaller batches, of an even number of images.
-    fewest = min(len(domain.train) for domain in setting.restricted)
-    batch = max(8, min(_BATCH, fewest) // 2 * 2)
+    # A small domain is read in smaller batches, of an even number of images, one of many classes
+    # in larger ones.
+    fewest = min(map(_count, setting.restricted))
+    classes = max(domain.class_count for domain in setting.restricted)
+    batch = max(8, min(max(_BATCH, 2 * classes), fewest) // 2 * 2)
     rounds = math.ceil(_PASSES * sum(map(_count, setting.restricted)) / batch)
     return {
         "rounds": max(_LEAST, min(_MOST, rounds)),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from sophon._base.errors import SpecError
 from sophon._protection.migration import migrated
 from sophon._protection.term import Hindrance, Keep, TermSpec
 from sophon._protection.terms import parse_term
@@ -45,12 +46,20 @@ def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _term(value: Any, role: type[Keep[Any]] | type[Hindrance[Any]]) -> TermSpec:
+    try:
+        return parse_term(value, role)
+    except SpecError as error:
+        # So that the fault gets the path of the term in the run file.
+        raise ValueError(error) from None
+
+
 def _keep(value: Any) -> TermSpec:
-    return parse_term(value, Keep)
+    return _term(value, Keep)
 
 
 def _hindrance(value: Any) -> TermSpec:
-    return parse_term(value, Hindrance)
+    return _term(value, Hindrance)
 
 
 Update = Annotated[Alternate | Joint, Field(discriminator="kind"), BeforeValidator(_named)]
@@ -98,10 +107,14 @@ class ProtectSpec(Spec):
                 raise ValueError(f"keep has two terms of kind {twice[0]!r}: give their weight once")
         if (self.start == "shrunk") != (self.shrink is not None):
             raise ValueError("start = 'shrunk' and shrink belong together: give both or none")
+        self.require_priced()
+        return self
+
+    def require_priced(self) -> None:
+        """Raise ValueError for a price where the hindrances have steps of their own."""
         alternate = isinstance(self.update, Alternate)
         if self.guard is not None and self.guard.mode == "price" and alternate:
             raise ValueError(
                 "guard.mode = 'price' has nothing to multiply: update = 'alternate' steps on the"
                 " hindrances alone; use update = 'joint' or guard.mode = 'rollback'"
             )
-        return self

@@ -28,17 +28,16 @@ def parse_term(value: Any, role: type[Keep[Any]] | type[Hindrance[Any]]) -> Term
     role, and one that names the key for settings that cannot be.
     """
     fitting = [kind for kind, term in TERMS.items() if issubclass(term, role)]
-    where = "protect.keep" if role is Keep else "protect.hinder"
     kind = value.kind if isinstance(value, TermSpec) else value
     kind = kind.get("kind") if isinstance(kind, dict) else kind
     if kind not in fitting:
-        raise SpecError(f"{where}: kind = {kind!r} is no such term; there is {', '.join(fitting)}")
+        raise SpecError(f"kind = {kind!r} is no such term; there is {', '.join(fitting)}")
     if isinstance(value, TermSpec):
         return value
     table = value if isinstance(value, dict) else {"kind": value}
     # A table from Python may hold specifications.
     plain = json.loads(json.dumps(table, default=lambda spec: spec.model_dump(mode="json")))
-    return parse_spec(TERMS[kind].spec_type, plain, where=f"{where}, {kind}")
+    return parse_spec(TERMS[kind].spec_type, plain, where=kind)
 
 
 __all__ = ["TERMS", "Hindrance", "Keep", "Term", "TermSpec", "parse_term"]

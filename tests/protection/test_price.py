@@ -1,0 +1,163 @@
+"""The price of hindrance: how the guard moves it, what it rolls back, that it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from builders import original, restricted, setting_of, trained_model
+from sophon._base.errors import SpecError
+from sophon._protection.guard import IntactnessGuard
+from sophon._protection.protection import Protection
+from sophon._protection.spec import Joint, ProtectSpec
+from sophon._records.audit_record import Score
+from sophon._specs import Guard
+from sophon._specs.guard import Price
+from toy_term import ToySpec, ToyTerm
+
+PRICE = Price(start=2.0, rise=1.5, fall=0.5, most=4.0, margin=3.0)
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sophon._protection.terms import TERMS
+
+    monkeypatch.setitem(TERMS, "toy", ToyTerm)
+
+
+def _guard(monkeypatch: pytest.MonkeyPatch, correct: list[int]) -> IntactnessGuard:
+    """Return a guard that starts at 95 of 100, and measures these after it; two may be lost."""
+    scores = iter([Score(correct=value, total=100) for value in (95, *correct)])
+    monkeypatch.setattr("sophon._protection.guard.evaluate", lambda *_, **__: next(scores))
+    spec = Guard(mode="price", price=PRICE, tolerance_points=2.0)
+    guard = IntactnessGuard(trained_model(), setting_of(trained_model()), spec)
+    guard.begin()
+    return guard
+
+
+def _check(guard: IntactnessGuard, finished: int) -> str:
+    guard.observe(0.5)
+    return guard.check(finished)[1]
+
+
+def test_it_rises_while_the_tolerance_is_met_and_falls_while_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard = _guard(monkeypatch, [95, 94, 93, 92, 91, 95])
+    found = [guard.price]
+    verdicts = []
+    for finished in range(1, 7):
+        verdicts.append(_check(guard, finished))
+        found.append(guard.price)
+    assert verdicts == ["met", "met", "met", "violated", "violated", "met"]
+    assert found == pytest.approx([2.0, 3.0, 4.0, 4.0, 2.0, 1.0, 1.5])
+    assert guard.extra_steps == 0
+
+
+@pytest.mark.parametrize(("lost", "back"), [(3, False), (6, False), (7, True), (50, True)])
+def test_weights_go_back_only_beyond_the_margin(
+    lost: int, back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = _guard(monkeypatch, [95, 95 - lost])
+    _check(guard, 1)
+    with torch.no_grad():
+        next(guard.model.parameters()).add_(1.0)
+    moved = next(guard.model.parameters()).detach().clone()
+    assert _check(guard, 2) == "violated"
+    assert torch.equal(next(guard.model.parameters()), moved) != back
+    assert torch.equal(next(guard.model.parameters()), guard.last_good["stage1.0.weight"]) == back
+    # What is shipped met the tolerance.
+    assert guard.require_shipped(1.0).round == 1
+
+
+def _spec(**changes: Any) -> ProtectSpec:
+    usual: dict[str, Any] = {
+        "rounds": 6,
+        "hinder": (ToySpec(),),
+        "keep": ({"kind": "task"},),
+        "update": Joint(),
+        "guard": Guard(every=2, tolerance_points=100.0, price=PRICE),
+        "original_batch_size": 16,
+        "checkpoint_every": 1,
+        "precision": "fp32",
+    }
+    return ProtectSpec(**(usual | changes))
+
+
+def _run(out: Path | None = None, **changes: Any) -> Protection:
+    return Protection(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=_spec(**changes),
+        out=out,
+        device="cpu",
+    )
+
+
+def test_it_is_in_the_record_of_every_round() -> None:
+    run = _run()
+    assert run.guard.spec.mode == "price"
+    assert [record.price for record in run] == pytest.approx([2.0, 2.0, 3.0, 3.0, 4.0, 4.0])
+    plain = _run(guard=Guard(mode="rollback", every=2, tolerance_points=100.0))
+    assert [record.price for record in plain] == [None] * 6
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = _run()
+    for _ in whole:
+        pass
+    first = _run(tmp_path / "run")
+    for record in first:
+        if record.index == 2:
+            break
+    del first
+    second = _run(tmp_path / "run")
+    assert (second.done, second.guard.price) == (3, 3.0)
+    for _ in second:
+        pass
+    assert [r.price for r in second.rounds] == [r.price for r in whole.rounds]
+    held = whole.model.state_dict()
+    assert all(torch.equal(held[name], v) for name, v in second.model.state_dict().items())
+
+
+def test_it_multiplies_the_gradient_of_the_hindrances() -> None:
+    """With a plain step in Adam's place the weights move by the clipped sum."""
+    moved = {}
+    for start in (0.25, 0.5):
+        price = Price(start=start, most=start)
+        run = _run(
+            update=Joint(pin_norms=False, clip_norm=1000.0),
+            guard=Guard(every=6, tolerance_points=100.0, price=price),
+        )
+        seen: dict[str, torch.Tensor] = {}
+
+        def note(*_: object, run: Protection = run, seen: Any = seen) -> None:
+            seen.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
+
+        run.update.optimizers["joint"].register_step_pre_hook(note)
+        next(iter(run))
+        moved[start] = seen
+    run = _run()
+    hindrance = ToyTerm(ToySpec(), run.around).contribute(run.model).gradients
+    for name, gradient in hindrance.items():
+        difference = moved[0.5][name] - moved[0.25][name]
+        torch.testing.assert_close(difference, 0.25 * gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_two_adams_in_turn_have_nothing_to_multiply(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"guard.mode = 'price'.*use update = 'joint'"):
+        _spec(update="alternate", guard=Guard(mode="price"))
+    # Where the update is left to the method it is found out once that is known.
+    with pytest.raises(SpecError, match=r"guard.mode = 'price'.*use update = 'joint'"):
+        _run(tmp_path / "run", update=None, method="sophon", guard=Guard(mode="price"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_price_above_its_most_is_refused() -> None:
+    with pytest.raises(ValidationError, match="start = 5 is above most = 4"):
+        Price(start=5.0, most=4.0)

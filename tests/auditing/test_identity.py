@@ -200,6 +200,4 @@ def test_a_later_field_keys_nothing_anew_until_it_is_used() -> None:
     assert _Later(**usual).fingerprint() == plain.fingerprint()
     assert _Later(patience=4, **usual).fingerprint() != plain.fingerprint()
     later = JOB._replace(strategy=_Later(patience=4, preparations=(Heal(),)))
-    assert BENCH.key(later, _start(trained_model())) != BENCH.key(
-        JOB, _start(trained_model())
-    )
+    assert BENCH.key(later, _start(trained_model())) != BENCH.key(JOB, _start(trained_model()))

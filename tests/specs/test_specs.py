@@ -16,7 +16,11 @@ from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._protection.spec import ProtectSpec
 from sophon._specs import AuditSpec, Strategy, parse_spec, shared_fields
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+# The grid is a table of cells, not a run.
+RECIPES = sorted(
+    {*FOLDER.glob("*.toml"), *FOLDER.glob("withstand/*.toml")} - {FOLDER / "grid.toml"}
+)
 GOOD = {
     "model": {"name": "resnet20"},
     "original": {"source": "npz", "path": "a.npz"},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from sophon._base.errors import SpecError
 from sophon._specs import OptimizerName, parse_spec
@@ -14,6 +14,9 @@ _WHERE = (
     "the 'protection' of the protected checkpoint's model.json (mend it, or audit the file of"
     " weights alone)"
 )
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(Spec):
@@ -57,6 +60,22 @@ class Rehearsed(_Part):
     life: int = 0
 
 
+class ReadersFound(_Part):
+    """What readers found of one domain's labels: R2 of the best reader at each depth."""
+
+    depths: tuple[str, ...]
+    fresh: tuple[_Finite, ...]
+    given: tuple[_Finite, ...]
+    protected: tuple[_Finite, ...]
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        rows = (self.fresh, self.given, self.protected)
+        if any(len(row) != len(self.depths) for row in rows) or not self.depths:
+            raise ValueError("fresh, given and protected need a number for each depth")
+        return self
+
+
 class Terms(_Part):
     """What the terms of a protection state, and its guard's tolerances."""
 
@@ -67,10 +86,12 @@ class Terms(_Part):
 class Statement(_Part):
     """What protection says that it did, as far as an audit asks.
 
-    `terms` is what its terms state; `spec` is what earlier versions wrote instead.
+    `terms` is what its terms state, `readers` what these found by domain; `spec` is what earlier
+    versions wrote instead.
     """
 
     terms: Terms | None = None
+    readers: dict[str, ReadersFound] = Field(default_factory=dict)
     spec: _Stated | None = None
 
     @property

@@ -16,6 +16,7 @@ from sophon._judgement.statistics import best_of
 from sophon._judgement.summaries import DomainSummary, SubjectSummary
 from sophon._records.audit_record import Trial
 from sophon._records.metrics import MetricKind
+from sophon._records.statement import ReadersFound
 from sophon._specs import Strategy
 
 # Text must fit at 15 units, too: on a phone the style sheet makes it as large.
@@ -83,14 +84,14 @@ def _ticks(axis: _Axis) -> list[float]:
 
 def _score_grid(axis: _Axis, kind: MetricKind) -> list[str]:
     """Return horizontal lines with their scores at the left."""
-    parts = []
-    for value in _ticks(axis):
-        y = axis(value)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_EDGE}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            + _text(_LEFT - 6, y + 5, kind.show(value, 0), "end")
-        )
-    return parts
+    return [part for v in _ticks(axis) for part in _grid_line(axis(v), kind.show(v, 0))]
+
+
+def _grid_line(y: float, words: str) -> list[str]:
+    return [
+        f'<line class="grid" x1="{_LEFT}" x2="{_EDGE}" y1="{y:.1f}" y2="{y:.1f}"/>',
+        _text(_LEFT - 6, y + 5, words, "end"),
+    ]
 
 
 def _below(axis: _Axis, values: Sequence[int], height: float, title: str) -> list[str]:
@@ -301,3 +302,24 @@ def depth_plot(summary: DomainSummary, rows: Sequence[DepthRow]) -> Markup:
         parts.append(_line(name, [(x(row.kept), y(row.areas[name])) for row in rows]))
     parts += _legend(names)
     return _svg(f"Advantage by depth on {summary.domain.name}", parts)
+
+
+def readers_plot(domain: str, found: ReadersFound) -> Markup:
+    """Return what the best reader finds at each depth before and after protection, and on fresh
+    networks. Below 0, where a reader is worse than the mean, the axis ends.
+    """
+    rows = {"protected": found.protected, "unprotected": found.given, "scratch": found.fresh}
+    last = len(found.depths)
+    x = _Axis(1, max(2, last), _LEFT, _EDGE)
+    y = _Axis(
+        0.0, max(0.2, math.ceil(10 * max(map(max, rows.values()))) / 10), _HEIGHT - _BOTTOM, _TOP
+    )
+    parts = [
+        *(part for value in _ticks(y) for part in _grid_line(y(value), f"{value:.1f}")),
+        *_below(x, range(1, last + 1), _HEIGHT, "block, from the first to the last"),
+    ]
+    for name, row in rows.items():
+        along = enumerate(row, start=1)
+        parts.append(_line(name, [(x(depth), y(max(0.0, value))) for depth, value in along]))
+    parts += _legend(rows)
+    return _svg(f"R2 of the best reader on {domain} by depth", parts)

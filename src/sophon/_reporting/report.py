@@ -14,6 +14,7 @@ from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import judge
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
+from sophon._records.statement import stated
 from sophon._reporting.audit_tables import (
     claimed_domains,
     domains_of,
@@ -25,6 +26,7 @@ from sophon._reporting.heat import HeatMap, heat_maps
 from sophon._reporting.plots import (
     depth_plot,
     envelope_plot,
+    readers_plot,
     recovery_plot,
     search_plot,
     strip_plot,
@@ -39,6 +41,7 @@ from sophon._reporting.tables import (
     pictures,
     quarters,
     reached,
+    readers,
     secondary_table,
     sheets,
     verdict_table,
@@ -67,6 +70,7 @@ class Section:
     envelopes: Table
     distribution: Table
     depth: Table | None
+    readers: Table | None
     quarters: Table | None
     pictures: Table | None
     sheets: list[tuple[str, str]]
@@ -173,6 +177,7 @@ def _section(record: AuditRecord, summary: DomainSummary) -> Section:
     trials = trials_of(record, name)
     first = [trial for trial in trials if trial.seed == record.seeds[0]]
     bests = {s: best_by_attack(t for t in trials if t.subject == s) for s in summary.subjects}
+    read = stated(record.protection).readers.get(name)
     return Section(
         summary=summary,
         facts=facts(summary),
@@ -181,6 +186,7 @@ def _section(record: AuditRecord, summary: DomainSummary) -> Section:
         envelopes=envelopes(summary),
         distribution=distribution(record, summary),
         depth=depth(record, name),
+        readers=None if read is None else readers(read),
         quarters=quarters(record, summary),
         pictures=pictures(record, name),
         sheets=sheets(record, name),
@@ -191,6 +197,7 @@ def _section(record: AuditRecord, summary: DomainSummary) -> Section:
             "search": search_plot(summary, first),
             "strip": strip_plot(summary, bests),
             "depth": depth_plot(summary, depth_rows(record, name)),
+            "readers": Markup("") if read is None else readers_plot(name, read),
         },
     )
 

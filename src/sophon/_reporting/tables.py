@@ -22,6 +22,7 @@ from sophon._records.audit_record import (
     Trial,
 )
 from sophon._records.metrics import NONE, kind_of_record, shown
+from sophon._records.statement import ReadersFound
 from sophon._reporting.rendering import Table, percent, score_text, table
 from sophon._specs import Strategy, shared_fields
 
@@ -163,6 +164,13 @@ def distribution(record: AuditRecord, summary: DomainSummary) -> Table:
         "Each attack counts once, with its best validation score; the verdict rests on the worst"
         " case alone.",
     )
+
+
+def readers(found: ReadersFound) -> Table:
+    """Return what the best reader finds at each depth: before, after, and on fresh networks."""
+    columns = zip(found.depths, found.given, found.protected, found.fresh, strict=True)
+    rows = [(name, *(f"{value:.2f}" for value in values)) for name, *values in columns]
+    return Table(("block", "unprotected", "protected", "fresh"), tuple(rows))
 
 
 def depth(record: AuditRecord, domain: str) -> Table | None:

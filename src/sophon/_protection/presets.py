@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
+from torch import nn
+
+from sophon._base.errors import SpecError, UnsupportedModelError
 from sophon._data import Domain
+from sophon._models import blocks
 from sophon._protection.losses import USUAL
+from sophon._protection.readers import ReadersSpec
+from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.spec import Alternate, Joint, ProtectSpec
 from sophon._protection.terms import TERMS
 from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec
 from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._protection.terms.task import TaskLossSpec
+from sophon._specs import FreshHead, Preparation, RescaleWeights, ResetLastBlocks
 from sophon._specs.guard import Guard
+from sophon._training.loop import check_preparations
 from sophon._training.setting import Setting
 
 # How often erasure passes over the restricted images, and its rounds at least and at most.
 _PASSES, _LEAST, _MOST = 150, 200, 6000
 _BATCH = 192
 _ORIGINAL_BATCH = 128
+# Steps of a rehearsed attacker, and the shares of the blocks that some of them start anew.
+_LIFE = 40
+_RESET = (0.1, 0.35, 0.7)
 
 
-def completed(spec: ProtectSpec, setting: Setting) -> ProtectSpec:
-    """Return the specification with nothing left open, for the task and the domains of a run.
+def completed(spec: ProtectSpec, setting: Setting, model: nn.Module) -> ProtectSpec:
+    """Return the specification with nothing left open, for the task, the domains and the model.
 
     Erasure is for classifiers: a diffusion model has the paper's method unless terms are given.
     """
     metric = setting.task.metric
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
-    return _filled(spec, _erasure(setting), metric) if erases else as_paper(spec, metric)
+    return _filled(spec, _erasure(setting, model), metric) if erases else as_paper(spec, metric)
 
 
 def as_paper(spec: ProtectSpec, metric: str) -> ProtectSpec:
@@ -64,21 +76,53 @@ def _sophon() -> dict[str, Any]:
     }
 
 
-def _erasure(setting: Setting) -> dict[str, Any]:
+def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
     # A small domain is read in smaller batches, of an even number of images, one of many classes
-    # in larger ones.
+    # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
     classes = max(domain.class_count for domain in setting.restricted)
-    batch = max(8, min(max(_BATCH, 2 * classes), fewest) // 2 * 2)
+    batch = max(8, min(max(_BATCH, 2 * classes), fewest * 3 // 4) // 2 * 2)
     rounds = math.ceil(_PASSES * sum(map(_count, setting.restricted)) / batch)
+    distribution = StrategyDistribution(
+        learning_rates={"adam": (1e-3, 1.5e-2), "sgd_momentum": (1e-2, 1.5e-1)},
+        batch_sizes=(max(2, min(64, fewest - batch)),),
+        preparations=_winners(setting, model),
+    )
+    rehearsal = Rehearsal(
+        steps=1,
+        horizon=_LIFE,
+        pool=8,
+        query_batch_size=batch,
+        readers=ReadersSpec(),
+        distribution=distribution,
+    )
     return {
         "rounds": max(_LEAST, min(_MOST, rounds)),
         "keep": (TaskLossSpec(), DistilSpec()),
-        "hinder": (ErasureSpec(batch_size=batch),),
+        "hinder": (ErasureSpec(batch_size=batch), rehearsal),
         "update": Joint(),
         "original_batch_size": min(_ORIGINAL_BATCH, _count(setting.original)),
         "original_augmentation": "crop",
     }
+
+
+def _winners(setting: Setting, model: nn.Module) -> tuple[tuple[Preparation, ...], ...]:
+    """Return the preparations that won audits, as far as the model allows them: the weights as they
+    are, a fresh head, rescaled weights, and the first blocks kept.
+    """
+    count = len(blocks(model, setting.head))
+    resets = sorted({max(1, round(count * share)) for share in _RESET} - {count})
+    wanted: list[tuple[Preparation, ...]] = [
+        (FreshHead(),),
+        (RescaleWeights(), FreshHead()),
+        *((ResetLastBlocks(blocks=number), FreshHead()) for number in resets),
+    ]
+    held: list[tuple[Preparation, ...]] = [()]
+    for preparations in wanted:
+        with contextlib.suppress(SpecError, UnsupportedModelError):
+            check_preparations(model, [preparations], setting, _LIFE)
+            held.append(preparations)
+    return tuple(held)
 
 
 def _count(domain: Domain) -> int:

@@ -118,7 +118,7 @@ class Protection(ResumableRun[Round]):
                 precision=spec.precision,
                 device=device,
             )
-            self.spec = completed(spec, self.setting)
+            self.spec = completed(spec, self.setting, model)
             self.around = self._surroundings(model)
             check_protection(model, self.spec, self.around)
             self.identity = self._identity(model)
@@ -262,7 +262,9 @@ class Protection(ResumableRun[Round]):
 
     def _present(self, table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return fingerprint and table of an earlier version's specification as it is now."""
-        spec = completed(parse_spec(ProtectSpec, table, where="run.json"), self.setting)
+        spec = completed(
+            parse_spec(ProtectSpec, table, where="run.json"), self.setting, self._given
+        )
         return spec.fingerprint(), spec.model_dump(mode="json")
 
     def _terms(self) -> dict[str, Term[Any]]:

@@ -34,7 +34,8 @@ class Good:
 
 
 class IntactnessGuard:
-    """Checks `model` on the original domain's validation split; never looks at the test split.
+    """Checks `shipped`, or else `model`, on the original domain's validation split; never looks at
+    the test split. `shipped` is an average of the weights of `model`.
 
     After a violation the model is back at the last weights that met the tolerance, and
     `extra_steps`, the reinforcement steps to take beyond the specified ones, is one more. With
@@ -43,10 +44,17 @@ class IntactnessGuard:
     """
 
     def __init__(
-        self, model: nn.Module, setting: Setting, spec: Guard, ranks: Ranks | None = None
+        self,
+        model: nn.Module,
+        setting: Setting,
+        spec: Guard,
+        ranks: Ranks | None = None,
+        *,
+        shipped: nn.Module | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
-        self.model = model
+        self.trained = model
+        self.model = model if shipped is None else shipped
         self.setting = setting
         self.spec = spec
         self.extra_steps = 0
@@ -63,9 +71,11 @@ class IntactnessGuard:
             raise RuntimeError("begin() or restore() comes first")
         return self._before
 
-    def begin(self) -> None:
-        """Take the model as it is, before the first round, for the weights to return to."""
-        self._before = self._measure()
+    def begin(self, given: nn.Module | None = None) -> None:
+        """Take the model as it is, before the first round, for the weights to return to; `given` is
+        the model before protection, where the run starts from other weights.
+        """
+        self._before = self._measure(given)
         self.last_good = snapshot(self.model)
 
     def observe(self, query_score: float) -> None:
@@ -107,7 +117,8 @@ class IntactnessGuard:
                 return
         else:
             self.extra_steps += 1
-        self.model.load_state_dict(self.last_good)
+        for model in (self.trained, self.model):
+            model.load_state_dict(self.last_good)
 
     def require_shipped(self, best: float) -> Good:
         """Return the weights to ship. Raises IntactnessError if none met the tolerance.
@@ -159,12 +170,12 @@ class IntactnessGuard:
             good = measurement(score)
             self.shipped = Good(groups["shipped"], finished, good, query_score)
 
-    def _measure(self) -> Measurement:
+    def _measure(self, given: nn.Module | None = None) -> Measurement:
         """Return the score that the first process measures: all must come to one verdict."""
         original = self.setting.original
         held: Measurement | None = None
         if self.ranks.first or self.ranks.sharded:
-            held = evaluate(self.model, self.setting, original, original.validation)
+            held = evaluate(given or self.model, self.setting, original, original.validation)
         score: Measurement = self.ranks.gather(held)[0]
         return score
 

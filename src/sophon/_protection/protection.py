@@ -35,7 +35,6 @@ from sophon._records.round import Round
 from sophon._records.statement import Terms
 from sophon._specs import Guard, ModelSpec, fingerprint_of, parse_spec
 from sophon._tasks import Classification, Task
-from sophon._training.loop import optimizer_tensors, restore_optimizer
 from sophon._training.ranks import Ranks, take_card
 from sophon._training.resumable import Groups, ResumableRun, run_identity
 from sophon._training.setting import make_setting
@@ -132,8 +131,9 @@ class Protection(ResumableRun[Round]):
         )
         self.model = self.setting.place(starting_weights(model, self.spec))
         self._assemble()
+        guard = self.spec.guard or Guard()
         self.guard = IntactnessGuard(
-            self.model, self.setting, self.spec.guard or Guard(), self.ranks
+            self.model, self.setting, guard, self.ranks, shipped=self.update.shipped
         )
         if self.out is not None and self.ranks.first:
             migrate_run(self.out, self._present)
@@ -181,7 +181,7 @@ class Protection(ResumableRun[Round]):
 
     def begin(self) -> None:
         """Measure the original task before the first round."""
-        self.guard.begin()
+        self.guard.begin(None if self.spec.start == "given" else self.around.given)
 
     def result(self) -> Protected:
         """Return the protected model after the last round, written to the folder if there is one.
@@ -256,8 +256,8 @@ class Protection(ResumableRun[Round]):
     def _needed_bytes(self) -> int:
         """Return what states take on the disk at most."""
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        # The model, two kept copies, two Adams.
-        copies = 7 + sum(type(term).state_copies(term.spec) for term in self.hinder)
+        # The model, its average, two kept copies, two Adams.
+        copies = 8 + sum(type(term).state_copies(term.spec) for term in self.hinder)
         return _KEPT * size * copies
 
     def _present(self, table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -277,13 +277,11 @@ class Protection(ResumableRun[Round]):
         guarded, guard = self.guard.state()
         groups = {"model": self.model.state_dict(), **guarded}
         terms: dict[str, Any] = {}
-        optimizers: dict[str, Any] = {}
         for name, term in self._terms().items():
             groups[name], terms[name] = term.state()
-        for name, optimizer in self.update.optimizers.items():
-            groups[name], optimizers[name] = optimizer_tensors(optimizer)
+        held, optimizers = self.update.state()
         values = {"kept": self.keep.steps, "guard": guard}
-        return groups, {**values, "terms": terms, "optimizers": optimizers}
+        return {**groups, **held}, {**values, "terms": terms, "optimizers": optimizers}
 
     def restore(self, group: Callable[[str], dict[str, Tensor]], values: dict[str, Any]) -> None:
         """Take back what `state` returned, of this version or an earlier one."""
@@ -292,8 +290,7 @@ class Protection(ResumableRun[Round]):
         self.keep.steps = values["kept"]
         guarded = {name: group(name) for name in ("last_good", "shipped")}
         self.guard.restore(guarded, values["guard"])
-        for name, optimizer in self.update.optimizers.items():
-            restore_optimizer(optimizer, group(name), values["optimizers"][name])
+        self.update.restore(group, values["optimizers"])
         for name, term in self._terms().items():
             tensors = group(renamed.get(name, name))
             term.restore(self.model, tensors, values["terms"].get(name, {}))

@@ -31,14 +31,18 @@ class Joint(Spec):
     """One Adam on keep + price x hindrance, one step a round.
 
     The rate falls by a cosine from `rate` to `final` times it; the summed gradient is clipped to
-    `clip_norm`. With `pin_norms` the filters of layers that a normalisation follows keep the norms
-    that they had: there growing weights are a fake defence.
+    `clip_norm`. What is checked and shipped is the exponential moving average of the weights with
+    decay `average` (0: the weights themselves): at a rate at which erasure moves, a network is
+    some points worse than it will be once the rate has fallen. With `pin_norms` the filters of
+    layers that a normalisation follows keep the norms that they had: there growing weights are a
+    fake defence.
     """
 
     kind: Literal["joint"] = "joint"
     rate: Rate = 1e-3
     final: Annotated[float, Field(gt=0, le=1)] = 0.1
     clip_norm: Rate = 2.0
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.98
     pin_norms: bool = True
 
 

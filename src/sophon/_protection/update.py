@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sophon._base.errors import NonFiniteError
 from sophon._base.seeding import generator, seeded
@@ -18,7 +19,7 @@ from sophon._base.spans import spanned
 from sophon._models import normalised_pairs
 from sophon._protection.spec import Alternate, Joint, ProtectSpec
 from sophon._protection.term import Contribution, Hindrance, Keep
-from sophon._training.loop import fused
+from sophon._training.loop import fused, optimizer_tensors, restore_optimizer
 from sophon._training.ranks import Ranks
 from sophon._training.setting import Feed, Setting
 from sophon._training.sharding import sharing, whole
@@ -96,6 +97,24 @@ class Updating:
         self.model = model
         self.keep = keep
         self.hinder = hinder
+
+    @property
+    def shipped(self) -> nn.Module:
+        """The model that is checked and shipped: an average of the weights, if there is one."""
+        return self.model
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return the optimizers' states, as groups of tensors and as plain values."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        values: dict[str, Any] = {}
+        for name, optimizer in self.optimizers.items():
+            groups[name], values[name] = optimizer_tensors(optimizer)
+        return groups, values
+
+    def restore(self, group: Callable[[str], dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
+        for name, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, group(name), values[name])
 
     @property
     def optimizers(self) -> dict[str, Adam]:
@@ -217,6 +236,32 @@ class Together(Updating):
         self.spec = spec
         self.optimizer = Adam(list(model.parameters()), spec.rate, **fused())
         self.pinned = _filters(model, keep.setting) if spec.pin_norms else []
+        # A model in shards cannot be copied.
+        averaged = spec.average > 0 and not keep.ranks.sharded
+        average = get_ema_multi_avg_fn(spec.average)
+        self.average = (
+            AveragedModel(model, multi_avg_fn=average, use_buffers=True) if averaged else None
+        )
+
+    @property
+    def shipped(self) -> nn.Module:
+        """The average of the weights, if one is kept."""
+        return self.model if self.average is None else self.average.module
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return the optimizer's state and the average's."""
+        groups, values = super().state()
+        if self.average is not None:
+            groups["average"] = self.average.module.state_dict()
+            values["averaged"] = int(self.average.n_averaged)
+        return groups, values
+
+    def restore(self, group: Callable[[str], dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
+        super().restore(group, values)
+        if self.average is not None:
+            self.average.module.load_state_dict(group("average"))
+            self.average.n_averaged.fill_(values["averaged"])
 
     @property
     def optimizers(self) -> dict[str, Adam]:
@@ -257,6 +302,8 @@ class Together(Updating):
         self.optimizer.zero_grad(set_to_none=True)
         for pin in self.pinned:
             pin()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return norm
 
 

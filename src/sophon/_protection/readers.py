@@ -104,7 +104,8 @@ def standardised(features: Tensor, clip: float) -> Tensor:
     centred = features - features.mean(0, keepdim=True)
     variance = centred.square().mean(0, keepdim=True)
     least = _LEAST * variance.mean().detach() + torch.finfo(features.dtype).tiny ** 0.5
-    return (centred * (variance + least).rsqrt()).clamp(-clip, clip)
+    scaled: Tensor = centred * (variance + least).rsqrt()
+    return scaled.clamp(-clip, clip)
 
 
 def pooled(output: Tensor, view: int) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,3 +413,9 @@ def test_a_diffusion_model_has_the_papers_method_where_nothing_is_said() -> None
     assert isinstance(term, Rehearsal)
     assert (term.loss, run.guard.spec.mode) == ("dos", "rollback")
     assert SUPPRESSIONS["dos"].metric == "mse"
+
+
+@pytest.mark.parametrize("first", ["protection", "checks", "terms", "spec", "forecast", "readers"])
+def test_every_part_can_be_imported_first(first: str) -> None:
+    words = [sys.executable, "-c", f"import sophon._protection.{first}"]
+    subprocess.run(words, check=True, env=dict(os.environ))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,10 @@ from sophon._models import (
     reinitialise,
     run,
 )
-from sophon._protection.terms.term import Surroundings
 from sophon._specs.base import Name, Positive, Rate, Spec
+
+if TYPE_CHECKING:
+    from sophon._protection.terms.term import Surroundings
 
 ReaderKind = Literal["linear", "kernel"]
 # Of a feature's mean square: below it a deviation is taken for rounding.

@@ -10,12 +10,12 @@ from sophon._base.errors import SpecError
 from sophon._data import check_batch_fits
 from sophon._models import check_single_image, require_peft
 from sophon._protection.losses import suppression_named
-from sophon._protection.terms.term import Surroundings
 from sophon._training.loop import check_preparations, image_count
 from sophon._training.ranks import Ranks
 
 if TYPE_CHECKING:
     from sophon._protection.terms.rehearsal import Rehearsal
+    from sophon._protection.terms.term import Surroundings
 
 
 def check_rehearsal(spec: Rehearsal, model: nn.Module, around: Surroundings) -> None:

@@ -83,21 +83,21 @@ class IntactnessGuard:
         self._window.append(query_score)
 
     @spanned("guard")
-    def check(self, finished: int) -> tuple[float, GuardVerdict]:
+    def check(self, finished: int, left: float = 0.0) -> tuple[float, GuardVerdict]:
         """Return the score after `finished` rounds and whether it is within the tolerance.
 
+        `left` is the share of the rate's fall that is still to come: of the price's slack, too.
         Raises RanksError if the weights of several processes have drifted apart.
         """
         self.ranks.require_equal(list(self.model.state_dict().values()))
         score = self._measure()
-        allowed = kind_of(score).allowed(self.before.value, self.spec)
+        least = kind_of(score).allowed(self.before.value, self.spec) - 1e-12
         query_score = sum(self._window) / len(self._window)
         self._window = []
-        met = score.value >= allowed - 1e-12
         if self.spec.mode == "price":
-            self._reprice(met)
-        if not met:
-            self._violated(score.value, allowed)
+            self._reprice(score.value, least, left)
+        if score.value < least:
+            self._violated(score.value, least, left)
             return score.value, "violated"
         self.last_good = snapshot(self.model)
         better = self.shipped is None or query_score <= self.shipped.query_score
@@ -105,15 +105,17 @@ class IntactnessGuard:
             self.shipped = Good(self.last_good, finished, score, query_score)
         return score.value, "met"
 
-    def _reprice(self, met: bool) -> None:
+    def _reprice(self, value: float, least: float, left: float) -> None:
         spec = self.spec.price
+        slack = spec.slack * left * (self.before.value - least)
+        met = value >= least - slack
         self.price = min(spec.most, self.price * spec.rise) if met else self.price * spec.fall
 
-    def _violated(self, value: float, allowed: float) -> None:
+    def _violated(self, value: float, least: float, left: float) -> None:
         """Put the last good weights back, unless the price alone may mend it."""
         if self.spec.mode == "price":
-            lost, least = self.before.value - value, self.before.value - allowed
-            if lost <= self.spec.price.margin * max(least, 1e-3):
+            spec, tolerance = self.spec.price, max(self.before.value - least, 1e-3)
+            if value >= least - (spec.slack * left + spec.margin) * tolerance:
                 return
         else:
             self.extra_steps += 1

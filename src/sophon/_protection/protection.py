@@ -217,7 +217,11 @@ class Protection(ResumableRun[Round]):
         query_score = sum(turn.scores) / len(turn.scores)
         self.guard.observe(query_score)
         due = (index + 1) % self.guard.spec.every == 0 or index + 1 == len(self)
-        guard_score, verdict = self.guard.check(index + 1) if due else (None, None)
+        guard_score, verdict = (
+            self.guard.check(index + 1, self.update.left((index + 1) / len(self)))
+            if due
+            else (None, None)
+        )
         return Round(
             index=index,
             suppression_loss=sum(turn.losses) / len(turn.losses),

@@ -98,6 +98,10 @@ class Updating:
         self.keep = keep
         self.hinder = hinder
 
+    def left(self, done: float) -> float:
+        """Return the share of the rate's fall that is still to come, a share `done` being over."""
+        return 0.0
+
     @property
     def shipped(self) -> nn.Module:
         """The model that is checked and shipped: an average of the weights, if there is one."""
@@ -243,6 +247,10 @@ class Together(Updating):
             AveragedModel(model, multi_avg_fn=average, use_buffers=True) if averaged else None
         )
 
+    def left(self, done: float) -> float:
+        """Return what the cosine has still to fall."""
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
     @property
     def shipped(self) -> nn.Module:
         """The average of the weights, if one is kept."""
@@ -295,9 +303,10 @@ class Together(Updating):
                 else:
                     parameter.grad.add_(own, alpha=price)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.spec.rate * (self.spec.final + (1 - self.spec.final) * fall)
+            group["lr"] = self.spec.rate * (
+                self.spec.final + (1 - self.spec.final) * self.left(done)
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for pin in self.pinned:

@@ -13,14 +13,17 @@ class Price(Spec):
     """What hindrance costs: a multiplier of its terms, moved at every check of the guard.
 
     It starts at `start`, rises by the factor `rise` while the original score is within the
-    tolerance, up to `most`, and falls by `fall` while it is not. Weights that leave the tolerance
-    by more than `margin` times as much are rolled back.
+    tolerance, up to `most`, and falls by `fall` while it is not. Early on `slack` times the
+    tolerance is allowed on top of it, less and less as the run's rate falls: what a high rate
+    costs comes back. Shipped weights have none of it. Weights that leave what is allowed by more
+    than `margin` times the tolerance are rolled back.
     """
 
     start: Rate = 0.5
     rise: Annotated[float, Field(ge=1, le=10)] = 1.1
     fall: Annotated[float, Field(gt=0, lt=1)] = 0.8
     most: Rate = 20.0
+    slack: NonNegative = 5.0
     margin: Annotated[float, Field(ge=1, le=100)] = 5.0
 
     @model_validator(mode="after")

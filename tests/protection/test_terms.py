@@ -1,0 +1,421 @@
+"""What every term of a protection keeps to, and one that is added: a class and an entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+import denoisers
+from builders import original, restricted, setting_of, trained_model
+from plain_ridge import plain_r2, plain_standardised
+from sophon._base.errors import SpecError
+from sophon._cli.run_spec import RunSpec
+from sophon._protection.forecast import forecast
+from sophon._protection.losses import SUPPRESSIONS
+from sophon._protection.protection import Protection, protect
+from sophon._protection.spec import Joint, ProtectSpec
+from sophon._protection.term import Surroundings
+from sophon._protection.terms import TERMS, Hindrance, Keep, parse_term
+from sophon._protection.terms.distil import DistilSpec
+from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
+from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
+from sophon._records.statement import statement_of
+from sophon._specs import Guard, Strategy, parse_spec
+from sophon._tasks import Denoising
+from toy_term import ToySpec, ToyTerm
+
+KINDS = [*TERMS, "toy"]
+# Settings that make one of them quick.
+QUICK: dict[str, dict[str, Any]] = {
+    "task": {},
+    "distil": {},
+    "toy": {"batch_size": 8},
+    "erasure": {
+        "batch_size": 24,
+        "readers": {"networks": 1, "views": [2], "kinds": ["linear"]},
+    },
+    "rehearsal": {
+        "steps": 3,
+        "horizon": 7,
+        "pool": 2,
+        "query_batch_size": 8,
+        "distribution": {"batch_sizes": [8]},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TERMS, "toy", ToyTerm)
+
+
+def _role(kind: str) -> str:
+    return "hinder" if kind == "toy" or issubclass(TERMS[kind], Hindrance) else "keep"
+
+
+def _spec(kind: str, update: Any = None, **changes: Any) -> ProtectSpec:
+    """Return four rounds with a term of this kind."""
+    terms = {"hinder": [{"kind": "toy"}], "keep": [{"kind": "task"}]}
+    terms[_role(kind)] = [{"kind": kind, **QUICK[kind]}]
+    return ProtectSpec(
+        **{
+            "rounds": 4,
+            **terms,
+            "update": update or Joint(),
+            "guard": Guard(every=2, tolerance_points=100.0),
+            "original_batch_size": 16,
+            "checkpoint_every": 1,
+            "precision": "fp32",
+            **changes,
+        }
+    )
+
+
+def _run(spec: ProtectSpec, out: Path | None = None) -> Protection:
+    return Protection(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=spec,
+        out=out,
+        device="cpu",
+    )
+
+
+def _around() -> Surroundings:
+    return Surroundings(setting_of(trained_model()), trained_model(), 0)
+
+
+def test_what_is_tested_here_is_all_there_is() -> None:
+    assert set(QUICK) == set(KINDS)
+    assert set(ORACLES) == set(KINDS)
+
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+def _train(model: nn.Module, images: Tensor) -> Tensor:
+    outputs: Tensor = model.train()(images)
+    return outputs
+
+
+def _kept(kind: str, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the term's loss on a batch of original images, which the model meets in train mode,
+    its outputs and the labels.
+    """
+    around = _around()
+    term = TERMS[kind](parse_term({"kind": kind, **QUICK[kind]}, Keep), around)
+    assert isinstance(term, Keep)
+    domain = original()
+    images, labels = around.setting.feed(domain, domain.train, batch_size=32).batch(0)
+    outputs = _train(model, images)
+    drawn = torch.Generator().get_state()
+    return term.loss(outputs, labels, images, labels, drawn), images, labels
+
+
+def _task(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    loss, images, labels = _kept("task", model)
+    found = _gradients(loss, model)
+    logits = _train(model, images)
+    true = logits[torch.arange(len(labels)), labels]
+    return found, (logits.exp().sum(1).log() - true).mean()
+
+
+def _distil(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    loss, images, _ = _kept("distil", model)
+    found = _gradients(loss, model)
+    heat = DistilSpec().temperature
+    with torch.no_grad():
+        wanted = F.softmax(trained_model()(images) / heat, 1)
+    said = F.softmax(_train(model, images) / heat, 1)
+    return found, heat**2 * (wanted * (wanted.log() - said.log())).sum(1).mean()
+
+
+def _toy(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    term = ToyTerm(ToySpec(), _around())
+    found = term.contribute(model).gradients
+    images, _ = term.feed.batch(0)
+    return found, (_train(model, images) ** 2).sum() / (16 * 5)
+
+
+def _rehearsal(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Two attackers whose steps lead nowhere: the loss of their queries at the real weights."""
+    still = Strategy(optimizer="sgd", learning_rate=1e-30, batch_size=8)
+    spec = Rehearsal(loss="ice", strategies=2, steps=1, fixed=still, query_batch_size=16)
+    term = RehearsalTerm(spec, _around())
+    found = term.contribute(model).gradients
+    losses = []
+    for identity in range(2):
+        images, labels = term.feed(identity, still).batch(0)
+        logits = _train(model, images[8:])
+        true = F.softmax(logits, 1)[torch.arange(16), labels[8:]]
+        losses.append(-(1 - true).log().mean())
+    return found, torch.stack(losses).mean()
+
+
+def _erasure(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """One depth of maps and the last block, read at two positions a side by linear ridges."""
+    depths = ("stage1.3", "stage3.3")
+    spec = ErasureSpec(
+        batch_size=48,
+        outputs=0.5,
+        readers={  # type: ignore[arg-type]
+            "kinds": ("linear",),
+            "views": (2,),
+            "depths": depths,
+            "networks": 1,
+            "penalty": (0.01, 0.01),
+        },
+    )
+    term = ErasureTerm(spec, _around())
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+    # What goes into the next block, and what leaves the last one's own layers.
+    first = model.train().pool(model.stage1(images))  # type: ignore[operator]
+    last = model.stage3[:5](model.pool(model.stage2(first)))  # type: ignore[operator, index]
+    floors = term.readers.floors[restricted().name]
+    above = [
+        (_linear_r2(maps, labels) - float(floor)).clamp_min(0)
+        for maps, floor in zip((first, last), floors, strict=True)
+    ]
+    logits = model.head(last.relu().mean((2, 3)))  # type: ignore[operator]
+    uniform = -(F.softmax(logits, 1) * 5).log().mean(1)
+    return found, torch.stack(above).mean() + 0.5 * uniform.mean()
+
+
+def _linear_r2(maps: Tensor, labels: Tensor) -> Tensor:
+    side = maps.shape[-1] // 2
+    cells = [
+        maps[..., y : y + side, x : x + side].mean((2, 3)) for y in (0, side) for x in (0, side)
+    ]
+    features = torch.stack(cells, 2).flatten(1)
+    return plain_r2(plain_standardised(features, 3.0), labels, 5, "linear", 0.01)
+
+
+ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
+    "task": _task,
+    "distil": _distil,
+    "toy": _toy,
+    "rehearsal": _rehearsal,
+    "erasure": _erasure,
+}
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_that_of_the_loss_written_out(kind: str) -> None:
+    model = trained_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    found, loss = ORACLES[kind](model)
+    expected = _gradients(loss, model)
+    assert any(bool(gradient.any()) for gradient in found.values())
+    for name, gradient in expected.items():
+        most = float(gradient.abs().max())
+        torch.testing.assert_close(
+            found.get(name, torch.zeros_like(gradient)),
+            gradient,
+            rtol=2e-3,
+            atol=2e-3 * most + 1e-6,
+        )
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if _role(k) == "hinder"])
+def test_a_contribution_leaves_weights_buffers_and_modes_as_they_are(kind: str) -> None:
+    model = trained_model()
+    model.stage1.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [part.training for part in model.modules()]
+    term = TERMS[kind](parse_term({"kind": kind, **QUICK[kind]}, Hindrance), _around())
+    assert isinstance(term, Hindrance)
+    given = term.contribute(model)
+    assert set(given.gradients) <= set(dict(model.named_parameters()))
+    assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
+    assert [part.training for part in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["joint", "alternate"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_after_a_round_it_goes_on_to_the_same_bits(
+    kind: str, update: str, tmp_path: Path
+) -> None:
+    whole = _run(_spec(kind, update))
+    for _ in whole:
+        pass
+    first = _run(_spec(kind, update), tmp_path / "run")
+    next(iter(first))
+    del first
+    second = _run(_spec(kind, update), tmp_path / "run")
+    assert second.done == 1
+    for _ in second:
+        pass
+    held = whole.model.state_dict()
+    assert all(torch.equal(held[name], v) for name, v in second.model.state_dict().items())
+    apart = {"wall_s"}
+    assert [r.model_dump(exclude=apart) for r in second.rounds] == [
+        r.model_dump(exclude=apart) for r in whole.rounds
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_can_be_forecast(kind: str) -> None:
+    found = forecast(
+        trained_model(), original=original(), restricted=restricted(), spec=_spec(kind, rounds=50)
+    )
+    assert found.rounds == 50
+    assert 0 < found.round_s < 60
+    assert found.total_s == pytest.approx(50 * found.round_s)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_rehearsal_states_rehearsed_attacks(kind: str, tmp_path: Path) -> None:
+    protect(
+        trained_model(),
+        original=original(),
+        restricted=restricted(),
+        spec=_spec(kind),
+        out=tmp_path / "p",
+    )
+    made = json.loads((tmp_path / "p/model.json").read_text())["protection"]
+    found = statement_of(made)
+    if kind == "rehearsal":
+        assert (set(found.rates), found.life) == ({"sgd_momentum", "adam"}, 7)
+    else:
+        assert (found.rates, found.life) == ({}, 0)
+        assert made["terms"]["rehearsed"] == []
+    assert found.tolerances == {"tolerance_points": 100.0}
+
+
+def test_several_hindrances_add_up_by_their_weights() -> None:
+    spec = _spec("toy", hinder=({"kind": "toy", "weight": 2.0}, {"kind": "toy", "weight": 0.5}))
+    run = _run(spec)
+    one = ToyTerm(ToySpec(), run.around).contribute(run.model)
+    gradients, parts = run.update.hindrance()
+    assert len(parts) == 2
+    for name, gradient in one.gradients.items():
+        torch.testing.assert_close(gradients[name], 2.5 * gradient)
+    record = next(iter(_run(spec)))
+    assert record.suppression_loss == pytest.approx(2.5 * float(one.loss), rel=1e-5)
+
+
+def test_keep_terms_add_up_by_their_weights() -> None:
+    losses = {}
+    for name, keep in {
+        "both": [{"kind": "task", "weight": 3.0}, {"kind": "distil", "weight": 0.5}],
+        "task": [{"kind": "task"}],
+        "distil": [{"kind": "distil"}],
+    }.items():
+        run = _run(_spec("toy", keep=keep))
+        losses[name] = float(run.keep.learn(run.model))
+    assert losses["both"] == pytest.approx(3 * losses["task"] + 0.5 * losses["distil"], rel=1e-5)
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def _parsed(**protect: Any) -> ProtectSpec:
+    """Return `protect` of a run file with these keys."""
+    table = {
+        "model": {"name": "resnet20"},
+        "original": {"source": "npz", "path": "a.npz"},
+        "restricted": [{"source": "npz", "path": "b.npz"}],
+        "protect": protect,
+    }
+    return parse_spec(RunSpec, table, where="run.toml").protect
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_cannot_be_are_named_with_their_path(kind: str) -> None:
+    where = rf"^run\.toml: protect\.{_role(kind)}\.0: {kind}: "
+    with pytest.raises(SpecError, match=where + r"weight = -1.*greater than 0"):
+        _parsed(**{_role(kind): [{"kind": kind, "weight": -1}]})
+    with pytest.raises(SpecError, match=where + r"unknown key wight; the keys here are .*weight"):
+        _parsed(**{_role(kind): [{"kind": kind, "wight": 1}]})
+    assert getattr(_parsed(**{_role(kind): [kind]}), _role(kind))[0].kind == kind
+
+
+def test_a_setting_deep_inside_is_named() -> None:
+    with pytest.raises(SpecError, match=r"protect\.hinder\.0: erasure: readers\.clip = 0\.0"):
+        _parsed(hinder=[{"kind": "erasure", "readers": {"clip": 0.0}}])
+    with pytest.raises(SpecError, match=r"protect\.hinder\.1: rehearsal: steps = 0"):
+        _parsed(hinder=["erasure", {"kind": "rehearsal", "steps": 0}])
+
+
+@pytest.mark.parametrize("wrong", ["nonsense", "task", {"batch_size": 3}, 7])
+def test_a_kind_that_there_is_not_lists_those_that_there_are(wrong: Any) -> None:
+    with pytest.raises(SpecError, match=r"protect\.hinder\.0.*there is erasure, rehearsal, toy$"):
+        _parsed(hinder=[wrong])
+    with pytest.raises(SpecError, match=r"protect\.keep\.0.*'erasure'.*there is task, distil$"):
+        _parsed(keep=["erasure"])
+
+
+def test_two_keep_terms_of_one_kind_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"keep has two terms of kind 'task': give their weight"):
+        _parsed(keep=["task", {"kind": "task", "weight": 2.0}])
+
+
+@pytest.mark.parametrize("side", ["keep", "hinder"])
+def test_no_term_at_all_is_refused(side: str) -> None:
+    with pytest.raises(SpecError, match=rf"protect\.{side} = .*give at least 1"):
+        _parsed(**{side: []})
+
+
+def test_a_price_with_two_adams_in_turn_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"guard\.mode = 'price'.*use update = 'joint'"):
+        _parsed(update="alternate", guard={"mode": "price"})
+    with pytest.raises(ValidationError, match="use update = 'joint'"):
+        ProtectSpec(update="alternate", guard=Guard(mode="price"))  # type: ignore[arg-type]
+
+
+def test_erasure_of_a_diffusion_model_is_refused_before_work_starts(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"protect\.hinder.*'erasure'.*use one of rehearsal, toy"):
+        Protection(
+            denoisers.unet(),
+            original=denoisers.digits(0, 5),
+            restricted=denoisers.digits(5, 10),
+            task=Denoising(),
+            spec=ProtectSpec(hinder=("erasure",)),  # type: ignore[arg-type]
+            out=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diffusion_model_has_the_papers_method_where_nothing_is_said() -> None:
+    run = Protection(
+        denoisers.unet(),
+        original=denoisers.digits(0, 5),
+        restricted=denoisers.digits(5, 10),
+        task=Denoising(),
+        spec=ProtectSpec(guard=Guard(tolerance_relative=1.0)),
+    )
+    (term,) = run.spec.hinder or ()
+    assert isinstance(term, Rehearsal)
+    assert (term.loss, run.guard.spec.mode) == ("dos", "rollback")
+    assert SUPPRESSIONS["dos"].metric == "mse"
+
+
+@pytest.mark.parametrize("first", ["protection", "checks", "terms", "spec", "forecast", "readers"])
+def test_every_part_can_be_imported_first(first: str) -> None:
+    words = [sys.executable, "-c", f"import sophon._protection.{first}"]
+    subprocess.run(words, check=True, env=dict(os.environ))

@@ -478,7 +478,7 @@ def test_a_crashed_trial_is_no_result(
     search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = search.Runner(None, tmp_path / "store", 1)
-    assigned = [runner.assigned(search.grid()[0], 0)]
+    assigned = [runner.job(search.grid()[0], 0)]
     run = Bench.run
 
     def crashing(*arguments: Any) -> Trial:

@@ -114,8 +114,12 @@ def test_run_files_of_the_pages_are_valid() -> None:
     from sophon._cli.run_spec import RunSpec
     from sophon._specs import parse_spec
 
-    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/protect.md").read_text(), re.DOTALL)
-    assert parse_spec(RunSpec, tomllib.loads(block), where="protect.md").restricted
+    text = (ROOT / "docs/protect.md").read_text()
+    first, terms = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    run = tomllib.loads(first)
+    assert parse_spec(RunSpec, run, where="protect.md").restricted
+    spec = parse_spec(RunSpec, {**run, **tomllib.loads(terms)}, where="protect.md").protect
+    assert [term.kind for term in spec.hinder or ()] == ["erasure", "rehearsal"]
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:

@@ -39,9 +39,32 @@ def _guard(monkeypatch: pytest.MonkeyPatch, correct: list[int]) -> IntactnessGua
     return guard
 
 
-def _check(guard: IntactnessGuard, finished: int) -> str:
+def _check(guard: IntactnessGuard, finished: int, left: float = 0.0) -> str:
     guard.observe(0.5)
-    return guard.check(finished)[1]
+    return guard.check(finished, left)[1]
+
+
+@pytest.mark.parametrize(("left", "price"), [(1.0, 3.0), (0.4, 3.0), (0.3, 1.0), (0.0, 1.0)])
+def test_early_on_more_is_allowed_for_the_price_but_not_for_shipping(
+    left: float, price: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of 100 lost, two may be: four beyond, where five times two, or what is left, is slack."""
+    guard = _guard(monkeypatch, [89])
+    assert _check(guard, 1, left) == "violated"
+    assert guard.price == pytest.approx(price)
+    assert guard.shipped is None
+
+
+def test_the_average_is_what_is_checked_and_shipped(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", update=Joint(average=0.5))
+    for _ in run:
+        pass
+    shipped, trained = run.result().model.state_dict(), run.model.state_dict()
+    average = run.update.shipped.state_dict()
+    assert all(torch.equal(shipped[name], value) for name, value in average.items())
+    assert any(not torch.equal(shipped[name], value) for name, value in trained.items())
+    plain = _run(update=Joint(average=0.0))
+    assert plain.update.shipped is plain.model
 
 
 def test_it_rises_while_the_tolerance_is_met_and_falls_while_not(
@@ -58,7 +81,7 @@ def test_it_rises_while_the_tolerance_is_met_and_falls_while_not(
     assert guard.extra_steps == 0
 
 
-@pytest.mark.parametrize(("lost", "back"), [(3, False), (6, False), (7, True), (50, True)])
+@pytest.mark.parametrize(("lost", "back"), [(3, False), (8, False), (9, True), (50, True)])
 def test_weights_go_back_only_beyond_the_margin(
     lost: int, back: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

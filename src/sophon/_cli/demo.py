@@ -47,24 +47,8 @@ name = "letters"
 source = "embedded"
 name = "digits"
 
-[protect]
-rounds = 30
-suppression = "klu"
-suppression_rate = 1e-3
-reinforcement_steps = 3
-reinforcement_rate = 1e-3
-
-[protect.rehearsal]
-steps = 10
-strategies = 1
-query_batch_size = 32
-
-[protect.rehearsal.distribution]
-batch_sizes = [32]
-
-[protect.rehearsal.distribution.learning_rates]
-sgd_momentum = [1e-3, 1e-1]
-adam = [1e-4, 1e-2]
+[protect]                   # readers at every depth, and attackers that are rehearsed
+rounds = 100
 
 [protect.guard]
 tolerance_points = 3.0

@@ -10,6 +10,7 @@ from sophon._base.files import read_json
 from sophon._cli.progress import domain_text, lines, toml
 from sophon._cli.run_file import load
 from sophon._models import blocks, read_tensors
+from sophon._protection.presets import completed
 from sophon._records.metrics import measurement, shown
 from sophon._training.checkpoints import require_recorded
 
@@ -18,7 +19,11 @@ def describe_run(path: Path) -> Iterator[str]:
     """Yield the resolved specification, the domains and the parts of the model."""
     case = load(path, None)
     setting = case.setting()
-    yield from lines(case.spec.model_dump(mode="json"))
+    resolved = case.spec.model_dump(mode="json")
+    if case.restricted:
+        whole = completed(case.spec.protect, setting, case.model)
+        resolved["protect"] = whole.model_dump(mode="json")
+    yield from lines(resolved)
     yield (f"fingerprint: {case.spec.fingerprint()}")
     for role, domain in [
         ("original", case.original),

@@ -263,6 +263,7 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
         head=case.network.head,
     )
     resolved = case.spec.model_dump(mode="json")
+    resolved["protect"] = expected.spec.model_dump(mode="json")
     if as_json:
         numbers = {
             "round_s": expected.round_s,
@@ -275,6 +276,6 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
     peak = expected.peak_bytes
     memory = "" if peak is None else f"; about {peak / 2**20:.0f} MiB of memory"
     typer.echo(
-        f"forecast: {expected.rounds} rounds of {expected.round_s:.2g} s,"
+        f"forecast: {expected.spec.rounds} rounds of {expected.round_s:.2g} s,"
         f" {duration(expected.total_s)} in all{memory}; nothing was written"
     )

@@ -22,12 +22,12 @@ from sophon._tasks import Task
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run is expected to take: rounds, seconds a round and in all, and its peak memory.
+    """What a run is, with nothing left open, and is expected to take: seconds a round and in all, and its peak memory.
 
     `peak_bytes` is None where the system does not tell a process its own peak.
     """
 
-    rounds: int
+    spec: ProtectSpec
     round_s: float
     total_s: float
     peak_bytes: int | None
@@ -72,8 +72,9 @@ def forecast(
     if peak is not None:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         peak += sum(TERMS[term.kind].held_bytes(term, weights) for term in terms)
-    rounds = len(whole)
-    return Forecast(rounds=rounds, round_s=round_s, total_s=round_s * rounds, peak_bytes=peak)
+    return Forecast(
+        spec=whole.spec, round_s=round_s, total_s=round_s * len(whole), peak_bytes=peak
+    )
 
 
 def _short(spec: ProtectSpec, steps: int) -> ProtectSpec:

@@ -22,9 +22,10 @@ from sophon._tasks import Task
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run is, with nothing left open, and is expected to take: seconds a round and in all, and its peak memory.
+    """What a run is, with nothing left open, and what it is expected to take.
 
-    `peak_bytes` is None where the system does not tell a process its own peak.
+    Seconds a round and in all, and its peak memory: None where the system does not tell a process
+    its own peak.
     """
 
     spec: ProtectSpec
@@ -72,9 +73,7 @@ def forecast(
     if peak is not None:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         peak += sum(TERMS[term.kind].held_bytes(term, weights) for term in terms)
-    return Forecast(
-        spec=whole.spec, round_s=round_s, total_s=round_s * len(whole), peak_bytes=peak
-    )
+    return Forecast(spec=whole.spec, round_s=round_s, total_s=round_s * len(whole), peak_bytes=peak)
 
 
 def _short(spec: ProtectSpec, steps: int) -> ProtectSpec:

@@ -29,8 +29,7 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
     are expanded; a leading variable's value starts at the working directory. `role`, such as
     `original`, opens every error message.
 
-    Raises:
-        DataError: the images cannot be found, read or used; one or two lines with the remedy.
+    Raises DataError: the images cannot be found, read or used; one or two lines with the remedy.
     """
     base = Path(base)
     try:
@@ -120,8 +119,7 @@ def expanded(text: str, base: Path) -> Path:
     Where a variable opens it, a relative value starts at the working directory, as the shell that
     it was set in has it.
 
-    Raises:
-        DataError: a variable is not set, or empty.
+    Raises DataError: a variable is not set, or empty.
     """
 
     def value(match: re.Match[str]) -> str:

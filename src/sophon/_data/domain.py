@@ -99,8 +99,7 @@ class Domain:
         The validation split (fraction `validation`) is cut from the training images; without
         test images a test split (fraction `test`) is cut first. `classes` are names.
 
-        Raises:
-            DataError: shapes, types, counts or labels do not fit; the message says which.
+        Raises DataError: shapes, types, counts or labels do not fit; the message says which.
         """
         bare = labels is None
         if bare:
@@ -138,9 +137,8 @@ class Domain:
         An image is PIL, uint8, or floating in [0, 1]: tensors (c, h, w) or (h, w), arrays
         (h, w, c) or (h, w). Leave random augmentation and normalisation out of the dataset.
 
-        Raises:
-            DataError: as `from_arrays`; also NaN or normalised images and labels that are not
-                integers.
+        Raises DataError: as `from_arrays`; also NaN or normalised images and labels that are not
+        integers.
         """
         images, labels = collect(train, image_size)
         tested = (None, None) if test is None else collect(test, image_size)
@@ -178,8 +176,7 @@ def resolve_normalisation(
 def checked(images: Any, labels: Any, what: str) -> tuple[Bytes, Integers]:
     """Return images and labels as they came, labels as int64, if they can be a split.
 
-    Raises:
-        DataError: wrong type, shape or count.
+    Raises DataError: wrong type, shape or count.
     """
     pixels, numbers = np.asarray(images), np.asarray(labels)
     _check_type(pixels, what)
@@ -198,8 +195,7 @@ def checked(images: Any, labels: Any, what: str) -> tuple[Bytes, Integers]:
 def class_names(names: Sequence[str] | None, labels: Sequence[Integers]) -> tuple[str, ...]:
     """Return `names`, or the numbers up to the highest label.
 
-    Raises:
-        DataError: labels reach beyond the number of images, so they are no class numbers.
+    Raises DataError: labels reach beyond the number of images, so they are no class numbers.
     """
     if names is not None:
         return tuple(str(name) for name in names)
@@ -230,8 +226,7 @@ def collect(dataset: Dataset[Any], size: int | None) -> tuple[Bytes, Integers]:
 def as_label(label: Any) -> int:
     """Return a dataset's label as an integer.
 
-    Raises:
-        DataError: it is a fraction, text or a vector.
+    Raises DataError: it is a fraction, text or a vector.
     """
     value = np.asarray(label)
     if value.size != 1 or value.dtype.kind not in "iub":

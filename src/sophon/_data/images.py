@@ -64,8 +64,7 @@ def from_picture(picture: Image.Image) -> Bytes:
 
     Transparency is dropped; 16-bit grey keeps its upper 8 bits.
 
-    Raises:
-        DataError: the picture holds 32-bit values, which have no fixed range.
+    Raises DataError: the picture holds 32-bit values, which have no fixed range.
     """
     if picture.mode.startswith("I;16"):
         return (np.asarray(picture) >> 8).astype(np.uint8)
@@ -92,8 +91,7 @@ def squared(picture: Image.Image, size: int | None) -> Image.Image:
 def open_picture(path: Path, size: int | None) -> Bytes:
     """Return the image file at `path`, upright as its camera says, squared to `size`.
 
-    Raises:
-        DataError: the file is damaged or is no image; the message names it.
+    Raises DataError: the file is damaged or is no image; the message names it.
     """
     try:
         with Image.open(path) as picture:
@@ -140,8 +138,7 @@ def stack(
 
     `name` tells what to call the picture at a position.
 
-    Raises:
-        DataError: the sizes differ; the message names the first two that do.
+    Raises DataError: the sizes differ; the message names the first two that do.
     """
     result: Bytes | None = None
     for position, picture in enumerate(pictures):

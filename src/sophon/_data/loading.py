@@ -29,8 +29,7 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
     are expanded; a leading variable's value starts at the working directory. `role`, such as
     `original`, opens every error message.
 
-    Raises:
-        DataError: the images cannot be found, read or used; one or two lines with the remedy.
+    Raises DataError: the images cannot be found, read or used; one or two lines with the remedy.
     """
     base = Path(base)
     try:
@@ -50,9 +49,8 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
         raise DataError(f"{role}: {error}") from None
 
 
-def npz(spec: DomainSpec, base: Path) -> Domain:
-    """Return the domain of the archive `spec.path`; see `read_archive`."""
-    path = _located(spec.path, base, "path", spec.source)
+def _npz(spec: DomainSpec, base: Path) -> Domain:
+    path = _path(spec, base)
     try:
         contents = read_archive(path, spec.image_size, coarse=spec.labels == "coarse")
         return _domain(contents, spec, path.stem)
@@ -62,34 +60,26 @@ def npz(spec: DomainSpec, base: Path) -> Domain:
         raise DataError(str(error) if known else f"{path}: {error}") from None
 
 
-def folder(spec: DomainSpec, base: Path) -> Domain:
-    """Return the domain of the images below `spec.path`; see `read_folder`, `read_images`."""
-    path = _located(spec.path, base, "path", spec.source)
+def _folder(spec: DomainSpec, base: Path) -> Domain:
+    path = _path(spec, base)
     read = read_images if spec.labels == "none" else read_folder
     return _domain(read(path, spec.image_size), spec, path.resolve().name)
 
 
-def prompts(spec: DomainSpec, base: Path) -> Domain:
-    """Return the domain of the images and prompts below `spec.path`; see `read_prompts`."""
-    path = _located(spec.path, base, "path", spec.source)
+def _prompts(spec: DomainSpec, base: Path) -> Domain:
+    path = _path(spec, base)
     return _domain(read_prompts(path, spec.image_size), spec, path.resolve().name)
 
 
-def torchvision(spec: DomainSpec, base: Path) -> Domain:
-    """Return the torchvision dataset `spec.name` kept in `spec.root`; see `read_torchvision`."""
-    name = _required(spec.dataset or spec.name, "name", "CIFAR10", spec.source)
-    root = _located(spec.root, base, "root", spec.source)
+def _torchvision(spec: DomainSpec, base: Path) -> Domain:
+    name, root = _named(spec, "CIFAR10"), _root(spec, base)
     contents = read_torchvision(name, root, download=spec.download, size=spec.image_size)
     return _domain(contents, spec, name)
 
 
-def tree(spec: DomainSpec, base: Path) -> Domain:
-    """Return the public data set `spec.name` that lies as folders below `spec.root`; see
-    `read_tree`.
-    """
-    name = _required(spec.dataset or spec.name, "name", "CINIC10", spec.source)
-    root = _located(spec.root, base, "root", spec.source)
-    contents = read_tree(name, root, spec.image_size)
+def _tree(spec: DomainSpec, base: Path) -> Domain:
+    name = _named(spec, "CINIC10")
+    contents = read_tree(name, _root(spec, base), spec.image_size)
     if len(contents.classes) == 1 and spec.labels != "none":
         raise DataError(
             f"{name} has no labels: set labels = 'none', for a diffusion model, or take one of"
@@ -98,19 +88,18 @@ def tree(spec: DomainSpec, base: Path) -> Domain:
     return _domain(contents, spec, name)
 
 
-def embedded(spec: DomainSpec, base: Path) -> Domain:
-    """Return the embedded domain `spec.name`; see `read_embedded`."""
-    name = _required(spec.dataset or spec.name, "name", "digits", spec.source)
+def _embedded(spec: DomainSpec, base: Path) -> Domain:
+    name = _named(spec, "digits")
     return _domain(read_embedded(name, spec.image_size), spec, name)
 
 
 SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
-    "npz": npz,
-    "folder": folder,
-    "torchvision": torchvision,
-    "tree": tree,
-    "embedded": embedded,
-    "prompts": prompts,
+    "npz": _npz,
+    "folder": _folder,
+    "torchvision": _torchvision,
+    "tree": _tree,
+    "embedded": _embedded,
+    "prompts": _prompts,
 }
 
 
@@ -120,8 +109,7 @@ def expanded(text: str, base: Path) -> Path:
     Where a variable opens it, a relative value starts at the working directory, as the shell that
     it was set in has it.
 
-    Raises:
-        DataError: a variable is not set, or empty.
+    Raises DataError: a variable is not set, or empty.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -177,13 +165,21 @@ def _normalisation(spec: DomainSpec) -> tuple[tuple[float, ...] | None, tuple[fl
     return named.mean, named.std
 
 
-def _located(value: str | None, base: Path, key: str, source: str) -> Path:
-    return expanded(_required(value, key, "data", source), base)
+def _named(spec: DomainSpec, example: str) -> str:
+    return _required(spec, "name", spec.dataset or spec.name, example)
 
 
-def _required(value: str | None, key: str, example: str, source: str) -> str:
+def _path(spec: DomainSpec, base: Path) -> Path:
+    return expanded(_required(spec, "path", spec.path, "data"), base)
+
+
+def _root(spec: DomainSpec, base: Path) -> Path:
+    return expanded(_required(spec, "root", spec.root, "data"), base)
+
+
+def _required(spec: DomainSpec, key: str, value: str | None, example: str) -> str:
     if not value:
         raise DataError(
-            f"{key} is missing; source = {source!r} needs it, as in {key} = {example!r}"
+            f"{key} is missing; source = {spec.source!r} needs it, as in {key} = {example!r}"
         )
     return value

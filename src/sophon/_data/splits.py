@@ -66,8 +66,7 @@ def cut(contents: Contents, how: Cut) -> Cutting:
     """Return the splits of `contents`: classes chosen, test cut if absent, the number of training
     images limited, then validation cut from training unless the source has its own.
 
-    Raises:
-        DataError: a class does not exist or has too few images, or sizes differ.
+    Raises DataError: a class does not exist or has too few images, or sizes differ.
     """
     _check_labels(contents)
     _check_cut(how)
@@ -122,8 +121,7 @@ def stratified(
     """Return positions kept and positions cut, both ascending: of every class the same `fraction`
     (rounded, at least one image on either side) is cut, drawn from the stream `seed`.
 
-    Raises:
-        DataError: a class has a single image.
+    Raises DataError: a class has a single image.
     """
     chosen = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):

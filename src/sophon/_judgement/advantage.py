@@ -20,7 +20,6 @@ from sophon._judgement.statistics import (
     percentile_interval,
     run_with_all_seeds,
     shared_budgets,
-    widening,
     winner,
 )
 from sophon._records.audit_record import DomainRecord, ErrorScore, Trial, unpack
@@ -114,7 +113,7 @@ def advantage_removed(
         protected, unprotected, scratch = areas = tuple(held.mean(1) for held in shared)
     baselines = (float(unprotected.mean()), float(scratch.mean()))
     gap = baselines[0] - baselines[1]
-    p, u, s = (_draws(v, i) + own for i, (v, own) in enumerate(zip(areas, noise, strict=True)))
+    p, u, s = (bootstrap(areas[i], seed=i) + own for i, own in enumerate(noise))
     if gap <= 0 or np.percentile(u - s, 2.5) <= 0:
         return Estimate(None, None, False, _tells_nothing(gap, kind))
     value = float(unprotected.mean() - protected.mean()) / gap
@@ -125,13 +124,6 @@ def advantage_removed(
     paired = len(protected) == len(unprotected)
     one_more = next_seed((unprotected - protected) / gap) if paired else None
     return Estimate(value, interval, True, one_more=one_more, baselines=baselines)
-
-
-def _draws(areas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Return draws of a subject's mean area over resampled seeds."""
-    mean, n = float(areas.mean()), len(areas)
-    resampled = bootstrap(areas, seed=seed)
-    return resampled if n < 2 else mean + (resampled - mean) * widening(n)
 
 
 def _of_the_same_images(

@@ -137,27 +137,25 @@ def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
     return np.array([row for row in rows if len(row) == len(at)]).reshape(-1, len(at))
 
 
-def bootstrap(
-    values: NDArray[np.float64], *, draws: int = DRAWS, seed: int = 0
-) -> NDArray[np.float64]:
-    """Return `draws` means of `values` (seeds,) resampled with replacement."""
-    index = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+def bootstrap(values: NDArray[np.float64], *, seed: int = 0) -> NDArray[np.float64]:
+    """Return means over resampled seeds of `values` (seeds, ...), shape (draws, ...), widened for
+    few seeds.
+    """
+    n, mean = len(values), values.mean(0)
+    index = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
     means: NDArray[np.float64] = values[index].mean(1)
-    return means
+    return means if n < 2 else mean + (means - mean) * widening(n)
 
 
-def bands(rows: NDArray[np.float64], *, seed: int = 0) -> tuple[Interval, ...]:
+def bands(rows: NDArray[np.float64]) -> tuple[Interval, ...]:
     """Return the 95 % bootstrap interval of the mean over seeds at each budget.
 
     `rows` are the seeds' envelopes, shape (seeds, budgets). Widened for few seeds;
     with one seed each interval is the value itself.
     """
-    n, mean = len(rows), rows.mean(0)
-    if n < 2:
-        return tuple(Interval(value, value) for value in mean.tolist())
-    index = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
-    draws = mean + (rows[index].mean(1) - mean) * widening(n)
-    low, high = np.percentile(np.clip(draws, 0.0, 1.0), [2.5, 97.5], axis=0)
+    if len(rows) < 2:
+        return tuple(Interval(value, value) for value in rows.mean(0).tolist())
+    low, high = np.percentile(np.clip(bootstrap(rows), 0.0, 1.0), [2.5, 97.5], axis=0)
     return tuple(Interval(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
 
 

@@ -12,7 +12,6 @@ from sophon._judgement.statistics import (
     Cost,
     EnvelopePoint,
     Interval,
-    area,
     bands,
     best_of,
     by_seed,
@@ -49,7 +48,6 @@ class SubjectSummary:
     winner: Trial
     test: Measurement | None
     test_interval: Interval | None
-    area: float
     to_unprotected: Cost | None
     to_scratch: Cost | None
     recovery: Recovery | None
@@ -139,7 +137,7 @@ def goals_of(trials: list[Trial], kind: MetricKind) -> dict[Subject, float | Non
 
 def subjects_of(trials: list[Trial], at: list[int], kind: MetricKind) -> dict[str, SubjectSummary]:
     """Return the summary of each subject that was measured, by budgets `at` in steps."""
-    goals = goals_of(trials, kind)
+    goals = [goals_of(trials, kind)[name] for name in ("unprotected", "scratch")]
     summaries: dict[str, SubjectSummary] = {}
     for name in SUBJECTS:
         held = measured(trials, name)
@@ -149,12 +147,8 @@ def subjects_of(trials: list[Trial], at: list[int], kind: MetricKind) -> dict[st
             continue
         rows = by_seed(held, at)
 
-        def cost(target: float | None, held: list[Trial] = held) -> Cost | None:
-            return None if target is None else cost_of(held, at, target)
-
-        def by_seeds(target: float | None, held: list[Trial] = held) -> Recovery | None:
-            return None if target is None else recovery(held, at, target)
-
+        costs = [None if to is None else cost_of(held, at, to) for to in goals]
+        seeds = [None if to is None else recovery(held, at, to) for to in goals]
         summaries[name] = SubjectSummary(
             name=name,
             points=tuple(points),
@@ -164,11 +158,10 @@ def subjects_of(trials: list[Trial], at: list[int], kind: MetricKind) -> dict[st
             winner=best,
             test=best.test,
             test_interval=None if best.test is None else interval_of(best.test),
-            area=float(area(at, rows).mean()),
-            to_unprotected=cost(goals["unprotected"]),
-            to_scratch=cost(goals["scratch"]),
-            recovery=by_seeds(goals["unprotected"]),
-            recovery_scratch=by_seeds(goals["scratch"]),
+            to_unprotected=costs[0],
+            to_scratch=costs[1],
+            recovery=seeds[0],
+            recovery_scratch=seeds[1],
         )
     return summaries
 

@@ -80,7 +80,7 @@ def logrank(first: Recovery, second: Recovery) -> float | None:
     return value if math.isfinite(value) else 1.0
 
 
-def ratio_interval(protected: Recovery, other: Recovery, *, seed: int = 0) -> Interval | None:
+def ratio_interval(protected: Recovery, other: Recovery) -> Interval | None:
     """Return the 95 % bootstrap interval, over seeds, of the ratio of median costs.
 
     A seed that did not get there counts with the horizon, the least it can have cost: where
@@ -89,7 +89,7 @@ def ratio_interval(protected: Recovery, other: Recovery, *, seed: int = 0) -> In
     """
     if min(len(protected.costs), len(other.costs)) < 2:
         return None
-    stream = np.random.default_rng(seed)
+    stream = np.random.default_rng(0)
     above, below = (_resampled(r, stream) for r in (protected, other))
     return percentile_interval(above / below)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from sophon._attacks.kinds import in_batches_of
 from sophon._judgement.advantage import Estimate, advantage_of
-from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.flags.flag import GOOD, Flag, flag
 from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import until
 from sophon._judgement.summaries import DomainSummary, Verdict
@@ -28,11 +28,8 @@ def untried(allowed: tuple[DomainSummary, ...], guesses: str = "") -> Flag | Non
     if any(_standing(one, 1.0, one.advantage) != "not judged" for one in allowed):
         return None
     names = ", ".join(summary.domain.name for summary in allowed)
-    return Flag(
-        "trainability unknown",
-        "no allowed task was tried, or none could be judged",
-        "A model that cannot be fine-tuned to anything looks like a protected one.",
-        "Name allowed tasks ([[benign]]) on which the unprotected model leads a fresh one.",
+    return flag(
+        "untried",
         (f"{names} could not be judged" if allowed else "no benign domain")
         + (f", and no attack learns anything: {guesses}" if guesses else ""),
         forbids=GOOD if guesses else frozenset(),

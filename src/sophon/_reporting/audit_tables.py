@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
 from sophon._judgement.parts import SUBJECTS
 from sophon._judgement.statistics import best_of, interval_of
-from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement, Trial
+from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement, Overlap, Trial
 from sophon._records.metrics import NONE, kind_of_record, measurement, shown
-from sophon._reporting.rendering import Table, percent, score_text, table
+from sophon._reporting.rendering import Table, by_column, percent, score_text, table
 from sophon._specs import shared_fields
 
 
@@ -84,19 +84,15 @@ def overlap_table(record: AuditRecord) -> tuple[str, Table | None]:
     if not shared:
         return f"None of {count} pairs of splits share an image, exactly or nearly.", None
     shared.sort(key=lambda o: -(o.exact + o.near) / max(1, o.count))
-    rows = [
-        (
-            o.first,
-            o.second,
-            str(o.count),
-            str(o.exact),
-            str(o.near),
-            percent((o.exact + o.near) / max(1, o.count)),
-        )
-        for o in shared
-    ]
-    text = f"{len(shared)} of {count} pairs of splits share images:"
-    return text, table(("of", "also in", "images", "exact", "near", "share"), rows)
+    columns: dict[str, Callable[[Overlap], str]] = {
+        "of": lambda o: o.first,
+        "also in": lambda o: o.second,
+        "images": lambda o: str(o.count),
+        "exact": lambda o: str(o.exact),
+        "near": lambda o: str(o.near),
+        "share": lambda o: percent((o.exact + o.near) / max(1, o.count)),
+    }
+    return f"{len(shared)} of {count} pairs of splits share images:", by_column(shared, columns)
 
 
 def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
@@ -107,37 +103,22 @@ def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
 def trial_table(record: AuditRecord) -> Table:
     """Return every trial."""
     shared, kind = shared_fields(t.strategy for t in record.trials), kind_of_record(record)
-    header = (
-        "domain",
-        "subject",
-        "attack",
-        "seed",
-        "best validation",
-        "at step",
-        "test",
-        "outcome",
-        "seconds",
-        "TFLOP, at most",
-    )
     flops = {domain.name: domain.training_flops for domain in domains_of(record)}
     crashes: dict[str, list[str]] = {}
     for crash in record.earlier_crashes:
         crashes.setdefault(crash.trial, []).append(crash.error)
-    rows = [
-        (
-            trial.domain,
-            trial.subject,
-            trial.strategy.label(shared),
-            str(trial.seed),
-            kind.shown(best_of(trial)) if trial.curve else NONE,
-            NONE if trial.best_step is None else str(trial.best_step),
-            shown(trial.test),
-            _ended(trial, crashes.get(trial.key, [])),
-            f"{trial.wall_s:.1f}",
-            _teraflops(trial, flops[trial.domain]),
-        )
-        for trial in record.trials
-    ]
+    columns: dict[str, Callable[[Trial], str]] = {
+        "domain": lambda t: t.domain,
+        "subject": lambda t: t.subject,
+        "attack": lambda t: t.strategy.label(shared),
+        "seed": lambda t: str(t.seed),
+        "best validation": lambda t: kind.shown(best_of(t)) if t.curve else NONE,
+        "at step": lambda t: NONE if t.best_step is None else str(t.best_step),
+        "test": lambda t: shown(t.test),
+        "outcome": lambda t: _ended(t, crashes.get(t.key, [])),
+        "seconds": lambda t: f"{t.wall_s:.1f}",
+        "TFLOP, at most": lambda t: _teraflops(t, flops[t.domain]),
+    }
     note = (
         "The validation split chooses the step; the test split is measured once there and chooses"
         " nothing."
@@ -148,7 +129,7 @@ def trial_table(record: AuditRecord) -> Table:
             f" Run again after a crash: {len(crashes)} trials; {runs} crashed"
             f" run{'' if runs == 1 else 's'} in all."
         )
-    return table(header, rows, note)
+    return by_column(record.trials, columns, note)
 
 
 def _teraflops(trial: Trial, each: int | None) -> str:

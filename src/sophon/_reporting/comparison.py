@@ -7,7 +7,7 @@ that a protection states keeps no audits apart: every audit has the same for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from sophon._judgement.verdict import Judgement, judge
 from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 from sophon._records.statement import stated
-from sophon._reporting.rendering import Document, Table, render, score_text, table
+from sophon._reporting.rendering import Document, Table, by_column, render, score_text
 from sophon._reporting.tables import ratio_text, removed_text
 from sophon._specs import OptimizerName, Strategy, fingerprint_of
 
@@ -29,7 +29,7 @@ _WITHOUT_RANK: tuple[Verdict, ...] = ("untrainable", "void")
 _SHORT_HASH = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One audit of a comparison: what it is called, and what it was judged to be."""
 
@@ -45,6 +45,18 @@ class Entry:
     def worst(self) -> DomainSummary:
         """The domain that speaks for the model."""
         return self.judgement.worst
+
+    @property
+    def attacked(self) -> Measurement | None:
+        """The test score of the best attack on the protected model."""
+        held = self.worst.subjects.get("protected")
+        return None if held is None else held.test
+
+    @property
+    def originals(self) -> tuple[Measurement | None, Measurement | None]:
+        """The test scores on the original task after and before protection."""
+        held = originals(self.record)
+        return held.get("protected"), held.get("unprotected")
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -257,11 +269,6 @@ def _order(entry: Entry) -> tuple[int, float, str]:
     return place, -(entry.worst.advantage.value or 0.0), entry.name
 
 
-def _originals(record: AuditRecord) -> tuple[Measurement | None, Measurement | None]:
-    held = originals(record)
-    return held.get("protected"), held.get("unprotected")
-
-
 def _change(after: Measurement | None, before: Measurement | None) -> str:
     if after is None or before is None:
         return NONE
@@ -270,37 +277,24 @@ def _change(after: Measurement | None, before: Measurement | None) -> str:
 
 def _table(group: Group) -> Table:
     several = len(group.entries[0].record.restricted) > 1
-    rows = []
-    for rank, entry in zip(group.ranks(), group.entries, strict=True):
-        worst, (after, before) = entry.worst, _originals(entry.record)
-        attacked = worst.subjects.get("protected")
-        rows.append(
-            (
-                NONE if rank is None else str(rank),
-                entry.name,
-                f"{worst.text}, on {worst.domain.name}" if several else worst.text,
-                removed_text(worst.advantage),
-                score_text(attacked.test) if attacked else NONE,
-                shown(after),
-                _change(after, before),
-                ratio_text(worst.slowing),
-                _baselines(worst),
-                ", ".join(entry.flags) or "none",
-            )
-        )
-    header = (
-        "rank",
-        "audit",
-        "verdict",
-        "advantage removed (95 %)",
-        "worst case, restricted test (95 %)",
-        "original test",
-        "change",
-        "cost multiplier",
-        "area: unprotected, fresh",
-        "flags",
-    )
-    return table(header, rows)
+    ranks = dict(zip(group.entries, group.ranks(), strict=True))
+
+    def verdict(worst: DomainSummary) -> str:
+        return f"{worst.text}, on {worst.domain.name}" if several else worst.text
+
+    columns: dict[str, Callable[[Entry], str]] = {
+        "rank": lambda e: str(ranks[e] or NONE),
+        "audit": lambda e: e.name,
+        "verdict": lambda e: verdict(e.worst),
+        "advantage removed (95 %)": lambda e: removed_text(e.worst.advantage),
+        "worst case, restricted test (95 %)": lambda e: score_text(e.attacked),
+        "original test": lambda e: shown(e.originals[0]),
+        "change": lambda e: _change(*e.originals),
+        "cost multiplier": lambda e: ratio_text(e.worst.slowing),
+        "area: unprotected, fresh": lambda e: _baselines(e.worst),
+        "flags": lambda e: ", ".join(e.flags) or "none",
+    }
+    return by_column(group.entries, columns)
 
 
 def _baselines(worst: DomainSummary) -> str:
@@ -310,9 +304,7 @@ def _baselines(worst: DomainSummary) -> str:
 
 
 def _values(entry: Entry) -> dict[str, Any]:
-    worst, (after, before) = entry.worst, _originals(entry.record)
-    attacked = worst.subjects.get("protected")
-    test = attacked.test if attacked else None
+    worst, test, (after, before) = entry.worst, entry.attacked, entry.originals
     return {
         "name": entry.name,
         "stated_rates": entry.rates,

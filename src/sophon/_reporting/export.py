@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from torch import nn
 
 from sophon._base.errors import AuditError, CheckpointError, SpecError
@@ -23,7 +24,7 @@ from sophon._base.files import read_json, require_writable, write_text
 from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
-from sophon._reporting.rendering import plain
+from sophon._reporting.rendering import render
 from sophon._reporting.report import Report, report
 from sophon._specs import ModelSpec, parse_spec
 from sophon._training.checkpoints import require_recorded, save_tensors
@@ -268,27 +269,18 @@ def _metadata(source: Exported, made: Report | None) -> dict[str, Any]:
 
 
 def _body(source: Exported, made: Report | None) -> str:
-    protection = source.protection
-    refused = plain(", ".join(protection.get("restricted", ())) or "unnamed domains")
-    kept = plain(protection.get("original", "its original task"))
     alone = source.network.name.startswith(("timm:", "torchvision:", DIFFUSERS))
-    how = "without Sophon" if alone else "with Sophon (`pip install sophon-protect`)"
-    name, classes = _name(source), "" if source.index else f" with {source.classes} classes"
-    lines = [
-        f"# {name}, protected against fine-tuning",
-        "",
-        f"The weights of `{name}`{classes} keep {kept} and are meant to be hard to fine-tune into"
-        f" {refused}. They load {how}:",
-        "",
-        "```python",
-        *_usage(source),
-        "```",
-        "",
-    ]
-    if made is None:
-        return "\n".join([*lines, "**Not audited**: nobody attacked these weights yet."])
-    # The report brings its own title; a card has one.
-    return "\n".join(lines) + "\n#" + made.markdown().strip()
+    return render(
+        "card.md.j2",
+        network=Markup(_name(source)),
+        classes=source.classes,
+        kept=source.protection.get("original", "its original task"),
+        refused=", ".join(source.protection.get("restricted", ())) or "unnamed domains",
+        alone=alone,
+        usage=Markup("\n".join(_usage(source))),
+        # The report brings its own title; a card has one.
+        report=None if made is None else Markup("#" + made.markdown().strip()),
+    ).rstrip("\n")
 
 
 def _usage(source: Exported) -> list[str]:

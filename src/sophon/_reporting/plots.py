@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from sophon._judgement.depth import DepthRow
 from sophon._judgement.parts import SUBJECTS
 from sophon._judgement.statistics import best_of
-from sophon._judgement.summaries import DomainSummary, SubjectSummary
+from sophon._judgement.summaries import DomainSummary
+from sophon._judgement.survival import Recovery
 from sophon._records.audit_record import Trial
 from sophon._records.metrics import MetricKind
 from sophon._records.statement import ReadersFound
@@ -27,23 +29,16 @@ _DASHES = {"protected": "", "unprotected": "7 4", "scratch": "2 4"}
 _TICK_ROOM = 42
 
 
+@dataclass(frozen=True)
 class _Axis:
     """Maps values onto a stretch of the picture, on a linear or a logarithmic scale."""
 
-    def __init__(
-        self,
-        low: float,
-        high: float,
-        start: float,
-        end: float,
-        *,
-        logarithmic: bool = False,
-        tick: float = 0.1,
-    ) -> None:
-        self.tick = tick
-        self.scale: Callable[[float], float] = math.log if logarithmic else float
-        self.low, self.high = low, high
-        self.start, self.end = start, end
+    low: float
+    high: float
+    start: float
+    end: float
+    scale: Callable[[float], float] = float
+    tick: float = 0.1
 
     def __call__(self, value: float) -> float:
         first, last = self.scale(self.low), self.scale(self.high)
@@ -61,7 +56,7 @@ def _scores(values: Iterable[float], start: float, end: float, kind: MetricKind)
 
 
 def _steps(budgets: Sequence[int]) -> _Axis:
-    return _Axis(budgets[0], max(budgets[-1], budgets[0] + 1), _LEFT, _EDGE, logarithmic=True)
+    return _Axis(budgets[0], max(budgets[-1], budgets[0] + 1), _LEFT, _EDGE, math.log)
 
 
 def _svg(title: str, parts: Sequence[str], height: float = _HEIGHT) -> Markup:
@@ -169,21 +164,18 @@ def recovery_plot(summary: DomainSummary) -> Markup:
 
     A seed that had not got there at the horizon is an arrow at its end: censored, not dropped.
     """
-    held = [s for s in summary.subjects.values() if s.recovery is not None and s.recovery.costs]
+    held = {n: s.recovery for n, s in summary.subjects.items() if s.recovery and s.recovery.costs}
     if not held or not summary.budgets:
         return Markup("")
     height = 10 + _ROW * len(held) + _BOTTOM
     axis = _steps(summary.budgets)
     parts = _below(axis, summary.budgets, height, "steps to recover (logarithmic)")
-    for position, subject in enumerate(held):
-        parts += _recovery_bar(axis, subject, 4 + _ROW * position)
+    for position, (name, costs) in enumerate(held.items()):
+        parts += _recovery_bar(axis, name, costs, 4 + _ROW * position)
     return _svg(f"Steps to {summary.kind.goal} on {summary.domain.name}", parts, height)
 
 
-def _recovery_bar(axis: _Axis, subject: SubjectSummary, top: float) -> list[str]:
-    costs = subject.recovery
-    if costs is None:
-        return []
+def _recovery_bar(axis: _Axis, name: str, costs: Recovery, top: float) -> list[str]:
     end = axis(costs.horizon if costs.median is None else costs.median)
     kind = "bar open" if costs.median is None else "bar"
     marks, apart = [], min(5.0, 18 / len(costs.costs))
@@ -196,16 +188,11 @@ def _recovery_bar(axis: _Axis, subject: SubjectSummary, top: float) -> list[str]
             marks.append(f'<circle class="seed" cx="{axis(cost.steps):.1f}" cy="{y:.1f}" r="3"/>')
     median = f"more than {costs.horizon}" if costs.median is None else str(costs.median)
     late = f", {costs.censored} of {len(costs.costs)} seeds never" if costs.censored else ""
+    words = f"{name}: {median} steps{late}"
     return [
-        f'<g class="{subject.name}"><rect class="{kind}" x="{_LEFT}" y="{top + 22:.0f}"'
+        f'<g class="{name}"><rect class="{kind}" x="{_LEFT}" y="{top + 22:.0f}"'
         f' width="{max(2.0, end - _LEFT):.1f}" height="20"/>{"".join(marks)}</g>',
-        _text(
-            _LEFT,
-            top + 16,
-            f"{subject.name}: {median} steps{late}",
-            "start",
-            f"name {subject.name}",
-        ),
+        _text(_LEFT, top + 16, words, "start", f"name {name}"),
     ]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -15,6 +15,7 @@ from sophon._records.audit_record import Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 
 _SHORT = 26
+Thing = TypeVar("Thing")
 
 
 class Table(NamedTuple):
@@ -28,6 +29,13 @@ class Table(NamedTuple):
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") -> Table:
     """Return a table of these rows."""
     return Table(tuple(header), tuple(tuple(row) for row in rows), note)
+
+
+def by_column(
+    things: Iterable[Thing], columns: Mapping[str, Callable[[Thing], str]], note: str = ""
+) -> Table:
+    """Return a table with a row for each thing; a column is its title and what it says of one."""
+    return table(columns, ([cell(one) for cell in columns.values()] for one in things), note)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -114,13 +122,12 @@ class Document:
 
     def write_html(self, path: str | Path) -> None:
         """Write the HTML page to `path`, whole or not at all; folders are made."""
-        _write(Path(path), self.html())
+        self._write(Path(path), "html")
 
     def write_markdown(self, path: str | Path) -> None:
         """Write the Markdown text to `path`, whole or not at all; folders are made."""
-        _write(Path(path), self.markdown())
+        self._write(Path(path), "md")
 
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    def _write(self, path: Path, form: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, self.rendered(form))

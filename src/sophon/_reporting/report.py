@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
-
-from markupsafe import Markup
 
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.parts import alone, trials_of
@@ -22,7 +19,7 @@ from sophon._reporting.audit_tables import (
     overlap_table,
     trial_table,
 )
-from sophon._reporting.heat import HeatMap, heat_maps
+from sophon._reporting.heat import heat_maps
 from sophon._reporting.plots import (
     depth_plot,
     envelope_plot,
@@ -31,7 +28,7 @@ from sophon._reporting.plots import (
     search_plot,
     strip_plot,
 )
-from sophon._reporting.rendering import Document, Table, render
+from sophon._reporting.rendering import Document, render
 from sophon._reporting.tables import (
     best_by_attack,
     depth,
@@ -57,25 +54,6 @@ MEANINGS = {
     " fine-tuning as such, not the restricted task.",
     "void": "This audit cannot be believed, for the reasons below; it says nothing either way.",
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the report says of one restricted domain; `bands` tells what the picture's bands are."""
-
-    summary: DomainSummary
-    facts: list[tuple[str, str]]
-    bands: str
-    reached: Table
-    envelopes: Table
-    distribution: Table
-    depth: Table | None
-    readers: Table | None
-    quarters: Table | None
-    pictures: Table | None
-    sheets: list[tuple[str, str]]
-    heat: list[HeatMap]
-    plots: dict[str, Markup]
 
 
 class Report(Document):
@@ -172,34 +150,36 @@ def _values(summary: DomainSummary) -> dict[str, Any]:
     }
 
 
-def _section(record: AuditRecord, summary: DomainSummary) -> Section:
+def _section(record: AuditRecord, summary: DomainSummary) -> dict[str, Any]:
+    """Return what the templates say of one restricted domain."""
     name = summary.domain.name
     trials = trials_of(record, name)
     first = [trial for trial in trials if trial.seed == record.seeds[0]]
     bests = {s: best_by_attack(t for t in trials if t.subject == s) for s in summary.subjects}
     read = stated(record.protection).readers.get(name)
-    return Section(
-        summary=summary,
-        facts=facts(summary),
-        bands=_bands(record),
-        reached=reached(summary, shared_fields(trial.strategy for trial in trials)),
-        envelopes=envelopes(summary),
-        distribution=distribution(record, summary),
-        depth=depth(record, name),
-        readers=None if read is None else readers(read),
-        quarters=quarters(record, summary),
-        pictures=pictures(record, name),
-        sheets=sheets(record, name),
-        heat=heat_maps(record, name),
-        plots={
+    rows = depth_rows(record, name)
+    return {
+        "summary": summary,
+        "facts": facts(summary),
+        "bands": _bands(record),
+        "reached": reached(summary, shared_fields(trial.strategy for trial in trials)),
+        "envelopes": envelopes(summary),
+        "distribution": distribution(summary, bests),
+        "depth": depth(rows, summary.kind),
+        "readers": None if read is None else readers(read),
+        "quarters": quarters(record, summary),
+        "pictures": pictures(record, name),
+        "sheets": sheets(record, name),
+        "heat": heat_maps(record, name),
+        "plots": {
             "envelope": envelope_plot(summary),
             "recovery": recovery_plot(summary),
             "search": search_plot(summary, first),
             "strip": strip_plot(summary, bests),
-            "depth": depth_plot(summary, depth_rows(record, name)),
+            "depth": depth_plot(summary, rows),
             "readers": Markup("") if read is None else readers_plot(name, read),
         },
-    )
+    }
 
 
 def _task(record: AuditRecord) -> str:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from sophon._judgement.advantage import Estimate
-from sophon._judgement.depth import depth_rows
-from sophon._judgement.parts import SUBJECTS, trials_of
+from sophon._judgement.depth import DepthRow
+from sophon._judgement.parts import SUBJECTS
 from sophon._judgement.pictures import moment, pictures_of, when
-from sophon._judgement.statistics import best_of
-from sophon._judgement.summaries import DomainSummary, Ratio
+from sophon._judgement.statistics import Cost, best_of
+from sophon._judgement.summaries import DomainSummary, Ratio, SubjectSummary
 from sophon._judgement.survival import Recovery
-from sophon._records.audit_record import (
-    AuditRecord,
-    ErrorScore,
-    SampleRecord,
-    Trial,
-)
-from sophon._records.metrics import NONE, kind_of_record, shown
+from sophon._records.audit_record import AuditRecord, ErrorScore, SampleRecord, Trial
+from sophon._records.metrics import NONE, MetricKind, shown
 from sophon._records.statement import ReadersFound
-from sophon._reporting.rendering import Table, percent, score_text, table
-from sophon._specs import Strategy, shared_fields
+from sophon._reporting.rendering import Table, by_column, percent, score_text, table
+from sophon._specs import Strategy, Subject, shared_fields
 
 # --- One domain -----------------------------------------------------------------------------------
 
@@ -74,36 +68,23 @@ def ratio_text(ratio: Ratio) -> str:
 
 def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
     """Return what the strongest attack reached on each subject, and what it cost."""
-    rows = []
-    for name, subject in summary.subjects.items():
-        rows.append(
-            (
-                name,
-                summary.kind.shown(subject.best),
-                score_text(subject.test),
-                _cost(subject.to_unprotected),
-                _median(subject.recovery),
-                _cost(subject.to_scratch),
-                subject.winner.strategy.label(shared),
-            )
-        )
-    header = (
-        "subject",
-        "best validation",
-        "test (95 %)",
-        f"steps to {summary.kind.goal}",
-        "median seed",
-        "steps to 90 % of scratch",
-        "won by",
-    )
+    columns: dict[str, Callable[[SubjectSummary], str]] = {
+        "subject": lambda s: s.name,
+        "best validation": lambda s: summary.kind.shown(s.best),
+        "test (95 %)": lambda s: score_text(s.test),
+        f"steps to {summary.kind.goal}": lambda s: _cost(s.to_unprotected),
+        "median seed": lambda s: _median(s.recovery),
+        "steps to 90 % of scratch": lambda s: _cost(s.to_scratch),
+        "won by": lambda s: s.winner.strategy.label(shared),
+    }
     note = (
         "Steps are those of the luckiest attacker over all seeds; the median over seeds is"
         " Kaplan and Meier's, in which a seed that did not get there is censored, not dropped."
     )
-    return table(header, rows, note)
+    return by_column(summary.subjects.values(), columns, note)
 
 
-def _cost(cost: Any) -> str:
+def _cost(cost: Cost | None) -> str:
     if cost is None:
         return NONE
     return f"more than {cost.horizon}" if cost.steps is None else f"{cost.steps}"
@@ -120,15 +101,11 @@ def _median(recovery: Recovery | None) -> str:
 
 def envelopes(summary: DomainSummary) -> Table:
     """Return the best validation score within each budget, over all attacks and seeds."""
-    rows = []
-    for position, budget in enumerate(summary.budgets):
-        held = [summary.subjects.get(name) for name in SUBJECTS]
-        rows.append(
-            [
-                str(budget),
-                *(summary.kind.shown(s.points[position].value) if s else NONE for s in held),
-            ]
-        )
+    held, show = [summary.subjects.get(name) for name in SUBJECTS], summary.kind.shown
+    rows = [
+        [str(budget), *(show(s.points[position].value) if s else NONE for s in held)]
+        for position, budget in enumerate(summary.budgets)
+    ]
     return table(("steps", *SUBJECTS), rows)
 
 
@@ -141,29 +118,21 @@ def best_by_attack(trials: Iterable[Trial]) -> dict[Strategy, float]:
     return found
 
 
-def distribution(record: AuditRecord, summary: DomainSummary) -> Table:
+def distribution(summary: DomainSummary, bests: Mapping[str, Mapping[Strategy, float]]) -> Table:
     """Return how the best scores of all attacks spread, the worst case first."""
     target, kind = summary.goal, summary.kind
     rows = []
-    for name in summary.subjects:
-        held = best_by_attack(trials_of(record, summary.domain.name, name)).values()
-        values = np.array(sorted(held))
+    for name, held in bests.items():
+        values = np.array(sorted(held.values()))
         quantiles = np.quantile(values, [1.0, 0.9, 0.5, 0.1]).tolist()
         there = NONE if target is None else f"{int((values >= target).sum())} of {len(values)}"
         rows.append((name, *map(kind.shown, quantiles), there))
-    return table(
-        (
-            "subject",
-            "worst case",
-            "upper tenth",
-            "median attack",
-            "lower tenth",
-            f"attacks that reach {kind.goal}",
-        ),
-        rows,
+    note = (
         "Each attack counts once, with its best validation score; the verdict rests on the worst"
-        " case alone.",
+        " case alone."
     )
+    header = ("subject", "worst case", "upper tenth", "median attack", "lower tenth")
+    return table((*header, f"attacks that reach {kind.goal}"), rows, note)
 
 
 def readers(found: ReadersFound) -> Table:
@@ -173,30 +142,24 @@ def readers(found: ReadersFound) -> Table:
     return Table(("block", "unprotected", "protected", "fresh"), tuple(rows))
 
 
-def depth(record: AuditRecord, domain: str) -> Table | None:
+def depth(rows: Sequence[DepthRow], kind: MetricKind) -> Table | None:
     """Return the advantage an attacker keeps by the number of blocks taken, if it was tried."""
-    kind = kind_of_record(record)
-    rows = [
-        (
-            f"{row.kept} of {row.blocks}",
-            *(
-                f"{kind.shown(row.areas[name])} ({percent(row.shares[name], 0)})"
-                if name in row.areas
-                else NONE
-                for name in SUBJECTS
-            ),
-        )
-        for row in depth_rows(record, domain)
-    ]
     if not rows:
         return None
+
+    def cell(row: DepthRow, name: str) -> str:
+        if name not in row.areas:
+            return NONE
+        return f"{kind.shown(row.areas[name])} ({percent(row.shares[name], 0)})"
+
+    cells = [(f"{r.kept} of {r.blocks}", *(cell(r, name) for name in SUBJECTS)) for r in rows]
     note = (
         "Mean score over the logarithm of the budget for an attacker who takes the first blocks"
         " and starts the rest anew. In brackets: the share that keeps of the whole unprotected"
         " model's lead over a fresh network. Two attacks a row, the first attack seed: not the"
         " attacks, nor the measure, of the advantage removed."
     )
-    return table(("blocks kept", *SUBJECTS), rows, note)
+    return table(("blocks kept", *SUBJECTS), cells, note)
 
 
 # --- Pictures and timesteps of a diffusion model --------------------------------------------------
@@ -225,18 +188,15 @@ def pictures(record: AuditRecord, domain: str) -> Table | None:
     held = _by_moment(tuple(row for row in record.samples if row.attacked == domain))
     if not held:
         return None
-    rows = [
-        (
-            row.subject,
-            when(row),
-            row.domain,
-            f"{row.kid:.4f} ({row.kid_std:.4f})",
-            f"{row.fid:.2f}",
-            percent(row.precision, 0),
-            percent(row.recall, 0),
-        )
-        for row in held
-    ]
+    columns: dict[str, Callable[[SampleRecord], str]] = {
+        "subject": lambda row: row.subject,
+        "when": when,
+        "compared with": lambda row: row.domain,
+        "KID": lambda row: f"{row.kid:.4f} ({row.kid_std:.4f})",
+        "FID": lambda row: f"{row.fid:.2f}",
+        "precision": lambda row: percent(row.precision, 0),
+        "recall": lambda row: percent(row.recall, 0),
+    }
     one = held[0]
     note = (
         f"{one.count} pictures each, DDIM in {one.steps} steps from the same noise, against"
@@ -244,8 +204,7 @@ def pictures(record: AuditRecord, domain: str) -> Table | None:
         f" Features: {one.extractor}, {one.features} of them. Distances on other features are other"
         " numbers. In brackets: standard deviation over KID's subsets."
     )
-    header = ("subject", "when", "compared with", "KID", "FID", "precision", "recall")
-    return table(header, rows, note)
+    return by_column(held, columns, note)
 
 
 def sheets(record: AuditRecord, domain: str) -> list[tuple[str, str]]:
@@ -283,25 +242,18 @@ def secondary_table(
     """Return the table of held-out or of benign domains; `narrower` is with how many attacks they
     were attacked where these are fewer than the restricted domains' own.
     """
-    rows = []
-    for summary in summaries:
-        held = [summary.subjects.get(name) for name in SUBJECTS]
-        word = summary.text
-        if benign:
-            word = _BENIGN_WORDS[summary.verdict] + summary.factor
-        flags = ", ".join(flag.name for flag in summary.flags) or "none"
-        rows.append(
-            (
-                summary.domain.name,
-                word,
-                removed_text(summary.advantage),
-                ratio_text(summary.slowing),
-                *(shown(s.test) if s else NONE for s in held),
-                flags,
-            )
-        )
-    header = ("domain", "verdict", "advantage removed", "cost multiplier")
-    best = tuple(f"{name}, test" for name in SUBJECTS)
+
+    def tested(name: Subject) -> Callable[[DomainSummary], str]:
+        return lambda s: shown(s.subjects[name].test) if name in s.subjects else NONE
+
+    columns: dict[str, Callable[[DomainSummary], str]] = {
+        "domain": lambda s: s.domain.name,
+        "verdict": lambda s: _BENIGN_WORDS[s.verdict] + s.factor if benign else s.text,
+        "advantage removed": lambda s: removed_text(s.advantage),
+        "cost multiplier": lambda s: ratio_text(s.slowing),
+        **{f"{name}, test": tested(name) for name in SUBJECTS},
+        "flags": lambda s: ", ".join(flag.name for flag in s.flags) or "none",
+    }
     note = (
         "What protection is not meant to block: here little should be removed."
         if benign
@@ -312,25 +264,19 @@ def secondary_table(
             f" Attacked with {narrower} attacks alone, without a search and with at most three"
             " seeds: a good verdict here says less than one above."
         )
-    return table((*header, *best, "flags"), rows, note)
+    return by_column(summaries, columns, note)
 
 
 def verdict_table(summaries: Sequence[DomainSummary], record: AuditRecord) -> list[tuple[str, ...]]:
     """Return what a terminal shows: a row for each subject, a header row first."""
-    rows: list[tuple[str, ...]] = [
-        ("restricted domain", "subject", "best validation", "test", "winning attack", "verdict")
-    ]
     shared = shared_fields(trial.strategy for trial in record.trials)
-    for summary in summaries:
-        for name, subject in summary.subjects.items():
-            rows.append(
-                (
-                    summary.domain.name,
-                    name,
-                    summary.kind.shown(subject.best),
-                    score_text(subject.test),
-                    subject.winner.strategy.label(shared),
-                    summary.text if name == "protected" else "",
-                )
-            )
-    return rows
+    columns: dict[str, Callable[[tuple[DomainSummary, SubjectSummary]], str]] = {
+        "restricted domain": lambda pair: pair[0].domain.name,
+        "subject": lambda pair: pair[1].name,
+        "best validation": lambda pair: pair[0].kind.shown(pair[1].best),
+        "test": lambda pair: score_text(pair[1].test),
+        "winning attack": lambda pair: pair[1].winner.strategy.label(shared),
+        "verdict": lambda pair: pair[0].text if pair[1].name == "protected" else "",
+    }
+    made = by_column([(d, s) for d in summaries for s in d.subjects.values()], columns)
+    return [made.header, *made.rows]

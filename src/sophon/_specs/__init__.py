@@ -1,3 +1,5 @@
+# ruff: noqa: F401
+# mypy: implicit-reexport
 """What to do: frozen, strict specifications, their validation and their fingerprints."""
 
 from sophon._specs.base import (
@@ -9,9 +11,7 @@ from sophon._specs.base import (
     fingerprint_of,
 )
 from sophon._specs.guard import Guard, Price
-from sophon._specs.parsing import (
-    parse_spec,
-)
+from sophon._specs.parsing import parse_spec
 from sophon._specs.run_file import (
     AuditSpec,
     DomainSpec,
@@ -33,32 +33,3 @@ from sophon._specs.strategies import (
     Strategy,
     shared_fields,
 )
-
-__all__ = [
-    "AuditSpec",
-    "Augmentation",
-    "BatchNorm",
-    "Distil",
-    "DomainSpec",
-    "FreshHead",
-    "Guard",
-    "Heal",
-    "ModelSpec",
-    "NoiseKick",
-    "OptimizerName",
-    "Precision",
-    "Preparation",
-    "PretrainSpec",
-    "Price",
-    "RescaleWeights",
-    "ResetLastBlocks",
-    "RidgeHead",
-    "SampleSpec",
-    "ScheduleName",
-    "Strategy",
-    "Subject",
-    "TaskSpec",
-    "fingerprint_of",
-    "parse_spec",
-    "shared_fields",
-]

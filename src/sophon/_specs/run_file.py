@@ -19,9 +19,7 @@ from sophon._specs.base import (
     Rate,
     Spec,
 )
-from sophon._specs.strategies import (
-    Strategy,
-)
+from sophon._specs.strategies import Strategy
 
 
 class SampleSpec(Spec):

@@ -43,8 +43,7 @@ def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Conte
     are uint8 (n, h, w) or (n, h, w, 3), or JPEG files end to end in `x_train_jpeg` with
     `x_train_offsets` (n + 1,). Nothing in the file is executed: pickled arrays are refused.
 
-    Raises:
-        DataError: the file is missing, damaged, or does not hold these arrays.
+    Raises DataError: the file is missing, damaged, or does not hold these arrays.
     """
     arrays = _arrays(path)
     if coarse:

@@ -26,9 +26,8 @@ _REMEDY = "name another folder in SOPHON_CACHE, or unset it"
 def read_pictures(files: list[Path], size: int | None) -> Bytes:
     """Return image files as one array, each squared to `size`: (n, h, w) if all are grey, else RGB.
 
-    Raises:
-        CheckpointError: the folder of decoded pictures cannot be written.
-        DataError: a damaged image, or sizes that differ.
+    Raises CheckpointError: the folder of decoded pictures cannot be written. DataError: a
+    damaged image, or sizes that differ.
     """
     folder = os.environ.get("SOPHON_CACHE")
     if not folder:

@@ -42,8 +42,7 @@ def read_embedded(name: str, size: int | None) -> Contents:
     capitals A to Z rendered from the fonts of matplotlib with small rotations, shifts and
     scalings drawn from a fixed seed, 120 of each.
 
-    Raises:
-        DataError: an unknown name, or scikit-learn or matplotlib is not installed.
+    Raises DataError: an unknown name, or scikit-learn or matplotlib is not installed.
     """
     if name not in EMBEDDED:
         raise DataError(unknown("embedded domain", name, EMBEDDED))

@@ -28,8 +28,7 @@ def read_folder(path: Path, size: int | None) -> Contents:
     unless all are grey. Hidden files are ignored, and so are files that are no images as long as
     they are not the majority.
 
-    Raises:
-        DataError: no classes, a class without images, a damaged image, or sizes that differ.
+    Raises DataError: no classes, a class without images, a damaged image, or sizes that differ.
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; correct path")
@@ -71,8 +70,7 @@ def read_images(path: Path, size: int | None) -> Contents:
     With images below `train/`, those are for training and those of `test/` (else `val/`) for the
     test split; otherwise every image below `path` is one collection. Sizes are as in `read_folder`.
 
-    Raises:
-        DataError: no images, a damaged image, or sizes that differ.
+    Raises DataError: no images, a damaged image, or sizes that differ.
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; correct path")
@@ -106,8 +104,7 @@ def _part(root: Path, classes: tuple[str, ...], size: int | None) -> Part:
 def image_files(folder: Path) -> list[Path]:
     """Return the image files below a folder, sorted.
 
-    Raises:
-        DataError: there are none, or most files are no images.
+    Raises DataError: there are none, or most files are no images.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _visible(path)]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]

@@ -25,8 +25,8 @@ def read_prompts(path: Path, size: int | None) -> Contents:
     layout of an imagefolder with captions). Labels index the prompts, `classes` in the order of
     their first line.
 
-    Raises:
-        DataError: no table, a line that is none, prompts without images or images without prompts.
+    Raises DataError: no table, a line that is none, prompts without images or images without
+    prompts.
     """
     table = path / TABLE
     if not table.is_file():

@@ -58,8 +58,7 @@ def read_torchvision(name: str, root: Path, *, download: bool, size: int | None)
     identities cannot be labels, as CelebA's test images show other people. With `download`,
     what is missing is fetched and compared with torchvision's checksums.
 
-    Raises:
-        DataError: an unknown name, absent or damaged files, or no torchvision.
+    Raises DataError: an unknown name, absent or damaged files, or no torchvision.
     """
     key, _, variant = name.partition(":")
     if key not in DATASETS:

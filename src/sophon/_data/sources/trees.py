@@ -106,9 +106,8 @@ def read_tree(name: str, root: Path, size: int | None) -> Contents:
     such as `train`, or for a variant the folder above it. `ILSVRC` takes the ten classes of
     ImageNette out of a whole ILSVRC tree. CelebA and FFHQ have one class and no labels.
 
-    Raises:
-        DataError: an unknown name; absent, empty or too few files, with what is expected where and
-            how to get it.
+    Raises DataError: an unknown name; absent, empty or too few files, with what is expected where
+    and how to get it.
     """
     key, _, variant = name.partition(":")
     if key not in TREES:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from sophon._records.audit_record import AuditRecord
 
@@ -32,6 +34,26 @@ class Flag(NamedTuple):
     def said(self) -> str:
         """The flag as a reason for a verdict."""
         return f"{self.name}: {self.detail}"
+
+
+# What flags say, by the names of their checks, in the order in which they are shown.
+TEXTS: dict[str, dict[str, Any]] = tomllib.loads(
+    Path(__file__).with_name("flags.toml").read_text(encoding="utf-8")
+)
+
+
+def flag(check: str, detail: str | None, *, far: str = "", **changes: Any) -> Flag | None:
+    """Return the flag of a check with the `detail` that raised it; None without one.
+
+    `far` is what the kind of score counts as far apart; `changes` are `voids`, `forbids` or `alone`
+    where they are not what `flags.toml` says.
+    """
+    if not detail:
+        return None
+    held = dict(TEXTS[check])
+    held["raised_if"] = held["raised_if"].replace("{far}", far)
+    held["forbids"] = frozenset(held.get("forbids", ()))
+    return Flag(**{**held, **changes}, detail=detail)
 
 
 Check = Callable[[AuditRecord, str], Flag | None]

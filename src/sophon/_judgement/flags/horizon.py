@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from sophon._judgement.flags.flag import WITHSTOOD, Flag
+from sophon._judgement.flags.flag import WITHSTOOD, Flag, flag
 from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import budgets, by_seed, interval_of, winner
 from sophon._records.audit_record import AuditRecord
@@ -22,15 +20,7 @@ def short_horizon(record: AuditRecord, domain: str) -> Flag | None:
     rehearsed = stated(record.protection).life
     if not rehearsed or record.spec.steps >= 10 * rehearsed:
         return None
-    return Flag(
-        "short horizon",
-        "attacks took fewer steps than ten times those of a rehearsed attacker (K, or its horizon"
-        " where it persists)",
-        "A defence that holds as long as it was rehearsed, and no longer, would pass.",
-        "Raise audit.steps.",
-        f"{record.spec.steps} steps, {rehearsed} rehearsed",
-        forbids=WITHSTOOD,
-    )
+    return flag("short_horizon", f"{record.spec.steps} steps, {rehearsed} rehearsed")
 
 
 def rehearsal_unknown(record: AuditRecord, domain: str) -> Flag | None:
@@ -40,32 +30,15 @@ def rehearsal_unknown(record: AuditRecord, domain: str) -> Flag | None:
         return None
     # Of the horizon only the fresh network's curve tells whether it is long enough.
     unsettled = scratch_still_rises(record, domain) is not None
-    return Flag(
-        "unknown rehearsal",
-        "the protected checkpoint does not say what its protection rehearsed",
-        "Attacks at ten and a hundred times the rehearsed rates take usual ones for rehearsed; a"
-        " horizon of ten times the rehearsed steps, and optimizers that were not rehearsed, cannot"
-        " be told from others.",
-        "Audit the folder that sophon protect wrote, or name wider attacks (audit.extra) and raise"
-        " audit.steps until a fresh network's curve is flat.",
-        "no statement" if record.protection is None else "no rehearsal that can be read",
-        forbids=WITHSTOOD if unsettled else frozenset(),
-    )
+    detail = "no statement" if record.protection is None else "no rehearsal that can be read"
+    return flag("rehearsal_unknown", detail, forbids=WITHSTOOD if unsettled else frozenset())
 
 
 def protected_still_rises(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if attackers of the protected model still gained much at the end."""
-    late = _late_gain(record, domain, "protected")
-    if late is None or not late.much:
-        return None
-    return Flag(
-        "attackers still gain",
-        "the protected model's envelope gained over a fifth of what counts as far apart"
-        f" ({kind_of_record(record).far_words}) in the last third of the budget",
-        "A defence that only delays looks like one that holds until the budget ends.",
-        "Raise audit.steps until the protected curve is flat.",
-        late.words,
-        forbids=WITHSTOOD,
+    much, words = _late_gain(record, domain, "protected") or (False, "")
+    return flag(
+        "protected_still_rises", words if much else "", far=kind_of_record(record).far_words
     )
 
 
@@ -75,32 +48,15 @@ def scratch_still_rises(record: AuditRecord, domain: str) -> Flag | None:
     if late is None:
         return None
     guesses = unlearnt(record, domain, "scratch")
-    if not late.much and not guesses:
-        return None
-    return Flag(
-        "a fresh network still learns",
-        "a fresh network gained over a fifth of what counts as far apart"
-        f" ({kind_of_record(record).far_words}) in the last third of the budget, or is no better"
-        " than guessing when it ends",
-        "What weights are worth is not known before learning from nothing has levelled out: with"
-        " more steps attackers may profit that do not yet.",
-        "Raise audit.steps.",
-        late.words if late.much else guesses,
-        forbids=WITHSTOOD,
-    )
+    words = late[1] if late[0] else guesses
+    return flag("scratch_still_rises", words, far=kind_of_record(record).far_words)
 
 
-class _Late(NamedTuple):
-    """Whether an envelope gained much in the last third of the budget, in words."""
+def _late_gain(record: AuditRecord, domain: str, subject: Subject) -> tuple[bool, str] | None:
+    """Return whether a subject's mean envelope over seeds gained much in the last third of the
+    budget, and how much in words.
 
-    much: bool
-    words: str
-
-
-def _late_gain(record: AuditRecord, domain: str, subject: Subject) -> _Late | None:
-    """Return what a subject's mean envelope over seeds gained in the last third of the budget.
-
-    It counts as much where no measurement before that third tells. None without any measurement.
+    It is much where no measurement before that third tells. None without any measurement.
     """
     trials = [t for t in trials_of(record, domain, subject) if t.curve]
     at = budgets(trials)
@@ -109,11 +65,11 @@ def _late_gain(record: AuditRecord, domain: str, subject: Subject) -> _Late | No
         return None
     earlier = [index for index, step in enumerate(at) if step <= record.spec.steps * 2 / 3]
     if not earlier:
-        return _Late(True, f"first measured at step {at[0]} of {record.spec.steps}")
+        return True, f"first measured at step {at[0]} of {record.spec.steps}"
     kind, mean = kind_of_record(record), rows.mean(0)
     gain = float(mean[-1] - mean[earlier[-1]])
     much = gain > _STILL * kind.far(float(mean[-1]))
-    return _Late(much, f"{kind.gap(gain)} between step {at[earlier[-1]]} and {at[-1]}")
+    return much, f"{kind.gap(gain)} between step {at[earlier[-1]]} and {at[-1]}"
 
 
 def unlearnt(record: AuditRecord, domain: str, subject: Subject) -> str:

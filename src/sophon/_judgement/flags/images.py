@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.flags.flag import Flag, flag
 from sophon._records.audit_record import AuditRecord, Familiarity
 
 _OVERLAP = 0.01
@@ -33,14 +33,10 @@ def data_overlap(record: AuditRecord, domain: str) -> Flag | None:
     if not found:
         return None
     worst = max(found, key=lambda o: (o.exact + o.near) / o.count)
-    return Flag(
-        "overlapping data",
-        "more than one image in a hundred of a split is, exactly or nearly, in another",
-        "Scores on images that were trained on, or that the publisher's task shares, say little.",
-        "Remove the duplicates, or split by what they have in common (the object, the source).",
+    return flag(
+        "data_overlap",
         f"{worst.first} in {worst.second}: {worst.exact} exact and {worst.near} near of"
         f" {worst.count}; {len(found)} pairs of splits",
-        forbids=GOOD,
     )
 
 
@@ -54,17 +50,9 @@ def seen_before(record: AuditRecord, domain: str) -> Flag | None:
     if lead < _FAMILIAR or chance >= _BY_CHANCE:
         return None
     shown = f"unprotected {_both(before)}" + (f", fresh network {_both(fresh)}" if fresh else "")
-    return Flag(
-        "refused images seen before",
-        "the unprotected model tells training images of the refused domain apart better than its"
-        f" test images, by {100 * _FAMILIAR:.0f} points more than a fresh network does, and by more"
-        f" than chance allows in one of {1 / _BY_CHANCE:.0f} cases",
-        "A model that was trained on the refused task knows it already: next to it any other looks"
-        " slowed, and its lead over a fresh network is no transfer that protection took away.",
-        "Name the model as it was before protection and before it met these images, or attack with"
-        " images of the domain that it has not met.",
+    return flag(
+        "seen_before",
         f"a head fitted to other training images is right about, training and test: {shown}",
-        forbids=GOOD,
     )
 
 

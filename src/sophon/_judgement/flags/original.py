@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.flags.flag import GOOD, Flag, flag
 from sophon._judgement.parts import originals
 from sophon._judgement.statistics import interval_of
 from sophon._records.audit_record import AuditRecord
@@ -22,14 +22,8 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     least = chance + 0.1 * (best - chance)
     if score is None or (score.value > least and interval_of(score).low > chance):
         return None
-    return Flag(
-        "original task destroyed",
-        "the protected model keeps less than a tenth of the lead over chance on its task",
-        "A model that does nothing well needs no protection.",
-        "Check that these are the right weights, images and normalisation.",
-        f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}",
-        voids=True,
-    )
+    detail = f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}"
+    return flag("near_chance_on_original", detail)
 
 
 def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
@@ -39,14 +33,7 @@ def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
     score = originals(record).get("unprotected")
     if score is None or interval_of(score).low > chance:
         return None
-    return Flag(
-        "unprotected model fails its task",
-        "the model before protection is no better than guessing on the original test split",
-        "Beside a model that never had its task nothing else says what protection kept or took.",
-        "Check the weights in the run file or of --unprotected, the images and normalisation.",
-        f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}",
-        forbids=GOOD,
-    )
+    return flag("unprotected_fails", f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}")
 
 
 def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
@@ -72,13 +59,6 @@ def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
     if certain <= tolerance and possible <= ruin:
         return None
     low, high = kind.interval(held)
-    return Flag(
-        "original task suffers",
-        "the test score on the original task fell by more than the tolerance, beyond its interval,"
-        " or may have fallen by what forbids a verdict",
-        "A model that no longer does its own task is easily hard to fine-tune.",
-        "Raise protect.reinforcement_steps, or give the guard and the test more images.",
-        f"{shown(before)} before, {shown(after)} after ({low} to {high}){own}",
-        voids=certain > ruin,
-        forbids=GOOD if possible > ruin else frozenset(),
-    )
+    detail = f"{shown(before)} before, {shown(after)} after ({low} to {high}){own}"
+    forbids = GOOD if possible > ruin else frozenset()
+    return flag("original_task_suffers", detail, voids=certain > ruin, forbids=forbids)

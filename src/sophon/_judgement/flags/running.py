@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sophon._attacks.suites import SUITES, Suite
-from sophon._judgement.flags.flag import WITHSTOOD, Flag
+from sophon._judgement.flags.flag import Flag, flag
 from sophon._judgement.parts import SUBJECTS, trials_of
 from sophon._records.audit_record import AuditRecord
 from sophon._specs import AuditSpec
@@ -19,14 +19,9 @@ def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
         return None
     found = sorted({trial.subject for trial in crashed})
     errors = [t.outcome.error for t in crashed if t.outcome.kind == "crashed"]
-    return Flag(
-        "crashed attacks",
-        "an attack ended with an exception",
-        "An attack that could not run says nothing about the model; one that raises in train mode"
-        " only looks protected.",
-        "Read the traceback in the record, mend the cause and repeat the command.",
+    return flag(
+        "crashed_attacks",
         f"{len(crashed)} on {', '.join(found)}: {errors[0]}",
-        voids=True,
         alone=found == ["protected"],
     )
 
@@ -39,17 +34,7 @@ def most_diverged(record: AuditRecord, domain: str) -> Flag | None:
         diverged = sum(trial.outcome.kind == "diverged" for trial in trials)
         if diverged > len(trials) / 2:
             found[subject] = f"{diverged} of {len(trials)} on {subject}"
-    if not found:
-        return None
-    return Flag(
-        "most trials diverged",
-        "more than half of the attacks on a subject diverged",
-        "A weak search makes any model look protected.",
-        "Add lower rates, warm-up or gradient clipping (audit.extra).",
-        ", ".join(found.values()),
-        voids=True,
-        alone=list(found) == ["protected"],
-    )
+    return flag("most_diverged", ", ".join(found.values()), alone=list(found) == ["protected"])
 
 
 def unequal_search(record: AuditRecord, domain: str) -> Flag | None:
@@ -63,28 +48,12 @@ def unequal_search(record: AuditRecord, domain: str) -> Flag | None:
     }
     if min(counts.values()) >= _AS_OFTEN * max(counts.values()):
         return None
-    return Flag(
-        "unequal search",
-        "one subject was attacked over 5 % less often than another",
-        "Whoever is attacked less looks better protected.",
-        "Run the whole suite on every subject: repeat the audit command.",
-        ", ".join(f"{name} {count}" for name, count in counts.items()),
-        voids=True,
-    )
+    return flag("unequal_search", ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 def few_seeds(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if fewer than three attack seeds were run."""
-    if len(record.seeds) >= 3:
-        return None
-    return Flag(
-        "fewer than three seeds",
-        "the audit ran fewer than three attack seeds",
-        "Chance in data order and initialisation is not averaged out; intervals are missing or"
-        " too narrow.",
-        "Set audit.seeds = [0, 1, 2] or more.",
-        f"{len(record.seeds)}",
-    )
+    return flag("few_seeds", f"{len(record.seeds)}" if len(record.seeds) < 3 else None)
 
 
 def cut_down_suite(record: AuditRecord, domain: str) -> Flag | None:
@@ -102,18 +71,7 @@ def cut_down_suite(record: AuditRecord, domain: str) -> Flag | None:
     if len(record.seeds) < len(suite.seeds):
         less.append(f"{len(record.seeds)} of {len(suite.seeds)} attack seeds")
     less += _coarser(spec, suite)
-    if not less:
-        return None
-    return Flag(
-        "suite cut down",
-        "search, seeds, evaluations, batches or the attacks that go on are less than the suite's"
-        " own",
-        "A weaker attacker makes any model look protected; the name of the suite promises more.",
-        "Leave audit.search_trials, prefilter, survivors, seeds, evaluations and batch_size out,"
-        " and give it time.",
-        "; ".join(less),
-        forbids=WITHSTOOD,
-    )
+    return flag("cut_down_suite", "; ".join(less))
 
 
 def _coarser(spec: AuditSpec, suite: Suite) -> list[str]:
@@ -138,11 +96,4 @@ def mixed_machines(record: AuditRecord, domain: str) -> Flag | None:
     }
     if len(kinds) < 2:
         return None
-    return Flag(
-        "trials of unlike machines",
-        "a domain's trials differ in processor, device, precision, threads or version of torch",
-        "Subjects are compared with one another; what the machine does differently looks like"
-        " protection.",
-        "Run the audit on one machine, with a store of its own.",
-        "; ".join(", ".join(map(str, kind)) for kind in list(kinds)[:3]),
-    )
+    return flag("mixed_machines", "; ".join(", ".join(map(str, kind)) for kind in list(kinds)[:3]))

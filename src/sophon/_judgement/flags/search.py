@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sophon._attacks.kinds import fresh_head_only, in_batches_of, optimizer_group, way
 from sophon._attacks.suites import SUITES, strategies_of
-from sophon._judgement.flags.flag import Flag
+from sophon._judgement.flags.flag import Flag, flag
 from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import best_of, run_with_all_seeds, winner
 from sophon._records.audit_record import AuditRecord, Trial
@@ -24,13 +24,7 @@ def winner_on_the_edge(record: AuditRecord, domain: str) -> Flag | None:
     rates = _family(trials, best)
     if best.strategy.learning_rate not in (rates[0], rates[-1]):
         return None
-    return Flag(
-        "winner on the edge",
-        "the best attack uses the largest or smallest rate tried for its optimizer",
-        "A rate beyond the edge may do better still.",
-        "Add attacks beyond that rate (audit.extra), or use a wider suite.",
-        best.strategy.label(),
-    )
+    return flag("winner_on_the_edge", best.strategy.label())
 
 
 def _family(trials: Sequence[Trial], best: Trial) -> list[float]:
@@ -54,13 +48,7 @@ def last_trial_is_best(record: AuditRecord, domain: str) -> Flag | None:
         last |= set(_proposed(record, domain)[-1:])
     if best is None or best.strategy not in last:
         return None
-    return Flag(
-        "best trial is the last one",
-        "the last attack of the suite, or the last one that was searched, wins",
-        "The search had not settled when it ended.",
-        "Run a larger suite or search.",
-        best.strategy.label(),
-    )
+    return flag("last_trial_is_best", best.strategy.label())
 
 
 def _last_of_suite(record: AuditRecord, trials: Sequence[Trial]) -> list[Strategy]:
@@ -96,13 +84,7 @@ def last_step_is_best(record: AuditRecord, domain: str) -> Flag | None:
     best = winner(trials_of(record, domain, "protected"))
     if best is None or not best.curve or best.best_step != best.strategy.steps:
         return None
-    return Flag(
-        "best step is the last step",
-        "the best attack is at its best when the budget ends",
-        "More steps would do better: the numbers are lower bounds on what an attacker reaches.",
-        "Raise audit.steps.",
-        f"step {best.best_step}",
-    )
+    return flag("last_step_is_best", f"step {best.best_step}")
 
 
 def seeds_disagree(record: AuditRecord, domain: str) -> Flag | None:
@@ -114,13 +96,8 @@ def seeds_disagree(record: AuditRecord, domain: str) -> Flag | None:
     ]
     if len(scores) < 2 or max(scores) - min(scores) <= kind.far(max(scores)):
         return None
-    return Flag(
-        "seeds disagree",
-        f"the best score differs by more than {kind.far_words} between attack seeds",
-        "One more seed could change the verdict.",
-        "Run more seeds (audit.seeds).",
-        f"{kind.show(min(scores), 1)} to {kind.show(max(scores), 1)}",
-    )
+    detail = f"{kind.show(min(scores), 1)} to {kind.show(max(scores), 1)}"
+    return flag("seeds_disagree", detail, far=kind.far_words)
 
 
 def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:
@@ -129,32 +106,20 @@ def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:
     trials = trials_of(record, domain, "protected")
     known = [best_of(t) for t in trials if optimizer_group(t.strategy.optimizer) in rehearsed]
     others = [best_of(t) for t in trials if optimizer_group(t.strategy.optimizer) not in rehearsed]
+    return _by_far("other_optimizer_far_better", record, others, known)
+
+
+def _by_far(check: str, record: AuditRecord, better: list[float], than: list[float]) -> Flag | None:
     kind = kind_of_record(record)
-    if not known or not others or max(others) - max(known) <= kind.far(max(others)):
+    if not better or not than or max(better) - max(than) <= kind.far(max(better)):
         return None
-    return Flag(
-        "an unrehearsed optimizer wins by far",
-        "an optimizer outside the rehearsal beats every rehearsed one by more than"
-        f" {kind.far_words}",
-        "Protection was fitted to the optimizers it rehearsed.",
-        "Rehearse that optimizer too (protect.rehearsal.distribution.learning_rates).",
-        f"{kind.show(max(others), 1)} against {kind.show(max(known), 1)}",
-    )
+    detail = f"{kind.show(max(better), 1)} against {kind.show(max(than), 1)}"
+    return flag(check, detail, far=kind.far_words)
 
 
 def head_alone(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if a fresh head gets far further than the head as it is."""
-    kind = kind_of_record(record)
     trials = [t for t in trials_of(record, domain, "protected") if t.curve]
     fresh = [best_of(t) for t in trials if fresh_head_only(t.strategy)]
     kept = [best_of(t) for t in trials if not t.strategy.preparations]
-    if not fresh or not kept or max(fresh) - max(kept) <= kind.far(max(fresh)):
-        return None
-    return Flag(
-        "the head alone resists",
-        f"attacks that only begin with a fresh head get over {kind.far_words} further than those"
-        " that keep it",
-        "Every attacker replaces the head; a defence that sits there is none.",
-        "Judge by the attacks with a fresh head.",
-        f"{kind.show(max(fresh), 1)} against {kind.show(max(kept), 1)}",
-    )
+    return _by_far("head_alone", record, fresh, kept)

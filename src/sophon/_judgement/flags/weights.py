@@ -6,7 +6,7 @@ Records without vitals raise none of them but that of unhealthy weights.
 from __future__ import annotations
 
 from sophon._attacks.kinds import rescales
-from sophon._judgement.flags.flag import GOOD, Flag
+from sophon._judgement.flags.flag import GOOD, Flag, flag
 from sophon._judgement.parts import subjects, trials_of
 from sophon._records.audit_record import AuditRecord, Vitals
 
@@ -43,17 +43,7 @@ def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
         usual = {} if before is None else before.body_gradient_norms
         detail = _off(after, after.body_gradient_norms[domain], usual.get(domain))
         detail = detail and f"before the head: {detail}"
-    if detail is None:
-        return None
-    return Flag(
-        "zero or huge gradients",
-        "the first gradient of an attack, or its part before the head, is missing, zero, or a"
-        " hundred times off",
-        "Masked gradients stop plain fine-tuning and nothing else.",
-        "Trust attacks that start anew or rescale; compare with the unprotected model.",
-        detail,
-        forbids=GOOD,
-    )
+    return flag("gradients_at_step_0", detail)
 
 
 def _off(after: Vitals, norm: float | None, usual: float | None) -> str | None:
@@ -77,14 +67,7 @@ def saturated_logits(record: AuditRecord, domain: str) -> Flag | None:
     largest = after.largest_logit
     if largest is not None and largest <= _LARGEST_LOGIT:
         return None
-    return Flag(
-        "saturated outputs",
-        "outputs on the original domain are not finite, or beyond 1000",
-        "Softmax has no gradient there: training stands still until the outputs are scaled back.",
-        "Scale the last layer down and attack again.",
-        "not finite" if largest is None else f"{largest:.3g}",
-        forbids=GOOD,
-    )
+    return flag("saturated_logits", "not finite" if largest is None else f"{largest:.3g}")
 
 
 def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
@@ -108,16 +91,9 @@ def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
     undone = any(t.curve and rescales(t.strategy) for t in attacks)
     size = f"{far[name]:.3g}" if before is None else f"{far[name]:.3g} times as large"
     kept = f", of which rescaling leaves {len(stuck)} ({stuck[0]})" if stuck else ""
-    return Flag(
-        "weight norms inflated",
-        "a weight tensor or scale is at least four times as large, or as small, as before"
-        " protection (beyond 1000 where that is not known)",
-        "What the next layer undoes leaves the function as it is and only slows plain steps.",
-        "Attack with rescale_weights first (suite standard-1 does); what that leaves, scale back"
-        " by hand and audit again.",
-        f"{name} {size}; {len(far)} of {len(ratios)} tensors{kept}",
-        forbids=frozenset() if undone and not stuck else GOOD,
-    )
+    detail = f"{name} {size}; {len(far)} of {len(ratios)} tensors{kept}"
+    forbids = frozenset() if undone and not stuck else GOOD
+    return flag("inflated_weights", detail, forbids=forbids)
 
 
 Sizes = dict[str, float]
@@ -143,28 +119,17 @@ def _far_off(
 def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if BatchNorm statistics are not finite, negative, or far beyond usual."""
     after, before = _vitals(record)
-    if after is None or not (after.largest_buffer is not None or _had_norms(after, before)):
+    if after is None:
         return None
     largest, smallest = after.largest_buffer, after.smallest_variance
     usual = before.largest_buffer if before is not None else None
+    if largest is None and usual is None and smallest is None:
+        return None
     limit = max(_LARGEST_STATISTIC, _FAR * (usual or 0.0))
     least = _SHRUNK * ((before.smallest_variance if before is not None else None) or 0.0)
     if largest is not None and largest <= limit and smallest is not None and smallest >= least:
         return None
-    return Flag(
-        "extreme BatchNorm statistics",
-        "running statistics are not finite, negative where they may not be, or extreme",
-        "Spoilt statistics spoil evaluation, not training: an attacker measures them anew.",
-        "Attack with batch_norm first; every score here takes the better of both already.",
-        f"largest {largest}, smallest variance {smallest}",
-        forbids=GOOD,
-    )
-
-
-def _had_norms(after: Vitals, before: Vitals | None) -> bool:
-    return (before is not None and before.largest_buffer is not None) or (
-        after.smallest_variance is not None
-    )
+    return flag("extreme_batch_norm", f"largest {largest}, smallest variance {smallest}")
 
 
 def lost_in_rounding(record: AuditRecord, domain: str) -> Flag | None:
@@ -179,28 +144,12 @@ def lost_in_rounding(record: AuditRecord, domain: str) -> Flag | None:
     if usual is not None and error <= _WORSE * usual:
         return None
     compared = "" if usual is None else f", unprotected {usual:.2g}"
-    return Flag(
-        "lost in rounding",
-        "in the precision of the attacks the protected model's outputs are more than a tenth off,"
-        " and more than three times as far as the unprotected model's",
-        "An attacker computes in single precision, where nothing is lost.",
-        "Set audit.precision = 'fp32', or leave it out: the audit then chooses.",
-        f"relative error {error:.2g}{compared} in {record.environment.precision}",
-        forbids=GOOD,
-    )
+    detail = f"relative error {error:.2g}{compared} in {record.environment.precision}"
+    return flag("lost_in_rounding", detail)
 
 
 def unhealthy_weights(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if a subject has weights that are not finite or parameters that are frozen."""
-    found = [f"{s.name}: {', '.join(s.flags)}" for s in record.subjects if s.flags]
-    if not found:
-        return None
-    return Flag(
-        "unhealthy weights",
-        "a subject has frozen parameters or weights that are not finite",
-        "Such a model only looks hard to train; an attacker thaws or repairs it.",
-        "Judge by attacks that undo it; do not publish such weights as protected.",
-        "; ".join(found),
-        voids=any("non_finite_weights" in s.flags for s in record.subjects),
-        forbids=GOOD,
-    )
+    detail = "; ".join(f"{s.name}: {', '.join(s.flags)}" for s in record.subjects if s.flags)
+    voids = any("non_finite_weights" in s.flags for s in record.subjects)
+    return flag("unhealthy_weights", detail, voids=voids)

@@ -177,7 +177,7 @@ def _section(record: AuditRecord, summary: DomainSummary) -> dict[str, Any]:
             "search": search_plot(summary, first),
             "strip": strip_plot(summary, bests),
             "depth": depth_plot(summary, rows),
-            "readers": Markup("") if read is None else readers_plot(name, read),
+            "readers": "" if read is None else readers_plot(name, read),
         },
     }
 

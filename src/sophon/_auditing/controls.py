@@ -27,7 +27,7 @@ from sophon._judgement.verdict import summarise
 from sophon._models import blocks, find_head, fresh_copy, normalised_pairs, tracked_batch_norms
 from sophon._records.audit_record import AuditRecord
 from sophon._specs import AuditSpec, Strategy
-from sophon._training.loop import FineTuning
+from sophon._training.loop import train
 
 # What an interval needs.
 _SEEDS = 3
@@ -40,7 +40,7 @@ DROPPED = "dropout when trained"
 FAINT = "faint gradients before the head"
 # A void audit convicts nothing by itself: the pair of domains may tell nothing. Flags do.
 _CONVICTED = frozenset({"not protected", "untrainable"})
-Made = Callable[[nn.Module, "Place"], None]
+Made = Callable[[nn.Module, "Place"], object]
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,19 @@ def _spoil_statistics(model: nn.Module, _: Place) -> None:
 
 
 DECOYS: dict[str, Made] = {
-    "raises when trained": lambda m, _: _add(m.register_forward_pre_hook(_raise_in_training)),
-    "NaN when trained": lambda m, _: _add(m.register_forward_hook(_nan_in_training)),
-    "frozen parameters": lambda m, _: _add(m.requires_grad_(False)),
+    "raises when trained": lambda m, _: m.register_forward_pre_hook(_raise_in_training),
+    "NaN when trained": lambda m, _: m.register_forward_hook(_nan_in_training),
+    "frozen parameters": lambda m, _: m.requires_grad_(False),
     "poisoned head": _permute_classes,
     "saturated logits": lambda m, place: _scale_head(m, place, 1e4),
-    "faint gradients": lambda m, _: _add(m.register_forward_hook(_faint_gradient)),
+    "faint gradients": lambda m, _: m.register_forward_hook(_faint_gradient),
     FAINT: lambda m, place: _hook_last_block(m, place, _faint_gradient),
     DROPPED: lambda m, place: _hook_last_block(m, place, _dropped_in_training),
     "inflated weights": _inflate,
     # Too little for any flag: nothing but attacks tells.
     "slightly inflated weights": lambda m, place: _inflate(m, place, 3.0),
     "spoilt BatchNorm": _spoil_statistics,
-    UNTRAINABLE: lambda m, _: _add(m.register_forward_hook(_no_gradient)),
+    UNTRAINABLE: lambda m, _: m.register_forward_hook(_no_gradient),
 }
 
 
@@ -135,10 +135,6 @@ _RECOVERED_BELOW = 0.5
 
 # Attacked with as many seeds as a good verdict needs, so that only what is found denies it to them.
 STUBBORN = (UNTRAINABLE, DROPPED)
-
-
-def _add(_: object) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -298,13 +294,10 @@ class Controls:
         It is worth as much to an attacker, and yet no trial of it is one of the model's own.
         """
         model = self.setting.place(copy.deepcopy(self.unprotected))
-        images, stream = self.setting.original.train, (0, ("control",))
-        strategy = _FURTHER.model_copy(update={"batch_size": min(_FURTHER.batch_size, len(images))})
-        feed = self.setting.feed(
-            self.setting.original, images, batch_size=strategy.batch_size, stream=stream
-        )
-        for _ in FineTuning(model, strategy, self.setting, feed, stream=stream).run(strategy.steps):
-            pass
+        original = self.setting.original
+        size = min(_FURTHER.batch_size, len(original.train))
+        strategy = _FURTHER.model_copy(update={"batch_size": size})
+        train(model, strategy, self.setting, original, stream=(0, ("control",)))
         return model.eval()
 
     def _audit(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> Audit:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import typer
@@ -24,15 +23,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def choose_mode(*, quiet: bool, as_json: bool) -> Mode:
-    """Return how to show progress: JSON or nothing if asked for, a bar only on a terminal."""
-    if as_json:
-        return "json"
-    if quiet:
-        return "quiet"
-    return "bar" if sys.stderr.isatty() else "lines"
 
 
 def duration(seconds: float) -> str:
@@ -71,7 +61,7 @@ def say_forecast(
     )
 
 
-class Display:
+class Display(AbstractContextManager["Display"]):
     """Shows the steps of a run of `total`, of which `todo` are still to be done.
 
     JSON goes to stdout, for programs; bars and lines go to stderr, so that stdout holds the
@@ -98,12 +88,7 @@ class Display:
             self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.stop()
 

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 
 def mode_of(quiet: bool, as_json: bool) -> Mode:
-    """Return how to show progress."""
-    from sophon._cli.progress import choose_mode
-
-    return choose_mode(quiet=quiet, as_json=as_json)
+    """Return how to show progress: JSON or nothing if asked for, a bar only on a terminal."""
+    if as_json:
+        return "json"
+    if quiet:
+        return "quiet"
+    return "bar" if sys.stderr.isatty() else "lines"
 
 
 def run_protection(

@@ -87,18 +87,11 @@ class Course:
     names: Names
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What became of a model: each parameter's factor, and the steps that were spent on it."""
-
-    factors: Factors
-    spent: int
-
-
 def prepare(
     model: nn.Module, preparations: tuple[Preparation, ...], surroundings: Surroundings
-) -> Prepared:
-    """Prepare `model`, already a copy, in order; return what became of its parameters.
+) -> tuple[Factors, int]:
+    """Prepare `model`, already a copy, in order; return each parameter's factor, and the steps
+    that were spent on it.
 
     A head whose class count differs from the domain's is replaced in any case, once what needs
     the original one (heal, distil) is done. Raises SpecError for a preparation that this model
@@ -116,7 +109,7 @@ def prepare(
     if not fitted:
         _fit_head(model, surroundings, factors)
     require_steps(preparations, surroundings.steps)
-    return Prepared(factors, spent)
+    return factors, spent
 
 
 def require_steps(preparations: tuple[Preparation, ...], steps: int) -> None:

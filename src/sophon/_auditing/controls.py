@@ -139,7 +139,7 @@ STUBBORN = (UNTRAINABLE, DROPPED)
 
 @dataclass(frozen=True)
 class ControlResult:
-    """What the audit made of one control. `passed`: it was found out, or recovered.
+    """What the audit made of one control.
 
     `telling` are the flags that forbid a good verdict and are of this control alone: an audit of
     the unprotected model itself does not raise them. `failed` says why it was not found out.
@@ -147,9 +147,13 @@ class ControlResult:
 
     name: str
     summary: DomainSummary
-    passed: bool
     telling: tuple[str, ...] = ()
     failed: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was found out, or recovered."""
+        return not self.failed
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -255,10 +259,9 @@ class Controls:
             DECOYS[name](model, self.place)
         if name == UNTRAINABLE and self.benign:
             record = self._audited(model, self.often, benign=self.benign)
-            summary, telling = summarise(record)[0], telling_flags(record)
-            found = summary.verdict == UNTRAINABLE
-            failed = "" if found else f"must be {UNTRAINABLE}"
-            return ControlResult(name, summary, found, telling, failed)
+            summary = summarise(record)[0]
+            failed = "" if summary.verdict == UNTRAINABLE else f"must be {UNTRAINABLE}"
+            return ControlResult(name, summary, telling_flags(record), failed)
         record = self._audited(model, self.often if often else self.once)
         summary, telling = summarise(record)[0], telling_flags(record)
         failed = ""
@@ -274,19 +277,19 @@ class Controls:
                     f"attackers lose nothing by it, but {100 * value:.0f} % of the advantage seems"
                     f" gone, {100 * _RECOVERED_BELOW:.0f} % is too much"
                 )
-        return ControlResult(name, summary, not failed, telling, failed)
+        return ControlResult(name, summary, telling, failed)
 
     def known(self) -> Iterator[ControlResult]:
         """Audit the two whose answer is a number."""
         summary = summarise(self._audited(self.twin(), self.often))[0]
         recovered = summary.verdict == "not protected" and answer_found(summary, 0.0)
         failed = "" if recovered else "must be not protected, with 0 % removed and surely not 100"
-        yield ControlResult("a twin of the unprotected model", summary, recovered, (), failed)
+        yield ControlResult("a twin of the unprotected model", summary, failed=failed)
         fresh = fresh_copy(self.unprotected, self.scratch, seed=1, names=("control",))
         summary = summarise(self._audited(fresh, self.often))[0]
         found = answer_found(summary, 1.0)
         failed = "" if found else "100 % must be removed, and surely not 0"
-        yield ControlResult("a fresh network", summary, found, (), failed)
+        yield ControlResult("a fresh network", summary, failed=failed)
 
     def twin(self) -> nn.Module:
         """Return the unprotected model after a few small steps on its own task.

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from sophon._cli.application import say_json
 from sophon._records.metrics import shown
 from sophon._records.round import Round
 
@@ -49,7 +50,7 @@ def say_forecast(
     if mode == "json":
         numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
         more = {} if todo is None else {"to_run": todo, "given_up": list(given_up)}
-        typer.echo(json.dumps({"event": "forecast", **numbers, **more}))
+        say_json("forecast", **numbers, **more)
         return
     seconds = expected.seconds
     time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
@@ -103,7 +104,7 @@ class Display(AbstractContextManager["Display"]):
         self.seen += 1
         self.ran += fresh
         if self.mode == "json":
-            typer.echo(json.dumps({"event": self.noun, **record}))
+            say_json(self.noun, **record)
         elif self.bar is not None:
             described = f"{self._pace()}  {text}"
             self.bar.update(self.bar.task_ids[0], completed=self.seen, description=described)

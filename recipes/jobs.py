@@ -25,7 +25,7 @@ from sameness import (
     require_same_protection,
     require_same_training,
 )
-from sophon._auditing.picture_quality import require_torchmetrics
+from sophon._auditing.extractors import torchmetrics
 from sophon._base.errors import (
     CheckpointError,
     DataError,
@@ -44,7 +44,6 @@ from sophon._cli.run_file import (
     parse_pretraining,
     parse_run,
     read_run,
-    require_restricted,
 )
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._cli.running import (
@@ -56,6 +55,7 @@ from sophon._cli.running import (
     show_protected,
     show_verdict,
 )
+from sophon._data import load_domain
 from tables import failure_file, folder_of, read_stored, started, table
 
 _TRACEBACK = "traceback.txt"
@@ -143,7 +143,7 @@ class Jobs:
         run = self._check(cell.run_file)
         drawn = run.audit.samples.count and run.task.timestep is None
         if cell.unet_file is not None and drawn:
-            require_torchmetrics()
+            torchmetrics("torchmetrics")
 
     def _check(self, file: Path, settings: tuple[str, ...] = ()) -> RunSpec:
         """Return what a run file says with its settings. Raises SpecError, before anything is
@@ -260,7 +260,9 @@ class Jobs:
             require_same_base(folder, wanted)
             return
         case = load_pretraining(recipe, self.of_bases, self.threads)
-        require_restricted(file, self.of_cells)
+        for domain in read_run(file, self.of_cells).restricted:
+            # Raises DataError before anything is trained.
+            load_domain(domain, base=file.parent, role="restricted")
         try:
             result = run_pretraining(case, folder, self.mode)
         except LockedError:

@@ -16,7 +16,8 @@ import ablation
 import grid
 from grid import ABLATION, ROBUST_CELLS, ROBUSTNESS, SCALES, Cell, Scale, cell_of
 from robustness import stored_robustness
-from sophon._base.errors import SpecError
+from sophon._base.errors import CheckpointError, SpecError
+from sophon._base.files import nearest_present
 from sophon._cli.application import Quiet, Settings, Threads, counted, guarded, require_alone
 from sophon._cli.running import mode_of, say
 from tables import state, table
@@ -107,7 +108,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
     The model of the original task is trained first if it is missing. `--set` changes the cell, and
     is then no longer the cell of that name: give another --out.
     """
-    from sophon._cli.run_file import require_folder, require_place
+    from sophon._cli.run_file import require_place
 
     require_alone(COMMAND)
     size = _size_of(scale)
@@ -118,7 +119,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 - one parameter an option
         raise SpecError(
             "--dry-run says what protecting one cell takes: name a cell, without --list or --table"
         )
-    require_folder(out)
+    _require_folder(out)
     if listed:
         _show_list(out, size if scale else None)
     elif shown:
@@ -154,6 +155,15 @@ def _size_of(scale: str | None) -> Scale:
     if scale not in (None, *SCALES):
         raise SpecError(f"--scale = {scale!r}: use {' or '.join(SCALES)}")
     return "paper" if scale == "paper" else "small"
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise CheckpointError if `folder`, where stored runs are read, is a file or below one."""
+    nearest = nearest_present(folder)
+    if not nearest.is_dir():
+        raise CheckpointError(
+            f"no runs lie below {folder}: {nearest} is a file; give the folder of the runs"
+        )
 
 
 def _require_consistent(

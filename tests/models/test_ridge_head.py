@@ -102,7 +102,7 @@ def test_where_nothing_can_be_fitted_the_head_stays(value: float) -> None:
     assert not fit_head(model, "head", [(given, labels)])
     assert not fit_head(model, "head", [])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    factors = prepare(model, (RidgeHead(),), _around(value)).factors
+    factors, _ = prepare(model, (RidgeHead(),), _around(value))
     assert set(factors.values()) == {0.0}
     assert not torch.equal(model.head.weight, before["head.weight"]), "fresh, as any new head"
 

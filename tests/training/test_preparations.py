@@ -137,7 +137,7 @@ def test_a_move_of_the_real_weights_carries_over_by_the_factor(name: str) -> Non
                 parameter.normal_()
     moved = copy.deepcopy(real)
     prepared = copy.deepcopy(real)
-    factors = prepare(prepared, EVERY[name], around(batches=doubles)).factors
+    factors, _ = prepare(prepared, EVERY[name], around(batches=doubles))
     assert factors.keys() == dict(prepared.named_parameters()).keys()
     # A move that keeps the quantities a preparation measures: tiny, and checked to first order
     # only where the factor does not depend on the weights themselves.
@@ -170,7 +170,7 @@ def doubles(count: int) -> Iterator[Tensor]:
 def test_factors_say_what_was_kept_reset_and_rescaled() -> None:
     model = ResNet20()
     steps = (ResetLastBlocks(blocks=1), RescaleWeights(norm=0.5), FreshHead())
-    factors = prepare(model, steps, around()).factors
+    factors, _ = prepare(model, steps, around())
     zero = {key for key, factor in factors.items() if factor == 0}
     assert zero == {key for key in factors if key.startswith(("layer3.2.", "linear."))}
     scaled = {key for key, factor in factors.items() if factor not in (0, 1)}
@@ -183,14 +183,14 @@ def test_factors_say_what_was_kept_reset_and_rescaled() -> None:
 def test_without_preparations_nothing_changes() -> None:
     model = ResNet20()
     before = models.weights_sha256(model)
-    factors = prepare(model, (), around()).factors
+    factors, _ = prepare(model, (), around())
     assert set(factors.values()) == {1.0}
     assert models.weights_sha256(model) == before
 
 
 def test_a_head_of_another_class_count_is_replaced_unasked() -> None:
     model = ResNet20()
-    factors = prepare(model, (), around(classes=7)).factors
+    factors, _ = prepare(model, (), around(classes=7))
     assert models.head_classes(model, "linear") == 7
     assert {key for key, factor in factors.items() if factor == 0} == {
         "linear.weight",
@@ -209,7 +209,7 @@ def test_rescaling_keeps_the_function_of_the_real_network(
     inflated = inflate(real, by)
     expected = logits(real, images)
     assert torch.allclose(logits(inflated, images), expected, atol=0.05)
-    factors = prepare(inflated, (RescaleWeights(norm=norm),), around()).factors
+    factors, _ = prepare(inflated, (RescaleWeights(norm=norm),), around())
     assert torch.allclose(logits(inflated, images), expected, atol=0.05)
     for key, factor in factors.items():
         weight = real.get_parameter(key).detach()
@@ -238,7 +238,7 @@ def test_rescaling_keeps_the_function_of_other_networks(name: str) -> None:
     head = models.find_head(model, IMAGE)
     probe = next(batches(1))[:4]
     expected = logits(model, probe)
-    factors = prepare(model, (RescaleWeights(norm=1.5),), around(head=head)).factors
+    factors, _ = prepare(model, (RescaleWeights(norm=1.5),), around(head=head))
     assert any(factor != 1 for factor in factors.values())
     assert (logits(model, probe) - expected).norm() < 0.02 * expected.norm()
 
@@ -268,7 +268,7 @@ def test_a_pair_that_would_change_the_function_is_left_alone() -> None:
             model(images)
     probe = next(batches(1))
     expected, weight = logits(model, probe), model.conv.weight.detach().clone()
-    factors = prepare(model, (RescaleWeights(norm=3.0),), around(head="head")).factors
+    factors, _ = prepare(model, (RescaleWeights(norm=3.0),), around(head="head"))
     assert factors["conv.weight"] == 1
     assert torch.equal(model.conv.weight, weight)
     assert factors["deep.weight"] != 1
@@ -284,7 +284,7 @@ def test_reestimated_statistics_are_those_of_the_images() -> None:
     model = nn.Sequential(*model, nn.Linear(3, 10))
     norm.running_mean.fill_(100)  # type: ignore[union-attr]
     model.train()
-    factors = prepare(model, (BatchNorm(batches=3),), around(head="4")).factors
+    factors, _ = prepare(model, (BatchNorm(batches=3),), around(head="4"))
     seen = torch.stack([batch.transpose(0, 1).flatten(1) for batch in batches(3)])
     assert torch.allclose(norm.running_mean, seen.mean(dim=2).mean(dim=0), atol=1e-5)  # type: ignore[arg-type]
     assert torch.allclose(norm.running_var, seen.var(dim=2).mean(dim=0), atol=1e-4)  # type: ignore[arg-type]
@@ -294,7 +294,7 @@ def test_reestimated_statistics_are_those_of_the_images() -> None:
 
 def test_reset_batch_norm_forgets_its_scale_and_statistics(real: nn.Module) -> None:
     model = copy.deepcopy(real)
-    factors = prepare(model, (BatchNorm(mode="reset"),), around()).factors
+    factors, _ = prepare(model, (BatchNorm(mode="reset"),), around())
     assert torch.equal(model.bn1.weight, torch.ones(16))  # type: ignore[arg-type]
     assert torch.equal(model.bn1.running_mean, torch.zeros(16))  # type: ignore[union-attr, arg-type]
     assert {key for key, factor in factors.items() if factor == 0} == {
@@ -335,7 +335,7 @@ def test_what_is_drawn_depends_on_the_stream_alone(name: str) -> None:
 
 def test_the_noise_is_as_large_as_asked(real: nn.Module) -> None:
     model = copy.deepcopy(real)
-    factors = prepare(model, (NoiseKick(relative_std=0.1),), around()).factors
+    factors, _ = prepare(model, (NoiseKick(relative_std=0.1),), around())
     assert set(factors.values()) == {1.0}
     for key, weight in real.named_parameters():
         if weight.numel() > 1000:
@@ -350,7 +350,7 @@ def test_more_blocks_than_there_are_is_an_error_that_names_their_number() -> Non
 
 def test_resetting_every_block_leaves_only_the_head(real: nn.Module) -> None:
     model = copy.deepcopy(real)
-    factors = prepare(model, (ResetLastBlocks(blocks=10),), around()).factors
+    factors, _ = prepare(model, (ResetLastBlocks(blocks=10),), around())
     kept = {key for key, factor in factors.items() if factor == 1}
     assert kept == {"linear.weight", "linear.bias"}
     assert torch.equal(model.get_parameter("linear.weight"), real.get_parameter("linear.weight"))
@@ -380,7 +380,7 @@ def test_layers_without_normalisation_are_rescaled_where_the_next_one_undoes_it(
     probe = next(batches(1))
     expected = logits(model, probe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    factors = prepare(model, (RescaleWeights(norm=3.0),), around(head="9")).factors
+    factors, _ = prepare(model, (RescaleWeights(norm=3.0),), around(head="9"))
     torch.testing.assert_close(logits(model, probe), expected, rtol=1e-4, atol=1e-5)
     for name in ("0", "3"):
         size = (
@@ -416,7 +416,7 @@ def test_a_normalised_layer_takes_what_the_one_before_it_left() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     probe = next(batches(1))
     expected = logits(model, probe)
-    factors = prepare(model, (RescaleWeights(),), around(head="7")).factors
+    factors, _ = prepare(model, (RescaleWeights(),), around(head="7"))
     torch.testing.assert_close(logits(model, probe), expected, rtol=1e-3, atol=1e-4)
     for layer in (model[0], model[2]):
         assert _size_of(layer) == pytest.approx(1.0, rel=1e-4)
@@ -455,9 +455,9 @@ def test_a_student_starts_fresh_and_learns_from_the_model_as_it_was() -> None:
         assert student.get_submodule("linear").out_features == 10
         seen.append(course)
 
-    prepared = prepare(model, (Distil(share=0.5),), around(classes=7, train=train, steps=100))
-    assert prepared.spent == seen[0].steps == 50
-    assert set(prepared.factors.values()) == {0.0}
+    factors, spent = prepare(model, (Distil(share=0.5),), around(classes=7, train=train, steps=100))
+    assert spent == seen[0].steps == 50
+    assert set(factors.values()) == {0.0}
     assert models.head_classes(model, "linear") == 7
     teacher = seen[0].teacher
     assert teacher is not None

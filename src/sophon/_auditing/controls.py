@@ -27,7 +27,7 @@ from sophon._judgement.verdict import summarise
 from sophon._models import blocks, find_head, fresh_copy, normalised_pairs, tracked_batch_norms
 from sophon._records.audit_record import AuditRecord
 from sophon._specs import AuditSpec, Strategy
-from sophon._training.loop import FineTuning
+from sophon._training.loop import train
 
 # What an interval needs.
 _SEEDS = 3
@@ -40,7 +40,7 @@ DROPPED = "dropout when trained"
 FAINT = "faint gradients before the head"
 # A void audit convicts nothing by itself: the pair of domains may tell nothing. Flags do.
 _CONVICTED = frozenset({"not protected", "untrainable"})
-Made = Callable[[nn.Module, "Place"], None]
+Made = Callable[[nn.Module, "Place"], object]
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,19 @@ def _spoil_statistics(model: nn.Module, _: Place) -> None:
 
 
 DECOYS: dict[str, Made] = {
-    "raises when trained": lambda m, _: _add(m.register_forward_pre_hook(_raise_in_training)),
-    "NaN when trained": lambda m, _: _add(m.register_forward_hook(_nan_in_training)),
-    "frozen parameters": lambda m, _: _add(m.requires_grad_(False)),
+    "raises when trained": lambda m, _: m.register_forward_pre_hook(_raise_in_training),
+    "NaN when trained": lambda m, _: m.register_forward_hook(_nan_in_training),
+    "frozen parameters": lambda m, _: m.requires_grad_(False),
     "poisoned head": _permute_classes,
     "saturated logits": lambda m, place: _scale_head(m, place, 1e4),
-    "faint gradients": lambda m, _: _add(m.register_forward_hook(_faint_gradient)),
+    "faint gradients": lambda m, _: m.register_forward_hook(_faint_gradient),
     FAINT: lambda m, place: _hook_last_block(m, place, _faint_gradient),
     DROPPED: lambda m, place: _hook_last_block(m, place, _dropped_in_training),
     "inflated weights": _inflate,
     # Too little for any flag: nothing but attacks tells.
     "slightly inflated weights": lambda m, place: _inflate(m, place, 3.0),
     "spoilt BatchNorm": _spoil_statistics,
-    UNTRAINABLE: lambda m, _: _add(m.register_forward_hook(_no_gradient)),
+    UNTRAINABLE: lambda m, _: m.register_forward_hook(_no_gradient),
 }
 
 
@@ -137,13 +137,9 @@ _RECOVERED_BELOW = 0.5
 STUBBORN = (UNTRAINABLE, DROPPED)
 
 
-def _add(_: object) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class ControlResult:
-    """What the audit made of one control. `passed`: it was found out, or recovered.
+    """What the audit made of one control.
 
     `telling` are the flags that forbid a good verdict and are of this control alone: an audit of
     the unprotected model itself does not raise them. `failed` says why it was not found out.
@@ -151,9 +147,13 @@ class ControlResult:
 
     name: str
     summary: DomainSummary
-    passed: bool
     telling: tuple[str, ...] = ()
     failed: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was found out, or recovered."""
+        return not self.failed
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -259,10 +259,9 @@ class Controls:
             DECOYS[name](model, self.place)
         if name == UNTRAINABLE and self.benign:
             record = self._audited(model, self.often, benign=self.benign)
-            summary, telling = summarise(record)[0], telling_flags(record)
-            found = summary.verdict == UNTRAINABLE
-            failed = "" if found else f"must be {UNTRAINABLE}"
-            return ControlResult(name, summary, found, telling, failed)
+            summary = summarise(record)[0]
+            failed = "" if summary.verdict == UNTRAINABLE else f"must be {UNTRAINABLE}"
+            return ControlResult(name, summary, telling_flags(record), failed)
         record = self._audited(model, self.often if often else self.once)
         summary, telling = summarise(record)[0], telling_flags(record)
         failed = ""
@@ -278,19 +277,19 @@ class Controls:
                     f"attackers lose nothing by it, but {100 * value:.0f} % of the advantage seems"
                     f" gone, {100 * _RECOVERED_BELOW:.0f} % is too much"
                 )
-        return ControlResult(name, summary, not failed, telling, failed)
+        return ControlResult(name, summary, telling, failed)
 
     def known(self) -> Iterator[ControlResult]:
         """Audit the two whose answer is a number."""
         summary = summarise(self._audited(self.twin(), self.often))[0]
         recovered = summary.verdict == "not protected" and answer_found(summary, 0.0)
         failed = "" if recovered else "must be not protected, with 0 % removed and surely not 100"
-        yield ControlResult("a twin of the unprotected model", summary, recovered, (), failed)
+        yield ControlResult("a twin of the unprotected model", summary, failed=failed)
         fresh = fresh_copy(self.unprotected, self.scratch, seed=1, names=("control",))
         summary = summarise(self._audited(fresh, self.often))[0]
         found = answer_found(summary, 1.0)
         failed = "" if found else "100 % must be removed, and surely not 0"
-        yield ControlResult("a fresh network", summary, found, (), failed)
+        yield ControlResult("a fresh network", summary, failed=failed)
 
     def twin(self) -> nn.Module:
         """Return the unprotected model after a few small steps on its own task.
@@ -298,13 +297,10 @@ class Controls:
         It is worth as much to an attacker, and yet no trial of it is one of the model's own.
         """
         model = self.setting.place(copy.deepcopy(self.unprotected))
-        images, stream = self.setting.original.train, (0, ("control",))
-        strategy = _FURTHER.model_copy(update={"batch_size": min(_FURTHER.batch_size, len(images))})
-        feed = self.setting.feed(
-            self.setting.original, images, batch_size=strategy.batch_size, stream=stream
-        )
-        for _ in FineTuning(model, strategy, self.setting, feed, stream=stream).run(strategy.steps):
-            pass
+        original = self.setting.original
+        size = min(_FURTHER.batch_size, len(original.train))
+        strategy = _FURTHER.model_copy(update={"batch_size": size})
+        train(model, strategy, self.setting, original, stream=(0, ("control",)))
         return model.eval()
 
     def _audit(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> Audit:

@@ -7,14 +7,15 @@ import os
 import signal
 import sys
 import threading
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pickle import PicklingError
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -82,27 +83,21 @@ def in_order(completed: Iterable[tuple[int, Trial]], finished: Finished) -> Iter
             following += 1
 
 
-class Executor(Protocol):
+class Executor(AbstractContextManager["Executor"]):
     """Where jobs are run: a context that yields their trials in their order."""
 
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    @abstractmethod
     def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
         """Yield the trials in the order of the jobs; call `finished` with each once it is done.
 
         A trial is done before it is yielded, often long before: one in front may take longer.
         """
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
-class Serial:
+class Serial(Executor):
     """Run jobs in this process, one after another."""
 
     def __init__(self, workload: Workload) -> None:
@@ -115,14 +110,8 @@ class Serial:
             finished(trial)
             yield trial
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
-class Processes:
+class Processes(Executor):
     """Run jobs in `workers` processes of one thread each, on a card each where there are cards.
 
     More workers than cards share them. A trial whose worker died is given to another one; it counts
@@ -232,16 +221,8 @@ class Processes:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close(at_once=kind is not None)
+    def __exit__(self, *exception: object) -> None:
+        self._close(at_once=exception[0] is not None)
 
 
 def _require_importable(workload: Workload) -> None:

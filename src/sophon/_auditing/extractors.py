@@ -27,7 +27,7 @@ from sophon._specs import ModelSpec, SampleSpec, Strategy, fingerprint_of
 from sophon._tasks import Classification
 from sophon._training.checkpoints import file_sha256
 from sophon._training.environment import environment
-from sophon._training.loop import FineTuning
+from sophon._training.loop import train
 from sophon._training.setting import make_setting
 
 # The classifier whose features are compared sees images of at most this side.
@@ -196,19 +196,11 @@ def _trained(spec: SampleSpec, original: Domain, restricted: Domain) -> Extracto
         schedule="warmup_cosine",
         batch_size=min(64, len(domain.train)),
         steps=spec.extractor_steps,
+        augmentation="flip",
         precision="fp32",
     )
-    stream = (0, ("extractor",))
-    feed = setting.feed(
-        domain,
-        domain.train,
-        batch_size=strategy.batch_size,
-        stream=(0, ("extractor", "batches")),
-        augmentation="flip",
-    )
-    tuning = FineTuning(model, strategy, setting, feed, stream=stream)
-    for _ in tuning.run(strategy.steps):
-        pass
+    batches = (0, ("extractor", "batches"))
+    train(model, strategy, setting, domain, stream=(0, ("extractor",)), batches=batches)
     half = torch.tensor(0.5)
     module = _Penultimate(model, "head", (half, half))
     classes = f"{original.class_count} + {restricted.class_count} classes"

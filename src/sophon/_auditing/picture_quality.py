@@ -13,7 +13,7 @@ from sophon._auditing.extractors import Extractor, torchmetrics
 from sophon._base.errors import DataError, SpecError
 from sophon._base.seeding import generator, seeded
 from sophon._data import Domain
-from sophon._models import diffusers, predict
+from sophon._models import diffusers, keeping_modes, predict
 from sophon._specs import SampleSpec
 from sophon._tasks import Denoising
 
@@ -68,23 +68,21 @@ def draw_samples(
     device = next(model.parameters()).device
     scheduler = make_sampler(task, steps)
     stream = generator(0, "samples")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     drawn = []
-    for part in labels.split(_BATCH):
-        noise = [torch.randn(task.shape(shape), generator=stream) for _ in part]
-        images, classes = torch.stack(noise).to(device), part.to(device)
-        condition = classes if task.latents is None else task.latents.embedded(classes)
-        for timestep in scheduler.timesteps:
-            times = timestep.to(device).expand(len(images))
-            predicted = predict(model, images, times, condition)
-            images = scheduler.step(predicted, timestep, images).prev_sample
-        images = images if task.latents is None else task.latents.decoded(images)
-        # What a broken network draws may not be a number: black then.
-        scaled = (images.float() / 2 + 0.5).nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
-        drawn.append((scaled * 255).round().byte().cpu())
-    for module, training in modes:
-        module.training = training
+    with keeping_modes(model):
+        model.eval()
+        for part in labels.split(_BATCH):
+            noise = [torch.randn(task.shape(shape), generator=stream) for _ in part]
+            images, classes = torch.stack(noise).to(device), part.to(device)
+            condition = classes if task.latents is None else task.latents.embedded(classes)
+            for timestep in scheduler.timesteps:
+                times = timestep.to(device).expand(len(images))
+                predicted = predict(model, images, times, condition)
+                images = scheduler.step(predicted, timestep, images).prev_sample
+            images = images if task.latents is None else task.latents.decoded(images)
+            # What a broken network draws may not be a number: black then.
+            scaled = (images.float() / 2 + 0.5).nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+            drawn.append((scaled * 255).round().byte().cpu())
     return torch.cat(drawn)
 
 
@@ -104,14 +102,9 @@ class Quality(NamedTuple):
     recall: float
 
 
-def require_torchmetrics() -> None:
-    """Raise SpecError where torchmetrics is not installed: distances of pictures need it."""
-    torchmetrics("torchmetrics")
-
-
 def check_quality(spec: SampleSpec, domains: Iterable[Domain]) -> None:
     """Raise SpecError or DataError unless there are enough samples and images for KID."""
-    require_torchmetrics()
+    torchmetrics("torchmetrics")
     # Of less than half the spread over subsets is that of the whole estimate, or more; larger
     # subsets are all alike, and a verdict would rest on no spread.
     needed = max(2 * spec.kid_subset, spec.neighbours + 2)

@@ -14,9 +14,17 @@ import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from sophon._auditing.executors import ATTEMPTS, Finished, Workload, in_order, lost, unheard
+from sophon._auditing.executors import (
+    ATTEMPTS,
+    Executor,
+    Finished,
+    Workload,
+    in_order,
+    lost,
+    unheard,
+)
 from sophon._auditing.trial import Job
 from sophon._base.errors import AuditError, SpecError
 from sophon._base.plain_mode import SWITCH
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class RayCluster:
+class RayCluster(Executor):
     """Run up to `workers` jobs at once, of one thread each, on the cluster at `address`.
 
     Where it has cards each job takes one, or a part if there are fewer cards than workers. Without
@@ -109,9 +117,6 @@ class RayCluster:
                 " machines are up, then repeat the command; finished trials are kept"
             ) from None
         return trial
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._ray.shutdown()

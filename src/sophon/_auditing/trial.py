@@ -31,7 +31,7 @@ from sophon._records.audit_record import (
 )
 from sophon._specs import Strategy, Subject, fingerprint_of
 from sophon._training.environment import environment
-from sophon._training.evaluate import evaluate, image_scores, measured
+from sophon._training.evaluate import evaluate, image_scores
 from sophon._training.loop import ENGINE_VERSION, FineTuning, attacker_copy, attacker_images
 from sophon._training.setting import Setting
 
@@ -220,7 +220,7 @@ class Bench:
         """
         model, setting = tuning.model, tuning.setting
         scores = image_scores(model, setting, domain, domain.validation)
-        score = measured(scores, setting)
+        score = setting.task.measure(scores)
         progress.met(tuning.taken, score, model)
         size = tuning.strategy.batch_size
         batches = (tuning.feed.batch(step)[0] for step in range(math.ceil(_REESTIMATE_ON / size)))
@@ -228,7 +228,7 @@ class Bench:
         with setting.autocast(), batch_norm_reestimated(model, batches) as anew:
             if anew:
                 others = image_scores(model, setting, domain, domain.validation)
-                other = measured(others, setting)
+                other = setting.task.measure(others)
                 reestimated = other.value > score.value
                 if reestimated:
                     scores, score = others, other

@@ -108,6 +108,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return held
 
 
+def nearest_present(folder: Path) -> Path:
+    """Return the folder itself or what of the way to it is there."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    return nearest
+
+
 def require_writable(
     folder: Path, *, needed_bytes: int = 0, remedy: str = "choose another folder with --out"
 ) -> None:
@@ -115,9 +123,7 @@ def require_writable(
 
     Nothing is left behind where it is refused; the user is told the `remedy`.
     """
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = nearest_present(folder)
     try:
         free = shutil.disk_usage(nearest).free
         if free < needed_bytes + _SPARE_BYTES:

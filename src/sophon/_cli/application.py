@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 import typer.core
@@ -107,6 +108,11 @@ Threads = Annotated[
     typer.Option("--threads", parser=counted, metavar="N", help="Processor threads to use."),
 ]
 Arguments = ParamSpec("Arguments")
+
+
+def say_json(event: str, **values: Any) -> None:
+    """Print one JSON object in a line."""
+    typer.echo(json.dumps({"event": event, **values}))
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -183,20 +183,25 @@ def _require_consistent(
         raise SpecError("--budget is not for --controls: use --set audit.steps=N instead")
 
 
+def _record_in(out: Path) -> AuditRecord | None:
+    """Return the record in `out`; a damaged one says nothing, and the audit is what replaces it."""
+    from sophon._cli.reading import read_record
+
+    try:
+        return read_record(out) if (out / "record.json").is_file() else None
+    except CheckpointError:
+        return None
+
+
 def _require_same_model(out: Path, model: Path) -> None:
     """Raise CheckpointError if `out` holds the record of another model than the one in `model`."""
-    from sophon._cli.reading import read_record
     from sophon._cli.run_file import weights_file
     from sophon._training.checkpoints import file_sha256
 
-    file = weights_file(model)
-    if not (out / "record.json").is_file() or not file.is_file():
+    file, record = weights_file(model), _record_in(out)
+    if record is None or not file.is_file():
         return
-    try:
-        held = {one.name: one.file_sha256 for one in read_record(out).subjects}
-    except CheckpointError:
-        # A damaged one says nothing, and the audit is what replaces it.
-        return
+    held = {one.name: one.file_sha256 for one in record.subjects}
     if held.get("protected") not in (None, file_sha256(file)):
         raise CheckpointError(
             f"{out} holds the audit of another model than {model}: give another --out, or delete"
@@ -208,13 +213,8 @@ def _require_same_audit(out: Path, audit: Audit) -> None:
     """Raise CheckpointError if `out` holds the record of an audit with other settings or images: an
     audit that is repeated until it pleases must leave the others where they can be seen.
     """
-    from sophon._cli.reading import read_record
-
-    if not (out / "record.json").is_file():
-        return
-    try:
-        held = read_record(out)
-    except CheckpointError:
+    held = _record_in(out)
+    if held is None:
         return
     before, now = held.spec.model_dump(mode="json"), audit.spec.model_dump(mode="json")
     changed = [f"audit.{name} = {before[name]}" for name in now if before[name] != now[name]]

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from sophon._cli.application import (
     counted,
     guarded,
     require_alone,
+    say_json,
 )
 from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
@@ -211,7 +211,7 @@ def evaluate(
     low, high = kind.interval(interval)
     if as_json:
         held = {"split": split, **score.model_dump(), "low": interval.low, "high": interval.high}
-        typer.echo(json.dumps({"event": "summary", "domain": case.original.name, **held}))
+        say_json("summary", domain=case.original.name, **held)
         return
     typer.echo(
         f"{case.original.name} {split}: {kind.noun} {kind.show(score.value, 1)} on {score.total}"

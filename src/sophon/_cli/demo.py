@@ -19,8 +19,8 @@ from sophon._specs import DomainSpec, Strategy
 from sophon._tasks import Classification
 from sophon._training.checkpoints import save_tensors
 from sophon._training.evaluate import evaluate
-from sophon._training.loop import FineTuning
-from sophon._training.setting import Setting, make_setting
+from sophon._training.loop import train
+from sophon._training.setting import make_setting
 
 WHAT_IT_SHOWS = (
     "This is a demonstration on toy data: a network of 0.1 million weights, rendered letters as "
@@ -104,20 +104,11 @@ def prepare(folder: Path, *, training: Strategy = TRAINING) -> Start:
     weights = folder / "letters.safetensors"
     trained = not weights.is_file()
     if trained:
-        pretrain(model, setting, training)
+        stream = (0, ("demo", "training"))
+        train(setting.place(model), training, setting, original, stream=stream)
         save_tensors(weights, model.state_dict())
     else:
         load_weights(model, read_tensors(weights), source=os.fspath(weights))
         setting.place(model)
     score = evaluate(model, setting, original, original.validation)
     return Start(folder / "run.toml", score, trained)
-
-
-def pretrain(model: SmallConvNet, setting: Setting, training: Strategy) -> None:
-    """Train `model` in place on the original domain."""
-    original = setting.original
-    stream = (0, ("demo", "training"))
-    feed = setting.feed(original, original.train, batch_size=training.batch_size, stream=stream)
-    tuning = FineTuning(setting.place(model), training, setting, feed, stream=stream)
-    for _ in tuning.run(training.steps):
-        pass

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from sophon._cli.application import say_json
 from sophon._records.metrics import shown
 from sophon._records.round import Round
 
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def choose_mode(*, quiet: bool, as_json: bool) -> Mode:
-    """Return how to show progress: JSON or nothing if asked for, a bar only on a terminal."""
-    if as_json:
-        return "json"
-    if quiet:
-        return "quiet"
-    return "bar" if sys.stderr.isatty() else "lines"
 
 
 def duration(seconds: float) -> str:
@@ -59,7 +50,7 @@ def say_forecast(
     if mode == "json":
         numbers = {"trials": expected.trials, "steps": expected.steps, "total_s": expected.seconds}
         more = {} if todo is None else {"to_run": todo, "given_up": list(given_up)}
-        typer.echo(json.dumps({"event": "forecast", **numbers, **more}))
+        say_json("forecast", **numbers, **more)
         return
     seconds = expected.seconds
     time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
@@ -71,7 +62,7 @@ def say_forecast(
     )
 
 
-class Display:
+class Display(AbstractContextManager["Display"]):
     """Shows the steps of a run of `total`, of which `todo` are still to be done.
 
     JSON goes to stdout, for programs; bars and lines go to stderr, so that stdout holds the
@@ -98,12 +89,7 @@ class Display:
             self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.stop()
 
@@ -118,7 +104,7 @@ class Display:
         self.seen += 1
         self.ran += fresh
         if self.mode == "json":
-            typer.echo(json.dumps({"event": self.noun, **record}))
+            say_json(self.noun, **record)
         elif self.bar is not None:
             described = f"{self._pace()}  {text}"
             self.bar.update(self.bar.task_ids[0], completed=self.seen, description=described)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sophon._cli.application import Json, app, guarded
+from sophon._cli.application import Json, app, guarded, say_json
 from sophon._cli.reading import read_record
 
 
@@ -41,7 +40,7 @@ def export(
     require_place(to)
     files = write(protected, to, None if record is None else read_record(record))
     if as_json:
-        typer.echo(json.dumps({"event": "summary", "files": [str(file) for file in files]}))
+        say_json("summary", files=[str(file) for file in files])
         return
     card = "" if record is not None else " (the card says: not audited)"
     typer.echo(f"exported: {', '.join(file.name for file in files)} in {to}{card}")

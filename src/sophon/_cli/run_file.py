@@ -14,7 +14,7 @@ from torch import nn
 
 from sophon._attacks.suites import attack_named, resolved, strategies_of
 from sophon._base.errors import CheckpointError, SpecError
-from sophon._base.files import read_json
+from sophon._base.files import nearest_present, read_json
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.loading import expanded
@@ -212,12 +212,6 @@ def load_pretraining(path: Path, settings: list[str] | None, threads: int | None
     return _case(spec, path.parent, {"restricted": ()}, threads)
 
 
-def require_restricted(path: Path, settings: list[str] | None) -> None:
-    """Raise DataError unless the restricted domains of the run in `path` can be loaded."""
-    for one in read_run(path, settings).restricted:
-        load_domain(one, base=path.parent, role="restricted")
-
-
 def _case(
     spec: PretrainRunSpec,
     base: Path,
@@ -280,28 +274,11 @@ def _task(spec: TaskSpec, source: DenoiserSource | None, original: Domain) -> Ta
 
 def require_place(folder: Path) -> None:
     """Raise CheckpointError if `folder` could not be made; nothing is made yet."""
-    nearest = _nearest(folder)
+    nearest = nearest_present(folder)
     if not nearest.is_dir():
         raise CheckpointError(f"cannot write to {folder}: {nearest} is a file; choose another")
     if not os.access(nearest, os.W_OK):
         raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
-
-
-def require_folder(folder: Path) -> None:
-    """Raise CheckpointError if `folder`, where stored runs are read, is a file or below one."""
-    nearest = _nearest(folder)
-    if not nearest.is_dir():
-        raise CheckpointError(
-            f"no runs lie below {folder}: {nearest} is a file; give the folder of the runs"
-        )
-
-
-def _nearest(folder: Path) -> Path:
-    """Return the folder itself or what of the way to it is there."""
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    return nearest
 
 
 def require_outside(folder: Path, run_file: Path, settings: list[str] | None) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from sophon._cli.application import stopping
+from sophon._cli.application import say_json, stopping
 
 if TYPE_CHECKING:
     from sophon._cli.progress import Mode
     from sophon._cli.run_file import Case
-    from sophon._cli.tensorboard import RoundLog
     from sophon._protection.profile import Profiled
     from sophon._protection.protection import Protected, Protection
     from sophon._reporting.comparison import Comparison
@@ -25,10 +23,12 @@ if TYPE_CHECKING:
 
 
 def mode_of(quiet: bool, as_json: bool) -> Mode:
-    """Return how to show progress."""
-    from sophon._cli.progress import choose_mode
-
-    return choose_mode(quiet=quiet, as_json=as_json)
+    """Return how to show progress: JSON or nothing if asked for, a bar only on a terminal."""
+    if as_json:
+        return "json"
+    if quiet:
+        return "quiet"
+    return "bar" if sys.stderr.isatty() else "lines"
 
 
 def run_protection(
@@ -46,6 +46,8 @@ def run_protection(
     Of many processes the first one shows it.
     """
     from sophon._cli.progress import Display, round_text
+    from sophon._cli.tensorboard import RoundLog
+    from sophon._protection.profile import Profiled
     from sophon._protection.protection import Protection
     from sophon._records.metrics import kind_of
 
@@ -67,10 +69,11 @@ def run_protection(
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
         typer.echo(f"{out} {state}", err=True)
     _warn_of_ignorance(run, mode)
-    profiled = _profiled(run, profile, out)
+    profiled = None if profile is None else Profiled(run, profile, out)
     guard, kind = "", kind_of(run.guard.before)
     display = Display(mode, noun="round", total=len(run), todo=len(run) - run.done)
-    with stopping(run.ranks) as stop, display, _logged(tensorboard, run.done) as log:
+    logged = None if tensorboard is None else RoundLog(tensorboard, done=run.done)
+    with stopping(run.ranks) as stop, display, logged or nullcontext() as log:
         display.start_at(run.done)
         for record in run if profiled is None else profiled:
             if record.guard_score is not None:
@@ -103,32 +106,14 @@ def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
         )
 
 
-def _profiled(run: Protection, rounds: int | None, out: Path) -> Profiled | None:
-    if rounds is None:
-        return None
-    from sophon._protection.profile import Profiled
-
-    return Profiled(run, rounds, out)
-
-
 def _show_profile(profiled: Profiled, mode: Mode) -> None:
     if profiled.result is None or mode == "quiet":
         return
     if mode == "json":
-        held = {"event": "profile", **profiled.result.data(), "folder": str(profiled.folder)}
-        typer.echo(json.dumps(held))
+        say_json("profile", **profiled.result.data(), folder=str(profiled.folder))
         return
     print_rows(profiled.result.rows())
     typer.echo(f"profile of {profiled.rounds} rounds and a trace: {profiled.folder}")
-
-
-def _logged(folder: Path | None, done: int) -> AbstractContextManager[RoundLog | None]:
-    """Return where rounds are logged for TensorBoard; nowhere without a folder."""
-    if folder is None:
-        return nullcontext()
-    from sophon._cli.tensorboard import RoundLog
-
-    return RoundLog(folder, done=done)
 
 
 def run_pretraining(case: Case, out: Path, mode: Mode) -> Pretrained:
@@ -162,8 +147,7 @@ def show_pretrained(result: Pretrained, out: Path, mode: Mode) -> None:
 
     file = out / "model.safetensors"
     if mode == "json":
-        held = {"validation": result.score.model_dump(), "file": str(file)}
-        typer.echo(json.dumps({"event": "summary", **held}))
+        say_json("summary", validation=result.score.model_dump(), file=str(file))
         return
     score = f"{shown(result.score)} ({kind_of(result.score).noun})"
     typer.echo(f"trained: validation {score} after {result.stages[-1].step} steps; {file}")
@@ -175,15 +159,14 @@ def show_protected(result: Protected, out: Path, mode: Mode) -> None:
 
     file = out / "model.safetensors"
     if mode == "json":
-        summary = {
-            "event": "summary",
-            "validation_before": result.before.model_dump(),
-            "validation_after": result.after.model_dump(),
-            "shipped_round": result.shipped_round,
-            "rounds": len(result.rounds),
-            "file": str(file),
-        }
-        typer.echo(json.dumps(summary))
+        say_json(
+            "summary",
+            validation_before=result.before.model_dump(),
+            validation_after=result.after.model_dump(),
+            shipped_round=result.shipped_round,
+            rounds=len(result.rounds),
+            file=str(file),
+        )
         return
     typer.echo(
         f"protected: original validation {shown(result.before)} before,"
@@ -197,7 +180,7 @@ def show_verdict(made: Report, mode: Mode, files: dict[str, Path]) -> None:
     verdict = str(made.verdict)
     if mode == "json":
         paths = {name: str(path) for name, path in files.items()}
-        typer.echo(json.dumps({"event": "summary", **made.data(), **paths}))
+        say_json("summary", **made.data(), **paths)
         return
     if mode != "quiet":
         print_rows([tuple(map(str, row)) for row in made.table()])
@@ -212,8 +195,7 @@ def show_comparison(made: Comparison, files: dict[str, Path], *, as_json: bool) 
     """Print a table for each group of audits that can be compared, and where the pages are."""
     if as_json:
         paths = {name: str(path) for name, path in files.items()}
-        held = {"differ_in": made.differing, "groups": made.data()}
-        typer.echo(json.dumps({"event": "summary", **held, **paths}))
+        say_json("summary", differ_in=made.differing, groups=made.data(), **paths)
         return
     if made.differing:
         typer.echo(f"not all can be compared: they differ in {', '.join(made.differing)}")
@@ -265,12 +247,13 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
     resolved = case.spec.model_dump(mode="json")
     resolved["protect"] = expected.spec.model_dump(mode="json")
     if as_json:
-        numbers = {
-            "round_s": expected.round_s,
-            "total_s": expected.total_s,
-            "peak_bytes": expected.peak_bytes,
-        }
-        typer.echo(json.dumps({"event": "forecast", "spec": resolved, **numbers}))
+        say_json(
+            "forecast",
+            spec=resolved,
+            round_s=expected.round_s,
+            total_s=expected.total_s,
+            peak_bytes=expected.peak_bytes,
+        )
         return
     say(lines(resolved))
     peak = expected.peak_bytes

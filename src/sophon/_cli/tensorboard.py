@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sophon._base.errors import SpecError
 from sophon._records.round import Round
@@ -24,7 +24,7 @@ SCALARS = {
 }
 
 
-class RoundLog:
+class RoundLog(AbstractContextManager["RoundLog"]):
     """Writes rounds to a TensorBoard folder; rounds from `done` on replace what it holds of them.
 
     Raises SpecError without tensorboard.
@@ -49,13 +49,5 @@ class RoundLog:
         for name, value in record.readings.items():
             self._writer.add_scalar(f"terms/{name}", value, record.index)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._writer.close()

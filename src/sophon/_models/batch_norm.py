@@ -73,14 +73,12 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     Running statistics and modes are afterwards what they were.
     """
     tracked = tracked_batch_norms(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for norm in tracked:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
+    with keeping_modes(model):
+        model.train()
         for norm in tracked:
-            norm.track_running_stats = True
-        for module, mode in modes:
-            module.training = mode
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in tracked:
+                norm.track_running_stats = True

@@ -121,29 +121,20 @@ def open_run(
     """
     held = folder / "run.json"
     if held.is_file():
-        _require_same_run(read_json(held), identity, resolved, folder, prefix)
+        found = read_json(held)
+        different = [name for name, value in identity.items() if found.get(name) != value]
+        if different:
+            raise CheckpointError(
+                f"{folder} holds a run with another {' and '.join(different)}"
+                f"{_changes(found, resolved, prefix)}: give another --out, or delete that folder to"
+                " start over"
+            )
     require_unused(folder, held.name)
     require_writable(folder, needed_bytes=needed_bytes)
     lock_folder(folder, owner)
     if not held.is_file():
         write_json(held, {**identity, "resolved": resolved})
     return load_state(states)
-
-
-def _require_same_run(
-    held: dict[str, Any],
-    identity: dict[str, str],
-    resolved: dict[str, Any],
-    folder: Path,
-    prefix: str,
-) -> None:
-    different = [name for name, value in identity.items() if held.get(name) != value]
-    if different:
-        raise CheckpointError(
-            f"{folder} holds a run with another {' and '.join(different)}"
-            f"{_changes(held, resolved, prefix)}: give another --out, or delete that folder to"
-            " start over"
-        )
 
 
 def _changes(held: dict[str, Any], resolved: dict[str, Any], prefix: str) -> str:

@@ -16,11 +16,7 @@ def evaluate(
     model: nn.Module, setting: Setting, domain: Domain, images: Images, *, batch_size: int = 250
 ) -> Measurement:
     """Return the model's score on `images`, in eval mode, every image counted."""
-    return measured(image_scores(model, setting, domain, images, batch_size=batch_size), setting)
-
-
-def measured(scores: Tensor, setting: Setting) -> Measurement:
-    """Return the score that `image_scores` come to."""
+    scores = image_scores(model, setting, domain, images, batch_size=batch_size)
     return setting.task.measure(scores)
 
 

@@ -238,7 +238,7 @@ def attacker_copy(
         bare=bare,
     )
     setting.place(model)
-    prepared = prepare(model, strategy.preparations, surroundings)
+    factors, spent = prepare(model, strategy.preparations, surroundings)
     if strategy.lora_rank is not None:
         lora = (*stream[1], "lora")
         add_lora(model, strategy.lora_rank, head=setting.head, seed=stream[0], names=lora)
@@ -247,8 +247,29 @@ def attacker_copy(
     origins = {}
     for name, _ in model.named_parameters():
         real = real_name(name)
-        origins[name] = Origin(real, 0.0 if real is None else prepared.factors[real])
-    return AttackerCopy(origins, prepared.spent)
+        origins[name] = Origin(real, 0.0 if real is None else factors[real])
+    return AttackerCopy(origins, spent)
+
+
+def train(
+    model: nn.Module,
+    strategy: Strategy,
+    setting: Setting,
+    domain: Domain,
+    *,
+    stream: tuple[int, tuple[str | int, ...]],
+    batches: tuple[int, tuple[str | int, ...]] | None = None,
+) -> None:
+    """Train `model` in place on a domain for all steps; `batches` is their stream, if another."""
+    feed = setting.feed(
+        domain,
+        domain.train,
+        batch_size=strategy.batch_size,
+        stream=batches or stream,
+        augmentation=strategy.augmentation,
+    )
+    for _ in FineTuning(model, strategy, setting, feed, stream=stream).run(strategy.steps):
+        pass
 
 
 def _follow(model: nn.Module, course: Course, strategy: Strategy, setting: Setting) -> None:
@@ -264,15 +285,8 @@ def _follow(model: nn.Module, course: Course, strategy: Strategy, setting: Setti
         precision=strategy.precision,
     )
     names = (*course.names, "course")
-    feed = setting.feed(
-        domain,
-        domain.train,
-        batch_size=training.batch_size,
-        stream=(course.seed, (*names, "batches")),
-    )
-    tuning = FineTuning(model, training, setting, feed, stream=(course.seed, names))
-    for _ in tuning.run(course.steps):
-        pass
+    batches = (course.seed, (*names, "batches"))
+    train(model, training, setting, domain, stream=(course.seed, names), batches=batches)
 
 
 def image_count(domain: Domain, fraction: float) -> int:

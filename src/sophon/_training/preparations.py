@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,9 +59,9 @@ class Surroundings:
 
     `classes` is the restricted domain's, None where a head stays of its size; `batches(n)` yields
     up to n normalised image batches of it (batch, channels, height, width), `labelled(n)` up to n
-    with their labels, none twice; `train` follows a
-    course on the original domain; `steps` is the attacker's budget; `(seed, *names)` is its random
-    stream; `bare` are fresh values for parameters that no `reset_parameters` reaches.
+    with their labels, none twice; `train` follows a course on the original domain; `steps` is the
+    attacker's budget; `(seed, *names)` is its random stream; `bare` are fresh values for parameters
+    that no `reset_parameters` reaches; `factors` are the parameters', by name, which it changes.
     """
 
     head: str
@@ -74,6 +74,7 @@ class Surroundings:
     steps: int = 1
     bare: Bare | None = None
     labelled: Callable[[int], Iterator[tuple[Tensor, Tensor]]] | None = None
+    factors: Factors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,11 @@ class Course:
     names: Names
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What became of a model: each parameter's factor, and the steps that were spent on it."""
-
-    factors: Factors
-    spent: int
-
-
 def prepare(
     model: nn.Module, preparations: tuple[Preparation, ...], surroundings: Surroundings
-) -> Prepared:
-    """Prepare `model`, already a copy, in order; return what became of its parameters.
+) -> tuple[Factors, int]:
+    """Prepare `model`, already a copy, in order; return each parameter's factor, and the steps
+    that were spent on it.
 
     A head whose class count differs from the domain's is replaced in any case, once what needs
     the original one (heal, distil) is done. Raises SpecError for a preparation that this model
@@ -106,17 +100,18 @@ def prepare(
     re-initialised.
     """
     factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    surroundings = replace(surroundings, factors=factors)
     spent, fitted = 0, False
     for index, preparation in enumerate(preparations):
         if not fitted and not isinstance(preparation, Heal | Distil):
-            _fit_head(model, surroundings, factors)
+            _fit_head(model, surroundings)
             fitted = True
         step = _streamed(surroundings, "preparation", index, preparation.kind)
-        spent += _PREPARATIONS[preparation.kind](model, preparation, step, factors)
+        spent += _PREPARATIONS[preparation.kind](model, preparation, step)
     if not fitted:
-        _fit_head(model, surroundings, factors)
+        _fit_head(model, surroundings)
     require_steps(preparations, surroundings.steps)
-    return Prepared(factors, spent)
+    return factors, spent
 
 
 def require_steps(preparations: tuple[Preparation, ...], steps: int) -> None:
@@ -128,10 +123,10 @@ def require_steps(preparations: tuple[Preparation, ...], steps: int) -> None:
         )
 
 
-def _fit_head(model: nn.Module, surroundings: Surroundings, factors: Factors) -> None:
+def _fit_head(model: nn.Module, surroundings: Surroundings) -> None:
     wanted = surroundings.classes
     if wanted is not None and head_classes(model, surroundings.head) != wanted:
-        _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"), factors)
+        _fresh_head(model, FreshHead(), _streamed(surroundings, "fitting head"))
 
 
 def spent_at_most(preparation: Preparation, steps: int) -> int:
@@ -141,22 +136,19 @@ def spent_at_most(preparation: Preparation, steps: int) -> int:
     return max(1, min(round(preparation.share * steps), steps - 1))
 
 
-def _heal(model: nn.Module, preparation: Heal, surroundings: Surroundings, factors: Factors) -> int:
-    del factors
+def _heal(model: nn.Module, preparation: Heal, surroundings: Surroundings) -> int:
     return _train(model, preparation, surroundings, None)
 
 
-def _distil(
-    model: nn.Module, preparation: Distil, surroundings: Surroundings, factors: Factors
-) -> int:
+def _distil(model: nn.Module, preparation: Distil, surroundings: Surroundings) -> int:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     # A student is a network of its own: what hangs on the publisher's stays with the teacher.
     drop_foreign_hooks(model)
     names = (*surroundings.names, "student")
     reinitialise(model, seed=surroundings.seed, names=names, bare=surroundings.bare)
     spent = _train(model, preparation, surroundings, teacher)
-    for name in factors:
-        factors[name] = 0.0
+    for name in surroundings.factors:
+        surroundings.factors[name] = 0.0
     return spent
 
 
@@ -190,23 +182,19 @@ def _forget(factors: Factors, prefix: str) -> None:
             factors[name] = 0.0
 
 
-def _fresh_head(
-    model: nn.Module, _: FreshHead, surroundings: Surroundings, factors: Factors
-) -> int:
+def _fresh_head(model: nn.Module, _: FreshHead, surroundings: Surroundings) -> int:
     head = surroundings.head
     classes = surroundings.classes or head_classes(model, head)
     replace_head(model, head, classes, seed=surroundings.seed, names=surroundings.names)
-    _forget(factors, head)
+    _forget(surroundings.factors, head)
     return 0
 
 
-def _ridge_head(
-    model: nn.Module, preparation: RidgeHead, surroundings: Surroundings, factors: Factors
-) -> int:
+def _ridge_head(model: nn.Module, preparation: RidgeHead, surroundings: Surroundings) -> int:
     """Fit a fresh head; it stays as drawn where nothing can be fitted. Return the steps spent."""
     if surroundings.labelled is None:
         raise SpecError("ridge_head needs labelled images of the restricted domain")
-    _fresh_head(model, FreshHead(), surroundings, factors)
+    _fresh_head(model, FreshHead(), surroundings)
     most = _PASSES_A_STEP * spent_at_most(preparation, surroundings.steps)
     seen: list[int] = []
 
@@ -222,7 +210,7 @@ def _ridge_head(
 
 
 def _reset_last_blocks(
-    model: nn.Module, preparation: ResetLastBlocks, surroundings: Surroundings, factors: Factors
+    model: nn.Module, preparation: ResetLastBlocks, surroundings: Surroundings
 ) -> int:
     found = blocks(model, surroundings.head)
     if preparation.blocks > len(found):
@@ -239,36 +227,28 @@ def _reset_last_blocks(
                 names=stream,
                 bare=None if surroundings.bare is None else surroundings.bare.within(name),
             )
-            _forget(factors, name)
+            _forget(surroundings.factors, name)
     return 0
 
 
-def _batch_norm(
-    model: nn.Module, preparation: BatchNorm, surroundings: Surroundings, factors: Factors
-) -> int:
-    norms = {name: part for name, part in model.named_modules() if isinstance(part, BatchNorms)}
+def _batch_norm(model: nn.Module, preparation: BatchNorm, surroundings: Surroundings) -> int:
     if preparation.mode == "reestimate":
-        _reestimate(model, preparation.batches, surroundings)
+        if not tracked_batch_norms(model):
+            return 0
+        if surroundings.batches is None:
+            raise SpecError("batch_norm: mode = 'reestimate' needs images of the restricted domain")
+        if not reestimate_batch_norm(model, surroundings.batches(preparation.batches)):
+            raise DataError("batch_norm: the restricted domain gave no batch to re-estimate from")
         return 0
-    for name, norm in norms.items():
+    norms = [(name, part) for name, part in model.named_modules() if isinstance(part, BatchNorms)]
+    for name, norm in norms:
         norm.reset_parameters()
-        _forget(factors, name)
+        _forget(surroundings.factors, name)
     return 0
-
-
-def _reestimate(model: nn.Module, count: int, surroundings: Surroundings) -> None:
-    if not tracked_batch_norms(model):
-        return
-    if surroundings.batches is None:
-        raise SpecError("batch_norm: mode = 'reestimate' needs images of the restricted domain")
-    if not reestimate_batch_norm(model, surroundings.batches(count)):
-        raise DataError("batch_norm: the restricted domain gave no batch to re-estimate from")
 
 
 @torch.no_grad()
-def _noise_kick(
-    model: nn.Module, preparation: NoiseKick, surroundings: Surroundings, factors: Factors
-) -> int:
+def _noise_kick(model: nn.Module, preparation: NoiseKick, surroundings: Surroundings) -> int:
     source = generator(surroundings.seed, *surroundings.names)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=source).to(parameter)
@@ -278,14 +258,14 @@ def _noise_kick(
 
 
 def _rescale_weights(
-    model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings, factors: Factors
+    model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings
 ) -> int:
-    rescale_weights(model, preparation.norm, surroundings.image_shape, factors)
+    rescale_weights(model, preparation.norm, surroundings.image_shape, surroundings.factors)
     return 0
 
 
 # Each returns the steps it spent.
-_PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings, Factors], int]] = {
+_PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings], int]] = {
     "fresh_head": _fresh_head,
     "ridge_head": _ridge_head,
     "reset_last_blocks": _reset_last_blocks,

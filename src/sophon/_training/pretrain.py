@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sophon._base.errors import NonFiniteError
+from sophon._base.signatures import signed_as
 from sophon._data import Domain, check_batch_fits
 from sophon._records.audit_record import Measurement
 from sophon._records.round import Stage
@@ -201,26 +202,10 @@ def _strategy(spec: PretrainSpec) -> Strategy:
     )
 
 
-def pretrain(
-    model: nn.Module,
-    *,
-    original: Domain,
-    task: Task | None = None,
-    spec: PretrainSpec | None = None,
-    out: str | Path | None = None,
-    model_spec: ModelSpec | None = None,
-    device: str | torch.device | None = None,
-) -> Pretrained:
+@signed_as(Pretraining)
+def pretrain(*model: Any, **arguments: Any) -> Pretrained:
     """Return the trained model; see `Pretraining` for the arguments and errors."""
-    run = Pretraining(
-        model,
-        original=original,
-        task=task,
-        spec=spec,
-        out=out,
-        model_spec=model_spec,
-        device=device,
-    )
+    run = Pretraining(*model, **arguments)
     for _ in run:
         pass
     return run.result()

@@ -20,11 +20,10 @@ from sophon._base.spans import spanned
 from sophon._models import network_identity, weights_sha256
 from sophon._specs import ModelSpec
 from sophon._specs.base import Spec
-from sophon._training.checkpoints import open_run, save_state
+from sophon._training.checkpoints import open_run, save_model, save_state
 from sophon._training.ranks import Ranks
 from sophon._training.setting import Setting
 from sophon._training.sharding import gathered
-from sophon._training.shipping import ship
 
 _STATES = "states"
 Record = TypeVar("Record", bound=BaseModel)
@@ -116,9 +115,15 @@ class ResumableRun(ABC, Generic[Record]):
             )
 
     def ship(self, model: nn.Module, kind: str, about: dict[str, Any]) -> None:
-        """Write the finished model to the folder, and `about` beside it as `KIND.json`."""
+        """Write the finished model to the folder: its weights; beside it `model.json` with its
+        network and `about`, that alone as `KIND.json`, and what its task says: a diffusion model's
+        folder is a pipeline of diffusers as well, and names itself.
+        """
         if self.out is not None and self.ranks.first:
-            ship(self.out, model, self.model_spec, {kind: about}, self.setting.task)
+            described = self.setting.task.described(self.model_spec)
+            network = None if described is None else described.model_dump(mode="json")
+            save_model(self.out, model, {"model": network, kind: about})
+            self.setting.task.complete(self.out, model)
             write_json(self.out / f"{kind}.json", about)
 
     def save(self) -> None:

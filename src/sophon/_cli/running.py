@@ -91,7 +91,7 @@ def run_protection(
 
 
 def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
-    """Say, before any round, that the model does not know the task it is to keep."""
+    """Say, before any round, that the model does not know its task, and what the terms remark."""
     from sophon._judgement.statistics import interval_of
     from sophon._records.metrics import kind_of
 
@@ -104,6 +104,9 @@ def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
             " what a model can do: train it first (sophon pretrain) or name its weights",
             err=True,
         )
+    for remark in [line for term in run.hinder for line in term.remarks()]:
+        if mode in ("bar", "lines"):
+            typer.echo(remark, err=True)
 
 
 def _show_profile(profiled: Profiled, mode: Mode) -> None:

@@ -118,6 +118,10 @@ class Term(Generic[AnyTermSpec]):
         """Return what it holds between rounds, for a model of so many bytes, at most."""
         return 0
 
+    def remarks(self) -> list[str]:
+        """Return what the publisher should know before the first round, a line each."""
+        return []
+
     def description(self, model: nn.Module) -> dict[str, Any]:
         """Return what the folder of a finished run says of it and of the protected model."""
         return {}

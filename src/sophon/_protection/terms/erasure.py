@@ -133,6 +133,16 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         """Put back what `state` returned."""
         self.taken = list(meta["turns"])
 
+    def remarks(self) -> list[str]:
+        """Name the domains of which readers find no more than on fresh networks."""
+        return [
+            f"{name}: readers find no more on this model than on a fresh network: nothing to erase"
+            for name, rows in self.given.items()
+            if all(
+                bool((r <= f).all()) for r, f in zip(rows, self.readers.floors[name], strict=True)
+            )
+        ]
+
     def tables(self, model: nn.Module) -> dict[str, Any]:
         """Return what readers find by domain: depths, and R2 of the best reader on a fresh network,
         on the given one and on `model`.

@@ -17,6 +17,7 @@ import pytest
 import ablation
 import jobs
 import records
+from builders import rehearsal_of
 from cells import PAPER, RECIPES, SMALL, command, grid_command, named, spec_of
 from grid import (
     CELLS,
@@ -39,6 +40,8 @@ from sophon._cli.application import command_line
 from sophon._cli.run_file import load_pretraining
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data.splits import stratified
+from sophon._protection.presets import as_paper
+from sophon._protection.spec import Alternate
 from sophon._records.audit_record import AuditRecord, DomainRecord
 from sophon._records.round import Round
 from sophon._specs import AuditSpec, parse_spec
@@ -75,7 +78,7 @@ def test_a_recipe_is_of_its_own_cell(cell: Cell) -> None:
         assert spec.model.name == f"diffusers:{folder}"
     assert (spec.original, spec.task) == (base.original, base.task)
     assert spec.restricted[0].name in TRAINING_IMAGES
-    assert spec.protect.suppression == cell.loss
+    assert rehearsal_of(spec.protect).loss == cell.loss
     scale = "" if cell.scale == "small" else " --scale paper"
     assert f"#   python recipes/reproduce.py {cell.name}{scale}\n" in text
     for word in ("protect", "audit"):
@@ -97,14 +100,16 @@ def test_every_row_and_column_of_the_paper_is_there() -> None:
 
 @pytest.mark.parametrize("cell", PAPER, ids=named)
 def test_a_paper_recipe_has_the_papers_hyper_parameters(cell: Cell) -> None:
-    protect = spec_of(cell).protect
-    assert (protect.rounds, protect.rehearsal.steps) == (800, 50)
-    assert (protect.suppression_rate, protect.reinforcement_rate) == (3e-4, 5e-4)
-    assert (protect.suppression_steps, protect.reinforcement_steps) == (1, 1)
-    assert (protect.original_batch_size, protect.clip_norm) == (150, 0.5)
-    assert protect.rehearsal.fixed is not None
-    assert protect.rehearsal.fixed.batch_size == 150
-    assert protect.suppression == cell.loss
+    protect = as_paper(spec_of(cell).protect, "accuracy")
+    rehearsal, update = rehearsal_of(protect), protect.update
+    assert isinstance(update, Alternate)
+    assert (protect.rounds, rehearsal.steps) == (800, 50)
+    assert (update.hindrance_rate, update.keep_rate) == (3e-4, 5e-4)
+    assert (update.hindrance_steps, update.keep_steps) == (1, 1)
+    assert (protect.original_batch_size, update.clip_norm) == (150, 0.5)
+    assert rehearsal.fixed is not None
+    assert rehearsal.fixed.batch_size == 150
+    assert rehearsal.loss == cell.loss
 
 
 # What the paper's sets publish: training images by class, or of all where they have no labels here,
@@ -162,7 +167,7 @@ def test_a_statement_that_cannot_be_read_names_no_rehearsed_attack(stated: Any) 
 @pytest.mark.parametrize("cell", CELLS, ids=named)
 def test_the_rehearsed_attack_is_among_those_of_the_audit(cell: Cell) -> None:
     spec = spec_of(cell)
-    fixed = spec.protect.rehearsal.fixed
+    fixed = rehearsal_of(spec.protect).fixed
     assert fixed is not None
     attacks = strategies_of(spec.audit)
     assert fixed.model_copy(update={"steps": spec.audit.steps}) in attacks

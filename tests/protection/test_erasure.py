@@ -24,6 +24,7 @@ from sophon._protection.readers import Readers, ReadersSpec, explained, pooled, 
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.term import Surroundings
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._specs import Guard
 from sophon._training.ranks import Ranks
 
@@ -305,9 +306,10 @@ def test_many_classes_are_read_in_larger_batches_unless_one_is_given() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1500, 8, 8), dtype=np.uint8)
     many = Domain.from_arrays("many", images, np.arange(1500) % 150)
     run = Protection(trained_model(), original=original(), restricted=many)
-    (term,) = run.spec.hinder or ()
+    term, rehearsal = run.spec.hinder or ()
     assert isinstance(term, ErasureSpec)
-    assert term.batch_size == 300
+    assert isinstance(rehearsal, Rehearsal)
+    assert (term.batch_size, rehearsal.query_batch_size) == (300, 300)
 
 
 def test_shards_are_refused() -> None:

@@ -19,7 +19,7 @@ from sophon._specs import Guard
 from sophon._specs.guard import Price
 from toy_term import ToySpec, ToyTerm
 
-PRICE = Price(start=2.0, rise=1.5, fall=0.5, most=4.0, margin=3.0)
+PRICE = Price(start=2.0, rise=1.5, fall=0.5, most=4.0, slack=5.0, margin=3.0)
 
 
 @pytest.fixture(autouse=True)

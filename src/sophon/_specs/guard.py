@@ -19,11 +19,11 @@ class Price(Spec):
     than `margin` times the tolerance are rolled back.
     """
 
-    start: Rate = 0.5
-    rise: Annotated[float, Field(ge=1, le=10)] = 1.1
-    fall: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    most: Rate = 20.0
-    slack: NonNegative = 5.0
+    start: Rate = 1.0
+    rise: Annotated[float, Field(ge=1, le=10)] = 1.03
+    fall: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    most: Rate = 2.5
+    slack: NonNegative = 1.0
     margin: Annotated[float, Field(ge=1, le=100)] = 5.0
 
     @model_validator(mode="after")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -15,6 +13,7 @@ from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
 from sophon._data import check_batch_fits
 from sophon._protection.attackers import domain_of
+from sophon._protection.losses import kl_from_uniform
 from sophon._protection.readers import Readers, ReadersSpec
 from sophon._protection.term import Contribution, Hindrance, State, Surroundings, TermSpec
 from sophon._specs.base import Augmentation, NonNegative
@@ -105,9 +104,7 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         read = self.readers.erasure(found, labels, domain, generator(around.seed, *names))
         loss = read.loss
         if self.spec.outputs:
-            logarithms = F.log_softmax(outputs.float(), 1)
-            uniform = -logarithms.mean(1) - math.log(outputs.shape[1])
-            loss = loss + self.spec.outputs * uniform.mean()
+            loss = loss + self.spec.outputs * kl_from_uniform(outputs.float(), labels).mean()
         values = list(parameters.values())
         gradients = torch.autograd.grad(loss, values, allow_unused=True)
         held = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}

@@ -107,7 +107,7 @@ def prepare(
             _fit_head(model, surroundings)
             fitted = True
         step = _streamed(surroundings, "preparation", index, preparation.kind)
-        spent += _PREPARATIONS[preparation.kind](model, preparation, step)
+        spent += PREPARATIONS[preparation.kind](model, preparation, step)
     if not fitted:
         _fit_head(model, surroundings)
     require_steps(preparations, surroundings.steps)
@@ -265,7 +265,7 @@ def _rescale_weights(
 
 
 # Each returns the steps it spent.
-_PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings], int]] = {
+PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings], int]] = {
     "fresh_head": _fresh_head,
     "ridge_head": _ridge_head,
     "reset_last_blocks": _reset_last_blocks,

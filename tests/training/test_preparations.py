@@ -28,7 +28,7 @@ from sophon._specs import (
     RidgeHead,
     Strategy,
 )
-from sophon._training.preparations import _PREPARATIONS, Course, Surroundings, prepare
+from sophon._training.preparations import PREPARATIONS, Course, Surroundings, prepare
 
 IMAGE = (3, 32, 32)
 EVERY: dict[str, tuple[Preparation, ...]] = {
@@ -120,7 +120,7 @@ def inflate(model: nn.Module, by: float) -> nn.Module:
 
 
 def test_every_kind_of_preparation_is_tried() -> None:
-    assert set(_PREPARATIONS) == {step.kind for steps in EVERY.values() for step in steps}
+    assert set(PREPARATIONS) == {step.kind for steps in EVERY.values() for step in steps}
 
 
 # --- The factor is the derivative -------------------------------------------------------------

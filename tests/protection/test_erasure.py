@@ -309,7 +309,7 @@ def test_many_classes_are_read_in_larger_batches_unless_one_is_given() -> None:
     term, rehearsal = run.spec.hinder or ()
     assert isinstance(term, ErasureSpec)
     assert isinstance(rehearsal, Rehearsal)
-    assert (term.batch_size, rehearsal.query_batch_size) == (300, 300)
+    assert (term.batch_size, rehearsal.query_batch_size) == (256, 256)
 
 
 def test_shards_are_refused() -> None:

@@ -283,7 +283,7 @@ def test_it_can_be_forecast(kind: str) -> None:
     found = forecast(
         trained_model(), original=original(), restricted=restricted(), spec=_spec(kind, rounds=50)
     )
-    assert found.rounds == 50
+    assert found.spec.rounds == 50
     assert 0 < found.round_s < 60
     assert found.total_s == pytest.approx(50 * found.round_s)
 

@@ -171,6 +171,13 @@ def show_protected(result: Protected, out: Path, mode: Mode) -> None:
             file=str(file),
         )
         return
+    if result.shipped_round < len(result.rounds) / 2:
+        typer.echo(
+            f"warning: weights of round {result.shipped_round} are hardly protected; no later ones"
+            " kept the original task within protect.guard's tolerance: raise it, or lower"
+            " guard.price.most or the rate of protect.update",
+            err=True,
+        )
     typer.echo(
         f"protected: original validation {shown(result.before)} before,"
         f" {shown(result.after)} after; weights of round {result.shipped_round} of"

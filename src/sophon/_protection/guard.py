@@ -60,6 +60,8 @@ class IntactnessGuard:
         self.extra_steps = 0
         self.price = spec.price.start if spec.mode == "price" else 1.0
         self.shipped: Good | None = None
+        # Other starting weights than the given ones are none to go back to.
+        self.returns = True
         self.last_good: dict[str, Tensor] = {}
         self._before: Measurement | None = None
         self._window: list[float] = []
@@ -76,6 +78,7 @@ class IntactnessGuard:
         the model before protection, where the run starts from other weights.
         """
         self._before = self._measure(given)
+        self.returns = given is None
         self.last_good = snapshot(self.model)
 
     def observe(self, query_score: float) -> None:
@@ -99,7 +102,7 @@ class IntactnessGuard:
         if score.value < least:
             self._violated(score.value, least, left)
             return score.value, "violated"
-        self.last_good = snapshot(self.model)
+        self.last_good, self.returns = snapshot(self.model), True
         better = self.shipped is None or query_score <= self.shipped.query_score
         if self.spec.ship == "last" or better:
             self.shipped = Good(self.last_good, finished, score, query_score)
@@ -119,7 +122,7 @@ class IntactnessGuard:
                 return
         else:
             self.extra_steps += 1
-        for model in (self.trained, self.model):
+        for model in (self.trained, self.model) if self.returns else ():
             model.load_state_dict(self.last_good)
 
     def require_shipped(self, best: float) -> Good:
@@ -150,6 +153,7 @@ class IntactnessGuard:
         plain = {
             "extra_steps": self.extra_steps,
             "price": self.price,
+            "returns": self.returns,
             "window": self._window,
             "before": self.before.model_dump(),
             "shipped": shipped,
@@ -165,6 +169,7 @@ class IntactnessGuard:
         self.last_good = groups["last_good"]
         self.extra_steps = plain["extra_steps"]
         self.price = plain.get("price", self.price)
+        self.returns = plain.get("returns", True)
         self._window = plain["window"]
         self._before = measurement(plain["before"])
         if plain["shipped"] is not None:

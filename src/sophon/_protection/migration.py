@@ -30,6 +30,10 @@ def migrated(data: dict[str, Any]) -> dict[str, Any]:
     new = [key for key in ("hinder", "keep", "update") if data.get(key) is not None]
     if new:
         raise ValueError(f"{old[0]} is the former way to write {new[0]}: use one of them")
+    if data.get("method") == "erasure":
+        raise ValueError(
+            f"{old[0]} is a key of method = 'sophon': for erasure write it below [[protect.hinder]]"
+        )
     rest = {key: value for key, value in data.items() if key not in _FLAT}
     rehearsal = data.get("rehearsal", {})
     if not isinstance(rehearsal, dict):

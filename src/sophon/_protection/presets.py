@@ -17,11 +17,11 @@ from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.spec import Alternate, Joint, ProtectSpec
 from sophon._protection.terms import TERMS
 from sophon._protection.terms.distil import DistilSpec
-from sophon._protection.terms.erasure import ErasureSpec
+from sophon._protection.terms.erasure import ErasureSpec, images_needed
 from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._protection.terms.task import TaskLossSpec
 from sophon._specs import FreshHead, Preparation, RescaleWeights, ResetLastBlocks
-from sophon._specs.guard import Guard
+from sophon._specs.guard import Guard, Price
 from sophon._training.loop import check_preparations
 from sophon._training.setting import Setting
 
@@ -55,6 +55,10 @@ def _filled(spec: ProtectSpec, usual: dict[str, Any], metric: str) -> ProtectSpe
     guard = whole.guard or Guard()
     if guard.mode is None:
         mode = "price" if isinstance(whole.update, Joint) else "rollback"
+        if mode == "rollback" and guard.price != Price():
+            raise SpecError(
+                "protect.guard.price is for update = 'joint': leave it out, or set that update"
+            )
         guard = guard.model_copy(update={"mode": mode})
     named = tuple(
         term.model_copy(update={"loss": USUAL[metric]})
@@ -81,7 +85,9 @@ def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
     # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
     classes = max(domain.class_count for domain in setting.restricted)
-    batch = max(8, min(max(_BATCH, 2 * classes), fewest * 3 // 4) // 2 * 2)
+    least = images_needed(classes)
+    batch = max(8, min(max(_BATCH, least), fewest * 3 // 4) // 2 * 2)
+    batch = least if batch < least <= fewest - 2 else batch
     rounds = math.ceil(_PASSES * sum(map(_count, setting.restricted)) / batch)
     distribution = StrategyDistribution(
         learning_rates={"adam": (1e-3, 1.5e-2), "sgd_momentum": (1e-2, 1.5e-1)},

@@ -114,10 +114,13 @@ def standardised(features: Tensor, clip: float) -> Tensor:
 def pooled(output: Tensor, view: int) -> Tensor:
     """Return (images, features) in float32 of a block's output.
 
-    Maps (images, channels, height, width) are averaged to `view` positions a side, tokens (images,
-    tokens, channels) to as many in their order; (images, features) stays.
+    Maps (images, channels, height, width), or with square sides and channels last, are averaged to
+    `view` positions a side, tokens (images, tokens, channels) to as many in their order; (images,
+    features) stays.
     """
     if output.dim() == 4:
+        if output.shape[1] == output.shape[2] != output.shape[3]:
+            output = output.permute(0, 3, 1, 2)
         height, width = output.shape[-2:]
         sides = (min(view, height), min(view, width))
         if height % sides[0] or width % sides[1]:
@@ -150,8 +153,9 @@ def explained(
     ridge = half * penalty * torch.eye(half, dtype=features.dtype, device=features.device)
     weights = torch.linalg.solve(kernel(support, support) + ridge, centred[:half])
     missed = (centred[half:] - kernel(query, support) @ weights).square().sum()
-    score: Tensor = 1 - missed / centred[half:].square().sum().clamp_min(1e-6)
-    return score
+    total = centred[half:].square().sum()
+    # Of labels that are all alike there is nothing to explain.
+    return torch.where(total > _LEAST, 1 - missed / total.clamp_min(_LEAST), 0 * missed)
 
 
 class Readers:

@@ -18,6 +18,14 @@ from sophon._protection.readers import Readers, ReadersSpec
 from sophon._protection.term import Contribution, Hindrance, State, Surroundings, TermSpec
 from sophon._specs.base import Augmentation, NonNegative
 
+# A batch that held two images of each of more classes would not fit.
+_MOST_CLASSES = 128
+
+
+def images_needed(classes: int) -> int:
+    """Return how many images a batch needs: two a class, of as many classes as one can hold."""
+    return 2 * min(classes, _MOST_CLASSES)
+
 
 class ErasureSpec(TermSpec):
     """`kind = "erasure"`: closed-form readers at every depth are to find no more than on a fresh
@@ -78,11 +86,12 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         for domain in around.setting.restricted:
             what = "protect.hinder: erasure needs batch_size"
             check_batch_fits(domain, spec.batch_size, what)
-            if spec.batch_size < 2 * domain.class_count:
+            needed = images_needed(domain.class_count)
+            if spec.batch_size < needed:
                 raise SpecError(
                     f"protect.hinder: erasure's batch_size = {spec.batch_size} has fewer than two"
                     f" images for each of the {domain.class_count} classes of {domain.name!r}: use"
-                    f" at least {2 * domain.class_count}"
+                    f" at least {needed}"
                 )
 
     @spanned("erasure")
@@ -95,18 +104,18 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         self.taken[which] += 1
         parameters = dict(model.named_parameters())
         names = ("erasure", turn)
-        with (
-            seeded(around.seed, *names),
-            self.readers.watching(model) as found,
-            around.setting.autocast(),
-        ):
-            outputs = model(images)
-        read = self.readers.erasure(found, labels, domain, generator(around.seed, *names))
-        loss = read.loss
-        if self.spec.outputs:
-            loss = loss + self.spec.outputs * kl_from_uniform(outputs.float(), labels).mean()
-        values = list(parameters.values())
-        gradients = torch.autograd.grad(loss, values, allow_unused=True)
+        with seeded(around.seed, *names), self.readers.watching(model) as found:
+            with around.setting.autocast():
+                outputs = model(images)
+            stream = generator(around.seed, *names)
+            read = self.readers.erasure(found, labels, domain, stream)
+            loss = read.loss
+            if self.spec.outputs:
+                uniform = kl_from_uniform(outputs.float(), labels).mean()
+                loss = loss + self.spec.outputs * uniform
+            # As it ran: a checkpointed block runs once more.
+            values = list(parameters.values())
+            gradients = torch.autograd.grad(loss, values, allow_unused=True)
         held = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
         # All computed the whole batch; kernels need not agree to the last bit on that.
         around.ranks.follow_first([*held.values()])

@@ -87,7 +87,7 @@ def test_a_paper_recipe_runs_for_two_rounds(cell: Cell, paper_data: Path, tmp_pa
     rounds = [Round.model_validate_json(line) for line in lines]
     assert [r.suppression_gradient_norm > 0 for r in rounds] == [True, True]
     held = json.loads((tmp_path / "model.json").read_text())["protection"]
-    assert held["spec"]["suppression"] == cell.loss
+    assert held["spec"]["hinder"][0]["loss"] == cell.loss
 
 
 @pytest.mark.parametrize("cell", DIFFUSION, ids=named)

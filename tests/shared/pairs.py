@@ -268,7 +268,7 @@ def state(given: ProtectSpec, name: str, *, shard: bool = False) -> dict[str, tu
     """Return the shapes of the tensors of a state after a round; all of them whole, or it fails."""
     run = started(given, name, shard=shard)
     next(iter(run))
-    tensors, _ = run._state()
+    tensors, _ = run.whole_state()
     assert all(type(value) in (Tensor, nn.Parameter) for value in tensors.values())
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
@@ -290,7 +290,7 @@ def most_whole(given: ProtectSpec, name: str) -> int:
         return result
 
     with mock.patch.object(DTensor, "full_tensor", gathering):
-        run._state()
+        run.whole_state()
         _rehearsal(run)._copy(run.model)
     return max(alive)
 

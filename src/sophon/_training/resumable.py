@@ -131,14 +131,20 @@ class ResumableRun(ABC, Generic[Record]):
         if self.out is not None:
             self.save_to(self.out / _STATES)
 
-    @spanned("states written")
-    def save_to(self, folder: Path) -> None:
-        """Write the state to resume from into `folder`; all processes must ask."""
+    def whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return whole tensors by group and name, in the first process only, and plain values; all
+        must ask.
+        """
         groups, values = self.state()
         named = {
             f"{group}|{n}": value for group, held in groups.items() for n, value in held.items()
         }
-        tensors = gathered(named, self.ranks)
+        return gathered(named, self.ranks), values
+
+    @spanned("states written")
+    def save_to(self, folder: Path) -> None:
+        """Write the state to resume from into `folder`; all processes must ask."""
+        tensors, values = self.whole_state()
         if self.ranks.first:
             records = [record.model_dump(mode="json") for record in self.records]
             save_state(folder, self.done, tensors, {f"{self.part}s": records, **values})

@@ -156,6 +156,9 @@ def _domain_changes(
 
 def _differing(path: str, held: Any, wanted: Any) -> list[str]:
     """Return the keys below `path` in which two specifications differ."""
+    if path.startswith("protect.hinder") and isinstance(held, list) and isinstance(wanted, list):
+        # Terms are told apart by their place.
+        held, wanted = (dict(zip(map(str, range(len(x))), x, strict=True)) for x in (held, wanted))
     if not isinstance(held, dict) or not isinstance(wanted, dict):
         return [] if held == wanted else [path]
     keys = [*wanted, *(key for key in held if key not in wanted)]

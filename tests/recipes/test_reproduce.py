@@ -456,7 +456,7 @@ def test_the_table_shows_what_was_measured(reproduced: tuple[Path, str]) -> None
     # A run of two steps is not the cell of that name, and does not pass for it.
     verdict = row.strip("| ").split(" | ")[-1]
     assert verdict.startswith("changed: ")
-    assert {"audit.steps", "protect.rounds", "protect.rehearsal.steps"} <= set(
+    assert {"audit.steps", "protect.rounds", "protect.hinder.0.steps"} <= set(
         verdict.removeprefix("changed: ").split(", ")
     )
     assert "restricted.0: 270 training images instead of 4,500" in verdict

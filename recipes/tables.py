@@ -12,12 +12,14 @@ from pydantic import ValidationError
 import grid
 from grid import Cell, Scale, published_of
 from sameness import base_folder, changes_of
-from sophon._base.errors import CheckpointError
+from sophon._base.errors import CheckpointError, SpecError
 from sophon._judgement.verdict import overall, summarise
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import MetricKind, kind_of_record
 from sophon._reporting.tables import removed_text
-from sophon._specs import Strategy, Subject
+from sophon._specs import Strategy, Subject, parse_spec
 
 SUBJECTS: tuple[Subject, ...] = ("scratch", "unprotected", "protected")
 Triple = tuple[float | None, ...]
@@ -120,12 +122,15 @@ def measured(record: AuditRecord, cell: Cell, base: Path | None = None) -> Measu
 def rehearsed_attack(record: AuditRecord) -> Strategy | None:
     """Return the attack of the record that protection rehearsed: the same but for its steps."""
     held: Any = record.protection
-    for key in ("spec", "rehearsal", "fixed"):
-        held = held.get(key) if isinstance(held, dict) else None
+    held = held.get("spec") if isinstance(held, dict) else None
     try:
-        wanted = Strategy.model_validate(held, strict=False)
-    except ValidationError:
-        # Nothing is stated, or nothing that can be read.
+        spec = parse_spec(ProtectSpec, held if isinstance(held, dict) else {}, where="stored")
+    except SpecError:
+        # What is stated cannot be read.
+        return None
+    terms = [term for term in spec.hinder or () if isinstance(term, Rehearsal)]
+    wanted = next((term.fixed for term in terms if term.fixed is not None), None)
+    if wanted is None:
         return None
     same = {"steps": wanted.steps}
     return next((s for s in record.strategies if s.model_copy(update=same) == wanted), None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from sophon._base.files import read_json, write_json
 
 # Flat keys of `protect` and where they are now, below the update and below the rehearsal.
@@ -36,8 +38,10 @@ def migrated(data: dict[str, Any]) -> dict[str, Any]:
         )
     rest = {key: value for key, value in data.items() if key not in _FLAT}
     rehearsal = data.get("rehearsal", {})
-    if not isinstance(rehearsal, dict):
+    if isinstance(rehearsal, BaseModel):
         rehearsal = {name: getattr(rehearsal, name) for name in rehearsal.model_fields_set}
+    elif not isinstance(rehearsal, dict):
+        raise ValueError(f"rehearsal = {rehearsal!r}: give a table")
     named = {_REHEARSAL[key]: data[key] for key in _REHEARSAL if key in data}
     update = {_UPDATE[key]: data[key] for key in _UPDATE if key in data}
     return {

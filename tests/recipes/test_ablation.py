@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,23 @@ TINY = (
 )
 
 
+# Where the flat keys of the study's run file are now.
+PLACES = {
+    "protect.suppression_rate": "protect.update.hindrance_rate",
+    "protect.suppression_steps": "protect.update.hindrance_steps",
+    "protect.suppression": "protect.hinder.0.loss",
+    "protect.reinforcement_rate": "protect.update.keep_rate",
+    "protect.reinforcement_steps": "protect.update.keep_steps",
+    "protect.head_gradient": "protect.hinder.0.head_gradient",
+    "protect.clip_norm": "protect.update.clip_norm",
+    "protect.rehearsal": "protect.hinder.0",
+}
+NOW = re.compile("|".join(map(re.escape, PLACES)))
+
+
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if path.endswith("hinder") and isinstance(value, list):
+        value = {str(place): term for place, term in enumerate(value)}
     if not isinstance(value, dict) or not value:
         return {path: value}
     return {k: v for name in value for k, v in leaves(value[name], f"{path}.{name}").items()}
@@ -53,7 +70,7 @@ def test_every_run_of_the_study_changes_the_one_setting_of_its_axis(
     if variation.name == BASE:
         assert not changed
         return
-    key = variation.settings[0].partition("=")[0]
+    key = NOW.sub(lambda found: PLACES[found[0]], variation.settings[0].partition("=")[0])
     if variation.axis == "strategies":
         # What is sampled is one thing, though many values.
         assert {name.removeprefix(f".{key}.").partition(".")[0] for name in changed} == {

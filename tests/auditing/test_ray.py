@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from builders import original, restricted, scratch_model, trained_model
-from ray_models import FatalOnce
+from ray_models import FatalOnce, Switched
 from sophon._auditing.audit import Audit
 from sophon._auditing.executors import ATTEMPTS
 from sophon._auditing.ray import RayCluster
 from sophon._auditing.trial import Job
 from sophon._base.errors import AuditError, SpecError
-from sophon._base.plain_mode import SWITCH, plain
+from sophon._base.plain_mode import SWITCH
 from sophon._records.audit_record import Trial
 from sophon._specs import AuditSpec
 from workloads import Scripted, job
@@ -188,15 +188,6 @@ def test_what_cannot_be_sent_to_a_cluster_is_an_error_of_one_line(
     monkeypatch.setattr(module, "put", failing)
     with pytest.raises(AuditError, match=r"cannot be sent to a worker \(Could not serialize\)"):
         list(cluster.run([job("quick", 0)]))
-
-
-class Switched:
-    """Says as the trial of a job whether a worker computes the plain way."""
-
-    device = torch.device("cpu")
-
-    def run(self, job: object) -> bool:
-        return plain()
 
 
 @pytest.mark.slow

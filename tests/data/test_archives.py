@@ -166,3 +166,20 @@ def test_what_is_not_there_is_named(
         script.main(["--from", str(public), "--to", str(to), "svhn"])
     assert "svhn is no archive of the recipes" in capsys.readouterr().err
     assert list(to.iterdir()) == []
+
+
+def test_the_joined_original_validates_on_images_of_another_archive(shared_data: Path) -> None:
+    found = importlib.util.spec_from_file_location("originals", RECIPES / "withstand/originals.py")
+    assert found is not None
+    assert found.loader is not None
+    script = importlib.util.module_from_spec(found)
+    found.loader.exec_module(script)
+    arrays = script.joined(shared_data)
+    assert arrays["x_train"].shape == (13660, 32, 32, 3)
+    assert len(arrays["y_train"]) == 13660
+    with np.load(shared_data / "cifar10.npz") as exact:
+        assert np.array_equal(arrays["x_test"], exact["x_test"])
+        assert np.array_equal(arrays["x_train"][:3660], exact["x_train"])
+    seen = {image.tobytes() for image in arrays["x_train"]}
+    assert not any(image.tobytes() in seen for image in arrays["x_val"])
+    assert np.bincount(arrays["y_val"]).tolist() == [200] * 10

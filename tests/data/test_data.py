@@ -130,6 +130,23 @@ def test_archive_without_test_split_or_names(tmp_path: Path) -> None:
     assert domain.classes == ("0", "1")
 
 
+@pytest.mark.parametrize("coarse", [False, True])
+def test_an_archive_may_have_validation_images_of_its_own(coarse: bool, tmp_path: Path) -> None:
+    pixels, labels = noise(30, 6, 6), np.arange(30) % 4
+    groups = {"coarse_of_fine": np.array([0, 0, 1, 1]), "coarse_names": np.array(["a", "b"])}
+    np.savez(
+        tmp_path / "d.npz",
+        x_train=pixels[:16], y_train=labels[:16], x_val=pixels[16:24], y_val=labels[16:24],
+        x_test=pixels[24:], y_test=labels[24:], **groups,
+    )  # fmt: skip
+    how = {"labels": "coarse"} if coarse else {}
+    domain = load_domain(spec(source="npz", path="d.npz", **how), base=tmp_path)
+    assert (len(domain.train), len(domain.validation), len(domain.test)) == (16, 8, 6)
+    assert np.array_equal(domain.validation.pixels.numpy()[:, 0], pixels[16:24])
+    wanted = labels[16:24] // 2 if coarse else labels[16:24]
+    assert domain.validation.labels.tolist() == wanted.tolist()
+
+
 # --- Splits -------------------------------------------------------------------------------------
 
 

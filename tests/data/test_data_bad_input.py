@@ -62,6 +62,11 @@ def archive(path: Path, **arrays: Any) -> None:
 ARRAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no labels": ({"y_train": None}, ("y_train", "x_train")),
     "no images": ({"x_train": None}, ("x_train",)),
+    "validation without labels": ({"x_val": noise(4, 6, 6)}, ("y_val",)),
+    "validation of another class": (
+        {"x_val": noise(4, 6, 6), "y_val": np.array([0, 1, -1, 1])},
+        ("-1",),
+    ),
     "floats": ({"x_train": noise(20, 6, 6) / 255}, ("float64", "uint8")),
     "NaN": ({"x_train": np.full((20, 6, 6), np.nan)}, ("NaN", "remove")),
     "text": ({"x_train": np.full((20, 6, 6), "a")}, ("<U1", "uint8")),

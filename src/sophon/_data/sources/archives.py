@@ -30,7 +30,10 @@ _OF_RECIPES = {
     *("cifar10.npz", "cifar100.npz", "cifar10_jpeg.npz", "gtsrb10.npz", "mnist.npz"),
     *("orl_faces64.npz", "tiny_imagenet20_64.npz"),
 }
-FORMAT = "x_train, y_train (uint8 images, integer labels); x_test, y_test, class_names if there are"
+FORMAT = (
+    "x_train, y_train (uint8 images, integer labels); x_val, y_val, x_test, y_test, class_names if"
+    " there are"
+)
 
 
 def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Contents:
@@ -39,9 +42,10 @@ def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Conte
     With `coarse` every label is replaced by its group: `coarse_of_fine` (labels,) has the groups,
     `coarse_names` their names.
 
-    Arrays are `x_train`, `y_train` and, as wished, `x_test`, `y_test` and `class_names`. Images
-    are uint8 (n, h, w) or (n, h, w, 3), or JPEG files end to end in `x_train_jpeg` with
-    `x_train_offsets` (n + 1,). Nothing in the file is executed: pickled arrays are refused.
+    Arrays are `x_train`, `y_train` and, as wished, `x_val`, `y_val` for validation, `x_test`,
+    `y_test` and `class_names`. Images are uint8 (n, h, w) or (n, h, w, 3), or JPEG files end to
+    end in `x_train_jpeg` with `x_train_offsets` (n + 1,). Nothing in the file is executed: pickled
+    arrays are refused.
 
     Raises DataError: the file is missing, damaged, or does not hold these arrays.
     """
@@ -49,12 +53,14 @@ def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Conte
     if coarse:
         _coarsen(arrays)
     train = _part(arrays, "train", size)
-    test = None
-    if any(name.startswith(("x_test", "y_test")) for name in arrays):
-        test = _part(arrays, "test", size)
-    names = _names(arrays)
-    labels = [part.labels for part in (train, test) if part is not None]
-    return Contents(train, test, class_names(names, labels))
+    held = {split: _there(arrays, split) for split in ("test", "val")}
+    parts = {split: _part(arrays, split, size) if there else None for split, there in held.items()}
+    labels = [part.labels for part in (train, *parts.values()) if part is not None]
+    return Contents(train, parts["test"], class_names(_names(arrays), labels), parts["val"])
+
+
+def _there(arrays: dict[str, NDArray[Any]], split: str) -> bool:
+    return any(name.startswith((f"x_{split}", f"y_{split}")) for name in arrays)
 
 
 def _coarsen(arrays: dict[str, NDArray[Any]]) -> None:
@@ -64,7 +70,7 @@ def _coarsen(arrays: dict[str, NDArray[Any]]) -> None:
     groups = arrays["coarse_of_fine"]
     if groups.dtype.kind not in "iu" or groups.ndim != 1:
         raise DataError(f"coarse_of_fine is {groups.dtype} {groups.shape}; give integers (labels,)")
-    for name in ("y_train", "y_test"):
+    for name in ("y_train", "y_val", "y_test"):
         if name not in arrays:
             continue
         labels = arrays[name]

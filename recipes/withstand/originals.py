@@ -2,15 +2,16 @@
 
     python recipes/withstand/originals.py $SOPHON_DATA cifar10_unseen.npz
 
-A network that was trained on all of CIFAR-10's training images knows any validation split that is cut
-from them by heart, and a price that is led by it is misled. The joined archive trains on the training
-images of both, validates on the test images of `cifar10_jpeg.npz` and tests on those of `cifar10.npz`:
-the two share no image.
+A network that was trained on all of CIFAR-10's training images knows any validation split that is
+cut from them by heart, and a price that is led by it is misled. The joined archive trains on the
+training images of both, validates on the test images of `cifar10_jpeg.npz` and tests on those of
+`cifar10.npz`: the two share no image.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def joined(folder: Path) -> dict[str, NDArray[Any]]:
 def unpacked(archive: Any, split: str) -> NDArray[np.uint8]:
     """Return the images of a split that lie as JPEG files end to end, (n, h, w, 3)."""
     data, ends = archive[f"x_{split}_jpeg"].tobytes(), archive[f"x_{split}_offsets"]
-    files = (data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
+    files = (data[a:b] for a, b in itertools.pairwise(ends))
     return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
 
 

@@ -20,7 +20,15 @@ from sophon._base.seeding import generator
 from sophon._data import Domain
 from sophon._models import weights_sha256
 from sophon._protection.protection import Protection
-from sophon._protection.readers import Readers, ReadersSpec, explained, pooled, standardised
+from sophon._protection.readers import (
+    Readers,
+    ReadersSpec,
+    explained,
+    pooled,
+    pooled_to,
+    read_kernels,
+    standardised,
+)
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.term import Surroundings
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
@@ -41,6 +49,11 @@ def _labels(images: int, classes: int) -> Tensor:
     return torch.arange(images) * 7 % classes
 
 
+def _score(features: Tensor, labels: Tensor, classes: int, kind: Any, penalty: float) -> Tensor:
+    kernels = read_kernels(features, (kind,))
+    return explained(kernels, labels, classes, torch.tensor([penalty]))[0]
+
+
 # --- Against the formula ------------------------------------------------------------------------
 
 
@@ -51,7 +64,7 @@ def test_scores_and_gradients_are_those_of_a_ridge_written_out(
 ) -> None:
     features = _features(images, width).requires_grad_(True)
     labels = _labels(images, 4)
-    found = explained(standardised(features, 2.0), labels, 4, kind, 0.02)
+    found = _score(standardised(features, 2.0), labels, 4, kind, 0.02)
     expected = plain_r2(plain_standardised(features, 2.0), labels, 4, kind, 0.02)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(found, features)
@@ -65,9 +78,9 @@ def test_scores_and_gradients_are_those_of_a_ridge_written_out(
 def test_features_that_tell_are_found_and_noise_is_not(kind: Any) -> None:
     labels = torch.randint(4, (400,), generator=torch.Generator().manual_seed(1))
     told = torch.eye(4, dtype=torch.float64)[labels] + 0.05 * _features(400, 4)
-    assert float(explained(standardised(told, 3.0), labels, 4, kind, 1e-3)) > 0.9
+    assert float(_score(standardised(told, 3.0), labels, 4, kind, 1e-3)) > 0.9
     noise = standardised(_features(400, 4, seed=2), 3.0)
-    assert float(explained(noise, labels, 4, kind, 0.03)) < 0.05
+    assert float(_score(noise, labels, 4, kind, 0.03)) < 0.05
 
 
 def test_maps_and_tokens_are_pooled_to_positions() -> None:
@@ -75,12 +88,31 @@ def test_maps_and_tokens_are_pooled_to_positions() -> None:
     expected = torch.stack(
         [maps[..., y : y + 2, x : x + 2].mean((2, 3)) for y in (0, 2) for x in (0, 2)], 2
     )
-    assert torch.equal(pooled(maps, 2), expected.flatten(1))
-    assert pooled(maps, 9).shape == (2, 48)
+    assert torch.equal(pooled(maps, 2).flatten(1), expected.flatten(1))
+    assert pooled(maps, 9).shape == (2, 3, 4, 4)
     tokens = torch.arange(2 * 8 * 3, dtype=torch.float32).view(2, 8, 3)
     pairs = torch.stack([tokens[:, i : i + 2].mean(1) for i in range(0, 8, 2)], 2)
-    assert torch.equal(pooled(tokens, 2), pairs.flatten(1))
+    assert torch.equal(pooled(tokens, 2).flatten(1), pairs.flatten(1))
     assert torch.equal(pooled(tokens[:, 0], 2), tokens[:, 0])
+
+
+@pytest.mark.parametrize("views", [(2, 4), (1, 4, 2), (3, 4), (5, 2)])
+@pytest.mark.parametrize("last", [False, True])
+def test_views_of_maps_are_averages_and_so_are_their_gradients(
+    views: tuple[int, ...], last: bool
+) -> None:
+    maps = _features(2, 3 * 8 * 8).view(2, 3, 8, 8).float()
+    maps = maps.contiguous(memory_format=torch.channels_last) if last else maps
+    plain, read = maps.clone().requires_grad_(True), maps.clone().requires_grad_(True)
+    wanted = [nn.functional.adaptive_avg_pool2d(plain, view).flatten(1) for view in views]
+    found = pooled_to(read, views)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.cat([values.square().sum(1) for values in wanted]).sum().backward()
+    torch.cat([values.square().sum(1) for values in found]).sum().backward()
+    assert plain.grad is not None
+    assert read.grad is not None
+    torch.testing.assert_close(read.grad, plain.grad)
 
 
 # --- What cannot fool it --------------------------------------------------------------------------
@@ -88,7 +120,7 @@ def test_maps_and_tokens_are_pooled_to_positions() -> None:
 
 def _scores(maps: Tensor, labels: Tensor) -> list[float]:
     return [
-        float(explained(standardised(pooled(maps, view), 3.0), labels, 4, kind, 0.01))
+        float(_score(standardised(pooled(maps, view).flatten(1), 3.0), labels, 4, kind, 0.01))
         for view in (1, 2)
         for kind in ("linear", "kernel")
     ]
@@ -139,7 +171,7 @@ HOSTILE: dict[str, tuple[Tensor, Tensor, int]] = {
 def test_scores_and_gradients_are_finite(name: str, kind: Any, dtype: torch.dtype) -> None:
     values, labels, classes = HOSTILE[name]
     features = values.to(dtype).requires_grad_(True)
-    score = explained(standardised(features, 3.0), labels, classes, kind, 3e-4)
+    score = _score(standardised(features, 3.0), labels, classes, kind, 3e-4)
     (gradient,) = torch.autograd.grad(score, features)
     assert bool(score.isfinite())
     assert bool(gradient.isfinite().all())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -83,20 +83,21 @@ class Found:
     floor: Tensor
 
 
-def _linear(left: Tensor, right: Tensor) -> Tensor:
-    kernel: Tensor = left @ right.T / left.shape[1]
-    return kernel
+def _linear(products: Tensor, squares: Tensor, half: int) -> Tensor:
+    return products
 
 
-def _gaussian(left: Tensor, right: Tensor) -> Tensor:
-    squares = left.square().sum(1)[:, None] + right.square().sum(1)[None] - 2 * left @ right.T
-    kernel: Tensor = torch.exp(-squares.clamp_min(0) / (2 * left.shape[1]))
-    return kernel
+def _gaussian(products: Tensor, squares: Tensor, half: int) -> Tensor:
+    distances = squares[:, None] + squares[None, :half] - 2 * products
+    return torch.exp(-distances.clamp_min(0) / 2)
 
 
-# The kernel of each reader: (rows, features) twice -> (rows, rows), of the order of 1 on its
-# diagonal for standardised features.
-KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": _linear, "kernel": _gaussian}
+# The kernel of each reader, of all images with the support, from their mean products (images, half)
+# and mean squares (images,): of the order of 1 on its diagonal for standardised features.
+KERNELS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "linear": _linear,
+    "kernel": _gaussian,
+}
 
 
 def standardised(features: Tensor, clip: float) -> Tensor:
@@ -111,48 +112,89 @@ def standardised(features: Tensor, clip: float) -> Tensor:
     return scaled.clamp(-clip, clip)
 
 
+class _Windows(torch.autograd.Function):
+    """Averages over windows side by side; PyTorch's own backward pass copies whole maps twice."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, window: tuple[int, int]) -> Tensor:
+        last = maps.is_contiguous(memory_format=torch.channels_last)
+        ctx.window = window
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
+        return F.avg_pool2d(maps, window)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        height, width = ctx.window
+        spread = (gradients[0] / (height * width)).contiguous(memory_format=ctx.layout)
+        return F.interpolate(spread, scale_factor=(height, width), mode="nearest"), None
+
+
 def pooled(output: Tensor, view: int) -> Tensor:
-    """Return (images, features) in float32 of a block's output.
+    """Return a block's output in float32, averaged to `view` positions a side.
 
-    Maps (images, channels, height, width), or with square sides and channels last, are averaged to
-    `view` positions a side, tokens (images, tokens, channels) to as many in their order; (images,
-    features) stays.
+    Maps (images, channels, height, width), or with square sides and channels last, become (images,
+    channels, view, view), or stay smaller; tokens (images, tokens, channels) become (images,
+    channels, positions), in their order; (images, features) stays.
     """
-    if output.dim() == 4:
-        if output.shape[1] == output.shape[2] != output.shape[3]:
-            output = output.permute(0, 3, 1, 2)
-        height, width = output.shape[-2:]
-        sides = (min(view, height), min(view, width))
-        if height % sides[0] or width % sides[1]:
-            averages = F.adaptive_avg_pool2d(output, sides)
-        else:
-            # The same averages; its backward pass keeps the memory layout.
-            averages = F.avg_pool2d(output, (height // sides[0], width // sides[1]))
-        return averages.float().flatten(1)
     if output.dim() == 3:
-        count = min(view * view, output.shape[1])
-        return F.adaptive_avg_pool1d(output.float().transpose(1, 2), count).flatten(1)
-    return output.float().flatten(1)
+        output = output.transpose(1, 2)
+        count = min(view * view, output.shape[-1])
+        return F.adaptive_avg_pool1d(output.float(), count)
+    if output.dim() != 4:
+        return output.float()
+    if output.shape[1] == output.shape[2] != output.shape[3]:
+        output = output.permute(0, 3, 1, 2)
+    height, width = output.shape[-2:]
+    sides = (min(view, height), min(view, width))
+    if height % sides[0] or width % sides[1]:
+        return F.adaptive_avg_pool2d(output, sides).float()
+    averages: Tensor = _Windows.apply(  # type: ignore[no-untyped-call]
+        output, (height // sides[0], width // sides[1])
+    )
+    return averages.float()
 
 
-def explained(
-    features: Tensor, labels: Tensor, classes: int, kind: ReaderKind, penalty: float
-) -> Tensor:
-    """Return R2 on the second half of a reader that was fitted to the first, a scalar.
+def pooled_to(output: Tensor, views: tuple[int, ...]) -> list[Tensor]:
+    """Return a block's output at each view, (images, features).
 
-    `features` (images, features) are standardised. The prediction of the query's centred one-hot
-    labels is K_qs (K_ss + n penalty I)^-1 Y_s, with Y less the support's mean; R2 is 1 less its
-    squared error over that of the mean. In float32 a solve is exact enough, as the ridge bounds the
-    condition number by 1 / penalty.
+    Where the views allow it a coarser one is the average of the finest: the output is passed once.
     """
-    half = len(features) // 2
-    support, query = features[:half], features[half:]
-    targets = F.one_hot(labels, classes).to(features)
+    most = max(views)
+    finest = pooled(output, most)
+    once = finest.dim() == 4 and finest.shape[-2:] == (most, most)
+    found = [
+        pooled(finest if once and most % view == 0 else output, view) if view < most else finest
+        for view in views
+    ]
+    return [values.flatten(1) for values in found]
+
+
+def read_kernels(features: Tensor, kinds: tuple[ReaderKind, ...]) -> Tensor:
+    """Return the kernels (kinds, images, half) of all images with the support, their first half.
+
+    `features` (images, features) are standardised.
+    """
+    half, width = len(features) // 2, features.shape[1]
+    products = features @ features[:half].T / width
+    squares = features.square().mean(1)
+    return torch.stack([KERNELS[kind](products, squares, half) for kind in kinds])
+
+
+def explained(kernels: Tensor, labels: Tensor, classes: int, penalties: Tensor) -> Tensor:
+    """Return R2 on the second half of readers that were fitted to the first, (readers,).
+
+    `kernels` (readers, images, half) and `penalties` (readers,). The prediction of the query's
+    centred one-hot labels is K_qs (K_ss + n penalty I)^-1 Y_s, with Y less the support's mean; R2
+    is 1 less its squared error over that of the mean. In float32 a solve is exact enough, as the
+    ridge bounds the condition number by 1 / penalty.
+    """
+    half = kernels.shape[-1]
+    targets = F.one_hot(labels, classes).to(kernels)
     centred = targets - targets[:half].mean(0, keepdim=True)
-    kernel = KERNELS[kind]
-    ridge = half * penalty * torch.eye(half, dtype=features.dtype, device=features.device)
-    weights = torch.linalg.solve(kernel(support, support) + ridge, centred[:half])
-    missed = (centred[half:] - kernel(query, support) @ weights).square().sum()
+    identity = torch.eye(half, dtype=kernels.dtype, device=kernels.device)
+    ridges = half * penalties.to(kernels)[:, None, None] * identity
+    weights = torch.linalg.solve(kernels[:, :half] + ridges, centred[:half])
+    missed = (centred[half:] - kernels[:, half:] @ weights).square().sum((1, 2))
     total = centred[half:].square().sum()
     # Of labels that are all alike there is nothing to explain.
     return torch.where(total > _LEAST, 1 - missed / total.clamp_min(_LEAST), 0 * missed)
@@ -180,24 +222,21 @@ class Readers:
 
         Raises NonFiniteError naming a depth whose features are not finite.
         """
-        low, high = (math.log(bound) for bound in self.spec.penalty)
-        found = []
+        spec, held = self.spec, []
         for name in self.depths:
-            row = []
-            for view in self.spec.views:
-                read = pooled(outputs[name], view)
+            for read in pooled_to(outputs[name], spec.views):
                 if not bool(read.isfinite().all()):
                     raise NonFiniteError(
                         f"erasure: what leaves block {name!r} on restricted images is not finite:"
                         " lower the rate of protect.update, or set protect.precision = 'fp32'"
                     )
-                features = standardised(read, self.spec.clip)
-                for kind in self.spec.kinds:
-                    share = float(torch.rand((), generator=stream, dtype=torch.float64))
-                    penalty = math.exp(low + share * (high - low))
-                    row.append(explained(features, labels, classes, kind, penalty))
-            found.append(torch.stack(row))
-        return found
+                held.append(read_kernels(standardised(read, spec.clip), spec.kinds))
+        kernels = torch.cat(held)
+        low, high = (math.log(bound) for bound in spec.penalty)
+        shares = torch.rand(len(kernels), generator=stream, dtype=torch.float64)
+        penalties = torch.exp(low + shares * (high - low))
+        found = explained(kernels, labels, classes, penalties)
+        return list(found.split(len(spec.views) * len(spec.kinds)))
 
     def erasure(
         self, outputs: dict[str, Tensor], labels: Tensor, domain: Domain, stream: torch.Generator

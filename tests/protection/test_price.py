@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from builders import original, restricted, setting_of, trained_model
 from sophon._base.errors import SpecError
@@ -65,6 +66,30 @@ def test_the_average_is_what_is_checked_and_shipped(tmp_path: Path) -> None:
     assert any(not torch.equal(shipped[name], value) for name, value in trained.items())
     plain = _run(update=Joint(average=0.0))
     assert plain.update.shipped is plain.model
+
+
+def test_frozen_statistics_stay_those_given_and_the_loss_is_of_what_is_shipped() -> None:
+    def statistics(model: nn.Module) -> list[torch.Tensor]:
+        return [v.clone() for n, v in model.named_buffers() if "running" in n or "batches" in n]
+
+    given = statistics(trained_model())
+    frozen = _run(update=Joint(freeze_statistics=True))
+    moving = _run(update=Joint())
+    images, labels = frozen.keep.feed.batch(0)
+    with torch.no_grad():
+        logits = trained_model().eval()(images)
+        wanted = nn.functional.cross_entropy(logits, labels)
+    record, other = next(iter(frozen)), next(iter(moving))
+    assert record.original_loss == pytest.approx(float(wanted), rel=1e-4)
+    assert other.original_loss != pytest.approx(float(wanted), rel=1e-3)
+    for model in (frozen.model, frozen.update.shipped):
+        assert all(map(torch.equal, statistics(model), given))
+    assert not all(map(torch.equal, statistics(moving.model), given))
+
+
+def test_a_fresh_start_has_no_statistics_to_freeze() -> None:
+    with pytest.raises(ValidationError, match="fresh network has no statistics yet"):
+        ProtectSpec(start="fresh", update=Joint(freeze_statistics=True))
 
 
 def test_it_rises_while_the_tolerance_is_met_and_falls_while_not(

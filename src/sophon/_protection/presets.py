@@ -20,15 +20,15 @@ from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec, images_needed
 from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._protection.terms.task import TaskLossSpec
-from sophon._specs import FreshHead, Preparation, RescaleWeights, ResetLastBlocks
+from sophon._specs import FreshHead, Preparation, RescaleWeights, ResetLastBlocks, RidgeHead
 from sophon._specs.guard import Guard, Price
 from sophon._training.loop import check_preparations
 from sophon._training.setting import Setting
 
 # How often erasure passes over the restricted images, and its rounds at least and at most.
-_PASSES, _LEAST, _MOST = 150, 200, 6000
+_PASSES, _LEAST, _MOST = 250, 200, 6000
 _BATCH = 192
-_ORIGINAL_BATCH = 128
+_ORIGINAL_BATCH = 256
 # Steps of a rehearsed attacker, and the shares of the blocks that some of them start anew.
 _LIFE = 40
 _RESET = (0.1, 0.35, 0.7)
@@ -41,7 +41,11 @@ def completed(spec: ProtectSpec, setting: Setting, model: nn.Module) -> ProtectS
     """
     metric = setting.task.metric
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
-    return _filled(spec, _erasure(setting, model), metric) if erases else as_paper(spec, metric)
+    return (
+        _filled(spec, _erasure(setting, model, spec.start), metric)
+        if erases
+        else as_paper(spec, metric)
+    )
 
 
 def as_paper(spec: ProtectSpec, metric: str) -> ProtectSpec:
@@ -80,7 +84,7 @@ def _sophon() -> dict[str, Any]:
     }
 
 
-def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
+def _erasure(setting: Setting, model: nn.Module, start: str) -> dict[str, Any]:
     # A small domain is read in smaller batches, of an even number of images, one of many classes
     # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
@@ -89,9 +93,11 @@ def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
     batch = max(8, min(max(_BATCH, least), fewest * 3 // 4) // 2 * 2)
     batch = least if batch < least <= fewest - 2 else batch
     rounds = math.ceil(_PASSES * sum(map(_count, setting.restricted)) / batch)
+    # The rates and batches at which features come back the fastest.
+    sizes = sorted({max(2, min(size, fewest - batch)) for size in (64, 128)})
     distribution = StrategyDistribution(
-        learning_rates={"adam": (1e-3, 1.5e-2), "sgd_momentum": (1e-2, 1.5e-1)},
-        batch_sizes=(max(2, min(64, fewest - batch)),),
+        learning_rates={"adam": (3e-3, 1.5e-2), "sgd_momentum": (3e-2, 1.5e-1)},
+        batch_sizes=tuple(sizes),
         preparations=_winners(setting, model),
     )
     rehearsal = Rehearsal(
@@ -106,7 +112,7 @@ def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
         "rounds": max(_LEAST, min(_MOST, rounds)),
         "keep": (TaskLossSpec(), DistilSpec()),
         "hinder": (ErasureSpec(batch_size=batch), rehearsal),
-        "update": Joint(),
+        "update": Joint(freeze_statistics=start != "fresh"),
         "original_batch_size": min(_ORIGINAL_BATCH, _count(setting.original)),
         "original_augmentation": "crop",
     }
@@ -114,13 +120,15 @@ def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
 
 def _winners(setting: Setting, model: nn.Module) -> tuple[tuple[Preparation, ...], ...]:
     """Return the preparations that won audits, as far as the model allows them: the weights as they
-    are, a fresh head, rescaled weights, and the first blocks kept.
+    are, a fresh head, a fitted one, rescaled weights, and the first blocks kept.
     """
     count = len(blocks(model, setting.head))
     resets = sorted({max(1, round(count * share)) for share in _RESET} - {count})
     wanted: list[tuple[Preparation, ...]] = [
         (FreshHead(),),
+        (RidgeHead(),),
         (RescaleWeights(), FreshHead()),
+        (RescaleWeights(), RidgeHead()),
         *((ResetLastBlocks(blocks=number), FreshHead()) for number in resets),
     ]
     held: list[tuple[Preparation, ...]] = [()]

@@ -35,7 +35,8 @@ class Joint(Spec):
     decay `average` (0: the weights themselves): at a rate at which erasure moves, a network is
     some points worse than it will be once the rate has fallen. With `pin_norms` the filters of
     layers that a normalisation follows keep the norms that they had: there growing weights are a
-    fake defence.
+    fake defence. With `freeze_statistics` original batches run with BatchNorm's running statistics,
+    which stay those given: what is trained is then what is shipped.
     """
 
     kind: Literal["joint"] = "joint"
@@ -44,6 +45,7 @@ class Joint(Spec):
     clip_norm: Rate = 2.0
     average: Annotated[float, Field(ge=0, lt=1)] = 0.98
     pin_norms: bool = True
+    freeze_statistics: bool = False
 
 
 def _named(value: Any) -> Any:
@@ -111,6 +113,12 @@ class ProtectSpec(Spec):
                 raise ValueError(f"keep has two terms of kind {twice[0]!r}: give their weight once")
         if (self.start == "shrunk") != (self.shrink is not None):
             raise ValueError("start = 'shrunk' and shrink belong together: give both or none")
+        joint = isinstance(self.update, Joint)
+        if self.start == "fresh" and joint and self.update.freeze_statistics:
+            raise ValueError(
+                "update.freeze_statistics: a fresh network has no statistics yet: leave it out, or"
+                " use start = 'given' or 'shrunk'"
+            )
         self.require_priced()
         return self
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sophon._base.errors import NonFiniteError
 from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
-from sophon._models import normalised_pairs
+from sophon._models import normalised_pairs, tracked_batch_norms
 from sophon._protection.spec import Alternate, Joint, ProtectSpec
 from sophon._protection.term import Contribution, Hindrance, Keep
 from sophon._training.loop import fused, optimizer_tensors, restore_optimizer
@@ -49,6 +49,7 @@ class KeepSide:
         self.seed = spec.seed
         self.ranks = ranks
         self.split = split
+        self.frozen = isinstance(spec.update, Joint) and spec.update.freeze_statistics
         self.steps = 0
         self.feed: Feed = setting.feed(
             setting.original,
@@ -62,6 +63,8 @@ class KeepSide:
     def learn(self, model: nn.Module) -> Tensor:
         """Add the gradient of one batch to what the parameters have; return the loss."""
         model.train()
+        for norm in tracked_batch_norms(model) if self.frozen else ():
+            norm.eval()
         with sharing(model, self.ranks) if self.split else nullcontext():
             loss = self._loss(model)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

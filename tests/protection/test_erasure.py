@@ -268,7 +268,7 @@ def test_floors_are_what_fresh_networks_show() -> None:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(-0.5)
-    moved = Readers(spec, dataclasses.replace(around, given=other), 64)
+    moved = Readers(spec, dataclasses.replace(around, given=other, shared={}), 64)
     for mine, theirs in zip(floors, moved.floors[restricted().name], strict=True):
         assert torch.equal(mine, theirs)
     # A mean over networks of their tables, none below zero, by the readers' order.
@@ -277,6 +277,18 @@ def test_floors_are_what_fresh_networks_show() -> None:
     # The network that was trained, on digits too, shows more than fresh ones.
     given = [float(row.max()) for row in readers.table(around.given, restricted())]
     assert given[-1] > float(floors[-1].max())
+
+
+def test_terms_that_read_alike_ask_the_fresh_networks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    around, asked = _around(), []
+    floor = Readers._floor
+    monkeypatch.setattr(Readers, "_floor", lambda *given: asked.append(1) or floor(*given))
+    first, second = (Readers(ONE, around, 32) for _ in range(2))
+    assert len(asked) == 1
+    assert first.floors is second.floors
+    Readers(ONE, around, 48)
+    Readers(ReadersSpec(networks=2), around, 32)
+    assert len(asked) == 3
 
 
 def test_the_erasure_of_scores_below_the_floor_is_nothing() -> None:

@@ -213,7 +213,12 @@ class Readers:
         self.images = images
         shape = around.setting.shape(around.setting.restricted[0])
         self.depths = _depths(around.given, around.setting.head, shape, spec.depths)
-        self.floors = {domain.name: self._floor(domain) for domain in around.setting.restricted}
+        # Several terms read alike, and need not ask the fresh networks twice.
+        alike = ("floors", spec, images)
+        if alike not in around.shared:
+            domains = around.setting.restricted
+            around.shared[alike] = {domain.name: self._floor(domain) for domain in domains}
+        self.floors: dict[str, list[Tensor]] = around.shared[alike]
 
     def scores(
         self, outputs: dict[str, Tensor], labels: Tensor, classes: int, stream: torch.Generator

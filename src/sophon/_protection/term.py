@@ -32,7 +32,8 @@ class Surroundings:
     """What terms are made with: where the run takes place, and the model as it was given.
 
     `given` has the run's device and layout, in eval mode; nobody changes it. `independent` says
-    whether the rows of the model's batches are.
+    whether the rows of the model's batches are. `shared` is what terms have in common, by whatever
+    determines it.
     """
 
     setting: Setting
@@ -40,6 +41,7 @@ class Surroundings:
     seed: int
     ranks: Ranks = field(default_factory=Ranks)
     independent: bool = False
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass

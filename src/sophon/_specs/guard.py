@@ -19,10 +19,10 @@ class Price(Spec):
     than `margin` times the tolerance are rolled back.
     """
 
-    start: Rate = 1.0
+    start: Rate = 1.2
     rise: Annotated[float, Field(ge=1, le=10)] = 1.03
     fall: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    most: Rate = 2.5
+    most: Rate = 1.6
     slack: NonNegative = 1.0
     margin: Annotated[float, Field(ge=1, le=100)] = 5.0
 

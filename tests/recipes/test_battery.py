@@ -1,0 +1,77 @@
+"""The battery that a search is judged by."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from safetensors.torch import save_file
+
+from sophon._models import fresh_copy, resolve_model
+from sophon._specs import FreshHead, ModelSpec, Strategy
+
+WITHSTAND = Path(__file__).resolve().parents[2] / "recipes/withstand"
+RUN = """
+[model]
+name = "small_convnet"
+weights = "given.safetensors"
+in_channels = 1
+[original]
+source = "embedded"
+name = "letters"
+[[restricted]]
+source = "embedded"
+name = "digits"
+[audit]
+precision = "fp32"
+"""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script with two short attacks."""
+    found = importlib.util.spec_from_file_location("battery", WITHSTAND / "battery.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_three_attacks_are_in_no_rehearsal(script: ModuleType) -> None:
+    attacks = script.battery(10)
+    assert len(attacks) == 10
+    assert {s.steps for s in attacks} == {100}
+    kinds = {p.kind for s in attacks[-3:] for p in s.preparations}
+    assert kinds == {"noise_kick", "batch_norm", "heal", "ridge_head", "fresh_head"}
+    for recipe in WITHSTAND.glob("*.toml"):
+        text = recipe.read_text(encoding="utf-8")
+        assert not any(f'"{kind}"' in text for kind in ("noise_kick", "batch_norm", "heal"))
+
+
+def test_the_unprotected_model_has_nothing_removed_and_a_fresh_one_all(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("sklearn", reason="the embedded digits need scikit-learn")
+    short = Strategy(
+        preparations=(FreshHead(),), optimizer="adam", learning_rate=3e-3, batch_size=32, steps=20
+    )
+    monkeypatch.setattr(script, "battery", lambda depth: [short])
+    monkeypatch.setattr(script, "STEPS", 20)
+    monkeypatch.setattr(script, "SEEDS", (0,))
+    spec = ModelSpec(name="small_convnet", in_channels=1)
+    model, scratch = resolve_model(spec, default_classes=26)
+    save_file(model.state_dict(), tmp_path / "given.safetensors")
+    # What an audit of seed 0 starts its fresh network from.
+    fresh = fresh_copy(model, scratch, seed=0, names=("scratch",))
+    save_file(fresh.state_dict(), tmp_path / "fresh.safetensors")
+    (tmp_path / "run.toml").write_text(RUN, encoding="utf-8")
+    files = [tmp_path / name for name in ("run.toml", "given.safetensors", "fresh.safetensors")]
+    script.main([*map(str, files), "--store", str(tmp_path / "store")])
+    rows = capsys.readouterr().out.strip().splitlines()
+    assert [row.split("|")[-2].strip() for row in rows[1:]] == ["0", "1", "0.00", "1.00"]
+    assert rows[1].split("|")[2:4] == rows[3].split("|")[2:4]
+    assert len(list((tmp_path / "store/trials").glob("*.json"))) == 4

@@ -74,7 +74,7 @@ def test_frozen_statistics_stay_those_given_and_the_loss_is_of_what_is_shipped()
 
     given = statistics(trained_model())
     frozen = _run(update=Joint(freeze_statistics=True))
-    moving = _run(update=Joint())
+    moving = _run(update=Joint(freeze_statistics=False))
     images, labels = frozen.keep.feed.batch(0)
     with torch.no_grad():
         logits = trained_model().eval()(images)
@@ -85,6 +85,42 @@ def test_frozen_statistics_stay_those_given_and_the_loss_is_of_what_is_shipped()
     for model in (frozen.model, frozen.update.shipped):
         assert all(map(torch.equal, statistics(model), given))
     assert not all(map(torch.equal, statistics(moving.model), given))
+
+
+@pytest.mark.parametrize(("changes", "frozen"), [({}, True), ({"start": "fresh"}, False)])
+@pytest.mark.parametrize("update", ["joint", {"kind": "joint", "rate": 7e-4}])
+def test_statistics_stand_still_unless_the_run_starts_from_other_weights(
+    changes: dict[str, Any], frozen: bool, update: Any
+) -> None:
+    run = _run(update=update, **changes)
+    assert isinstance(run.spec.update, Joint)
+    assert run.spec.update.freeze_statistics is frozen
+
+
+def test_the_price_stands_still_until_other_weights_first_meet_the_tolerance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard = _guard(monkeypatch, [20, 40, 95, 92])
+    guard.returns = False
+    assert [_check(guard, finished) for finished in (1, 2)] == ["violated", "violated"]
+    assert guard.price == pytest.approx(2.0)
+    assert _check(guard, 3) == "met"
+    assert guard.price == pytest.approx(3.0)
+    assert _check(guard, 4) == "violated"
+    assert guard.price == pytest.approx(1.5)
+
+
+def test_constant_buffers_survive_the_average() -> None:
+    run = _run(rounds=4, update=Joint(average=0.95))
+    mask = torch.tensor([0.0, -torch.inf])
+    for model in (run.model, run.update.shipped):
+        model.register_buffer("mask", mask.clone())
+        model.register_buffer("index", torch.tensor([13]))
+    for _ in run:
+        pass
+    held = dict(run.update.shipped.named_buffers())
+    assert torch.equal(held["mask"], mask)
+    assert held["index"].tolist() == [13]
 
 
 def test_a_fresh_start_has_no_statistics_to_freeze() -> None:

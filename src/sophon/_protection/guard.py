@@ -40,7 +40,8 @@ class IntactnessGuard:
     After a violation the model is back at the last weights that met the tolerance, and
     `extra_steps`, the reinforcement steps to take beyond the specified ones, is one more. With
     `mode = "price"` the `price` of hindrance falls instead, and rises while the tolerance is met;
-    the model goes back only where it left the tolerance by more than the margin.
+    the model goes back only where it left the tolerance by more than the margin. A run from other
+    weights than the given ones first has to come within it: until then the price stands still.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class IntactnessGuard:
         least = kind_of(score).allowed(self.before.value, self.spec) - 1e-12
         query_score = sum(self._window) / len(self._window)
         self._window = []
-        if self.spec.mode == "price":
+        if self.spec.mode == "price" and (self.returns or score.value >= least):
             self._reprice(score.value, least, left)
         if score.value < least:
             self._violated(score.value, least, left)

@@ -41,11 +41,7 @@ def completed(spec: ProtectSpec, setting: Setting, model: nn.Module) -> ProtectS
     """
     metric = setting.task.metric
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
-    return (
-        _filled(spec, _erasure(setting, model, spec.start), metric)
-        if erases
-        else as_paper(spec, metric)
-    )
+    return _filled(spec, _erasure(setting, model), metric) if erases else as_paper(spec, metric)
 
 
 def as_paper(spec: ProtectSpec, metric: str) -> ProtectSpec:
@@ -56,6 +52,12 @@ def as_paper(spec: ProtectSpec, metric: str) -> ProtectSpec:
 def _filled(spec: ProtectSpec, usual: dict[str, Any], metric: str) -> ProtectSpec:
     values = {name: value for name, value in usual.items() if getattr(spec, name) is None}
     whole = spec.model_copy(update=values)
+    update = whole.update
+    if isinstance(update, Joint) and update.freeze_statistics is None:
+        frozen = whole.start == "given"
+        whole = whole.model_copy(
+            update={"update": update.model_copy(update={"freeze_statistics": frozen})}
+        )
     guard = whole.guard or Guard()
     if guard.mode is None:
         mode = "price" if isinstance(whole.update, Joint) else "rollback"
@@ -84,7 +86,7 @@ def _sophon() -> dict[str, Any]:
     }
 
 
-def _erasure(setting: Setting, model: nn.Module, start: str) -> dict[str, Any]:
+def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
     # A small domain is read in smaller batches, of an even number of images, one of many classes
     # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
@@ -112,7 +114,7 @@ def _erasure(setting: Setting, model: nn.Module, start: str) -> dict[str, Any]:
         "rounds": max(_LEAST, min(_MOST, rounds)),
         "keep": (TaskLossSpec(), DistilSpec()),
         "hinder": (ErasureSpec(batch_size=batch), rehearsal),
-        "update": Joint(freeze_statistics=start != "fresh"),
+        "update": Joint(),
         "original_batch_size": min(_ORIGINAL_BATCH, _count(setting.original)),
         "original_augmentation": "crop",
     }

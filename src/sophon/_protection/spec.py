@@ -36,7 +36,8 @@ class Joint(Spec):
     some points worse than it will be once the rate has fallen. With `pin_norms` the filters of
     layers that a normalisation follows keep the norms that they had: there growing weights are a
     fake defence. With `freeze_statistics` original batches run with BatchNorm's running statistics,
-    which stay those given: what is trained is then what is shipped.
+    which stay those given: what is trained is then what is shipped (None: where the run starts from
+    the given weights).
     """
 
     kind: Literal["joint"] = "joint"
@@ -45,7 +46,7 @@ class Joint(Spec):
     clip_norm: Rate = 2.0
     average: Annotated[float, Field(ge=0, lt=1)] = 0.98
     pin_norms: bool = True
-    freeze_statistics: bool = False
+    freeze_statistics: bool | None = None
 
 
 def _named(value: Any) -> Any:

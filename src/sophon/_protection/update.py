@@ -49,7 +49,7 @@ class KeepSide:
         self.seed = spec.seed
         self.ranks = ranks
         self.split = split
-        self.frozen = isinstance(spec.update, Joint) and spec.update.freeze_statistics
+        self.frozen = isinstance(spec.update, Joint) and bool(spec.update.freeze_statistics)
         self.steps = 0
         self.feed: Feed = setting.feed(
             setting.original,
@@ -246,9 +246,7 @@ class Together(Updating):
         # A model in shards cannot be copied.
         averaged = spec.average > 0 and not keep.ranks.sharded
         average = get_ema_multi_avg_fn(spec.average)
-        self.average = (
-            AveragedModel(model, multi_avg_fn=average, use_buffers=True) if averaged else None
-        )
+        self.average = AveragedModel(model, multi_avg_fn=average) if averaged else None
 
     def left(self, done: float) -> float:
         """Return what the cosine has still to fall."""

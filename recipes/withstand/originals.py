@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 
-def joined(folder: Path) -> dict[str, NDArray[Any]]:
+def joined(folder: Path) -> dict[str, Any]:
     """Return the arrays of the joined archive."""
     with np.load(folder / "cifar10.npz") as exact, np.load(folder / "cifar10_jpeg.npz") as packed:
         return {

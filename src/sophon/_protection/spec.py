@@ -114,8 +114,8 @@ class ProtectSpec(Spec):
                 raise ValueError(f"keep has two terms of kind {twice[0]!r}: give their weight once")
         if (self.start == "shrunk") != (self.shrink is not None):
             raise ValueError("start = 'shrunk' and shrink belong together: give both or none")
-        joint = isinstance(self.update, Joint)
-        if self.start == "fresh" and joint and self.update.freeze_statistics:
+        frozen = isinstance(self.update, Joint) and self.update.freeze_statistics
+        if self.start == "fresh" and frozen:
             raise ValueError(
                 "update.freeze_statistics: a fresh network has no statistics yet: leave it out, or"
                 " use start = 'given' or 'shrunk'"

@@ -35,6 +35,7 @@ from sophon._records.audit_record import (
     Vitals,
     record_schema,
 )
+from sophon._reporting.audit_tables import overlap_table, trial_table
 from sophon._reporting.comparison import compare
 from sophon._reporting.export import Exported, _body
 from sophon._reporting.heat import heat_maps
@@ -913,6 +914,48 @@ def test_reported_stands_beside_re_measured() -> None:
         assert "it was protected against another" in text
     for text in _both(record()):
         assert "re-measured" not in text
+
+
+def test_a_score_above_what_was_reported_is_said_to_be_more() -> None:
+    claim: dict[str, object] = {
+        "restricted": ["refused"],
+        "validation_before": {"correct": 92, "total": 100},
+        "validation_after": {"correct": 50, "total": 100},
+    }
+    for text in _both(record(protection=claim)):
+        assert "more than reported" in text
+        assert "less than reported" not in text
+
+
+def test_the_splits_that_share_most_come_first() -> None:
+    shared = tuple(
+        Overlap(first=name, second="b/train", count=count, exact=exact, near=1)
+        for name, count, exact in (("few", 200, 3), ("most", 10, 4), ("some", 200, 30))
+    )
+    _, held = overlap_table(record().model_copy(update={"overlaps": shared}))
+    assert held is not None
+    assert [row[0] for row in held.rows] == ["most", "some", "few"]
+    assert [row[-1] for row in held.rows] == ["50.0 %", "15.5 %", "2.0 %"]
+
+
+def test_a_trial_costs_all_its_images() -> None:
+    base = record()
+    counted = base.restricted[0].model_copy(update={"training_flops": 10**9})
+    held = trial_table(base.model_copy(update={"restricted": (counted,)}))
+    # 200 steps of 64 images.
+    assert {row[held.header.index("TFLOP, at most")] for row in held.rows} == {"12.8"}
+
+
+def test_what_programs_read_are_the_numbers_of_the_verdict() -> None:
+    (domain,) = report(record()).data()["domains"]
+    assert domain["subjects"]["protected"]["best_validation"] == pytest.approx(0.61)
+    assert domain["subjects"]["protected"]["test"] == pytest.approx(0.61)
+    low, high = domain["subjects"]["protected"]["test_interval"]
+    assert low < 0.61 < high
+    assert domain["subjects"]["unprotected"]["steps_to_recover"] == 80
+    assert domain["subjects"]["scratch"]["steps_to_recover"] is None
+    low, high = domain["advantage_interval"]
+    assert low < domain["advantage_removed"] < high
 
 
 def test_shared_images_are_tabled() -> None:

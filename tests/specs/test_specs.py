@@ -14,7 +14,7 @@ from sophon._base.errors import SpecError
 from sophon._base.seeding import derive_seed, seeded
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._protection.spec import ProtectSpec
-from sophon._specs import AuditSpec, Strategy, parse_spec, shared_fields
+from sophon._specs import AuditSpec, ModelSpec, Strategy, parse_spec, shared_fields
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 # The grid is a table of cells, not a run.
@@ -56,6 +56,22 @@ def test_every_recipe_parses(path: Path) -> None:
         ),
         ("audit", {"seeds": [1, 1]}, r"seeds repeat"),
         ("audit", {"extra": [{"optimizer": "lion"}]}, r"audit\.extra\.0\.optimizer = 'lion'"),
+        (
+            "audit",
+            {"extra": [{"optimizer": "nesterov", "momentum": 0.0}]},
+            r"nesterov needs a momentum above 0",
+        ),
+        (
+            "protect",
+            {"guard": {"price": {"start": 3.0, "most": 2.0}}},
+            r"start = 3 is above most = 2",
+        ),
+        (
+            "protect",
+            {"guard": {"mode": "rollback", "price": {"start": 2.0}}},
+            r"price is for mode = 'price'",
+        ),
+        ("task", {"timestep": 1}, r"timestep is a setting of name = 'denoising'"),
         ("model", {"name": "x", "classes": 1}, r"model\.classes = 1"),
         ("original", {"source": "npz", "validation": 1.5}, r"original\.validation = 1\.5"),
         ("restricted", [], r"restricted = \[\]"),
@@ -81,6 +97,17 @@ def test_specs_are_frozen_and_fingerprints_differ() -> None:
         spec.rounds = 3  # type: ignore[misc]
     assert spec.fingerprint() == ProtectSpec().fingerprint()
     assert spec.fingerprint() != ProtectSpec(rounds=101).fingerprint()
+
+
+def test_a_fingerprint_is_of_the_values_in_whatever_order_they_were_written() -> None:
+    one, other = (
+        parse_spec(ModelSpec, {"name": "timm:resnet18", "arguments": given}, where="here")
+        for given in (
+            {"drop_rate": 0.1, "zero_init_last": False},
+            {"zero_init_last": False, "drop_rate": 0.1},
+        )
+    )
+    assert one.fingerprint() == other.fingerprint()
 
 
 def test_labels_tell_strategies_apart() -> None:

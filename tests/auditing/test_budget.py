@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import nn
 
-from builders import original, restricted, scratch_model, trained_model
+from builders import original, restricted, scratch_model, setting_of, trained_model
 from sophon._auditing.audit import Audit
-from sophon._auditing.budget import Pace, fit
+from sophon._auditing.budget import Pace, fit, measure_pace
 from sophon._auditing.plan import Work
-from sophon._auditing.trial import evaluation_steps
+from sophon._auditing.trial import Bench, Job, Start, evaluation_steps
 from sophon._base.errors import AuditError, SpecError
 from sophon._cli.auditing import parse_duration
 from sophon._specs import AuditSpec, Strategy
@@ -83,6 +86,28 @@ def test_extra_attacks_keep_the_common_number_of_steps() -> None:
 def test_seconds_are_images_measurements_and_starts() -> None:
     pace = Pace(image_s=0.01, measurement_s=0.5, trial_s=2.0)
     assert pace.seconds(Work(3, 30, 960, 15)) == pytest.approx(9.6 + 7.5 + 6.0)
+
+
+@dataclass(frozen=True)
+class Clockwork(Bench):
+    """A trial takes 3 s to start, half a second a step and a quarter a measurement."""
+
+    def run(self, job: Job, start: Start) -> Any:
+        steps = job.strategy.steps
+        points = 1 + len(evaluation_steps(steps, self.evaluations))
+        ended = SimpleNamespace(kind="completed")
+        wall_s = 3.0 + 0.5 * steps + 0.25 * points
+        return SimpleNamespace(outcome=ended, wall_s=wall_s, curve=range(points))
+
+
+def test_a_pace_is_what_trials_are_made_of() -> None:
+    model = trained_model()
+    job = Job("scratch", restricted().name, Strategy(batch_size=16), 0)
+    pace = measure_pace(Clockwork(setting_of(model), 5), job, Start(model, "", ""))
+    assert pace is not None
+    assert pace.image_s * 16 == pytest.approx(0.5)
+    assert pace.measurement_s == pytest.approx(0.25)
+    assert pace.trial_s == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), ("1h30m", 5400)])

@@ -73,6 +73,23 @@ def test_a_changed_file_is_read_anew(files: list[Path], kept: Path) -> None:
     assert len(list(kept.iterdir())) == 2
 
 
+def test_files_of_the_same_name_length_and_time_elsewhere_are_others(
+    files: list[Path], kept: Path
+) -> None:
+    others = [path.parent.parent.parent / "others" / path.name for path in files[:2]]
+    others[0].parent.mkdir()
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    for number, path in enumerate([*files[:2], *others]):
+        Image.fromarray((pixels + number)[:, :, ::-1]).save(path.with_suffix(".ppm"))
+        os.utime(path.with_suffix(".ppm"), ns=(1, 1))
+    first, second = (
+        read_pictures([path.with_suffix(".ppm") for path in several], None)
+        for several in (files[:2], others)
+    )
+    assert not np.array_equal(first, second)
+    assert len(list(kept.iterdir())) == 2
+
+
 @pytest.mark.parametrize("rest", [0, 40])
 def test_a_damaged_entry_is_made_anew(rest: int, files: list[Path], kept: Path) -> None:
     expected = read_pictures(files, 8)

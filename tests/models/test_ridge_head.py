@@ -94,6 +94,18 @@ def test_a_head_without_bias_or_of_one_by_one_convolution_is_fitted_too() -> Non
     assert float((pooled(images).argmax(1) == labels).float().mean()) > 0.7
 
 
+def test_positions_and_tokens_count_as_their_mean() -> None:
+    given, labels = examples(40, 6)
+    maps = given[:, :, None, None] + torch.randn(40, 6, 4, 4)
+    plain, read = Flat(6, 3), Flat(6, 3)
+    pooled = nn.Sequential(nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert fit_head(plain, "head", [(maps.mean((2, 3)), labels)])
+    assert fit_head(pooled, "0", [(maps, labels)])
+    assert fit_head(read, "head", [(maps.flatten(2).mT, labels)])
+    for weight in (pooled[0].weight.flatten(1), read.head.weight):
+        torch.testing.assert_close(weight, plain.head.weight, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_where_nothing_can_be_fitted_the_head_stays(value: float) -> None:
     model = Flat(6, 3)

@@ -42,6 +42,7 @@ from sophon._protection.forecast import Forecast, forecast
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.protection import Protection, protect
 from sophon._protection.spec import ProtectSpec
+from sophon._protection.start import starting_weights
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._protection.update import Alternating
 from sophon._records.audit_record import Score
@@ -192,6 +193,44 @@ def test_what_is_shipped_follows_the_rule(ship: Literal["last", "lowest_query_sc
     assert guard.require_shipped(1.0).round == {"last": 3, "lowest_query_score": 2}[ship]
 
 
+def test_of_equal_query_scores_the_later_weights_are_shipped() -> None:
+    spec = Guard(tolerance_points=100.0, ship="lowest_query_score")
+    guard = IntactnessGuard(trained_model(), _setting(), spec)
+    guard.begin()
+    for finished, query in enumerate((0.5, 0.2, 0.2), start=1):
+        guard.observe(query)
+        guard.check(finished)
+    assert guard.require_shipped(1.0).round == 3
+
+
+def test_a_score_to_keep_is_the_given_models_and_other_starts_are_not_returned_to() -> None:
+    given, start = trained_model(), trained_model()
+    with torch.no_grad():
+        start.head.weight.zero_()
+    guard = IntactnessGuard(start, _setting(), Guard(tolerance_points=5.0))
+    guard.begin(given)
+    assert guard.before.value > 0.9
+    with torch.no_grad():
+        start.head.bias.fill_(1.0)
+    guard.observe(0.5)
+    assert guard.check(1)[1] == "violated"
+    assert guard.shipped is None
+    assert bool((start.head.bias == 1.0).all()), "it went back to where it started"
+
+
+def test_after_a_violation_the_trained_weights_go_back_beside_the_average() -> None:
+    trained, average = trained_model(), trained_model()
+    guard = IntactnessGuard(trained, _setting(), Guard(tolerance_points=5.0), shipped=average)
+    guard.begin()
+    with torch.no_grad():
+        trained.head.weight.add_(1.0)
+        average.head.weight.zero_()
+    guard.observe(0.5)
+    assert guard.check(1)[1] == "violated"
+    assert _equal(trained, trained_model())
+    assert _equal(average, trained_model())
+
+
 def test_the_guard_comes_back_as_it_was() -> None:
     first, second = (
         IntactnessGuard(trained_model(), _setting(), Guard(tolerance_points=0.0)) for _ in range(2)
@@ -205,6 +244,41 @@ def test_the_guard_comes_back_as_it_was() -> None:
     assert second.state()[1] == first.state()[1]
     assert second.extra_steps == 3
     assert second.state()[1]["window"] == [0.25]
+
+
+def test_a_shrunk_start_is_between_the_given_weights_and_fresh_ones_of_their_norm() -> None:
+    given = trained_model()
+    before = copy.deepcopy(given.state_dict())
+    one, again, other = (
+        starting_weights(given, ProtectSpec(start="shrunk", shrink=0.25, seed=seed))
+        for seed in (0, 0, 1)
+    )
+    assert _equal(given, trained_model())
+    assert _equal(one, again)
+    assert all(parameter.requires_grad for parameter in one.parameters())
+    for name, value in one.state_dict().items():
+        held = before[name]
+        if held.dim() < 2:
+            assert torch.equal(value, held), name
+            continue
+        fresh, another = (
+            (model.state_dict()[name] - 0.75 * held) / 0.25 for model in (one, other)
+        )
+        torch.testing.assert_close(fresh.norm(), held.norm(), rtol=1e-4, atol=0)
+        assert not torch.allclose(fresh, another)
+        cosine = torch.nn.functional.cosine_similarity(fresh.flatten(), held.flatten(), dim=0)
+        assert abs(float(cosine)) < 0.5
+
+
+def test_a_fresh_start_has_none_of_the_given_weights() -> None:
+    given = trained_model()
+    fresh = starting_weights(given, ProtectSpec(start="fresh"))
+    held = given.state_dict()
+    for name, value in fresh.named_parameters():
+        assert not torch.equal(value, held[name]), name
+    start = starting_weights(given, ProtectSpec())
+    assert _equal(start, given)
+    assert start is not given
 
 
 def test_the_suppression_gradient_is_clipped_to_the_norm() -> None:

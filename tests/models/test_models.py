@@ -160,6 +160,25 @@ def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
         models.resolve_model(spec, base=tmp_path)
 
 
+def test_non_finite_statistics_are_refused_too(tmp_path: Path) -> None:
+    state = SmallConvNet().state_dict()
+    state["stage1.1.running_var"][0] = torch.inf
+    save_file(state, tmp_path / "w.safetensors")
+    spec = ModelSpec(name="small_convnet", weights="w.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"stage1.1.running_var holds NaN or infinite"):
+        models.resolve_model(spec, base=tmp_path)
+
+
+def test_a_network_without_weights_starts_from_the_same_ones_every_time() -> None:
+    hashes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model, _ = models.resolve_model(ModelSpec(name="small_convnet"))
+        assert torch.initial_seed() == seed
+        hashes.append(models.weights_sha256(model))
+    assert hashes[0] == hashes[1]
+
+
 # --- Checkpoints and names --------------------------------------------------------------------
 
 
@@ -180,6 +199,12 @@ def test_a_checkpoint_loads_by_folder_and_by_file(tmp_path: Path) -> None:
         assert models.head_classes(factory(), "head") == 6
         found = models.architecture(ModelSpec(name=name), base=tmp_path)
         assert (found.name, found.weights, found.head) == ("small_convnet", None, "head")
+
+
+def test_a_head_named_for_a_checkpoint_stands_over_its_own(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "p1", SmallConvNet(), ModelSpec(name="small_convnet", head="head"))
+    found = models.architecture(ModelSpec(name="p1", head="other"), base=tmp_path)
+    assert found.head == "other"
 
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
@@ -276,6 +301,13 @@ def test_a_new_head_depends_on_its_stream_alone() -> None:
         fresh.append(model.head.weight)
     assert torch.equal(fresh[0], fresh[1])
     assert not torch.equal(fresh[0], fresh[2])
+
+
+def test_a_model_that_says_how_many_classes_it_has_says_the_new_number() -> None:
+    model = nn.ModuleDict({"net": Tiny()})
+    model.num_classes, model["net"].num_classes = 5, 5  # type: ignore[assignment]
+    models.replace_head(model, "net.tail", 9, seed=0)
+    assert (model.num_classes, model["net"].num_classes) == (9, 9)
 
 
 def test_a_convolutional_head_and_a_vgg_are_found() -> None:
@@ -386,6 +418,30 @@ def test_a_fresh_copy_has_the_keys_and_none_of_the_weights(name: str) -> None:
     assert models.weights_sha256(model) == before
 
 
+def test_a_fresh_copy_evaluates_and_its_replaced_head_follows_the_seed() -> None:
+    model = SmallConvNet()
+    heads = []
+    for seed in (0, 0, 1):
+        fresh = models.fresh_copy(model, lambda: SmallConvNet(classes=4), seed=seed, names=())
+        again = models.fresh_copy(model, None, seed=seed, names=())
+        assert not any(part.training for one in (fresh, again) for part in one.modules())
+        heads.append(fresh.get_parameter("head.weight"))
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_whole_is_reset_after_its_parts() -> None:
+    """An attention starts with an output bias of zero, which its linear layer alone would draw."""
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    models.reinitialise(model, seed=0, names=())
+    assert not model.get_parameter("0.out_proj.bias").any()
+    assert model.get_parameter("0.out_proj.weight").std() > 0.1
+    assert model.get_parameter("1.bias").any()
+
+
 def test_a_factory_of_another_architecture_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="another architecture"):
         models.fresh_copy(SmallConvNet(), ResNet20, seed=0, names=())
@@ -440,6 +496,17 @@ def test_the_hash_sees_weights_buffers_and_names() -> None:
     assert models.weights_sha256(copy.deepcopy(model)) == base
     assert models.weights_sha256(nn.ModuleDict({"net": model})) != base
     assert models.weights_sha256(model.to(memory_format=torch.channels_last)) == base
+
+
+def test_the_hash_sees_the_type_of_equal_bytes() -> None:
+    hashes = []
+    for kind in (torch.float32, torch.int32):
+        model = nn.Linear(2, 2)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        model.register_buffer("count", torch.zeros(3, dtype=kind))
+        hashes.append(models.weights_sha256(model))
+    assert hashes[0] != hashes[1]
 
 
 def test_precision_and_layout_follow_the_request_and_the_model() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ from sophon._data import (
     check_distinct,
     load_domain,
     resolve_normalisation,
+    share_prompts,
 )
 from sophon._data.loading import expanded
-from sophon._data.sources.embedded import letters
+from sophon._data.sources.embedded import digits, letters
 from sophon._data.sources.torchvision_sets import DATASETS
+from sophon._data.sources.trees import TREES
 from sophon._data.splits import first_per_class, stratified
 from sophon._specs import DomainSpec
 
@@ -205,6 +208,19 @@ def test_fingerprint_depends_on_contents_not_on_names() -> None:
     assert scaled.fingerprint() != base.fingerprint()
 
 
+def test_fingerprint_sees_every_split() -> None:
+    base = small()
+    prints = {base.fingerprint()}
+    for name in ("train", "validation", "test"):
+        held: Images = getattr(base, name)
+        pixels, labels = held.pixels.clone(), held.labels.clone()
+        pixels[-1, 0, 0, 0] ^= 1
+        labels[-1] = (labels[-1] + 1) % 3
+        for changed in (Images(pixels, held.labels), Images(held.pixels, labels)):
+            prints.add(dataclasses.replace(base, **{name: changed}).fingerprint())
+    assert len(prints) == 7
+
+
 # --- folder -------------------------------------------------------------------------------------
 
 
@@ -261,6 +277,20 @@ def test_folder_resizes_the_shorter_side_and_cuts_the_middle(tmp_path: Path) -> 
     ]
     for pixels, label in zip(domain.train.pixels, domain.train.labels.tolist(), strict=True):
         assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(expected[label]))
+
+
+def test_folder_turns_pictures_upright_as_their_camera_says(tmp_path: Path) -> None:
+    pixels = noise(1, 8, 12, 3)[0]
+    exif = Image.Exif()
+    # The top is at the right side of what is stored: shown, it is turned clockwise.
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png", exif=exif)
+    domain = load_domain(spec(source="folder", path="."), base=tmp_path)
+    assert domain.image_shape == (3, 12, 8)
+    assert np.array_equal(domain.train.pixels[0].permute(1, 2, 0), np.rot90(pixels, -1))
 
 
 def test_folder_is_grey_only_if_all_images_are(tmp_path: Path) -> None:
@@ -503,6 +533,46 @@ def test_train_and_test_images_are_joined_and_cut_anew(tmp_path: Path) -> None:
     assert torch.cat([part.labels for part in parts]).bincount().tolist() == [10, 10, 10]
 
 
+def test_prompts_that_none_shares_are_cut_and_stay_with_their_images(tmp_path: Path) -> None:
+    pictures = noise(20, 6, 6, 3)
+    lines = []
+    for number, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"noise {number}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    domain = load_domain(spec(source="prompts", path="."), base=tmp_path)
+    splits = (domain.train, domain.validation, domain.test)
+    assert [len(split) for split in splits] == [14, 2, 4]
+    for split in splits:
+        for pixels, label in zip(split.pixels, split.labels.tolist(), strict=True):
+            number = int(domain.classes[label].removeprefix("noise "))
+            assert np.array_equal(pixels.permute(1, 2, 0), pictures[number])
+
+
+def test_domains_that_share_prompts_keep_each_image_its_own() -> None:
+    domains = [
+        Domain.from_arrays("small", noise(20, 6, 6), np.arange(20) % 2, classes=names)
+        for names in (("a cat", "a dog"), ("a bird", "a cat"))
+    ]
+    shared = share_prompts(domains)
+    assert shared[0].classes == shared[1].classes == ("a cat", "a dog", "a bird")
+    for before, after in zip(domains, shared, strict=True):
+        for name in ("train", "validation", "test"):
+            told = [
+                [domain.classes[label] for label in getattr(domain, name).labels]
+                for domain in (before, after)
+            ]
+            assert told[0] == told[1]
+            assert torch.equal(getattr(before, name).pixels, getattr(after, name).pixels)
+
+
+def test_each_picture_of_ffhq_is_in_one_split(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number:05}.png" for number in (0, 59_999, 60_000, 69_999)]
+    sort = TREES["FFHQ"].sort
+    assert sort is not None
+    assert sort(tmp_path, files) == {"train": files[:2], "test": files[2:]}
+
+
 # --- embedded and torch datasets -----------------------------------------------------------------
 
 
@@ -516,6 +586,18 @@ def test_embedded_domains_share_one_shape(name: str, classes: int, count: int) -
     assert domain.class_count == classes
     assert len(domain.train) + len(domain.validation) + len(domain.test) == count
     assert domain.source == "embedded"
+
+
+def test_chosen_classes_without_a_test_split_keep_their_own_images() -> None:
+    domain = load_domain(spec(source="embedded", name="digits", classes=(7, 2)), base=Path())
+    raw, labels = digits()
+    for label, digit in enumerate((7, 2)):
+        found = [
+            one.numpy().tobytes()
+            for split in (domain.train, domain.validation, domain.test)
+            for one in split.pixels[split.labels == label]
+        ]
+        assert sorted(found) == sorted(one.tobytes() for one in raw[labels == digit])
 
 
 def test_letters_are_deterministic_and_all_different() -> None:
@@ -594,6 +676,13 @@ def test_grey_images_are_repeated_and_then_normalised_per_channel() -> None:
     for channel in range(3):
         expected = (images.pixels[:4, 0] / 255 - mean[channel]) / std[channel]
         torch.testing.assert_close(pixels[:, channel], expected)
+
+
+def test_a_grey_model_is_given_the_mean_of_a_normalisation_in_colour() -> None:
+    images = small(grey=True).train
+    options: dict[str, Any] = {"mean": (0.1, 0.2, 0.6), "std": (0.2, 0.3, 0.4), "channels": 1}
+    pixels, _ = plain(images, torch.arange(4), **options)
+    torch.testing.assert_close(pixels, (images.pixels[:4] / 255 - 0.3) / 0.3)
 
 
 def test_batch_leaves_the_images_alone() -> None:

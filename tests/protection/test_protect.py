@@ -261,9 +261,7 @@ def test_a_shrunk_start_is_between_the_given_weights_and_fresh_ones_of_their_nor
         if held.dim() < 2:
             assert torch.equal(value, held), name
             continue
-        fresh, another = (
-            (model.state_dict()[name] - 0.75 * held) / 0.25 for model in (one, other)
-        )
+        fresh, another = ((model.state_dict()[name] - 0.75 * held) / 0.25 for model in (one, other))
         torch.testing.assert_close(fresh.norm(), held.norm(), rtol=1e-4, atol=0)
         assert not torch.allclose(fresh, another)
         cosine = torch.nn.functional.cosine_similarity(fresh.flatten(), held.flatten(), dim=0)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from builders import original, restricted, setting_of, trained_model
-from sophon._specs import FreshHead, Strategy
+from sophon._specs import FreshHead, Heal, Strategy
 from sophon._tasks import Classification
+from sophon._training.evaluate import image_scores
 from sophon._training.loop import (
     OPTIMIZERS,
     SCHEDULES,
@@ -86,6 +87,47 @@ def test_head_only_changes_only_the_head() -> None:
     before = dict(trained_model().named_parameters())
     changed = {n for n, value in model.named_parameters() if not torch.equal(before[n], value)}
     assert changed == {n for n in before if n.startswith(setting.head + ".")}
+
+
+def test_what_was_frozen_is_trained_all_the_same() -> None:
+    setting = _setting()
+    model = setting.place(trained_model()).requires_grad_(False)
+    strategy = Strategy(learning_rate=0.1, batch_size=16, steps=2)
+    for _ in FineTuning(model, strategy, setting, _feed(setting), stream=(0, ())).run(2):
+        pass
+    before = dict(trained_model().named_parameters())
+    assert not any(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_scoring_evaluates_every_image_and_leaves_the_model_as_it_was(training: bool) -> None:
+    setting, domain = _setting(), restricted()
+    model = setting.place(trained_model()).train(training)
+    before = copy.deepcopy(model.state_dict())
+    scores = image_scores(model, setting, domain, domain.test, batch_size=50)
+    assert all(part.training is training for part in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    mean, std = setting.normalisation(domain)
+    images = (domain.test.pixels / 255 - sum(mean) / len(mean)) / (sum(std) / len(std))
+    with torch.no_grad():
+        right = model.eval()(images).argmax(1) == domain.test.labels
+    assert torch.equal(scores, right.float()[None])
+
+
+def test_healing_meets_other_batches_with_another_seed() -> None:
+    setting = _setting()
+    strategy = Strategy(preparations=(Heal(share=0.5),), batch_size=16, steps=8)
+    found = []
+    for seed in (0, 0, 1):
+        model = setting.place(trained_model())
+        stream = (seed, ("attack",))
+        made = attacker_copy(
+            model, strategy, setting, classes=5, feed=_feed(setting), stream=stream
+        )
+        assert made.spent == 4
+        found.append(model.get_parameter("stage1.0.weight").detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_stopping_between_steps_changes_nothing() -> None:

@@ -463,3 +463,22 @@ def test_a_student_starts_fresh_and_learns_from_the_model_as_it_was() -> None:
     assert teacher is not None
     held = teacher.state_dict()
     assert all(torch.equal(value, held[key]) for key, value in given.state_dict().items())
+
+
+def test_a_teacher_evaluates_and_hooks_stay_with_it() -> None:
+    model, seen = ResNet20().train(), []
+
+    def doubled(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        return 2 * output
+
+    model.register_forward_hook(doubled)
+
+    def train(student: nn.Module, course: Course) -> None:
+        teacher = course.teacher
+        assert teacher is not None
+        assert not any(part.training for part in teacher.modules())
+        assert not any(p.requires_grad for p in teacher.parameters())
+        seen.append((list(teacher._forward_hooks.values()), list(student._forward_hooks)))
+
+    prepare(model, (Distil(share=0.5),), around(train=train))
+    assert seen == [([doubled], [])]

@@ -291,6 +291,19 @@ def test_terms_that_read_alike_ask_the_fresh_networks_once(monkeypatch: pytest.M
     assert len(asked) == 3
 
 
+def test_what_is_read_early_comes_from_the_first_blocks() -> None:
+    """Depths draw their ridges in turn: those of the first do not depend on the second."""
+    both, first = (
+        _term(readers=ReadersSpec(networks=1, depths=depths)).contribute(trained_model()).readings
+        for depths in (("stage1.0", "stage3.3"), ("stage1.0",))
+    )
+    assert set(first) == {"erasure", "R2 early", "floor early"}
+    assert set(both) == {*first, "R2 middle", "floor middle"}
+    for name in ("R2 early", "floor early"):
+        assert float(both[name]) == pytest.approx(float(first[name]), abs=1e-6)
+    assert float(both["R2 middle"]) != pytest.approx(float(first["R2 early"]), abs=1e-3)
+
+
 def test_the_erasure_of_scores_below_the_floor_is_nothing() -> None:
     term = _term()
     for rows in term.readers.floors.values():

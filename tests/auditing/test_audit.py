@@ -453,6 +453,28 @@ def _one_attack(strategy: Strategy) -> Audit:
     return run
 
 
+def test_of_equal_scores_the_first_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alike(_: nn.Module, __: object, ___: object, images: Images) -> torch.Tensor:
+        return (torch.arange(len(images)) % 2).float()[None]
+
+    monkeypatch.setattr("sophon._auditing.trial.image_scores", alike)
+    trial = next(iter(_one_attack(Strategy(optimizer="sgd", learning_rate=0.1))))
+    assert trial.best_step == 0
+    assert not any(point.reestimated for point in trial.curve)
+
+
+def test_a_curve_counts_the_images_of_its_steps_and_subjects_are_scored_on_the_test() -> None:
+    run = _one_attack(Strategy(learning_rate=0.02, batch_size=7))
+    trial = next(iter(run))
+    assert [point.step for point in trial.curve] == [0, 1, 3, 8]
+    assert [point.samples for point in trial.curve] == [0, 7, 21, 56]
+    assert trial.test is not None
+    assert trial.test.total == len(restricted().test)
+    assert {p.validation.total for p in trial.curve} == {len(restricted().validation)}
+    for score in run.subjects.original_scores(run.setting).values():
+        assert score.total == len(original().test)
+
+
 def test_attacks_augment_as_their_strategy_says() -> None:
     plain, flipped = (
         next(iter(_one_attack(Strategy(learning_rate=0.02, augmentation=how))))

@@ -344,6 +344,18 @@ def test_batches_are_as_large_as_the_images_allow() -> None:
     assert domain.class_count <= chosen[1].batch_size < 64
 
 
+def test_an_attack_that_the_suite_has_is_not_run_twice() -> None:
+    own = SUITES["quick-1"].strategies[0]
+    for extra in ((own,), (Strategy(learning_rate=0.3),) * 2):
+        with pytest.raises(SpecError, match=r"audit.extra repeats direct-all sgd_momentum"):
+            strategies_of(AuditSpec(extra=extra))
+
+
+def test_a_stated_rate_of_any_size_gives_rates_that_can_be_run() -> None:
+    stated = {"spec": {"rehearsal": {"fixed": {"optimizer": "sgd", "learning_rate": 50.0}}}}
+    assert [s.learning_rate for s in beyond_rehearsal(stated, SPEC)] == [500.0, 1000.0]
+
+
 def test_a_prefilter_stops_where_attacks_are_measured() -> None:
     assert stop_at(200, 12, 0.25) == 37
     assert stop_at(16, 4, 0.01) == 1
@@ -365,6 +377,22 @@ def test_a_search_repeats_itself_when_told_the_same() -> None:
     for strategy in first:
         low, high = RATES[strategy.optimizer]
         assert 0.999 * low <= strategy.learning_rate <= 1.001 * high
+
+
+def test_searches_of_other_seeds_propose_otherwise_and_batches_fit_the_images() -> None:
+    first, second = (AttackerSearch(seed, 100, 20).ask(8) for seed in (0, 1))
+    assert first != second
+    assert {strategy.batch_size for strategy in first} == {20}
+    assert {s.batch_size for s in AttackerSearch(0, 100, 70).ask(60)} == {32, 64}
+    named = AttackerSearch(0, 100, 20, batch_size=48).ask(4)
+    assert {strategy.batch_size for strategy in named} == {20}
+
+
+def test_what_heals_for_as_long_as_the_stop_is_not_searched() -> None:
+    """A tenth of 200 steps is spent on healing."""
+    for stop, healed in ((20, False), (21, True), (None, True)):
+        asked = AttackerSearch(0, 200, 1000, stop=stop).ask(60)
+        assert any(p.kind == "heal" for s in asked for p in s.preparations) is healed
 
 
 def test_a_search_finds_the_rate_that_pays() -> None:

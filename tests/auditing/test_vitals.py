@@ -47,6 +47,18 @@ def test_vitals_leave_the_model_as_it_is_and_hold_its_sizes() -> None:
     assert vitals.smallest_variance is not None
 
 
+def test_sizes_are_measured_in_single_precision_whatever_attacks_compute_in() -> None:
+    model = trained_model()
+    exact, rounded = (
+        measure_vitals(model, setting_of(model, trained=False, precision=precision))
+        for precision in ("fp32", "bf16")
+    )
+    assert exact.rounding is None
+    assert 0 < (rounded.rounding or 0) < 0.1
+    alike = {"rounding": None}
+    assert rounded.model_copy(update=alike) == exact.model_copy(update=alike)
+
+
 def test_a_model_that_was_trained_on_a_domain_knows_those_images_better(
     shared_data: Path,
 ) -> None:

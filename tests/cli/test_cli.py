@@ -29,7 +29,12 @@ from sophon._cli.application import guarded
 from sophon._cli.controls import _why_missed
 from sophon._cli.demo import prepare
 from sophon._cli.progress import Display, duration
+from sophon._cli.run_file import load
+from sophon._cli.running import show_protected
 from sophon._models.networks import SmallConvNet
+from sophon._protection.protection import Protected
+from sophon._records.audit_record import Score
+from sophon._records.round import Round
 from sophon._specs import Strategy
 
 RUN = """
@@ -161,6 +166,7 @@ def test_protect_says_what_it_did_and_repeats_it(run_file: Path, tmp_path: Path)
     code, first, err = sophon("protect", run_file, "--out", out)
     assert code == 0
     assert "round 3/3" in err
+    assert "hardly protected" not in err
     assert "before" in first
     assert "after; weights of round 3 of 3" in first
     assert str(out / "model.safetensors") in first
@@ -448,6 +454,48 @@ def test_evaluate_gives_accuracy_and_interval(finished: Path) -> None:
     assert sophon("evaluate", finished / "run.toml", "--split", "train")[0] == 2
 
 
+def test_evaluate_scores_the_split_and_the_model_that_it_is_asked_for(
+    finished: Path, tmp_path: Path
+) -> None:
+    def scored(*words: object) -> dict[str, int]:
+        held = json.loads(sophon("evaluate", finished / "run.toml", "--json", *words)[1])
+        return {name: held[name] for name in ("correct", "total")}
+
+    # Of 120 pictures of each letter 24 are for the test; of ten to train on one is held out.
+    assert scored("--split", "test")["total"] == 26 * 24
+    assert scored()["total"] == 26
+    state = load_file(finished / "p" / "model.safetensors")
+    # It says A whatever it sees.
+    state["head.weight"].zero_()
+    state["head.bias"] = torch.eye(26)[0]
+    save_file(state, tmp_path / "a.safetensors")
+    told = scored("--split", "test", "--model", tmp_path / "a.safetensors")
+    assert told == {"correct": 24, "total": 26 * 24}
+
+
+def test_every_domain_of_a_run_file_is_loaded_in_its_place(run_file: Path) -> None:
+    tables = [
+        f'[[{role}]]\nsource = "embedded"\nname = "{role}"\ndataset = "digits"\n'
+        f"classes = [{low}, {low + 1}]\n"
+        for role, low in (("held_out", 2), ("benign", 4))
+    ]
+    run_file.write_text(RUN + "\n".join(tables))
+    changes = ["restricted.0.name=refused", "restricted.0.dataset=digits"]
+    threads = torch.get_num_threads()
+    try:
+        case = load(run_file, changes, threads + 1)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    roles = ("restricted", "held_out", "benign")
+    assert [[domain.name for domain in getattr(case, role)] for role in roles] == [
+        ["refused"],
+        ["held_out"],
+        ["benign"],
+    ]
+    assert [getattr(case, role)[0].classes for role in roles[1:]] == [("2", "3"), ("4", "5")]
+
+
 def test_inspect_describes_what_it_is_given(finished: Path) -> None:
     run = sophon("inspect", finished / "run.toml")[1]
     assert "head head" in run
@@ -678,10 +726,13 @@ def test_a_head_that_cannot_be_found_lists_the_candidates(
     assert not (tmp_path / "p").exists()
 
 
-def test_a_folder_inside_the_images_is_refused(run_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("role", ["original", "restricted", "held_out", "benign"])
+def test_a_folder_inside_the_images_is_refused(run_file: Path, tmp_path: Path, role: str) -> None:
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
-    folder = ["--set", "original.source=folder", "--set", f"original.path={tmp_path / 'photos'}"]
+    table = f'source = "folder", path = "{tmp_path / "photos"}"'
+    table = f"{{{table}}}" if role == "original" else f"[{{{table}}}]"
+    folder = ["--set", f"{role}={table}"]
     where = str(tmp_path / "photos" / "run")
     message = refused(tmp_path, "protect", run_file, "--out", where, *folder)
     assert "lies in the images of a domain" in message
@@ -856,6 +907,37 @@ def test_an_audit_overwrites_nothing_but_its_own(finished: Path, tmp_path: Path)
     code, _, err = sophon(*words, finished / "p", "--out", tmp_path / "a")
     assert code == 0, err
     assert json.loads((tmp_path / "a/record.json").read_text())["schema_version"]
+
+
+def test_an_audit_of_other_images_does_not_take_the_place_of_the_first(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "a", tmp_path / "a")
+    words = ("audit", finished / "run.toml", "--model", finished / "p", "--out", tmp_path / "a")
+    code, _, err = sophon(*words, "--set", "restricted.0.limit=11")
+    assert code == 2
+    assert "holds the record of another audit of this model (other images)" in err
+    assert (tmp_path / "a/record.json").read_bytes() == (finished / "a/record.json").read_bytes()
+
+
+def test_weights_of_an_early_round_are_said_to_be_hardly_protected(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    score = Score(correct=9, total=10)
+    numbers = ("suppression_loss", "query_score", "suppression_gradient_norm", "wall_s")
+    none = dict.fromkeys(("original_loss", "reinforcement_gradient_norm"))
+    one = Round(
+        index=0,
+        strategies=(),
+        domains=(),
+        reinforcement_steps=1,
+        **dict.fromkeys(numbers, 0.1),
+        **none,
+    )
+    for shipped, warned in ((1, True), (2, False), (4, False)):
+        made = Protected(SmallConvNet(), (one,) * 4, score, score, shipped, None)
+        show_protected(made, tmp_path, "lines")
+        assert ("hardly protected" in capsys.readouterr().err) is warned
 
 
 def test_the_same_weights_twice_are_noticed(finished: Path, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from records import record, trial
 from sophon._auditing.extractors import Extractor, check_extractor, make_extractor
 from sophon._auditing.picture_quality import (
     check_quality,
-    draw_samples,
-    make_sampler,
     measure_quality,
 )
 from sophon._auditing.samples import picture_grid, spread_labels
@@ -134,8 +132,8 @@ def test_a_file_of_inceptions_weights_is_named_and_used(
 def test_every_model_draws_from_the_same_noise_whatever_the_batch() -> None:
     task, labels = Denoising(), torch.zeros(70, dtype=torch.long)
     model = unet().train()
-    many = draw_samples(model, task, (1, 8, 8), labels, steps=2)
-    few = draw_samples(model, task, (1, 8, 8), labels[:5], steps=2)
+    many = task.draw(model, (1, 8, 8), labels, steps=2)
+    few = task.draw(model, (1, 8, 8), labels[:5], steps=2)
     assert model.training
     assert many.shape == (70, 1, 8, 8)
     assert (many[:5].int() - few.int()).abs().max() <= 1
@@ -175,7 +173,7 @@ def test_a_perfect_denoiser_draws_the_image_it_knows(name: str, options: dict[st
     task = Denoising(getattr(diffusers(), name)(**options))
     image = digits(5, 10).test.pixels[:1]
     knowing = Knowing(task, image.float() / 127.5 - 1)
-    drawn = draw_samples(knowing, task, (1, 8, 8), torch.zeros(2, dtype=torch.long), steps=10)
+    drawn = task.draw(knowing, (1, 8, 8), torch.zeros(2, dtype=torch.long), steps=10)
     assert (drawn.int() - image.int()).abs().max() <= 3
 
 
@@ -186,7 +184,7 @@ def test_latents_are_not_clipped(name: str, tmp_path: Path) -> None:
     stream = torch.Generator().manual_seed(0)
     latent = 4 * torch.randn(task.shape((3, 16, 16)), generator=stream)[None]
     labels = torch.zeros(2, dtype=torch.long)
-    drawn = draw_samples(Knowing(task, latent), task, (3, 16, 16), labels, steps=10)
+    drawn = task.draw(Knowing(task, latent), (3, 16, 16), labels, steps=10)
     expected, clipped = (
         ((latents.decoded(held) / 2 + 0.5).clamp(0, 1) * 255).round().int()
         for held in (latent, latent.clamp(-1, 1))
@@ -202,18 +200,18 @@ def test_clipping_is_the_schedulers_own_where_it_says_so() -> None:
         (library.DDPMScheduler(clip_sample=False), False),
         (library.PNDMScheduler(), False),
     ):
-        assert make_sampler(Denoising(scheduler), 5).config.clip_sample is clips
+        assert Denoising(scheduler).sampler(5).config.clip_sample is clips
 
 
 def test_more_steps_than_timesteps_are_refused() -> None:
     library = diffusers()
     short = Denoising(library.DDPMScheduler(num_train_timesteps=20))
-    assert len(make_sampler(short, 20).timesteps) == 20
+    assert len(short.sampler(20).timesteps) == 20
     with pytest.raises(SpecError, match="steps = 25: the schedule has timesteps 0 to 19"):
-        make_sampler(short, 25)
+        short.sampler(25)
     shifted = Denoising(library.DDPMScheduler(num_train_timesteps=20, steps_offset=1))
     with pytest.raises(SpecError, match="steps = 20: the schedule"):
-        make_sampler(shifted, 20)
+        shifted.sampler(20)
 
 
 def test_pictures_are_of_every_class_in_its_share() -> None:

@@ -513,5 +513,5 @@ def test_an_error_of_all_is_said_once(run_file: Path, tmp_path: Path) -> None:
     with _start("-m", "sophon", "protect", run_file, *words) as process:
         _, err = process.communicate(timeout=100)
     assert process.returncode != 0
-    assert err.count("error: protect.rehearsal.pool = 3 cannot be shared") == 1
+    assert err.count("error: protect.hinder: a rehearsal's pool = 3 cannot be shared") == 1
     assert not (tmp_path / "p").exists()

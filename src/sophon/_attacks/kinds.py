@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sophon._records.metrics import KINDS
 from sophon._specs import (
-    BatchNorm,
     Distil,
     FreshHead,
     Heal,
@@ -13,11 +13,6 @@ from sophon._specs import (
     RidgeHead,
     Strategy,
 )
-
-_CLASSIFIERS_ONLY: dict[type, str] = {
-    BatchNorm: "no BatchNorm to put back",
-    RidgeHead: "no classes to fit a head to",
-}
 
 
 def method(strategy: Strategy) -> tuple[str, ...]:
@@ -73,13 +68,10 @@ def patient(strategy: Strategy) -> bool:
     return trains_first(strategy) or strategy.schedule != "constant"
 
 
-def of_classifiers_only(preparations: tuple[Preparation, ...]) -> str | None:
-    """Return why preparations can do nothing to a diffusion model, which has no BatchNorm and no
-    classes; None where they can.
-    """
-    return next(
-        (_CLASSIFIERS_ONLY[type(p)] for p in preparations if type(p) in _CLASSIFIERS_ONLY), None
-    )
+def idle(preparations: tuple[Preparation, ...], metric: str) -> str | None:
+    """Return why preparations can do nothing to models that `metric` scores; None: they can."""
+    reasons = KINDS[metric].idle
+    return next((reasons[p.kind] for p in preparations if p.kind in reasons), None)
 
 
 def spent_first(preparations: tuple[Preparation, ...], steps: int) -> int:

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sophon._attacks.kinds import of_classifiers_only, spent_first
+from sophon._attacks.kinds import idle, spent_first
 from sophon._base.errors import SpecError
+from sophon._records.metrics import KINDS
 from sophon._specs import (
     BatchNorm,
     FreshHead,
@@ -68,15 +69,14 @@ AT_ONCE = 4
 
 
 def starts(metric: str, steps: int, stop: int | None = None) -> dict[str, tuple[Preparation, ...]]:
-    """Return the preparations that are searched: those that leave steps before `stop` or the end;
-    a diffusion model has no BatchNorm and no classes to fit a head to.
+    """Return the preparations that are searched: those that leave steps before `stop` or the end,
+    and do something to models that `metric` scores.
     """
     end = steps if stop is None else min(stop, steps)
     return {
         name: held
         for name, held in PREPARATIONS.items()
-        if spent_first(held, steps) < end
-        and (metric == "accuracy" or of_classifiers_only(held) is None)
+        if spent_first(held, steps) < end and idle(held, metric) is None
     }
 
 
@@ -117,8 +117,7 @@ class AttackerSearch:
 
     `batch_size` is the audit's where it names one; otherwise batches up to `largest_batch` are
     searched. Rates go as far as those of `beyond`. Where proposals are stopped at step `stop`
-    first, those whose training beforehand takes as long are left out. Of a diffusion model the last
-    convolution alone is not trained: `metric` is the task's.
+    first, those whose training beforehand takes as long are left out. `metric` is the task's.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class AttackerSearch:
             self.batch_sizes = [min(batch_size, largest_batch)]
         self.rates = rates(beyond)
         self.starts = starts(metric, steps, stop)
-        self.methods = [m for m in METHODS if m != "head" or metric == "accuracy"]
+        self.methods = [m for m in METHODS if m != "head" or KINDS[metric].probes]
         sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=AT_ONCE)
         self._study = self._optuna.create_study(sampler=sampler, direction="maximize")
         self._asked: list[Any] = []

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sophon._attacks.kinds import of_classifiers_only
+from sophon._attacks.kinds import idle
 from sophon._attacks.search import search_space
 from sophon._base.errors import SpecError
 from sophon._records.statement import statement_of
@@ -254,9 +254,7 @@ def fitting(
 
     To a diffusion model all else applies, its last convolution being the head.
     """
-    if metric == "accuracy":
-        return strategies, ()
-    why = {s: of_classifiers_only(s.preparations) for s in strategies}
+    why = {s: idle(s.preparations, metric) for s in strategies}
     kept = tuple(s for s in strategies if why[s] is None)
     return kept, tuple(f"{s.label()}: {reason}" for s, reason in why.items() if reason is not None)
 

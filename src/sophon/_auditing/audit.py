@@ -339,7 +339,7 @@ class Audit:
             spec_fingerprint=self.spec.fingerprint(),
             strategies=self.strategies,
             model=about.get("model", type(self.subjects.protected).__name__),
-            task="classification" if setting.task.metric == "accuracy" else "denoising",
+            task=setting.task.kind.task,
             task_name=setting.task.name,
             original=domain_record(setting.original, "original"),
             restricted=self._domain_records(self.restricted, "restricted"),

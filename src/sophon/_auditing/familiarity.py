@@ -38,7 +38,7 @@ def familiarity(model: nn.Module, setting: Setting, domain: Domain) -> Familiari
     """
     half = min(_MOST, len(domain.train) // 2)
     classes = setting.task.classes(domain)
-    if setting.task.metric != "accuracy" or classes is None:
+    if not setting.task.kind.classifies or classes is None:
         return None
     if half < max(_LEAST, classes) or len(domain.test) < _LEAST:
         return None

@@ -1,89 +1,21 @@
-"""How good a diffusion model's pictures are: samples, KID, FID, precision and recall."""
+"""How good a diffusion model's pictures are: KID, FID, precision and recall."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sophon._auditing.extractors import Extractor, torchmetrics
 from sophon._base.errors import DataError, SpecError
-from sophon._base.seeding import generator, seeded
+from sophon._base.seeding import seeded
 from sophon._data import Domain
-from sophon._models import diffusers, keeping_modes, predict
 from sophon._specs import SampleSpec
-from sophon._tasks import Denoising
 
-_BATCH = 64
 _KID_SUBSETS = 50
-
-
-def make_sampler(task: Denoising, steps: int) -> Any:
-    """Return diffusers' DDIM (arXiv 2010.02502) on the task's own schedule, set to `steps` steps.
-
-    Raises SpecError where the schedule does not have so many.
-    """
-    held = dict(task.scheduler.config)
-    total = len(task.alphas)
-
-    def bounded(name: str) -> bool:
-        # DDIM would clip where the source says nothing of it; latents have no bounds at all.
-        return bool(held.get(name, False)) and task.latents is None
-
-    sampler = diffusers().DDIMScheduler.from_config(
-        held,
-        # Its own list of schedules is short: it is given what the task is trained on, whole.
-        num_train_timesteps=total,
-        beta_schedule="linear",
-        trained_betas=None,
-        rescale_betas_zero_snr=False,
-        clip_sample=bounded("clip_sample"),
-        thresholding=bounded("thresholding"),
-    )
-    sampler.alphas_cumprod = task.alphas
-    if not sampler.config.set_alpha_to_one:
-        sampler.final_alpha_cumprod = task.alphas[0]
-    if steps <= total:
-        sampler.set_timesteps(steps)
-    if steps > total or int(sampler.timesteps.max()) >= total:
-        raise SpecError(
-            f"audit.samples.steps = {steps}: the schedule has timesteps 0 to {total - 1}, too few"
-            " for so many steps: lower audit.samples.steps"
-        )
-    return sampler
-
-
-@torch.no_grad()
-def draw_samples(
-    model: nn.Module, task: Denoising, shape: tuple[int, int, int], labels: Tensor, *, steps: int
-) -> Tensor:
-    """Return uint8 images (n, c, h, w), one for each label, drawn by DDIM (arXiv 2010.02502).
-
-    `shape` is an image's. Every model starts from the same noise: that of an image depends on its
-    place only, and DDIM adds none. Raises SpecError for more steps than the schedule has.
-    """
-    device = next(model.parameters()).device
-    scheduler = make_sampler(task, steps)
-    stream = generator(0, "samples")
-    drawn = []
-    with keeping_modes(model):
-        model.eval()
-        for part in labels.split(_BATCH):
-            noise = [torch.randn(task.shape(shape), generator=stream) for _ in part]
-            images, classes = torch.stack(noise).to(device), part.to(device)
-            condition = classes if task.latents is None else task.latents.embedded(classes)
-            for timestep in scheduler.timesteps:
-                times = timestep.to(device).expand(len(images))
-                predicted = predict(model, images, times, condition)
-                images = scheduler.step(predicted, timestep, images).prev_sample
-            images = images if task.latents is None else task.latents.decoded(images)
-            # What a broken network draws may not be a number: black then.
-            scaled = (images.float() / 2 + 0.5).nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
-            drawn.append((scaled * 255).round().byte().cpu())
-    return torch.cat(drawn)
 
 
 class Quality(NamedTuple):

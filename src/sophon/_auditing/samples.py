@@ -20,12 +20,7 @@ from torch import Tensor, nn
 from sophon._attacks.suites import strategies_of
 from sophon._auditing.executors import Workload
 from sophon._auditing.extractors import Extractor, check_extractor, extractor_key, make_extractor
-from sophon._auditing.picture_quality import (
-    check_quality,
-    draw_samples,
-    make_sampler,
-    measure_quality,
-)
+from sophon._auditing.picture_quality import check_quality, measure_quality
 from sophon._auditing.plan import Plan, fitted
 from sophon._auditing.trial import Job, evaluation_steps
 from sophon._base.errors import SpecError
@@ -34,7 +29,6 @@ from sophon._judgement.statistics import winner
 from sophon._records.audit_record import SampleRecord, Trial
 from sophon._records.store import DocumentStore
 from sophon._specs import AuditSpec, SampleSpec, Strategy, Subject, fingerprint_of
-from sophon._tasks import Denoising
 from sophon._training.setting import Setting
 
 # Pictures are shown larger than they are, so that a person sees them.
@@ -45,9 +39,8 @@ ENGINE_VERSION = 2
 
 
 def wanted(setting: Setting, spec: SampleSpec) -> bool:
-    """Return whether there are pictures to judge: not of classifiers, nor of one timestep alone."""
-    task = setting.task
-    return isinstance(task, Denoising) and len(task.parts) > 1 and spec.count > 0
+    """Return whether there are pictures to judge."""
+    return setting.task.draws and spec.count > 0
 
 
 def expected_sets(
@@ -63,7 +56,7 @@ def expected_sets(
 def check_samples(setting: Setting, audit: AuditSpec, domains: Sequence[Domain]) -> None:
     """Raise SpecError or DataError, before any work, for pictures that cannot be judged."""
     spec = audit.samples
-    if not isinstance(setting.task, Denoising) and spec.count and spec != SampleSpec():
+    if setting.task.kind.classifies and spec.count and spec != SampleSpec():
         raise SpecError(
             "audit.samples is for diffusion models, and this is a classifier: leave it out"
         )
@@ -75,9 +68,8 @@ def check_samples(setting: Setting, audit: AuditSpec, domains: Sequence[Domain])
             "audit.samples.extra = true, and audit.extra names no attack: name one there, or leave"
             " audit.samples.extra out"
         )
-    assert isinstance(setting.task, Denoising)
     check_quality(spec, (setting.original, *domains))
-    make_sampler(setting.task, spec.steps)
+    setting.task.sampler(spec.steps)
     check_extractor(spec, setting.original, domains[0])
 
 
@@ -178,8 +170,7 @@ class SampleStage:
 
     def _stored(self, subject: Subject, trial: Trial | None, seed: int) -> list[SampleRecord]:
         start, task = self.workload.start(subject, seed), self._setting.task
-        assert isinstance(task, Denoising)
-        sampler = make_sampler(task, self.spec.steps)
+        sampler = task.sampler(self.spec.steps)
         parts = {
             "engine": ENGINE_VERSION,
             # What is drawn when, and checked of it, changes no picture.
@@ -229,10 +220,9 @@ class SampleStage:
         self, model: nn.Module, domain: Domain, subject: Subject, trial: Trial | None, seed: int
     ) -> SampleRecord:
         setting, task = self._setting, self._setting.task
-        assert isinstance(task, Denoising)
         labels = spread_labels(domain.train.labels, self.spec.count)
         shape = (setting.channels, *domain.image_shape[1:])
-        samples = draw_samples(model, task, shape, labels, steps=self.spec.steps)
+        samples = task.draw(model, shape, labels, steps=self.spec.steps)
         quality = measure_quality(samples, domain.test.pixels, self._extractor, self.spec)
         return SampleRecord(
             subject=subject,

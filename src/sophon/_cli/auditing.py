@@ -132,7 +132,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     _require_places(run_file, settings, model, (out, store or out))
     # Another model before protection, or none, stands in for the run file's.
     case = load(run_file, settings, threads, network_only=unprotected is not None)
-    if controls and case.task.metric != "accuracy":
+    if controls and not case.task.kind.classifies:
         raise SpecError("--controls makes classifiers that only look protected: not for denoising")
     if controls:
         run_controls(case, out, mode, **placed)

@@ -11,6 +11,7 @@ from sophon._protection.rehearsal_checks import require_rows
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.term import Surroundings
 from sophon._protection.terms import TERMS, Hindrance, Keep
+from sophon._records.metrics import KINDS
 from sophon._specs.guard import Guard
 
 
@@ -51,13 +52,13 @@ def check_protection(model: nn.Module, spec: ProtectSpec, around: Surroundings) 
 
 def _check_tolerance(guard: Guard, metric: str) -> None:
     """Raise SpecError for a tolerance that the task's guard does not look at."""
-    names = ("tolerance_points", "tolerance_relative")
-    used, unused = names if metric == "accuracy" else names[::-1]
-    value = getattr(guard, unused)
-    if value != Guard.model_fields[unused].default:
-        raise SpecError(
-            f"protect.guard.{unused} = {value:g} is not for this task: set protect.guard.{used}"
-        )
+    used = KINDS[metric].guard_key
+    for unused in {kind.guard_key for kind in KINDS.values()} - {used}:
+        value = getattr(guard, unused)
+        if value != Guard.model_fields[unused].default:
+            raise SpecError(
+                f"protect.guard.{unused} = {value:g} is not for this task: set protect.guard.{used}"
+            )
 
 
 def _check_rows(model: nn.Module, size: int, around: Surroundings) -> None:

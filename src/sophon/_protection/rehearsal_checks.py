@@ -17,6 +17,8 @@ from sophon._training.ranks import Ranks
 if TYPE_CHECKING:
     from sophon._protection.terms.rehearsal import Rehearsal
 
+_WHAT = "protect.hinder: a rehearsal's"
+
 
 def check_rehearsal(spec: Rehearsal, model: nn.Module, around: Surroundings) -> None:
     """Raise SpecError, DataError or UnsupportedModelError unless every attacker can be prepared,
@@ -27,8 +29,8 @@ def check_rehearsal(spec: Rehearsal, model: nn.Module, around: Surroundings) -> 
     if around.ranks.sharded:
         require_rows(
             {
-                "protect.rehearsal.query_batch_size": spec.query_batch_size,
-                "protect.rehearsal: batch_size": min(_batch_sizes(spec)),
+                f"{_WHAT} query_batch_size": spec.query_batch_size,
+                f"{_WHAT} batch_size": min(_batch_sizes(spec)),
             },
             around,
         )
@@ -42,8 +44,8 @@ def check_rehearsal(spec: Rehearsal, model: nn.Module, around: Surroundings) -> 
         setting.at(fixed.precision, model)
         if fixed.lora_rank is not None:
             require_peft()
-    if spec.readers is not None and (setting.task.metric != "accuracy" or around.ranks.sharded):
-        raise SpecError("protect.hinder: a rehearsal's readers are for classifiers without --shard")
+    if spec.readers is not None and (not setting.task.kind.classifies or around.ranks.sharded):
+        raise SpecError(f"{_WHAT} readers are for classifiers without --shard")
     if spec.readers is not None and fixed is not None and fixed.lora_rank is not None:
         raise SpecError("protect.hinder: readers do not look into adapters: leave lora_rank out")
 
@@ -71,7 +73,7 @@ def _check_shares(spec: Rehearsal, ranks: Ranks) -> None:
         if count % ranks.world:
             fitting = [n for n in range(1, count + 1) if not any(c % n for c in counts.values())]
             raise SpecError(
-                f"protect.rehearsal.{name} = {count} cannot be shared evenly by {ranks.world}"
+                f"{_WHAT} {name} = {count} cannot be shared evenly by {ranks.world}"
                 f" processes, some would wait: make it a multiple of {ranks.world}, or start"
                 f" {' or '.join(map(str, fitting))}"
             )
@@ -85,11 +87,10 @@ def _check_batches(spec: Rehearsal, model: nn.Module, around: Surroundings) -> N
             domain,
             max(sizes) + spec.query_batch_size,
             have=image_count(domain, 1.0 if fixed is None else fixed.data_fraction),
-            what=f"protect.rehearsal.{key} ({max(sizes)}) + protect.rehearsal.query_batch_size"
-            f" ({spec.query_batch_size}) together",
+            what=f"{_WHAT} {key} ({max(sizes)}) + query_batch_size ({spec.query_batch_size})"
+            " together",
         )
         if 1 in sizes:
-            check_single_image(model, setting.shape(domain), "protect.rehearsal: batch_size")
+            check_single_image(model, setting.shape(domain), f"{_WHAT} batch_size")
         if spec.query_batch_size == 1:
-            name = "protect.rehearsal.query_batch_size"
-            check_single_image(model, setting.shape(domain), name)
+            check_single_image(model, setting.shape(domain), f"{_WHAT} query_batch_size")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from sophon._records.metrics import KINDS
 from sophon._records.statement import Rehearsed
 from sophon._specs.base import Rate, Spec
 from sophon._training.ranks import Ranks
@@ -70,7 +71,7 @@ class Term(Generic[AnyTermSpec]):
     """What keep terms and hindrances share. `metrics` are those of the tasks that it fits."""
 
     spec_type: ClassVar[type[TermSpec]]
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "mse")
+    metrics: ClassVar[tuple[str, ...]] = tuple(KINDS)
     turn_noun: ClassVar[str] = "turns"
 
     def __init__(self, spec: AnyTermSpec, around: Surroundings) -> None:

@@ -8,8 +8,8 @@ unit. A third kind is one more entry here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import TypeAdapter
@@ -28,10 +28,11 @@ class MetricKind:
     `change` a difference, `gap` a lead. `tick` is the distance of marks on an axis of some width.
 
     `allowed` is the least value after protection of a model that had `value` before, `tolerance`
-    says how that was specified, `ruin` is a loss that forbids a verdict. `chance` is what guessing
-    gives with so many classes. `task` is what a record calls its tasks. `floor` is where
-    recovery starts, given what a fresh network reaches. `far` is a difference from the best value
-    that is large, `close` one that is small.
+    says how that was specified in the key `guard_key`, `ruin` is a loss that forbids a verdict.
+    `chance` is what guessing gives with so many classes. `task` is what a record calls its tasks.
+    `floor` is where recovery starts, given what a fresh network reaches. `far` is a difference from
+    the best value that is large, `close` one that is small. `idle` says which preparations can do
+    nothing to its models, and why; `probes` whether a search trains their head alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class MetricKind:
     change: Callable[[float], str]
     gap: Callable[[float], str]
     tick: Callable[[float], float]
+    guard_key: str
     allowed: Callable[[float, Guard], float]
     tolerance: Callable[[Guard], str]
     ruin: Callable[[float], float]
@@ -54,6 +56,8 @@ class MetricKind:
     far_words: str
     close: float
     higher_is_better: bool = True
+    idle: Mapping[str, str] = field(default_factory=dict)
+    probes: bool = True
 
     @property
     def classifies(self) -> bool:
@@ -88,6 +92,7 @@ KINDS: dict[str, MetricKind] = {
         change=lambda value: f"{100 * value:+.1f} points",
         gap=lambda value: f"{100 * value:.1f} points",
         tick=lambda width: 0.1,
+        guard_key="tolerance_points",
         allowed=lambda value, guard: value - guard.tolerance_points / 100,
         tolerance=lambda guard: f"{guard.tolerance_points} points (guard.tolerance_points)",
         ruin=lambda value: 0.1,
@@ -109,6 +114,7 @@ KINDS: dict[str, MetricKind] = {
         change=lambda value: f"{-value:+.4f}",
         gap=lambda value: f"{value:.4f} of squared error",
         tick=_round_step,
+        guard_key="tolerance_relative",
         allowed=lambda value, guard: 1 - (1 - value) * (1 + guard.tolerance_relative),
         tolerance=lambda guard: (
             f"{100 * guard.tolerance_relative:.0f} % of the error (guard.tolerance_relative)"
@@ -122,6 +128,11 @@ KINDS: dict[str, MetricKind] = {
         far_words="a quarter of the error",
         close=0.0005,
         higher_is_better=False,
+        idle={
+            "batch_norm": "no BatchNorm to put back",
+            "ridge_head": "no classes to fit a head to",
+        },
+        probes=False,
     ),
 }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon._base.errors import DataError, SpecError, UnsupportedModelError
+from sophon._base.seeding import generator
 from sophon._data import Domain
 from sophon._models import (
     DIFFUSERS,
@@ -23,6 +24,7 @@ from sophon._models import (
     expected_channels,
     is_conditional,
     is_denoiser,
+    keeping_modes,
     predict,
     run_probe,
     write_pipeline,
@@ -35,6 +37,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # An image's error counts at most so much: outputs that are not finite have no other.
 LARGEST_ERROR = 1e4
 _QUARTERS = 4
+_DRAWN_AT_ONCE = 64
 
 
 class Denoising(Task):
@@ -103,6 +106,72 @@ class Denoising(Task):
         for part, start, end in zip(parts, bounds[:-1], bounds[1:], strict=True):
             part.timesteps = (start, end)
         return parts
+
+    @property
+    def draws(self) -> bool:
+        """One timestep alone makes no picture."""
+        return len(self.parts) > 1
+
+    def sampler(self, steps: int) -> Any:
+        """Return diffusers' DDIM (arXiv 2010.02502) on the task's own schedule, set to `steps`.
+
+        Raises SpecError where the schedule does not have so many.
+        """
+        held = dict(self.scheduler.config)
+        total = len(self.alphas)
+
+        def bounded(name: str) -> bool:
+            # DDIM would clip where the source says nothing of it; latents have no bounds at all.
+            return bool(held.get(name, False)) and self.latents is None
+
+        sampler = diffusers().DDIMScheduler.from_config(
+            held,
+            # Its own list of schedules is short: it is given what the task is trained on, whole.
+            num_train_timesteps=total,
+            beta_schedule="linear",
+            trained_betas=None,
+            rescale_betas_zero_snr=False,
+            clip_sample=bounded("clip_sample"),
+            thresholding=bounded("thresholding"),
+        )
+        sampler.alphas_cumprod = self.alphas
+        if not sampler.config.set_alpha_to_one:
+            sampler.final_alpha_cumprod = self.alphas[0]
+        if steps <= total:
+            sampler.set_timesteps(steps)
+        if steps > total or int(sampler.timesteps.max()) >= total:
+            raise SpecError(
+                f"audit.samples.steps = {steps}: the schedule has timesteps 0 to {total - 1}, too"
+                " few for so many steps: lower audit.samples.steps"
+            )
+        return sampler
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, shape: Shape, labels: Tensor, *, steps: int) -> Tensor:
+        """Return uint8 images (n, c, h, w), one for each label, drawn by DDIM (arXiv 2010.02502).
+
+        `shape` is an image's. Every model starts from the same noise: that of an image depends on
+        its place only, and DDIM adds none. Raises SpecError for more steps than the schedule has.
+        """
+        device = next(model.parameters()).device
+        scheduler = self.sampler(steps)
+        stream = generator(0, "samples")
+        drawn = []
+        with keeping_modes(model):
+            model.eval()
+            for part in labels.split(_DRAWN_AT_ONCE):
+                noise = [torch.randn(self.shape(shape), generator=stream) for _ in part]
+                images, classes = torch.stack(noise).to(device), part.to(device)
+                condition = classes if self.latents is None else self.latents.embedded(classes)
+                for timestep in scheduler.timesteps:
+                    times = timestep.to(device).expand(len(images))
+                    predicted = predict(model, images, times, condition)
+                    images = scheduler.step(predicted, timestep, images).prev_sample
+                images = images if self.latents is None else self.latents.decoded(images)
+                # What a broken network draws may not be a number: black then.
+                scaled = (images.float() / 2 + 0.5).nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+                drawn.append((scaled * 255).round().byte().cpu())
+        return torch.cat(drawn)
 
     def outputs(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sophon._base.errors import SpecError
 from sophon._data import IMAGENET_MEAN, IMAGENET_STD, Domain
 from sophon._models import Shape, expected_channels, run_probe
 from sophon._records.audit_record import ErrorScore, Measurement, Score
@@ -44,6 +45,19 @@ class Task(Protocol):
     def parts(self) -> Sequence[Task]:
         """The tasks whose mean score is an evaluation's: a pass over the images for each."""
         return (self,)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its models draw pictures that an audit can judge."""
+        return False
+
+    def sampler(self, steps: int) -> Any:
+        """Return what draws pictures in so many steps; its `config` says how."""
+        raise SpecError(f"the models of {self.name} draw no pictures")
+
+    def draw(self, model: nn.Module, shape: Shape, labels: Tensor, *, steps: int) -> Tensor:
+        """Return uint8 images of `shape`, one for each label; other models begin alike."""
+        raise SpecError(f"the models of {self.name} draw no pictures")
 
     def outputs(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator

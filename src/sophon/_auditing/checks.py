@@ -34,11 +34,7 @@ def check_executor(executor: str, address: str | None) -> None:
 
 
 def check_attacks(
-    plan: Plan,
-    setting: Setting,
-    protected: nn.Module,
-    fresh: nn.Module,
-    bare: Mapping[int, Bare],
+    plan: Plan, setting: Setting, protected: nn.Module, fresh: nn.Module, bare: Mapping[int, Bare]
 ) -> None:
     """Raise SpecError, DataError or UnsupportedModelError for what would make attacks impossible.
 

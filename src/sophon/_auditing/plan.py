@@ -16,12 +16,7 @@ import numpy as np
 
 from sophon._attacks.kinds import method, patient, trains_first
 from sophon._attacks.search import AT_ONCE, AttackerSearch
-from sophon._attacks.suites import (
-    Suite,
-    fitting,
-    secondary_of,
-    suite_of,
-)
+from sophon._attacks.suites import Suite, fitting, secondary_of, suite_of
 from sophon._auditing.trial import Job, evaluation_steps, stop_at
 from sophon._data import Domain
 from sophon._judgement.statistics import area, best_of, envelope, winner
@@ -174,10 +169,7 @@ class Plan:
             yield self._each(domain, chosen, first if self.suite.headline else self.seeds)
             return
         early, late = self._early_and_late(domain)
-        yield [
-            *self._each(domain, early, first, self._stop()),
-            *self._each(domain, late, first),
-        ]
+        yield [*self._each(domain, early, first, self._stop()), *self._each(domain, late, first)]
         yield self._each(domain, self._survivors(domain, early), first)
 
     def _early_and_late(self, domain: Domain) -> tuple[list[Strategy], list[Strategy]]:

@@ -132,12 +132,7 @@ class Bench:
         return self._trial(job, start, _Progress(), outcome, 0.0)
 
     def _trial(
-        self,
-        job: Job,
-        start: Start,
-        progress: _Progress,
-        outcome: Outcome,
-        wall_s: float,
+        self, job: Job, start: Start, progress: _Progress, outcome: Outcome, wall_s: float
     ) -> Trial:
         return Trial(
             key=self.key(job, start),

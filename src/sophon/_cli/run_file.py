@@ -195,11 +195,7 @@ def load(
     weights = _located(spec.model, path.parent).weights
     if network_only and weights is not None and not Path(weights).is_file():
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
-    several = {
-        "restricted": spec.restricted,
-        "held_out": spec.held_out,
-        "benign": spec.benign,
-    }
+    several = {"restricted": spec.restricted, "held_out": spec.held_out, "benign": spec.benign}
     return _case(spec, path.parent, several, threads)
 
 

@@ -144,8 +144,7 @@ def blueprint(spec: ModelSpec) -> Blueprint:
     kind, _, name = spec.name.partition(":")
     if kind == "timm" and name:
         return Blueprint(
-            spec.name,
-            lambda classes: build_timm(name, classes, spec.in_channels, spec.arguments),
+            spec.name, lambda classes: build_timm(name, classes, spec.in_channels, spec.arguments)
         )
     if kind == "torchvision" and name:
         if spec.in_channels != 3:

@@ -81,11 +81,7 @@ def reinitialise(module: nn.Module, *, seed: int, names: Names, bare: Bare | Non
 
 
 def fresh_copy(
-    model: nn.Module,
-    factory: Callable[[], nn.Module] | None,
-    *,
-    seed: int,
-    names: Names,
+    model: nn.Module, factory: Callable[[], nn.Module] | None, *, seed: int, names: Names
 ) -> nn.Module:
     """Return a freshly initialised model with the keys and shapes of `model`, in eval mode.
 

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import seeded
 from sophon._models.denoisers import HEAD, is_denoiser
-from sophon._models.probing import (
-    PROBE_ERRORS,
-    Names,
-    Shape,
-    cannot_take,
-    probe_images,
-    probing,
-)
+from sophon._models.probing import PROBE_ERRORS, Names, Shape, cannot_take, probe_images, probing
 
 
 def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> str:

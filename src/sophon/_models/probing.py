@@ -89,12 +89,7 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def run_probe(
-    model: nn.Module,
-    image_shape: Shape,
-    *,
-    what: str,
-    training: bool,
-    images: Tensor | None = None,
+    model: nn.Module, image_shape: Shape, *, what: str, training: bool, images: Tensor | None = None
 ) -> Tensor:
     """Return the model's outputs on a probe, in eval or train mode, leaving it as it was.
 

@@ -12,12 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.plain_mode import plain
 from sophon._models.denoisers import is_denoiser
-from sophon._models.probing import (
-    Shape,
-    probe_images,
-    probing,
-    run,
-)
+from sophon._models.probing import Shape, probe_images, probing, run
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,

@@ -133,7 +133,4 @@ def _squared_error(scores: Tensor) -> ErrorScore:
     )
 
 
-MEASURES: dict[str, Callable[[Tensor], Measurement]] = {
-    "accuracy": _correct,
-    "mse": _squared_error,
-}
+MEASURES: dict[str, Callable[[Tensor], Measurement]] = {"accuracy": _correct, "mse": _squared_error}

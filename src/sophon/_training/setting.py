@@ -20,13 +20,7 @@ from sophon._data import (
     check_distinct,
     resolve_normalisation,
 )
-from sophon._models import (
-    Shape,
-    choose_channels_last,
-    choose_precision,
-    find_head,
-    head_classes,
-)
+from sophon._models import Shape, choose_channels_last, choose_precision, find_head, head_classes
 from sophon._specs import Augmentation, Precision
 from sophon._tasks import Task
 

@@ -49,11 +49,7 @@ class Tree:
 
 
 # The official split as its publishers lay it out, and as Kaggle's copy has it.
-_PARTITIONS = (
-    "list_eval_partition.txt",
-    "Eval/list_eval_partition.txt",
-    "list_eval_partition.csv",
-)
+_PARTITIONS = ("list_eval_partition.txt", "Eval/list_eval_partition.txt", "list_eval_partition.csv")
 
 
 def _celeba_splits(root: Path, files: list[Path]) -> dict[str, list[Path]]:

@@ -219,7 +219,7 @@ def test_what_cannot_be_used_is_refused_before_work(monkeypatch: pytest.MonkeyPa
     def missing(name: str) -> None:
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr("sophon._auditing.ray.importlib.import_module", missing)
+    monkeypatch.setattr("sophon._base.torchvision_patch.importlib.import_module", missing)
     with pytest.raises(SpecError, match=r"sophon-protect\[cluster\]"):
         make(executor="ray")
 

@@ -7,13 +7,13 @@ order, so an interrupted search that is repeated proposes the same strategies ag
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sophon._attacks.kinds import idle, spent_first
 from sophon._base.errors import SpecError
+from sophon._base.torchvision_patch import library
 from sophon._records.metrics import KINDS
 from sophon._specs import (
     BatchNorm,
@@ -131,7 +131,7 @@ class AttackerSearch:
         beyond: Iterable[Strategy] = (),
         stop: int | None = None,
     ) -> None:
-        self._optuna = _optuna()
+        self._optuna = require_optuna()
         self.steps = steps
         self.batch_sizes = [size for size in BATCH_SIZES if size <= largest_batch]
         self.batch_sizes = self.batch_sizes or [largest_batch]
@@ -227,18 +227,10 @@ def _named(choices: Mapping[str, Any], wanted: Any) -> str | None:
     return next((name for name, held in choices.items() if held == wanted), None)
 
 
-def require_optuna() -> None:
-    """Raise SpecError unless Optuna can be imported."""
-    _optuna()
-
-
-def _optuna() -> Any:
-    try:
-        optuna = importlib.import_module("optuna")
-    except ImportError as error:
-        raise SpecError(
-            f"optuna cannot be imported ({error}): a search needs it: pip install"
-            " 'sophon-protect[search]', or set audit.search_trials = 0"
-        ) from None
+def require_optuna() -> Any:
+    """Return Optuna. Raises SpecError where it cannot be imported."""
+    remedy = "pip install 'sophon-protect[search]', or set audit.search_trials = 0"
+    needed = f"a search needs it: {remedy}"
+    optuna = library("optuna", "optuna cannot be imported", needed, SpecError)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

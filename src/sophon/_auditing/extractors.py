@@ -5,7 +5,6 @@ Distances are torchmetrics'; they mean something only beside the extractor's nam
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sophon._base.errors import SophonError, SpecError, UnsupportedModelError
+from sophon._base.errors import SophonError, SpecError, UnsupportedModelError, first_line
 from sophon._base.files import read_json
 from sophon._base.seeding import seeded
-from sophon._base.torchvision_patch import prepare_torchvision
+from sophon._base.torchvision_patch import library
 from sophon._data import Domain, Images
 from sophon._models import find_head, read_tensors, resolve_model
 from sophon._models.networks import SmallConvNet
@@ -257,10 +256,9 @@ def _inception(file: Path) -> Extractor:
             "Inception's features need torch-fidelity: pip install 'sophon-protect[quality]'"
         ) from None
     except RuntimeError as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise SpecError(
             f"audit.samples.extractor: {file.name} does not hold the weights of the FID's"
-            f" Inception ({line})"
+            f" Inception ({first_line(error)})"
         ) from None
     module.num_features = 2048
     return Extractor(module, f"Inception v3 pool features ({file.name})", 2048)
@@ -268,11 +266,6 @@ def _inception(file: Path) -> Extractor:
 
 def torchmetrics(name: str) -> Any:
     """Return a module of torchmetrics. Raises SpecError where it is not installed."""
-    prepare_torchvision()
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise SpecError(
-            f"torchmetrics cannot be imported ({error}): KID and FID need it: pip install"
-            " 'sophon-protect[quality]', or set audit.samples.count = 0"
-        ) from None
+    remedy = "pip install 'sophon-protect[quality]', or set audit.samples.count = 0"
+    needed = f"KID and FID need it: {remedy}"
+    return library(name, "torchmetrics cannot be imported", needed, SpecError)

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import NamedTuple
 
-import numpy as np
-
 from sophon._attacks.kinds import method, patient, trains_first
 from sophon._attacks.search import AT_ONCE, AttackerSearch
 from sophon._attacks.suites import Suite, fitting, secondary_of, suite_of
 from sophon._auditing.trial import Job, evaluation_steps, stop_at
 from sophon._data import Domain
-from sophon._judgement.statistics import area, best_of, envelope, winner
+from sophon._judgement.statistics import best_of, envelope_area, winner
 from sophon._records.audit_record import Point, Trial, unpack
 from sophon._records.metrics import MetricKind, kind_of
 from sophon._specs import AuditSpec, Strategy, Subject
@@ -280,8 +278,7 @@ class Plan:
 
     def _area(self, trials: Sequence[Trial]) -> float:
         at = sorted(evaluation_steps(self.spec.steps, self.spec.evaluations))
-        points = envelope(trials, at)
-        return float(area(at, np.array([p.value for p in points]))) if points else 0.0
+        return envelope_area(trials, at)
 
     # --- What is run with every seed ---------------------------------------------------------
 

@@ -26,8 +26,9 @@ from sophon._auditing.executors import (
     unheard,
 )
 from sophon._auditing.trial import Job
-from sophon._base.errors import AuditError, SpecError
+from sophon._base.errors import AuditError, SpecError, first_line
 from sophon._base.plain_mode import SWITCH
+from sophon._base.torchvision_patch import library
 from sophon._records.audit_record import Trial
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class RayCluster(Executor):
             return self._ray.put(self.workload)
         except (AttributeError, TypeError, PicklingError) as error:
             # Ray adds a report of many lines.
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            line = first_line(error, 1000)
             raise AuditError(
                 f"the model cannot be sent to a worker ({line}): leave out what it holds besides"
                 " weights, such as open files, locks and generators, or use one worker"
@@ -151,15 +152,9 @@ def require_ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray makes workers the last to get processor time; a forecast could not be kept then.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    try:
-        ray: Any = importlib.import_module("ray")
-        importlib.import_module("ray.exceptions")
-    except ImportError as error:
-        raise SpecError(
-            f"ray cannot be imported ({error}): pip install 'sophon-protect[cluster]', or use"
-            " --workers alone"
-        ) from None
-    return ray
+    remedy = "pip install 'sophon-protect[cluster]', or use --workers alone"
+    library("ray.exceptions", "ray cannot be imported", remedy, SpecError)
+    return importlib.import_module("ray")
 
 
 def _run(workload: Workload, job: Job, switch: str) -> Trial:

@@ -6,19 +6,21 @@ import importlib
 from functools import cache
 from typing import Any
 
-from sophon._base.errors import UnsupportedModelError
+from sophon._base.errors import SophonError, UnsupportedModelError
 
 
-def library(name: str, refusal: str, remedy: str) -> Any:
+def library(
+    name: str, refusal: str, remedy: str, error: type[SophonError] = UnsupportedModelError
+) -> Any:
     """Return a module of an optional library.
 
-    Raises UnsupportedModelError, with both texts, where it cannot be imported.
+    Raises `error`, with both texts, where it cannot be imported.
     """
     prepare_torchvision()
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UnsupportedModelError(f"{refusal} ({error}): {remedy}") from None
+    except ImportError as fault:
+        raise error(f"{refusal} ({fault}): {remedy}") from None
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sophon._base.errors import SpecError
+from sophon._base.torchvision_patch import library
 from sophon._records.round import Round
 
 # The tag of each number of a round.
@@ -31,12 +32,8 @@ class RoundLog(AbstractContextManager["RoundLog"]):
     """
 
     def __init__(self, folder: Path, *, done: int) -> None:
-        try:
-            importlib.import_module("tensorboard")
-        except ImportError:
-            raise SpecError(
-                "--tensorboard needs tensorboard: pip install 'sophon-protect[track]'"
-            ) from None
+        remedy = "pip install 'sophon-protect[track]'"
+        library("tensorboard", "--tensorboard needs tensorboard", remedy, SpecError)
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._writer: Any = writer(str(folder), purge_step=done)
 

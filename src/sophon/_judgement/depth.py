@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from sophon._attacks.kinds import blocks_reset, in_batches_of
 from sophon._attacks.suites import depth_attacks
 from sophon._judgement.parts import trials_of
-from sophon._judgement.statistics import area, budgets, envelope
+from sophon._judgement.statistics import budgets, envelope_area
 from sophon._records.audit_record import AuditRecord, Trial
 from sophon._records.metrics import kind_of_record
 
@@ -52,7 +50,7 @@ def depth_rows(record: AuditRecord, domain: str) -> tuple[DepthRow, ...]:
     for trial in held:
         groups[blocks_reset(trial.strategy)].setdefault(trial.subject, []).append(trial)
     areas = {
-        reset: {subject: _area(trials, at) for subject, trials in group.items()}
+        reset: {subject: envelope_area(trials, at) for subject, trials in group.items()}
         for reset, group in groups.items()
     }
     whole = areas[min(resets)]
@@ -72,7 +70,3 @@ def depth_rows(record: AuditRecord, domain: str) -> tuple[DepthRow, ...]:
         )
         for reset, found in areas.items()
     )
-
-
-def _area(trials: list[Trial], at: list[int]) -> float:
-    return float(area(at, np.array([point.value for point in envelope(trials, at)])))

@@ -117,6 +117,12 @@ def area(steps: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.float6
     return total
 
 
+def envelope_area(trials: Sequence[Trial], at: Sequence[int]) -> float:
+    """Return the area under the trials' envelope; 0 where nothing was measured."""
+    points = envelope(trials, at)
+    return float(area(at, np.array([point.value for point in points]))) if points else 0.0
+
+
 def run_with_all_seeds(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials whose attack was run with every seed; all of them if none was.
 

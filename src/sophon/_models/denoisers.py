@@ -149,9 +149,7 @@ def diffusers() -> Any:
     needed = "pip install 'sophon-protect[diffusion]'"
     held = library("diffusers", "diffusers cannot be imported", needed)
     # Loading is shown by whoever runs a command, and a page of bars hides that.
-    library(
-        "diffusers.utils.logging", "diffusers cannot be imported", needed
-    ).disable_progress_bar()
+    held.utils.logging.disable_progress_bar()
     return held
 
 

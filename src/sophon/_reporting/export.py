@@ -21,6 +21,7 @@ from torch import nn
 
 from sophon._base.errors import AuditError, CheckpointError, SpecError
 from sophon._base.files import read_json, require_writable, write_text
+from sophon._base.torchvision_patch import library
 from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
@@ -136,13 +137,13 @@ def _require_same_weights(source: Exported, record: AuditRecord, folder: Path) -
 
 
 def _config(source: Exported) -> str:
-    library, _, name = source.network.name.partition(":")
-    if library == "timm" and name:
+    owner, _, name = source.network.name.partition(":")
+    if owner == "timm" and name:
         held = _timm_config(source)
     else:
         held = {
-            "architecture": name or library,
-            "library_name": library if name else "sophon",
+            "architecture": name or owner,
+            "library_name": owner if name else "sophon",
             "num_classes": source.classes,
             "model_args": source.network.arguments,
         }
@@ -187,17 +188,13 @@ def model_card(source: Exported, record: AuditRecord | None) -> str:
     Under `sophon` the metadata hold the verdict with its scope; without a record, `not audited`.
     Raises SpecError without huggingface_hub.
     """
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise SpecError(
-            "the model card needs huggingface_hub: pip install 'sophon-protect[vision]'"
-        ) from None
-    library = source.network.name.partition(":")[0]
+    remedy = "pip install 'sophon-protect[vision]'"
+    hub = library("huggingface_hub", "the model card needs huggingface_hub", remedy, SpecError)
+    owner = source.network.name.partition(":")[0]
     made = None if record is None else report(record)
     results = [] if made is None else _results(hub, made, _kind_of_task(source))
     data = hub.ModelCardData(
-        library_name=library if library in ("timm", "torchvision", "diffusers") else "pytorch",
+        library_name=owner if owner in ("timm", "torchvision", "diffusers") else "pytorch",
         pipeline_tag=_kind_of_task(source),
         tags=["sophon", "non-fine-tunable-learning"],
         model_name=f"{_name(source).rpartition(':')[2]}, protected against fine-tuning",
@@ -285,14 +282,14 @@ def _body(source: Exported, made: Report | None) -> str:
 
 def _usage(source: Exported) -> list[str]:
     """Return the lines of code that give the `model`, run in the exported folder."""
-    library, _, name = source.network.name.partition(":")
+    owner, _, name = source.network.name.partition(":")
     if source.index:
         return [
             "from diffusers import DiffusionPipeline",
             'pipeline = DiffusionPipeline.from_pretrained(".")',
             "model = pipeline.unet",
         ]
-    if library == "timm":
+    if owner == "timm":
         channels = source.network.in_channels
         wanted: dict[str, object] = {} if channels == 3 else {"in_chans": channels}
         if getattr(source.model, "dynamic_img_size", False):
@@ -302,7 +299,7 @@ def _usage(source: Exported) -> list[str]:
             f'model = timm.create_model("{name}", num_classes={source.classes}'
             f'{_options(source, wanted)}, checkpoint_path="model.safetensors")',
         ]
-    if library == "torchvision":
+    if owner == "torchvision":
         # What is built without them in `_models` has no such weights.
         plain = {"aux_logits": False, "init_weights": False}
         more = plain if name in ("googlenet", "inception_v3") else {}

@@ -5,18 +5,17 @@ They are for trying sophon out, not for evidence.
 
 from __future__ import annotations
 
-import importlib
 import string
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sophon._base.errors import DataError, unknown
 from sophon._base.seeding import derive_seed
+from sophon._base.torchvision_patch import library
 from sophon._data.images import Bytes, Integers, from_picture
 from sophon._data.splits import Contents, part_of_array
 
@@ -24,6 +23,7 @@ SIDE = 16
 LETTERS = string.ascii_uppercase
 PER_LETTER = 120
 CANVAS = 64
+_NEEDED, _REMEDY = "the embedded domains need", "pip install 'sophon-protect[demo]'"
 # Text fonts only: the other files hold mathematical symbols.
 FONTS = tuple(
     f"{name}.ttf"
@@ -54,7 +54,8 @@ def read_embedded(name: str, size: int | None) -> Contents:
 @cache
 def digits() -> tuple[Bytes, Integers]:
     """Return scikit-learn's handwritten digits, uint8 (1797, 16, 16), and their labels."""
-    bunch = _module("sklearn.datasets").load_digits()
+    sets = library("sklearn.datasets", f"{_NEEDED} scikit-learn", _REMEDY, DataError)
+    bunch = sets.load_digits()
     # Sixteen grey levels and zero: 0..16 becomes 0..255.
     small = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     enlarged = [
@@ -67,7 +68,8 @@ def digits() -> tuple[Bytes, Integers]:
 @cache
 def letters() -> tuple[Bytes, Integers]:
     """Return rendered capitals, uint8 (3120, 16, 16), and their labels, A = 0."""
-    folder = Path(_module("matplotlib").get_data_path()) / "fonts" / "ttf"
+    matplotlib = library("matplotlib", f"{_NEEDED} matplotlib", _REMEDY, DataError)
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [ImageFont.truetype(str(folder / name), 60) for name in FONTS]
     pictures, labels = [], []
     for label, letter in enumerate(LETTERS):
@@ -107,16 +109,6 @@ def _varied(glyph: Image.Image, random: np.random.Generator) -> Bytes:
         Image.Resampling.BILINEAR,
     )
     return from_picture(turned.resize((SIDE, SIDE), Image.Resampling.BOX))
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = "scikit-learn" if name.startswith("sklearn") else name
-        raise DataError(
-            f"the embedded domains need {package}; pip install 'sophon-protect[demo]'"
-        ) from None
 
 
 EMBEDDED: dict[str, tuple[Callable[[], tuple[Bytes, Integers]], tuple[str, ...]]] = {

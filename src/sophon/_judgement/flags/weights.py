@@ -25,11 +25,15 @@ _ROUNDING = 0.1
 _WORSE = 3.0
 
 
-def _vitals(record: AuditRecord) -> tuple[Vitals | None, Vitals | None]:
+# Of a model before protection that was not given.
+_UNKNOWN = Vitals(largest_logit=None, gradient_norms={}, weight_sizes={})
+
+
+def _vitals(record: AuditRecord) -> tuple[Vitals | None, Vitals]:
     """Return the vitals of the protected and of the unprotected subject."""
     held = subjects(record)
     before = held.get("unprotected")
-    return held["protected"].vitals, None if before is None else before.vitals
+    return held["protected"].vitals, (before and before.vitals) or _UNKNOWN
 
 
 def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
@@ -37,11 +41,11 @@ def gradients_at_step_0(record: AuditRecord, domain: str) -> Flag | None:
     after, before = _vitals(record)
     if after is None or domain not in after.gradient_norms:
         return None
-    usual = {} if before is None else before.gradient_norms
-    detail = _off(after, after.gradient_norms[domain], usual.get(domain))
+    usual = before.gradient_norms.get(domain)
+    detail = _off(after, after.gradient_norms[domain], usual)
     if detail is None and domain in after.body_gradient_norms:
-        usual = {} if before is None else before.body_gradient_norms
-        detail = _off(after, after.body_gradient_norms[domain], usual.get(domain))
+        usual = before.body_gradient_norms.get(domain)
+        detail = _off(after, after.body_gradient_norms[domain], usual)
         detail = detail and f"before the head: {detail}"
     return flag("gradients_at_step_0", detail)
 
@@ -79,17 +83,16 @@ def inflated_weights(record: AuditRecord, domain: str) -> Flag | None:
     after, before = _vitals(record)
     if after is None:
         return None
-    ratios, far = _far_off(after.weight_sizes, None if before is None else before.weight_sizes)
+    unknown = before is _UNKNOWN
+    ratios, far = _far_off(after.weight_sizes, None if unknown else before.weight_sizes)
     if not far:
         return None
-    rescaled, left = _far_off(
-        after.rescaled_sizes, None if before is None else before.rescaled_sizes
-    )
+    rescaled, left = _far_off(after.rescaled_sizes, None if unknown else before.rescaled_sizes)
     stuck = [n for n in far if n in left or n not in rescaled]
     name = max(far, key=lambda n: max(far[n], 1 / max(far[n], 1e-12)))
     attacks = trials_of(record, domain, "protected")
     undone = any(t.curve and rescales(t.strategy) for t in attacks)
-    size = f"{far[name]:.3g}" if before is None else f"{far[name]:.3g} times as large"
+    size = f"{far[name]:.3g}{'' if unknown else ' times as large'}"
     kept = f", of which rescaling leaves {len(stuck)} ({stuck[0]})" if stuck else ""
     detail = f"{name} {size}; {len(far)} of {len(ratios)} tensors{kept}"
     forbids = frozenset() if undone and not stuck else GOOD
@@ -122,11 +125,11 @@ def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
     if after is None:
         return None
     largest, smallest = after.largest_buffer, after.smallest_variance
-    usual = before.largest_buffer if before is not None else None
+    usual = before.largest_buffer
     if largest is None and usual is None and smallest is None:
         return None
     limit = max(_LARGEST_STATISTIC, _FAR * (usual or 0.0))
-    least = _SHRUNK * ((before.smallest_variance if before is not None else None) or 0.0)
+    least = _SHRUNK * (before.smallest_variance or 0.0)
     if largest is not None and largest <= limit and smallest is not None and smallest >= least:
         return None
     return flag("extreme_batch_norm", f"largest {largest}, smallest variance {smallest}")
@@ -140,7 +143,7 @@ def lost_in_rounding(record: AuditRecord, domain: str) -> Flag | None:
     error = None if after is None else after.rounding
     if error is None or error <= _ROUNDING:
         return None
-    usual = None if before is None else before.rounding
+    usual = before.rounding
     if usual is not None and error <= _WORSE * usual:
         return None
     compared = "" if usual is None else f", unprotected {usual:.2g}"

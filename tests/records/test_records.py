@@ -122,7 +122,7 @@ def test_each_kind_of_score_is_written_in_its_own_unit() -> None:
     accuracy, error = KINDS["accuracy"], KINDS["mse"]
     assert accuracy.interval((0.25, 0.5)) == ("25.0 %", "50.0 %")
     assert error.interval((0.25, 0.5)) == ("0.5000", "0.7500")
-    assert (accuracy.shown(None), error.shown(0.9, 0)) == ("\u2013", "0.100")
+    assert (accuracy.shown(None), error.shown(0.9)) == ("\u2013", "0.1000")
     ticks = [error.tick(width) for width in (1.0, 0.9, 0.5, 0.3, 0.0)]
     assert ticks == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.0002])
     loose = Guard(tolerance_points=2.0, tolerance_relative=0.1)

@@ -16,7 +16,7 @@ from sophon._attacks.suites import beyond_rehearsal, beyond_usual, strategies_of
 from sophon._base.errors import AuditError
 from sophon._cli import app
 from sophon._records.audit_record import AuditRecord, Score, pack
-from sophon._reporting.comparison import compare
+from sophon._reporting.comparison import Comparison
 from sophon._specs import SampleSpec, Strategy
 
 SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.8), CURVES["scratch"], CURVES["unprotected"]
@@ -28,7 +28,7 @@ def _audit(protected: tuple[float, ...]) -> AuditRecord:
 
 def test_audits_are_ranked_by_verdict_and_then_by_what_was_removed() -> None:
     little = (0.25, 0.45, 0.6, 0.8)
-    held = compare(
+    held = Comparison(
         [
             ("broken", _audit(BROKEN)),
             ("less slowed", _audit(little)),
@@ -53,7 +53,7 @@ def test_audits_against_other_baselines_share_the_rank_of_their_verdict() -> Non
         return held.model_copy(update={"trials": (*kept, *more)})
 
     pairs = [("a", _audit(SLOWED)), ("b", stronger(_audit((0.25, 0.45, 0.6, 0.8))))]
-    held = compare([*pairs, ("broken", _audit(BROKEN))])
+    held = Comparison([*pairs, ("broken", _audit(BROKEN))])
     (group,) = held.groups
     assert [entry.worst.verdict for entry in group.entries] == ["slowed"] * 2 + ["not protected"]
     assert group.drifted
@@ -61,13 +61,13 @@ def test_audits_against_other_baselines_share_the_rank_of_their_verdict() -> Non
     for text in (held.html(), held.markdown()):
         assert "Those of one verdict share a rank" in text
         assert group.drifted in text
-    alike = compare([("a", _audit(SLOWED)), ("broken", _audit(BROKEN))])
+    alike = Comparison([("a", _audit(SLOWED)), ("broken", _audit(BROKEN))])
     assert "share a rank" not in alike.markdown()
 
 
 def test_void_audits_come_last_and_have_no_rank() -> None:
     void = record([*_audit(SOUND).trials, crashed("protected")])
-    held = compare([("void", void), ("broken", _audit(BROKEN)), ("sound", _audit(SOUND))])
+    held = Comparison([("void", void), ("broken", _audit(BROKEN)), ("sound", _audit(SOUND))])
     (group,) = held.groups
     assert [entry.name for entry in group.entries] == ["sound", "broken", "void"]
     assert group.ranks() == (1, 2, None)
@@ -172,7 +172,7 @@ def test_protections_that_state_other_rates_are_ranked_and_the_page_says_so() ->
         ("usual", _standard(_audit(SLOWED), 1e-1)),
         ("high", _standard(_audit(BROKEN), 20.0)),
     ]
-    held = compare(audits)
+    held = Comparison(audits)
     assert held.differing == ()
     (group,) = held.groups
     assert group.ranks() == (1, 2, 3, 4)
@@ -182,7 +182,9 @@ def test_protections_that_state_other_rates_are_ranked_and_the_page_says_so() ->
         assert "tiny: sgd 1e-05" in text
         assert "silent: none" in text
     assert [one["stated_rates"] for one in held.data()[0]["audits"]].count({"sgd": 20.0}) == 1
-    alike = compare([("a", _standard(_audit(SOUND), 0.1)), ("b", _standard(_audit(BROKEN), 0.1))])
+    alike = Comparison(
+        [("a", _standard(_audit(SOUND), 0.1)), ("b", _standard(_audit(BROKEN), 0.1))]
+    )
     assert alike.groups[0].further == ""
 
 
@@ -192,28 +194,28 @@ def test_other_extra_attacks_keep_audits_apart_whatever_rates_are_stated() -> No
     extra = (Strategy(optimizer="sgd", learning_rate=5.0, steps=first.spec.steps),)
     named = _standard(_audit(SOUND), 1e-5, extra=extra)
     followed = _standard(_audit(SOUND), 0.5)
-    assert "suite" in compare([("a", first), ("b", named)]).differing
-    assert "suite" in compare([("a", followed), ("b", named)]).differing
+    assert "suite" in Comparison([("a", first), ("b", named)]).differing
+    assert "suite" in Comparison([("a", followed), ("b", named)]).differing
     both = _standard(_audit(SOUND), 0.5, extra=extra)
-    assert compare([("a", both), ("b", named)]).differing == ()
+    assert Comparison([("a", both), ("b", named)]).differing == ()
     # An attack that nothing stated explains.
     more = first.model_copy(update={"strategies": (*first.strategies, *extra)})
-    assert compare([("a", first), ("b", more)]).differing == ("attacks",)
+    assert Comparison([("a", first), ("b", more)]).differing == ("attacks",)
     # One that left out what every audit has.
     usual = beyond_usual(first.spec)
     less = tuple(s for s in first.strategies if s not in usual)
     milder = first.model_copy(update={"strategies": less})
-    assert compare([("a", first), ("b", milder)]).differing == ("attacks",)
+    assert Comparison([("a", first), ("b", milder)]).differing == ("attacks",)
 
 
 def test_how_many_were_searched_keeps_audits_apart() -> None:
     fewer = _standard(_audit(SOUND), 1e-5, search_trials=8)
-    assert compare([("a", _standard(_audit(SOUND))), ("b", fewer)]).differing == ("suite",)
+    assert Comparison([("a", _standard(_audit(SOUND))), ("b", fewer)]).differing == ("suite",)
 
 
 def test_a_statement_that_cannot_be_read_is_compared_as_none() -> None:
     evil = _standard(_audit(SOUND)).model_copy(update={"protection": {"spec": "evil"}})
-    held = compare([("a", _standard(_audit(SOUND))), ("b", evil)])
+    held = Comparison([("a", _standard(_audit(SOUND))), ("b", evil)])
     assert held.differing == ()
     assert held.groups[0].further == ""
 
@@ -223,11 +225,11 @@ def test_what_pictures_were_drawn_keeps_audits_apart() -> None:
     denoising = first.model_copy(update={"task": "denoising"})
     few = first.spec.model_copy(update={"samples": SampleSpec(count=64)})
     fewer = denoising.model_copy(update={"spec": few})
-    assert compare([("a", denoising), ("b", fewer)]).differing == ("pictures",)
+    assert Comparison([("a", denoising), ("b", fewer)]).differing == ("pictures",)
 
 
 def test_a_suite_that_is_cut_down_is_not_ranked_with_the_whole_one() -> None:
-    held = compare([("whole", _suite(_audit(SOUND))), ("less", _weaker(_audit(SOUND)))])
+    held = Comparison([("whole", _suite(_audit(SOUND))), ("less", _weaker(_audit(SOUND)))])
     assert held.differing == ("suite",)
 
 
@@ -252,7 +254,7 @@ def test_what_cannot_be_compared_is_kept_apart_and_says_why(
     change: Callable[[AuditRecord], AuditRecord], name: str
 ) -> None:
     alike = [("a", _audit(SOUND)), ("b", _audit(BROKEN))]
-    held = compare([("other", change(_audit(SLOWED))), *alike])
+    held = Comparison([("other", change(_audit(SLOWED))), *alike])
     assert [len(group.entries) for group in held.groups] == [2, 1]
     assert held.differing == (name,)
     assert held.groups[1].ranks() == (None,)
@@ -268,18 +270,18 @@ def test_other_protected_weights_are_what_is_compared() -> None:
         for s in first.subjects
     ]
     other = first.model_copy(update={"subjects": tuple(subjects), "command": "another"})
-    assert len(compare([("a", first), ("b", other)]).groups) == 1
+    assert len(Comparison([("a", first), ("b", other)]).groups) == 1
 
 
 def test_fewer_than_two_and_names_that_repeat_are_refused() -> None:
     with pytest.raises(AuditError, match="two or more"):
-        compare([("a", _audit(SOUND))])
+        Comparison([("a", _audit(SOUND))])
     with pytest.raises(AuditError, match="a is named twice"):
-        compare([("a", _audit(SOUND)), ("a", _audit(BROKEN))])
+        Comparison([("a", _audit(SOUND)), ("a", _audit(BROKEN))])
 
 
 def test_names_are_escaped() -> None:
-    held = compare([("<b>|x", _audit(SOUND)), ("b", _audit(BROKEN))])
+    held = Comparison([("<b>|x", _audit(SOUND)), ("b", _audit(BROKEN))])
     assert "<b>|x" not in held.html()
     assert "&lt;b&gt;\\|x" in held.markdown()
 

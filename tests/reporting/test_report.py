@@ -36,7 +36,7 @@ from sophon._records.audit_record import (
     record_schema,
 )
 from sophon._reporting.audit_tables import overlap_table, trial_table
-from sophon._reporting.comparison import compare
+from sophon._reporting.comparison import Comparison
 from sophon._reporting.export import Exported, _body
 from sophon._reporting.heat import heat_maps
 from sophon._reporting.report import attacks_by_role, report
@@ -520,7 +520,7 @@ def test_names_are_no_html_in_any_markdown() -> None:
         text = text.replace(json.dumps(held), json.dumps(name + held))
     hostile = AuditRecord.model_validate_json(text)
     command = hostile.model_copy(update={"command": "sophon\n```\n<img src=x>"})
-    compared = compare([(name, hostile), ("other", record())])
+    compared = Comparison([(name, hostile), ("other", record())])
     source = Exported(
         ModelSpec(name="resnet20"), nn.Identity(), {"restricted": [name], "original": name}, 10
     )

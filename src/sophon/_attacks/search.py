@@ -155,9 +155,7 @@ class AttackerSearch:
             self._study.tell(trial, value)
 
     def learn(self, strategy: Strategy, value: float) -> bool:
-        """Learn what an attack of the suite reached. False, and nothing learnt, if it is not one of
-        the space.
-        """
+        """Learn what an attack of the suite reached; False, and nothing, if it lies outside."""
         choices = self._choices()
         optimizer = strategy.optimizer
         low, high = self.rates[optimizer]

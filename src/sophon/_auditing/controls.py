@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon._attacks.suites import resolved
-from sophon._auditing.audit import Audit
+from sophon._auditing.audit import Audit, audit
 from sophon._auditing.budget import AuditForecast
 from sophon._data import Domain
 from sophon._judgement.flags.flag import GOOD
@@ -230,8 +230,8 @@ class Controls:
     def forecast(self) -> AuditForecast:
         """Return about what all these audits take: those that share trials run them once."""
         model = copy.deepcopy(self.unprotected)
-        audits = [self._audit(model, self.often), self._audit(model, self.once)]
-        often, once = (audit.forecast() for audit in audits)
+        runs = [self._audit(model, self.often), self._audit(model, self.once)]
+        often, once = (run.forecast() for run in runs)
         wide = often
         if self.benign:
             wide = self._audit(model, self.often, benign=self.benign).forecast()
@@ -307,10 +307,7 @@ class Controls:
         return Audit(model, spec=spec, **self.arguments, **arguments)
 
     def _audited(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> AuditRecord:
-        run = self._audit(model, spec, **arguments)
-        for _ in run:
-            pass
-        return run.record()
+        return audit(model, spec=spec, **self.arguments, **arguments)
 
 
 def telling_flags(record: AuditRecord) -> tuple[str, ...]:

@@ -34,9 +34,7 @@ _SECONDARY_SEEDS = 3
 
 
 class Work(NamedTuple):
-    """How much there is to do: trials, optimizer steps in all, images in those steps, and
-    measurements of an attacked model.
-    """
+    """How much there is to do; `images` are those of all steps, measurements those of a model."""
 
     trials: int
     steps: int

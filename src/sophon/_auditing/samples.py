@@ -74,9 +74,7 @@ def check_samples(setting: Setting, audit: AuditSpec, domains: Sequence[Domain])
 
 
 def fewer_pictures(setting: Setting, audit: AuditSpec) -> tuple[AuditSpec, tuple[str, ...]]:
-    """Return the audit without shares of its budget that a smaller one cannot tell apart, and what
-    that gives up.
-    """
+    """Return the audit without shares of its budget that are one step, and what that gives up."""
     spec = audit.samples
     if not wanted(setting, spec):
         return audit, ()

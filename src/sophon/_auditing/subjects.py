@@ -97,9 +97,7 @@ class Subjects:
         return {seed: bare_parameters(self.start("scratch", seed).model) for seed in seeds}
 
     def original_scores(self, setting: Setting) -> dict[Subject, Measurement]:
-        """Return each subject's score on the original test split. Raises AuditError if a model
-        raises.
-        """
+        """Return each subject's original test score. Raises AuditError if a model raises."""
         original = setting.original
         scores: dict[Subject, Measurement] = {}
         for name, model in self.models.items():
@@ -115,9 +113,7 @@ class Subjects:
         return scores
 
     def precise_enough(self, setting: Setting) -> Setting:
-        """Return the setting in fp32 where a subject is lost in a precision that nobody asked for:
-        an attacker would not attack there.
-        """
+        """Return the setting, in fp32 where `auto` chose a precision in which a subject is lost."""
         errors = [rounding_error(model, setting) or 0.0 for model in self.models.values()]
         return setting.exact() if max(errors) > TOLERATED else setting
 

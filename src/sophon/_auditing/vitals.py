@@ -126,9 +126,7 @@ def training_flops(model: nn.Module, setting: Setting, domain: Domain) -> int | 
 def _gradient_norms(
     model: nn.Module, setting: Setting, domain: Domain
 ) -> tuple[float | None, float | None]:
-    """Return the norm of the first gradient an attacker meets who takes the weights as they are,
-    and that of its part before the head.
-    """
+    """Return the norms of an attacker's first gradient on the weights: all, and before the head."""
     strategy = Strategy(batch_size=min(_BATCH, len(domain.train)), steps=1)
     feed = setting.feed(domain, domain.train, batch_size=strategy.batch_size)
     stream = (0, ("vitals",))

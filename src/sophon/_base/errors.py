@@ -63,9 +63,7 @@ class RanksError(SophonError):
 
 
 def first_line(error: BaseException, most: int = 160, *, default: str | None = None) -> str:
-    """Return the first line of what an error says, cut to `most` characters; one that says nothing
-    is called by `default`, or its class.
-    """
+    """Return an error's first line, cut to `most`; where it is empty `default`, or its class."""
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else default or type(error).__name__
 

@@ -174,7 +174,6 @@ def _ended_like_interrupted() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        del number, frame
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, interrupt)
@@ -224,7 +223,6 @@ class Stop:
         self.since: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
         now = time.monotonic()
         repeated = self.ranks.world > 1 and now - (self.since or now) < _SAME_S
         if self.since is not None and not repeated:

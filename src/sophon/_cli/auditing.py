@@ -148,9 +148,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
 def _require_places(
     run_file: Path, settings: list[str] | None, model: Path | None, folders: tuple[Path, Path]
 ) -> None:
-    """Raise SpecError or CheckpointError for folders, --out and --store, that must stay as they
-    are.
-    """
+    """Raise SpecError or CheckpointError for an --out or --store that must stay as it is."""
     from sophon._base.files import require_unused
     from sophon._cli.run_file import require_outside, require_place
 

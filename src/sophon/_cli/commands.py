@@ -37,9 +37,8 @@ from sophon._cli.running import (
 # What only reads and prints may run in several processes.
 _SHARED = ("protect", "report", "compare", "inspect")
 
-Out = Annotated[
-    Path, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
-]
+_OUT = typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
+Out = Annotated[Path, _OUT]
 Profile = Annotated[
     int | None,
     typer.Option(
@@ -85,9 +84,7 @@ def _options(
 @guarded
 def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     run_file: RunFile,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
-    ] = None,
+    out: Annotated[Path | None, _OUT] = None,
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -231,7 +228,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Protect, audit and report a toy model on embedded images."""
-    from sophon._cli.progress import percent
+    from sophon._records.metrics import shown
 
     mode = mode_of(quiet, as_json)
     if mode in ("bar", "lines"):
@@ -243,7 +240,7 @@ def demo(
     start = prepare(out)
     if mode in ("bar", "lines"):
         done = "trained" if start.trained else "found"
-        typer.echo(f"{done}: letters validation {percent(start.score.value)}", err=True)
+        typer.echo(f"{done}: letters validation {shown(start.score)}", err=True)
     case = load(start.run, settings, threads)
     result = run_protection(case, out / "protected", mode)
     if mode != "quiet":

@@ -81,11 +81,9 @@ def prepare(folder: Path, *, training: Strategy = TRAINING) -> Start:
 
     Raises CheckpointError if the folder cannot be written.
     """
-    original = load_domain(
-        DomainSpec(source="embedded", name="letters"), base=folder, role="original"
-    )
-    restricted = load_domain(
-        DomainSpec(source="embedded", name="digits"), base=folder, role="restricted"
+    original, restricted = (
+        load_domain(DomainSpec(source="embedded", name=name), base=folder, role=role)
+        for name, role in (("letters", "original"), ("digits", "restricted"))
     )
     with seeded(0, "demo"):
         model = SmallConvNet(classes=original.class_count, in_channels=1)

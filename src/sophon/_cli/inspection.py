@@ -25,10 +25,8 @@ def describe_run(path: Path) -> Iterator[str]:
         resolved["protect"] = whole.model_dump(mode="json")
     yield from lines(resolved)
     yield (f"fingerprint: {case.spec.fingerprint()}")
-    for role, domain in [
-        ("original", case.original),
-        *(("restricted", d) for d in case.restricted),
-    ]:
+    several = [("restricted", domain) for domain in case.restricted]
+    for role, domain in [("original", case.original), *several]:
         yield (f"{role} {domain_text(domain)}")
     size = sum(parameter.numel() for parameter in case.model.parameters())
     yield (f"model {case.network.name}: {size:,} parameters, head {setting.head}")

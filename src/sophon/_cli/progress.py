@@ -130,11 +130,6 @@ class Display(AbstractContextManager["Display"]):
         return f"{rate}, {duration(each * left)} left" if left >= 0 else rate
 
 
-def percent(value: float) -> str:
-    """Return a fraction as a percentage."""
-    return f"{100 * value:.1f} %"
-
-
 def toml(value: Any) -> str:
     """Return plain JSON data as an inline TOML value; keys without a value are left out."""
     if isinstance(value, dict):

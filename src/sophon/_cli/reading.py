@@ -26,9 +26,7 @@ _PRINTED = Path("-")
 
 
 def read_record(path: Path) -> AuditRecord:
-    """Return the record in an audit's folder, or in its file, compressed by gzip or not. Raises
-    CheckpointError.
-    """
+    """Return the record in an audit's folder or file, gzip or not. Raises CheckpointError."""
     import gzip
     import zlib
 
@@ -113,10 +111,6 @@ def report(
     show_verdict(made, mode_of(quiet, as_json), files)
 
 
-def _is_of_controls(folder: Path) -> bool:
-    return (folder / CONTROLS).is_file() and not (folder / "record.json").is_file()
-
-
 def _require_places(html: Path | None, markdown: Path | None, *, as_json: bool) -> None:
     """Raise SpecError for a page that cannot be printed, or cannot beside JSON."""
     if html == _PRINTED:
@@ -163,11 +157,11 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Rank stored audits; what cannot be compared is kept apart."""
-    from sophon._reporting.comparison import compare as ranked
+    from sophon._reporting.comparison import Comparison
 
     _require_places(html, markdown, as_json=as_json)
     records = [read_record(path) for path in audited]
-    made = ranked(list(zip(_short(audited), records, strict=True)))
+    made = Comparison(list(zip(_short(audited), records, strict=True)))
     files = _written(made, {"comparison": html, "markdown": markdown})
     if markdown == _PRINTED:
         typer.echo(made.markdown(), nl=False)
@@ -203,13 +197,13 @@ def inspect(
         raise CheckpointError(f"{path} does not exist: name a run file, a checkpoint or an audit")
     from sophon._cli.inspection import describe_checkpoint, describe_run
 
+    controls = path if path.name == CONTROLS else path / CONTROLS
     if path.suffix == ".toml":
         say(describe_run(path))
-    elif path.name == CONTROLS or _is_of_controls(path):
+    elif controls.is_file() and not (path / "record.json").is_file():
         from sophon._base.files import read_json
 
-        file = path if path.name == CONTROLS else path / CONTROLS
-        show_controls(read_json(file)["controls"])
+        show_controls(read_json(controls)["controls"])
     elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
         from sophon._reporting.report import report as judge
 

@@ -63,9 +63,7 @@ def copies(images: Images, others: Images) -> int:
 
 
 class _Prints:
-    """A split's fingerprints: of each image its bytes' hash, a difference hash (n, 64) and a
-    normalised thumbnail (n, 256).
-    """
+    """A split's fingerprints: hashes of bytes, difference hashes (n, 64), thumbnails (n, 256)."""
 
     def __init__(self, images: Images) -> None:
         size = str(tuple(images.pixels.shape[1:])).encode()

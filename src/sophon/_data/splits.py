@@ -26,9 +26,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a source holds: a training part, test and validation parts if it has them, and class
-    names.
-    """
+    """What a source holds: a training part, test and validation parts if any, class names."""
 
     train: Part
     test: Part | None

@@ -162,9 +162,7 @@ def _undefined(facts: Facts) -> Ruling | None:
 
 
 def _broken_down(facts: Facts) -> Ruling | None:
-    """A conviction by other attacks is not taken back by those that crashed or diverged on the
-    protected model alone.
-    """
+    """A conviction by other attacks outlives those that broke down on the protected model alone."""
     elsewhere = all(flag.alone for flag in facts.voids) and facts.bounds.high < UNCERTAIN
     if not facts.voids or (elsewhere and not facts.holds and not facts.slows):
         return None
@@ -219,9 +217,7 @@ def _out_of_room(facts: Facts) -> Ruling | None:
 
 
 def _too_little(facts: Facts) -> Ruling | None:
-    """An interval that reaches 1 convicts nobody, unless the value is near 0 or the best attack is
-    surely ahead of a fresh network.
-    """
+    """An interval that reaches 1 convicts nobody but near 0, or surely ahead of a fresh network."""
     if facts.bounds.high < 1 or facts.value <= NOTHING or facts.ahead:
         return None
     words = "the interval reaches from what is not protected to what is: too little to tell"

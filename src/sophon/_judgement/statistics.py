@@ -144,9 +144,7 @@ def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
 
 
 def bootstrap(values: NDArray[np.float64], *, seed: int = 0) -> NDArray[np.float64]:
-    """Return means over resampled seeds of `values` (seeds, ...), shape (draws, ...), widened for
-    few seeds.
-    """
+    """Return means of `values` (seeds, ...) over resampled seeds, (draws, ...), widened for few."""
     n, mean = len(values), values.mean(0)
     index = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
     means: NDArray[np.float64] = values[index].mean(1)

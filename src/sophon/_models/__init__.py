@@ -15,7 +15,6 @@ from sophon._models.batch_norm import (
 )
 from sophon._models.building import (
     DIFFUSERS,
-    Blueprint,
     architecture,
     blueprint,
     denoiser_name,
@@ -64,6 +63,5 @@ from sophon._models.weights import (
     load_weights,
     network_identity,
     read_tensors,
-    require_finite,
     weights_sha256,
 )

@@ -38,7 +38,6 @@ class Blueprint:
     `load`, where there is one, gives the weights that the name itself points at.
     """
 
-    name: str
     build: Callable[[int | None], nn.Module]
     load: Callable[[], nn.Module] | None = None
 
@@ -144,7 +143,7 @@ def blueprint(spec: ModelSpec) -> Blueprint:
     kind, _, name = spec.name.partition(":")
     if kind == "timm" and name:
         return Blueprint(
-            spec.name, lambda classes: build_timm(name, classes, spec.in_channels, spec.arguments)
+            lambda classes: build_timm(name, classes, spec.in_channels, spec.arguments)
         )
     if kind == "torchvision" and name:
         if spec.in_channels != 3:
@@ -152,19 +151,17 @@ def blueprint(spec: ModelSpec) -> Blueprint:
                 f"model.in_channels = {spec.in_channels}: torchvision's networks take 3; "
                 "use 3 (grey images are repeated) or a timm network"
             )
-        return Blueprint(
-            spec.name, lambda classes: build_torchvision(name, classes, spec.arguments)
-        )
+        return Blueprint(lambda classes: build_torchvision(name, classes, spec.arguments))
     if spec.name.startswith(DIFFUSERS):
         source = DenoiserSource(Path(spec.name.removeprefix(DIFFUSERS)))
-        return Blueprint(spec.name, lambda classes: source.build(), source.load)
+        return Blueprint(lambda classes: source.build(), source.load)
     if spec.name in NETWORKS:
         if spec.arguments:
             raise UnsupportedModelError(
                 f"model.arguments: {spec.name} takes none; remove them, or use a timm network"
             )
         network = NETWORKS[spec.name]
-        return Blueprint(spec.name, lambda classes: network(classes or 10, spec.in_channels))
+        return Blueprint(lambda classes: network(classes or 10, spec.in_channels))
     raise UnsupportedModelError(unknown_network(spec.name, [*NETWORKS, *installed_networks()]))
 
 

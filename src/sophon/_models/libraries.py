@@ -129,9 +129,7 @@ def unknown_network(name: str, known: list[str]) -> str:
 
 
 def _near(name: str, known: list[str]) -> list[str]:
-    """Return the names nearest to one; a name without a library is compared with names alone, and
-    networks of our own come first.
-    """
+    """Return the nearest names; one without a library is compared with names alone, ours first."""
     if ":" in name:
         return difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     bare: dict[str, list[str]] = {}

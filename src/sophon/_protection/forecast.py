@@ -44,24 +44,19 @@ def forecast(
     task: Task | None = None,
     head: str | None = None,
 ) -> Forecast:
-    """Return a forecast from short measured rounds, a check of the guard and a state written to
-    a temporary folder; nothing else is written.
-    """
+    """Return a forecast from short rounds, a check of the guard and a state; nothing is kept."""
+
+    def begun(held: ProtectSpec) -> Protection:
+        return Protection(
+            model, original=original, restricted=restricted, task=task, spec=held, head=head
+        )
+
     measured: dict[int, float] = {}
-    whole = Protection(
-        model, original=original, restricted=restricted, task=task, spec=spec, head=head
-    )
+    whole = begun(spec)
     terms, guard = whole.spec.hinder or (), whole.guard.spec
     inner = max(TERMS[term.kind].inner_steps(term) for term in terms)
     for steps in sorted({1, min(4, inner)}):
-        run = Protection(
-            model,
-            original=original,
-            restricted=restricted,
-            task=task,
-            spec=_short(whole.spec, steps),
-            head=head,
-        )
+        run = begun(_short(whole.spec, steps))
         measured[steps] = min(round_.wall_s for round_ in islice(run, 2))
     (least, first), (most, last) = min(measured.items()), max(measured.items())
     slope = max(0.0, last - first) / max(1, most - least)

@@ -48,7 +48,6 @@ def kl_from_uniform(outputs: Tensor, targets: Tensor) -> Tensor:
 
     Gradient in the logits: p_j - 1/C. The targets are not used.
     """
-    del targets
     classes = outputs.shape[1]
     constant = torch.log(torch.tensor(float(classes), dtype=outputs.dtype, device=outputs.device))
     return -F.log_softmax(outputs, dim=1).mean(1) - constant
@@ -68,7 +67,6 @@ def denial_of_service(outputs: Tensor, targets: Tensor) -> Tensor:
     Gradient: 2 / n of each of its n elements. A network that predicts nothing minimises it: bounded
     below, unlike ascent on the error. The targets are not used.
     """
-    del targets
     return outputs.square().flatten(1).mean(1)
 
 

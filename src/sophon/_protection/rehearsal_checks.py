@@ -21,9 +21,7 @@ _WHAT = "protect.hinder: a rehearsal's"
 
 
 def check_rehearsal(spec: Rehearsal, model: nn.Module, around: Surroundings) -> None:
-    """Raise SpecError, DataError or UnsupportedModelError unless every attacker can be prepared,
-    fed, and shared among the processes.
-    """
+    """Raise a SophonError unless every attacker can be prepared, fed, and shared by processes."""
     setting = around.setting
     suppression_named(spec.loss, setting.task.metric)
     if around.ranks.sharded:

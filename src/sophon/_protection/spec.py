@@ -61,17 +61,11 @@ def _term(value: Any, role: type[Keep[Any]] | type[Hindrance[Any]]) -> TermSpec:
         raise ValueError(error) from None
 
 
-def _keep(value: Any) -> TermSpec:
-    return _term(value, Keep)
-
-
-def _hindrance(value: Any) -> TermSpec:
-    return _term(value, Hindrance)
-
-
 Update = Annotated[Alternate | Joint, Field(discriminator="kind"), BeforeValidator(_named)]
-KeepTerm = Annotated[SerializeAsAny[TermSpec], BeforeValidator(_keep)]
-HindranceTerm = Annotated[SerializeAsAny[TermSpec], BeforeValidator(_hindrance)]
+KeepTerm = Annotated[SerializeAsAny[TermSpec], BeforeValidator(lambda value: _term(value, Keep))]
+HindranceTerm = Annotated[
+    SerializeAsAny[TermSpec], BeforeValidator(lambda value: _term(value, Hindrance))
+]
 
 
 class ProtectSpec(Spec):

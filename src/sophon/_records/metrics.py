@@ -64,14 +64,14 @@ class MetricKind:
         """Whether what it scores are classifiers: labels are the targets of a head."""
         return self.task == "classification"
 
-    def interval(self, bounds: tuple[float, float], digits: int = 1) -> tuple[str, str]:
+    def interval(self, bounds: tuple[float, float]) -> tuple[str, str]:
         """Return the bounds of an interval of values as they are read: the smaller number first."""
         low, high = bounds if self.higher_is_better else reversed(bounds)
-        return self.show(low, digits), self.show(high, digits)
+        return self.show(low, 1), self.show(high, 1)
 
-    def shown(self, value: float | None, digits: int = 1) -> str:
+    def shown(self, value: float | None) -> str:
         """Return a value in its unit, or a dash for none."""
-        return NONE if value is None else self.show(value, digits)
+        return NONE if value is None else self.show(value, 1)
 
 
 def _round_step(width: float) -> float:
@@ -152,6 +152,6 @@ def measurement(held: object) -> Measurement:
     return TypeAdapter[Measurement](Measurement).validate_python(held)
 
 
-def shown(score: Measurement | None, digits: int = 1) -> str:
+def shown(score: Measurement | None) -> str:
     """Return a score in its own unit, or a dash for none."""
-    return NONE if score is None else kind_of(score).show(score.value, digits)
+    return NONE if score is None else kind_of(score).shown(score.value)

@@ -131,7 +131,11 @@ class Group:
 
 
 class Comparison(Document):
-    """Groups of audits that can be compared, the largest first."""
+    """Groups of named audits that can be compared, the largest first.
+
+    Raises AuditError with fewer than two, with a name that comes twice, or where a record names
+    no restricted domain.
+    """
 
     def __init__(self, records: Sequence[tuple[str, AuditRecord]]) -> None:
         names = [name for name, _ in records]
@@ -176,15 +180,6 @@ class Comparison(Document):
         """Return it as `html` or as `md`."""
         pairs = list(zip(self.groups, self.tables(), strict=True))
         return render(f"comparison.{form}.j2", comparison=self, groups=pairs)
-
-
-def compare(records: Sequence[tuple[str, AuditRecord]]) -> Comparison:
-    """Return the comparison of named audit records.
-
-    Raises AuditError with fewer than two, with a name that comes twice, or where a record names
-    no restricted domain.
-    """
-    return Comparison(records)
 
 
 def _setting(record: AuditRecord) -> dict[str, str]:

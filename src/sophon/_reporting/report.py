@@ -107,9 +107,7 @@ class Report(Document):
 
 
 def attacks_by_role(record: AuditRecord) -> tuple[int, int]:
-    """Return with how many attacks restricted domains were attacked, and held-out or benign ones:
-    the most of any domain.
-    """
+    """Return the most attacks on any restricted domain, and on any held-out or benign one."""
     met: dict[str, set[Strategy]] = {}
     for trial in record.trials:
         met.setdefault(trial.domain, set()).add(trial.strategy)

@@ -42,14 +42,6 @@ class Distillation(Task):
             targets, _ = self.task.outputs(self.teacher, images, labels, generator)
         return outputs, targets
 
-    def classes(self, domain: Domain) -> int | None:
-        """Return what the task says."""
-        return self.task.classes(domain)
-
-    def channels(self, model: nn.Module) -> int | None:
-        """Return what the task says."""
-        return self.task.channels(model)
-
     def shape(self, image_shape: Shape) -> Shape:
         """Return what the task says."""
         return self.task.shape(image_shape)
@@ -79,7 +71,6 @@ class Classification(Task):
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Return logits (batch, classes), in float32 or wider, and the labels."""
-        del generator
         logits: Tensor = model(images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 

@@ -216,7 +216,6 @@ class Denoising(Task):
 
     def classes(self, domain: Domain) -> int | None:
         """Return None: the last layer's size does not depend on the domain."""
-        del domain
         return None
 
     def channels(self, model: nn.Module) -> int | None:
@@ -275,7 +274,6 @@ class Denoising(Task):
 
     def described(self, spec: ModelSpec | None) -> ModelSpec | None:
         """Return the folder's own U-Net: the folder is a pipeline."""
-        del spec
         return ModelSpec(name=f"{DIFFUSERS}unet")
 
     def complete(self, folder: Path, model: nn.Module) -> None:

@@ -132,9 +132,7 @@ class ResumableRun(ABC, Generic[Record]):
             self.save_to(self.out / _STATES)
 
     def whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return whole tensors by group and name, in the first process only, and plain values; all
-        must ask.
-        """
+        """Return whole tensors, in the first process only, and plain values; all must ask."""
         groups, values = self.state()
         named = {
             f"{group}|{n}": value for group, held in groups.items() for n, value in held.items()

@@ -51,9 +51,7 @@ def rounding_error(model: nn.Module, setting: Setting) -> float | None:
 def _outputs(
     model: nn.Module, setting: Setting, batch: tuple[Tensor, Tensor], training: bool
 ) -> Tensor | None:
-    """Return the outputs of a copy, (images, values), each image's mean taken away; None where the
-    model raises.
-    """
+    """Return outputs (images, values) less each image's mean; None where the model raises."""
     held = setting.place(copy.deepcopy(model)).eval()
     for part in held.modules():
         if isinstance(part, BatchNorms):

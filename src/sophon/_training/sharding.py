@@ -225,7 +225,6 @@ def _on_rows(
         return tree_map_only(Tensor, own, (args, kwargs))
 
     def join(_: nn.Module, inputs: Any, outputs: Any) -> Any:
-        del inputs
         count = counts.pop()
         if count < world:
             return outputs

@@ -74,7 +74,6 @@ def _celeba_splits(root: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 def _ffhq_splits(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     """Return the official splits: the first 60,000 numbers train, the last 10,000 test."""
-    del root
     odd = next((file for file in files if not file.stem.isdecimal()), None)
     if odd is not None:
         raise DataError(f"{odd} is not named by a number as FFHQ's images are; correct root")

@@ -37,9 +37,8 @@ def rehearsal_unknown(record: AuditRecord, domain: str) -> Flag | None:
 def protected_still_rises(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if attackers of the protected model still gained much at the end."""
     much, words = _late_gain(record, domain, "protected") or (False, "")
-    return flag(
-        "protected_still_rises", words if much else "", far=kind_of_record(record).far_words
-    )
+    far = kind_of_record(record).far_words
+    return flag("protected_still_rises", words if much else "", far=far)
 
 
 def scratch_still_rises(record: AuditRecord, domain: str) -> Flag | None:

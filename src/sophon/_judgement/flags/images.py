@@ -80,6 +80,5 @@ def _better(held: Familiarity) -> tuple[float, float]:
     """Return the lead of training images over others, and its variance if there is none."""
     trained, others = held.trained, held.others
     share = (trained.correct + others.correct) / (trained.total + others.total)
-    return trained.value - others.value, share * (1 - share) * (
-        1 / trained.total + 1 / others.total
-    )
+    variance = share * (1 - share) * (1 / trained.total + 1 / others.total)
+    return trained.value - others.value, variance

@@ -105,9 +105,7 @@ Sizes = dict[str, float]
 def _far_off(
     after: dict[str, float | None], before: dict[str, float | None] | None
 ) -> tuple[Sizes, Sizes]:
-    """Return every tensor's size over what it was, and those of them that are far off; without
-    `before` the sizes themselves.
-    """
+    """Return tensors' sizes over what they were (without `before` the sizes), and those far off."""
     if before is None:
         sizes = {n: size for n, size in after.items() if size is not None}
         return sizes, {n: size for n, size in sizes.items() if size > _LARGEST_WEIGHT}
@@ -136,9 +134,7 @@ def extreme_batch_norm(record: AuditRecord, domain: str) -> Flag | None:
 
 
 def lost_in_rounding(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the protected model computes something else in the attacks' precision, and
-    the unprotected one does not.
-    """
+    """Return a flag if the attacks' precision changes what the protected model alone computes."""
     after, before = _vitals(record)
     error = None if after is None else after.rounding
     if error is None or error <= _ROUNDING:

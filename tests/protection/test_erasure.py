@@ -32,7 +32,7 @@ from sophon._protection.readers import (
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.term import Surroundings
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
-from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._specs import Guard
 from sophon._training.ranks import Ranks
 
@@ -347,6 +347,22 @@ def test_too_few_images_are_refused_before_anything_is_written(tmp_path: Path) -
         _refused(restricted(), tmp_path / "new", batch_size=4000)
     with pytest.raises(SpecError, match=r"batch_size = 8 .*5 classes.*use at least 10"):
         _refused(restricted(), tmp_path / "new", batch_size=8)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_few_queries_for_readers_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """They are asked for what a batch of erasure is; without readers a rehearsal needs none."""
+    around = _around()
+    RehearsalTerm.check(Rehearsal(query_batch_size=9), trained_model(), around)
+    RehearsalTerm.check(Rehearsal(query_batch_size=10, readers=ONE), trained_model(), around)
+    with pytest.raises(SpecError, match=r"query_batch_size = 9 .*5 classes.*use at least 10"):
+        Protection(
+            trained_model(),
+            original=original(),
+            restricted=restricted(),
+            spec=ProtectSpec(hinder=(Rehearsal(query_batch_size=9, readers=ONE),)),
+            out=tmp_path / "new",
+        )
     assert not (tmp_path / "new").exists()
 
 

@@ -12,12 +12,12 @@ from sophon._base.errors import SpecError, UnsupportedModelError
 from sophon._data import Domain
 from sophon._models import blocks
 from sophon._protection.losses import USUAL
-from sophon._protection.readers import ReadersSpec
+from sophon._protection.readers import ReadersSpec, images_needed
 from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.spec import Alternate, Joint, ProtectSpec
 from sophon._protection.terms import TERMS
 from sophon._protection.terms.distil import DistilSpec
-from sophon._protection.terms.erasure import ErasureSpec, images_needed
+from sophon._protection.terms.erasure import ErasureSpec
 from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._protection.terms.task import TaskLossSpec
 from sophon._specs import FreshHead, Preparation, RescaleWeights, ResetLastBlocks, RidgeHead

@@ -42,6 +42,8 @@ ReaderKind = Literal["linear", "kernel"]
 _LEAST = 1e-6
 # What a table is the mean over.
 _BATCHES = 4
+# A batch that held two images of each of more classes would not fit.
+_MOST_CLASSES = 128
 
 
 class ReadersSpec(Spec):
@@ -81,6 +83,22 @@ class Found:
     loss: Tensor
     best: Tensor
     floor: Tensor
+
+
+def images_needed(classes: int) -> int:
+    """Return how many images a batch needs: two a class, of as many classes as one can hold."""
+    return 2 * min(classes, _MOST_CLASSES)
+
+
+def check_images(around: Surroundings, images: int, what: str) -> None:
+    """Raise SpecError, naming `what` says how many, for fewer images than a domain needs."""
+    for domain in around.setting.restricted:
+        needed = images_needed(domain.class_count)
+        if images < needed:
+            raise SpecError(
+                f"protect.hinder: {what} = {images} has fewer than two images for each of the"
+                f" {domain.class_count} classes of {domain.name!r}: use at least {needed}"
+            )
 
 
 def _linear(products: Tensor, squares: Tensor, half: int) -> Tensor:

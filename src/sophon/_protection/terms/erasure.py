@@ -8,23 +8,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sophon._base.errors import SpecError, UnsupportedModelError
+from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
 from sophon._data import check_batch_fits
 from sophon._protection.attackers import domain_of
 from sophon._protection.losses import kl_from_uniform
-from sophon._protection.readers import Readers, ReadersSpec
+from sophon._protection.readers import Readers, ReadersSpec, check_images
 from sophon._protection.term import Contribution, Hindrance, State, Surroundings, TermSpec
 from sophon._specs.base import Augmentation, NonNegative
-
-# A batch that held two images of each of more classes would not fit.
-_MOST_CLASSES = 128
-
-
-def images_needed(classes: int) -> int:
-    """Return how many images a batch needs: two a class, of as many classes as one can hold."""
-    return 2 * min(classes, _MOST_CLASSES)
 
 
 class ErasureSpec(TermSpec):
@@ -86,13 +78,7 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         for domain in around.setting.restricted:
             what = "protect.hinder: erasure needs batch_size"
             check_batch_fits(domain, spec.batch_size, what)
-            needed = images_needed(domain.class_count)
-            if spec.batch_size < needed:
-                raise SpecError(
-                    f"protect.hinder: erasure's batch_size = {spec.batch_size} has fewer than two"
-                    f" images for each of the {domain.class_count} classes of {domain.name!r}: use"
-                    f" at least {needed}"
-                )
+        check_images(around, spec.batch_size, "erasure's batch_size")
 
     @spanned("erasure")
     def contribute(self, model: nn.Module) -> Contribution:

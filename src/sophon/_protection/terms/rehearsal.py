@@ -16,7 +16,7 @@ from sophon._base.spans import span, spanned
 from sophon._data import Domain
 from sophon._protection.attackers import Accumulator, Attacker, Plan, Visit, below, domain_of
 from sophon._protection.losses import SUPPRESSIONS, suppression_named
-from sophon._protection.readers import Readers, ReadersSpec
+from sophon._protection.readers import Readers, ReadersSpec, check_images
 from sophon._protection.rehearsal_checks import check_rehearsal
 from sophon._protection.sampling import StrategyDistribution, sample_strategy
 from sophon._protection.term import Contribution, Hindrance, State, Surroundings, TermSpec
@@ -114,6 +114,8 @@ class RehearsalTerm(Hindrance[Rehearsal]):
     def check(cls, spec: Rehearsal, model: nn.Module, around: Surroundings) -> None:
         """Raise unless every attacker can be prepared, fed and shared among the processes."""
         check_rehearsal(spec, model, around)
+        if spec.readers is not None:
+            check_images(around, spec.query_batch_size, "a rehearsal's query_batch_size")
 
     @classmethod
     def turns(cls, spec: Rehearsal, updates: int) -> int:

@@ -187,7 +187,8 @@ def test_it_is_in_the_record_of_every_round() -> None:
     run = _run()
     assert run.guard.spec.mode == "price"
     assert [record.price for record in run] == pytest.approx([2.0, 2.0, 3.0, 3.0, 4.0, 4.0])
-    plain = _run(guard=Guard(mode="rollback", every=2, tolerance_points=100.0))
+    plain = _run(guard=Guard(every=2, tolerance_points=100.0), update="alternate")
+    assert plain.guard.spec.mode == "rollback"
     assert [record.price for record in plain] == [None] * 6
 
 
@@ -239,6 +240,15 @@ def test_two_adams_in_turn_have_nothing_to_multiply(tmp_path: Path) -> None:
     # Where the update is left to the method it is found out once that is known.
     with pytest.raises(SpecError, match=r"guard.mode = 'price'.*use update = 'joint'"):
         _run(tmp_path / "run", update=None, method="sophon", guard=Guard(mode="price"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_adam_has_no_keep_steps_for_rollback_to_add(tmp_path: Path) -> None:
+    rollback = Guard(mode="rollback")
+    with pytest.raises(ValidationError, match=r"guard.mode = 'rollback'.*use guard.mode = 'price'"):
+        _spec(guard=rollback)
+    with pytest.raises(SpecError, match=r"protect.guard.mode = 'rollback'.*update = 'alternate'"):
+        _run(tmp_path / "run", update=None, guard=rollback)
     assert not (tmp_path / "run").exists()
 
 

@@ -118,9 +118,16 @@ class ProtectSpec(Spec):
         return self
 
     def require_priced(self) -> None:
-        """Raise ValueError for a price where the hindrances have steps of their own."""
-        alternate = isinstance(self.update, Alternate)
-        if self.guard is not None and self.guard.mode == "price" and alternate:
+        """Raise ValueError for a price where the hindrances have steps of their own, and for none
+        where they have not.
+        """
+        mode = None if self.guard is None else self.guard.mode
+        if mode == "rollback" and isinstance(self.update, Joint):
+            raise ValueError(
+                "guard.mode = 'rollback' takes more keep steps after a violation, and update ="
+                " 'joint' has one a round: use guard.mode = 'price' or update = 'alternate'"
+            )
+        if mode == "price" and isinstance(self.update, Alternate):
             raise ValueError(
                 "guard.mode = 'price' has nothing to multiply: update = 'alternate' steps on the"
                 " hindrances alone; use update = 'joint' or guard.mode = 'rollback'"

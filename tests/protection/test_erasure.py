@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_r2, plain_standardised
 from sophon._base.errors import DataError, NonFiniteError, SpecError, UnsupportedModelError
 from sophon._base.seeding import generator
+from sophon._cli.progress import round_text
 from sophon._data import Domain
 from sophon._models import weights_sha256
 from sophon._protection.protection import Protection
@@ -389,6 +392,47 @@ def test_shards_are_refused() -> None:
     around = dataclasses.replace(_around(), ranks=Ranks(world=2, sharded=True))
     with pytest.raises(UnsupportedModelError, match=r"--shard.*method = 'sophon'"):
         ErasureTerm.check(ErasureSpec(), trained_model(), around)
+
+
+def _two_domains(**changes: Any) -> Protection:
+    """Return a run on two domains that take turns: erasure, and one attacker a round."""
+    rehearsal = Rehearsal(steps=1, query_batch_size=8, distribution={"batch_sizes": (8,)})  # type: ignore[arg-type]
+    erasure = ErasureSpec(batch_size=24, readers=ONE)
+    settings = {"rounds": 2, "hinder": (erasure, rehearsal), "original_batch_size": 16}
+    return Protection(
+        trained_model(),
+        original=original(),
+        restricted=[digits(5, 8), digits(8, 10)],
+        spec=ProtectSpec(**(settings | changes)),  # type: ignore[arg-type]
+        device="cpu",
+    )
+
+
+def test_strategies_and_domains_of_a_record_belong_together() -> None:
+    for record in _two_domains():
+        assert len(record.strategies) == len(record.domains) == 1
+
+
+def test_readings_of_several_domains_have_their_names() -> None:
+    first, second = _two_domains()
+    whole = ["R2 early", "R2 late", "R2 middle", "erasure"]
+    for record, name in ((first, "digits-5-7"), (second, "digits-8-9")):
+        found = [key for key in sorted(record.readings) if not key.startswith("floor")]
+        assert found == [f"{one} ({name})" for one in whole]
+        text = round_text("12 %", "97 %", record)
+        assert re.match(
+            rf"R2 early/middle/late (-?\d\.\d\d/?){{3}} \(fresh \d.*\) \({name}\)  price", text
+        )
+    # Two updates a round take a turn each: the line is of the last one.
+    (both, *_) = _two_domains(update={"kind": "alternate", "hindrance_steps": 2})
+    assert len(both.readings) == 14
+    assert round_text("12 %", "97 %", both).count("(") == 2
+
+
+@pytest.mark.parametrize("kind", ["erasure", "rehearsal"])
+def test_a_second_term_of_these_kinds_says_what_to_do_instead(kind: str) -> None:
+    with pytest.raises(ValidationError, match=rf"two terms of kind '{kind}': give one; \w+"):
+        ProtectSpec(hinder=({"kind": kind}, {"kind": kind, "weight": 2.0}))  # type: ignore[arg-type]
 
 
 # --- What it does ---------------------------------------------------------------------------------

@@ -156,11 +156,15 @@ def round_text(query: str, guard: str, record: Round) -> str:
     groups = [name.removeprefix("R2 ") for name in record.readings if name.startswith("R2 ")]
     found = f"restricted score {query}"
     if groups:
+        # Of several domains the last whose turn it was.
+        domain = groups[-1].partition(" ")[2]
+        groups = [group for group in groups if group.partition(" ")[2] == domain]
         read, fresh = (
             "/".join(f"{record.readings[f'{kind} {group}']:.2f}" for group in groups)
             for kind in ("R2", "floor")
         )
-        found = f"R2 {'/'.join(groups)} {read} (fresh {fresh})"
+        depths = "/".join(group.partition(" ")[0] for group in groups)
+        found = f"R2 {depths} {read} (fresh {fresh}){domain and ' ' + domain}"
     price = "" if record.price is None else f"  price {record.price:.2f}"
     return f"{found}{price}  original {guard or 'not yet checked'}"
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from sophon._base.errors import SpecError
 from sophon._protection.migration import migrated
 from sophon._protection.term import Hindrance, Keep, TermSpec
-from sophon._protection.terms import parse_term
+from sophon._protection.terms import TERMS, parse_term
 from sophon._specs.base import Augmentation, Count, Fraction, Positive, Precision, Rate, Spec
 from sophon._specs.guard import Guard
 
@@ -106,6 +106,10 @@ class ProtectSpec(Spec):
             twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
             if twice and name == "keep":
                 raise ValueError(f"keep has two terms of kind {twice[0]!r}: give their weight once")
+            for kind in twice:
+                remedy = getattr(TERMS[kind], "instead_of_two", "")
+                if remedy:
+                    raise ValueError(f"hinder has two terms of kind {kind!r}: give one; {remedy}")
         if (self.start == "shrunk") != (self.shrink is not None):
             raise ValueError("start = 'shrunk' and shrink belong together: give both or none")
         frozen = isinstance(self.update, Joint) and self.update.freeze_statistics

@@ -144,7 +144,13 @@ class Keep(Term[AnyTermSpec]):
 
 
 class Hindrance(Term[AnyTermSpec]):
-    """A term that makes restricted tasks harder to learn."""
+    """A term that makes restricted tasks harder to learn.
+
+    `instead_of_two` says what to do instead of giving another of its kind, where two would draw the
+    same batches and have the same readings; empty: there may be several.
+    """
+
+    instead_of_two: ClassVar[str] = ""
 
     def contribute(self, model: nn.Module) -> Contribution:
         """Return the gradient of one update. The model's weights and buffers stay as they are."""

@@ -162,7 +162,8 @@ class Updating:
         turn.norms.append(values[2])
         for part in parts:
             turn.labels += part.labels
-            turn.domains += part.domains
+            # A record's strategies and domains belong together: those of attackers.
+            turn.domains += part.domains if part.labels else ()
             turn.readings |= {name: float(value) for name, value in part.readings.items()}
 
     def _pairs(self, parts: list[Contribution]) -> list[tuple[Hindrance[Any], Contribution]]:

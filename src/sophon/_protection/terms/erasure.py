@@ -46,6 +46,7 @@ class ErasureTerm(Hindrance[ErasureSpec]):
     """
 
     spec_type = ErasureSpec
+    instead_of_two = "it reads several depths (readers.depths) and takes turns over domains"
     metrics = ("accuracy",)
 
     def __init__(self, spec: ErasureSpec, around: Surroundings) -> None:
@@ -105,15 +106,18 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         held = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
         # All computed the whole batch; kernels need not agree to the last bit on that.
         around.ranks.follow_first([*held.values()])
+        readings = {
+            "erasure": read.loss.detach(),
+            **_by_depth("R2", read.best),
+            **_by_depth("floor", read.floor),
+        }
+        # Domains that take turns have readings of their own.
+        of = f" ({domain.name})" if len(self.feeds) > 1 else ""
         return Contribution(
             gradients=held,
             loss=loss.detach(),
             score=read.best.mean(),
-            readings={
-                "erasure": read.loss.detach(),
-                **_by_depth("R2", read.best),
-                **_by_depth("floor", read.floor),
-            },
+            readings={f"{name}{of}": value for name, value in readings.items()},
             domains=(domain.name,),
         )
 

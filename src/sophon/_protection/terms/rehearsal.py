@@ -96,6 +96,7 @@ class RehearsalTerm(Hindrance[Rehearsal]):
 
     spec_type = Rehearsal
     turn_noun = "attackers"
+    instead_of_two = "raise its strategies, or widen its distribution"
 
     def __init__(self, spec: Rehearsal, around: Surroundings) -> None:
         super().__init__(spec, around)

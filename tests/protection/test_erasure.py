@@ -36,6 +36,7 @@ from sophon._protection.spec import ProtectSpec
 from sophon._protection.term import Surroundings
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
+from sophon._protection.update import Turn
 from sophon._specs import Guard
 from sophon._training.ranks import Ranks
 
@@ -411,6 +412,28 @@ def _two_domains(**changes: Any) -> Protection:
 def test_strategies_and_domains_of_a_record_belong_together() -> None:
     for record in _two_domains():
         assert len(record.strategies) == len(record.domains) == 1
+
+
+def test_the_query_score_is_the_attackers_where_there_are_any() -> None:
+    run = _two_domains()
+    _, parts = run.update.hindrance()
+    read, attacked = (float(part.score) for part in parts)
+    assert read != pytest.approx(attacked, rel=1e-3)
+    turn = Turn()
+    run.update.note(turn, parts, torch.zeros(()))
+    run.update.hinder = run.update.hinder[:1]
+    run.update.note(turn, parts[:1], torch.zeros(()))
+    assert turn.scores == pytest.approx([attacked, read])
+
+
+def test_a_score_is_the_first_processs_as_the_gradients_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    term = _term()
+    monkeypatch.setattr(Ranks, "follow_first", lambda _, given: [t.fill_(7) for t in given])
+    found = term.contribute(trained_model())
+    assert float(found.score) == 7
+    assert all(bool((gradient == 7).all()) for gradient in found.gradients.values())
 
 
 def test_readings_of_several_domains_have_their_names() -> None:

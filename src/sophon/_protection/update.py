@@ -154,7 +154,9 @@ class Updating:
     def note(self, turn: Turn, parts: list[Contribution], norm: Tensor) -> None:
         """Add what the hindrances gave to the turn's numbers. Raises NonFiniteError."""
         loss = torch.stack([t.spec.weight * p.loss for t, p in self._pairs(parts)]).sum()
-        score = torch.stack([part.score for part in parts]).mean()
+        # What readers explain is no score of attackers: a mean is over these where there are any.
+        asked = [part for part in parts if part.labels] or parts
+        score = torch.stack([part.score for part in asked]).mean()
         values = torch.stack([loss, score, norm]).tolist()
         self._require_finite(values, parts)
         turn.losses.append(values[0])

@@ -105,7 +105,8 @@ class ErasureTerm(Hindrance[ErasureSpec]):
             gradients = torch.autograd.grad(loss, values, allow_unused=True)
         held = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
         # All computed the whole batch; kernels need not agree to the last bit on that.
-        around.ranks.follow_first([*held.values()])
+        score = read.best.mean()
+        around.ranks.follow_first([*held.values(), score])
         readings = {
             "erasure": read.loss.detach(),
             **_by_depth("R2", read.best),
@@ -116,7 +117,7 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         return Contribution(
             gradients=held,
             loss=loss.detach(),
-            score=read.best.mean(),
+            score=score,
             readings={f"{name}{of}": value for name, value in readings.items()},
             domains=(domain.name,),
         )

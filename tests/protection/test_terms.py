@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ from sophon._cli.run_spec import RunSpec
 from sophon._protection.forecast import forecast
 from sophon._protection.losses import SUPPRESSIONS
 from sophon._protection.protection import Protection, protect
+from sophon._protection.readers import ReadersSpec
 from sophon._protection.spec import Joint, ProtectSpec
-from sophon._protection.term import Surroundings
+from sophon._protection.term import Surroundings, TermSpec
 from sophon._protection.terms import TERMS, Hindrance, Keep, parse_term
 from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
@@ -368,6 +370,29 @@ def test_a_kind_that_there_is_not_lists_those_that_there_are(wrong: Any) -> None
         _parsed(hinder=[wrong])
     with pytest.raises(SpecError, match=r"protect\.keep\.0.*'erasure'.*there is task, distil$"):
         _parsed(keep=["erasure"])
+
+
+def test_values_that_are_not_plain_are_named_with_their_key() -> None:
+    three = np.float32(3)
+    for where, erasure in {
+        "weight": {"weight": three},
+        "readers": {"readers": {"clip": three}},
+        "batch_size": {"batch_size": np.int64(192)},
+    }.items():
+        with pytest.raises(ValidationError, match=rf"erasure: {where} = .*holds a .*give plain"):
+            ProtectSpec(hinder=[{"kind": "erasure", **erasure}])  # type: ignore[list-item]
+    held = ProtectSpec(hinder=[{"kind": "erasure", "readers": ReadersSpec(clip=2.0)}])  # type: ignore[list-item]
+    assert held.hinder == (ErasureSpec(readers=ReadersSpec(clip=2.0)),)
+
+
+@pytest.mark.parametrize(
+    "wrong", [TermSpec(kind="erasure"), ToySpec.model_construct(kind="erasure")]
+)
+def test_a_specification_of_another_type_than_its_kinds_is_refused(wrong: Any) -> None:
+    with pytest.raises(
+        ValidationError, match=r"kind = 'erasure' is given as T\w+: use ErasureSpec"
+    ):
+        ProtectSpec(hinder=(wrong,))
 
 
 def test_two_keep_terms_of_one_kind_are_refused() -> None:

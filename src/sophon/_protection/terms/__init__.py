@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import BaseModel
+
 from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.distil import DistilTerm
@@ -32,12 +34,30 @@ def parse_term(value: Any, role: type[Keep[Any]] | type[Hindrance[Any]]) -> Term
     kind = kind.get("kind") if isinstance(kind, dict) else kind
     if kind not in fitting:
         raise SpecError(f"kind = {kind!r} is no such term; there is {', '.join(fitting)}")
-    if isinstance(value, TermSpec):
+    wanted = TERMS[kind].spec_type
+    if isinstance(value, wanted):
         return value
+    if isinstance(value, TermSpec):
+        raise SpecError(
+            f"kind = {kind!r} is given as {type(value).__name__}: use {wanted.__name__}, or a table"
+        )
     table = value if isinstance(value, dict) else {"kind": value}
-    # A table from Python may hold specifications.
-    plain = json.loads(json.dumps(table, default=lambda spec: spec.model_dump(mode="json")))
-    return parse_spec(TERMS[kind].spec_type, plain, where=kind)
+    plain = {key: _plain(f"{kind}: {key}", held) for key, held in table.items()}
+    return parse_spec(wanted, plain, where=kind)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return a value as JSON has it; one from Python may be or hold specifications."""
+
+    def dumped(part: Any) -> Any:
+        if isinstance(part, BaseModel):
+            return part.model_dump(mode="json")
+        raise SpecError(
+            f"{key} = {value!r} holds a {type(part).__name__}: give plain numbers, texts, lists and"
+            " tables"
+        )
+
+    return json.loads(json.dumps(value, default=dumped))
 
 
 __all__ = ["TERMS", "Hindrance", "Keep", "Term", "TermSpec", "parse_term"]

@@ -20,7 +20,7 @@ from plain_ridge import plain_r2, plain_standardised
 from sophon._base.errors import DataError, NonFiniteError, SpecError, UnsupportedModelError
 from sophon._base.seeding import generator
 from sophon._cli.progress import round_text
-from sophon._data import Domain
+from sophon._data import Domain, Images
 from sophon._models import weights_sha256
 from sophon._protection.protection import Protection
 from sophon._protection.readers import (
@@ -368,6 +368,32 @@ def test_too_few_queries_for_readers_are_refused_before_anything_is_written(tmp_
             out=tmp_path / "new",
         )
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("classes", "needed"), [(2, 10), (5, 12)])
+def test_a_domain_of_few_images_is_told_before_settings_nobody_wrote(
+    classes: int, needed: int, tmp_path: Path
+) -> None:
+    def begun(count: int, **changes: Any) -> Protection:
+        whole = digits(10 - classes, 10)
+        train = Images(whole.train.pixels[:count], whole.train.labels[:count])
+        few = dataclasses.replace(whole, train=train)
+        return Protection(
+            trained_model(),
+            original=original(),
+            restricted=few,
+            spec=ProtectSpec(**changes),
+            out=tmp_path / "new" if count < needed else None,
+        )
+
+    told = rf"has {needed - 1} training images; erasure needs {needed}: give more"
+    with pytest.raises(DataError, match=told):
+        begun(needed - 1)
+    assert not (tmp_path / "new").exists()
+    begun(needed)
+    # Who writes the batches is told of those.
+    with pytest.raises(DataError, match=r"batch_size = 192; lower that"):
+        begun(needed - 1, hinder=({"kind": "erasure"},))
 
 
 def test_a_domain_of_one_class_is_refused(tmp_path: Path) -> None:

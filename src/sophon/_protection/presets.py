@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sophon._base.errors import SpecError, UnsupportedModelError
+from sophon._base.errors import DataError, SpecError, UnsupportedModelError
 from sophon._data import Domain
 from sophon._models import blocks
 from sophon._protection.losses import USUAL
@@ -28,6 +28,8 @@ from sophon._training.setting import Setting
 # How often erasure passes over the restricted images, and its rounds at least and at most.
 _PASSES, _LEAST, _MOST = 250, 200, 6000
 _BATCH = 192
+# Images that a reader's batch, and an attacker's, have at least.
+_SMALLEST, _ATTACKERS_LEAST = 8, 2
 _ORIGINAL_BATCH = 256
 # Steps of a rehearsed attacker, and the shares of the blocks that some of them start anew.
 _LIFE = 40
@@ -41,6 +43,8 @@ def completed(spec: ProtectSpec, setting: Setting, model: nn.Module) -> ProtectS
     """
     metric = setting.task.metric
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
+    if erases and spec.hinder is None:
+        _require_images(setting)
     return _filled(spec, _erasure(setting, model), metric) if erases else as_paper(spec, metric)
 
 
@@ -90,13 +94,12 @@ def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
     # A small domain is read in smaller batches, of an even number of images, one of many classes
     # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
-    classes = max(domain.class_count for domain in setting.restricted)
-    least = images_needed(classes)
-    batch = max(8, min(max(_BATCH, least), fewest * 3 // 4) // 2 * 2)
-    batch = least if batch < least <= fewest - 2 else batch
+    least = _least_batch(setting)
+    batch = max(_SMALLEST, min(max(_BATCH, least), fewest * 3 // 4) // 2 * 2)
+    batch = least if batch < least <= fewest - _ATTACKERS_LEAST else batch
     rounds = math.ceil(_PASSES * sum(map(_count, setting.restricted)) / batch)
     # The rates and batches at which features come back the fastest.
-    sizes = sorted({max(2, min(size, fewest - batch)) for size in (64, 128)})
+    sizes = sorted({max(_ATTACKERS_LEAST, min(size, fewest - batch)) for size in (64, 128)})
     distribution = StrategyDistribution(
         learning_rates={"adam": (3e-3, 1.5e-2), "sgd_momentum": (3e-2, 1.5e-1)},
         batch_sizes=tuple(sizes),
@@ -118,6 +121,21 @@ def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
         "original_batch_size": min(_ORIGINAL_BATCH, _count(setting.original)),
         "original_augmentation": "crop",
     }
+
+
+def _least_batch(setting: Setting) -> int:
+    return max(_SMALLEST, images_needed(max(d.class_count for d in setting.restricted)))
+
+
+def _require_images(setting: Setting) -> None:
+    """Raise DataError for a domain with fewer images than the smallest batches here take."""
+    needed = _least_batch(setting) + _ATTACKERS_LEAST
+    for domain in setting.restricted:
+        if _count(domain) < needed:
+            raise DataError(
+                f"domain {domain.name!r} has {_count(domain)} training images; erasure needs"
+                f" {needed}: give more, or use method = 'sophon' with batches that fit"
+            )
 
 
 def _winners(setting: Setting, model: nn.Module) -> tuple[tuple[Preparation, ...], ...]:

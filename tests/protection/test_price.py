@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from builders import original, restricted, setting_of, trained_model
-from sophon._base.errors import SpecError
+from sophon._base.errors import IntactnessError, SpecError
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.protection import Protection
 from sophon._protection.spec import Joint, ProtectSpec
@@ -252,6 +252,24 @@ def test_one_adam_has_no_keep_steps_for_rollback_to_add(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("mode", "remedy"),
+    [
+        ("price", r"lower protect\.guard\.price\.most, or raise the weights of protect\.keep"),
+        ("rollback", r"what protect\.update gives the keep terms"),
+    ],
+)
+def test_where_no_weights_can_be_shipped_what_can_be_turned_is_named(
+    mode: Any, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = _guard(monkeypatch, [])
+    guard.spec = Guard(mode=mode)
+    with pytest.raises(IntactnessError, match=remedy):
+        guard.require_shipped(0.9)
+
+
 def test_a_price_above_its_most_is_refused() -> None:
-    with pytest.raises(ValidationError, match="start = 5 is above most = 4"):
+    with pytest.raises(ValidationError, match="start = 5 is above most = 4: lower it"):
         Price(start=5.0, most=4.0)
+    with pytest.raises(ValidationError, match=r"start = 1\.2 is above most = 1: give start too"):
+        Price(most=1.0)

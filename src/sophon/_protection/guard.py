@@ -133,11 +133,15 @@ class IntactnessGuard:
         """
         if self.shipped is None:
             kind = kind_of(self.before)
+            remedy = (
+                "lower protect.guard.price.most, or raise the weights of protect.keep"
+                if self.spec.mode == "price"
+                else "what protect.update gives the keep terms, or lower its rate of the hindrances"
+            )
             raise IntactnessError(
                 f"no weights stayed within {kind.tolerance(self.spec)} of"
                 f" {shown(self.before)} on {self.setting.original.name!r} (best"
-                f" {kind.show(best, 1)}): raise that tolerance, or what protect.update gives the"
-                " keep terms, or lower its rate of the hindrances"
+                f" {kind.show(best, 1)}): raise that tolerance, or {remedy}"
             )
         return self.shipped
 

@@ -29,7 +29,8 @@ class Price(Spec):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.start > self.most:
-            raise ValueError(f"start = {self.start:g} is above most = {self.most:g}")
+            remedy = "lower it" if "start" in self.model_fields_set else "give start too"
+            raise ValueError(f"start = {self.start:g} is above most = {self.most:g}: {remedy}")
         return self
 
 

@@ -127,7 +127,12 @@ def test_a_real_archive_is_resized(shared_data: Path) -> None:
 
 
 def test_archive_without_test_split_or_names(tmp_path: Path) -> None:
-    np.savez(tmp_path / "plain.npz", x_train=noise(40, 6, 6), y_train=np.arange(40) % 2)
+    # Arrays of other names are no splits.
+    others = {
+        name: noise(3, 5, 5) for name in ("x_validation", "y_values", "x_test_raw", "y_tests")
+    }
+    labels = np.arange(40) % 2
+    np.savez(tmp_path / "plain.npz", x_train=noise(40, 6, 6), y_train=labels, **others)
     domain = load_domain(spec(source="npz", path="plain.npz", test=0.25), base=tmp_path)
     assert (len(domain.train), len(domain.validation), len(domain.test)) == (26, 4, 10)
     assert domain.classes == ("0", "1")

@@ -89,6 +89,10 @@ ARRAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"x_test": noise(4, 7, 6), "y_test": labels(4)},
         ("6x6", "6x7", "image_size"),
     ),
+    "validation size": (
+        {"x_val": noise(4, 7, 6), "y_val": labels(4)},
+        ("training images are 6x6 and validation images are 6x7", "image_size"),
+    ),
     "test label": (
         {"x_test": noise(4, 6, 6), "y_test": labels(4) + 5, "class_names": np.array(["a", "b"])},
         ("test label 6", "0 to 1"),

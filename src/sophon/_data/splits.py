@@ -97,7 +97,8 @@ def cut(contents: Contents, how: Cut) -> Cutting:
             f"the {which} split has no image of the classes in use; add some or remove it"
         )
     parts = [(contents.train, positions), chosen, (tested, test)]
-    pixels = _in_one_format([part.read(index) for part, index in parts])
+    named = ("training", "validation", "test")
+    pixels = _in_one_format([part.read(index) for part, index in parts], named)
     made = [
         to_images(values, renumbered(part.labels[index], wanted))
         for values, (part, index) in zip(pixels, parts, strict=True)
@@ -161,7 +162,8 @@ def joined(contents: Contents) -> Contents:
         own = index < count
         if own.all() or not own.any():
             return first.read(index) if own.all() else second.read(index - count)
-        pixels = _in_one_format([first.read(index[own]), second.read(index[~own] - count)])
+        read = [first.read(index[own]), second.read(index[~own] - count)]
+        pixels = _in_one_format(read, ("training", "test"))
         result = np.empty((len(index), *pixels[0].shape[1:]), np.uint8)
         result[own], result[~own] = pixels
         return result
@@ -240,12 +242,17 @@ def _check_present(labels: Integers, names: tuple[str, ...], how: Cut) -> None:
         raise DataError(f"the training images hold {only}; a domain needs at least 2 classes")
 
 
-def _in_one_format(parts: list[Bytes]) -> list[Bytes]:
+def _in_one_format(parts: list[Bytes], named: tuple[str, ...]) -> list[Bytes]:
     parts = [part[..., 0] if part.ndim == 4 and part.shape[-1] == 1 else part for part in parts]
-    sizes = {part.shape[1:3] for part in parts}
-    if len(sizes) > 1:
-        shown = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
-        raise DataError(f"training and test images are {shown} pixels; set image_size")
+    sizes = {name: part.shape[1:3] for name, part in zip(named, parts, strict=True)}
+    first = sizes[named[0]]
+    if any(size != first for size in sizes.values()):
+        shown = " and ".join(
+            f"{name} images are {width}x{height}"
+            for name, (height, width) in sizes.items()
+            if name == named[0] or (height, width) != first
+        )
+        raise DataError(f"{shown} pixels; set image_size")
     if any(part.ndim == 4 for part in parts):
         return [part if part.ndim == 4 else repeated(part) for part in parts]
     return parts

@@ -60,7 +60,8 @@ def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Conte
 
 
 def _there(arrays: dict[str, NDArray[Any]], split: str) -> bool:
-    return any(name.startswith((f"x_{split}", f"y_{split}")) for name in arrays)
+    own = (f"x_{split}", f"y_{split}", f"x_{split}_jpeg", f"x_{split}_offsets")
+    return any(name in arrays for name in own)
 
 
 def _coarsen(arrays: dict[str, NDArray[Any]]) -> None:

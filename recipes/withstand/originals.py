@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+EXACT, PACKED = "cifar10.npz", "cifar10_jpeg.npz"
+
 
 def joined(folder: Path) -> dict[str, Any]:
     """Return the arrays of the joined archive."""
-    with np.load(folder / "cifar10.npz") as exact, np.load(folder / "cifar10_jpeg.npz") as packed:
+    with np.load(folder / EXACT) as exact, np.load(folder / PACKED) as packed:
         return {
             "x_train": np.concatenate([exact["x_train"], unpacked(packed, "train")]),
             "y_train": np.concatenate([exact["y_train"], packed["y_train"]]),
@@ -39,7 +41,12 @@ def unpacked(archive: Any, split: str) -> NDArray[np.uint8]:
     """Return the images of a split that lie as JPEG files end to end, (n, h, w, 3)."""
     data, ends = archive[f"x_{split}_jpeg"].tobytes(), archive[f"x_{split}_offsets"]
     files = (data[a:b] for a, b in itertools.pairwise(ends))
-    return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
+    return np.stack([_decoded(file) for file in files])
+
+
+def _decoded(file: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(file), formats=("JPEG",)) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def main(arguments: list[str]) -> None:
@@ -47,6 +54,9 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         sys.exit("usage: python recipes/withstand/originals.py FOLDER ARCHIVE.npz")
     folder, target = map(Path, arguments)
+    missing = [file for file in (folder / EXACT, folder / PACKED) if not file.is_file()]
+    if missing:
+        sys.exit(f"there is no file {missing[0]}; make it with recipes/make_archives.py")
     np.savez_compressed(target, **joined(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -168,13 +169,46 @@ def test_what_is_not_there_is_named(
     assert list(to.iterdir()) == []
 
 
-def test_the_joined_original_validates_on_images_of_another_archive(shared_data: Path) -> None:
+@pytest.fixture
+def originals() -> ModuleType:
+    """Return the script that joins two archives."""
     found = importlib.util.spec_from_file_location("originals", RECIPES / "withstand/originals.py")
     assert found is not None
     assert found.loader is not None
-    script = importlib.util.module_from_spec(found)
-    found.loader.exec_module(script)
-    arrays = script.joined(shared_data)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_an_archive_to_join_that_is_not_there_is_one_line(
+    originals: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"^there is no file .*cifar10\.npz; make it with.*py$"):
+        originals.main([str(tmp_path), str(tmp_path / "joined.npz")])
+    (tmp_path / "cifar10.npz").touch()
+    with pytest.raises(SystemExit, match=r"^there is no file .*cifar10_jpeg\.npz; make it"):
+        originals.main([str(tmp_path), str(tmp_path / "joined.npz")])
+    assert not (tmp_path / "joined.npz").exists()
+
+
+def test_only_jpeg_files_are_unpacked(originals: ModuleType) -> None:
+    shade = np.full((8, 8, 3), 90, np.uint8)
+    for kind, read in (("JPEG", True), ("PNG", False)):
+        held = io.BytesIO()
+        Image.fromarray(shade).save(held, kind)
+        packed = np.frombuffer(held.getvalue(), np.uint8)
+        archive = {"x_test_jpeg": packed, "x_test_offsets": np.array([0, len(packed)])}
+        if read:
+            assert np.array_equal(originals.unpacked(archive, "test")[0], shade)
+        else:
+            with pytest.raises(OSError, match="cannot identify"):
+                originals.unpacked(archive, "test")
+
+
+def test_the_joined_original_validates_on_images_of_another_archive(
+    originals: ModuleType, shared_data: Path
+) -> None:
+    arrays = originals.joined(shared_data)
     assert arrays["x_train"].shape == (13660, 32, 32, 3)
     assert len(arrays["y_train"]) == 13660
     with np.load(shared_data / "cifar10.npz") as exact:

@@ -114,6 +114,13 @@ def area(curve: Curve, steps: list[int]) -> float:
     return float(np.trapezoid(values, np.log(steps)) / width)
 
 
+def removed(open_: Curve, fresh: Curve, curve: Curve) -> str:
+    """Return what share of the unprotected model's lead is gone; a dash where it has none."""
+    steps = sorted(open_)
+    most, least, held = (area(one, steps) for one in (open_, fresh, curve))
+    return f"{(most - held) / (most - least):.2f}" if most > least else "-"
+
+
 def rows(run: Path, models: list[Path], store: Path) -> None:
     """Print the rows of every model, the unprotected one's and a fresh network's first."""
     case = load(run, None)
@@ -133,10 +140,8 @@ def rows(run: Path, models: list[Path], store: Path) -> None:
                 typer.echo(_row("(fresh)", None, fresh, "1"))
             open_, fresh = others[domain.name]
             curve = envelope(audit, "protected", domain.name, strategies)
-            steps = sorted(open_)
-            above, lead = area(open_, steps) - area(curve, steps), area(open_, steps)
-            removed = above / (lead - area(fresh, steps))
-            typer.echo(_row(f"{path} ({domain.name})", 100 * kept.value, curve, f"{removed:.2f}"))
+            gone = removed(open_, fresh, curve)
+            typer.echo(_row(f"{path} ({domain.name})", 100 * kept.value, curve, gone))
 
 
 def _row(name: str, original: float | None, curve: Curve, removed: str) -> str:

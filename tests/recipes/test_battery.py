@@ -51,6 +51,13 @@ def test_three_attacks_are_in_no_rehearsal(script: ModuleType) -> None:
         assert not any(f'"{kind}"' in text for kind in ("noise_kick", "batch_norm", "heal"))
 
 
+def test_without_a_lead_over_a_fresh_network_there_is_no_share_of_it(script: ModuleType) -> None:
+    high, low, held = {5: 60.0, 100: 80.0}, {5: 40.0, 100: 60.0}, {5: 55.0, 100: 75.0}
+    assert script.removed(high, low, held) == "0.25"
+    assert script.removed(high, low, low) == "1.00"
+    assert script.removed(low, low, held) == script.removed(low, high, held) == "-"
+
+
 def test_the_unprotected_model_has_nothing_removed_and_a_fresh_one_all(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

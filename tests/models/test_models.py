@@ -537,3 +537,25 @@ def test_safetensors_round_trip_matches_the_library(tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     found = models.read_tensors(tmp_path / "w.safetensors")
     assert found.keys() == load_file(tmp_path / "w.safetensors").keys() == state.keys()
+
+
+def test_a_pass_with_the_batchs_statistics_leaves_every_buffer_as_it_was() -> None:
+    """Also those that other layers move in train mode; a gradient may be taken afterwards."""
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.BatchNorm2d(4),
+        nn.utils.spectral_norm(nn.Conv2d(4, 2, 3)),
+    ).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    held = dict(model.named_buffers())
+    images = torch.randn(4, *IMAGE, generator=torch.Generator().manual_seed(0))
+    with models.batch_statistics(model):
+        loss = model(images).square().mean()
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(held[name] is buffer for name, buffer in model.named_buffers())
+    loss.backward()
+    # As it is without: the layers would move.
+    model.train()(images)
+    assert not torch.equal(held["1.running_mean"], before["1.running_mean"])

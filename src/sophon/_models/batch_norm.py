@@ -67,13 +67,36 @@ def batch_norm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Itera
 
 
 @contextmanager
+def _borrowed_buffers(model: nn.Module, but: list[Any]) -> Iterator[None]:
+    """Hold `model` with copies of its buffers, but those of some layers; gradients that are taken
+    later need them as they were left.
+    """
+    apart = {id(part) for part in but}
+    own = [
+        (part._buffers, name, buffer)
+        for part in model.modules()
+        if id(part) not in apart
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for held, name, buffer in own:
+            held[name] = buffer.clone()
+        yield
+    finally:
+        for held, name, buffer in own:
+            held[name] = buffer
+
+
+@contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Hold `model` in train mode with BatchNorm on each batch's own statistics.
 
-    Running statistics and modes are afterwards what they were.
+    Buffers and modes are afterwards what they were, other layers' too: InstanceNorm's running
+    statistics, the vectors of a spectral norm.
     """
     tracked = tracked_batch_norms(model)
-    with keeping_modes(model):
+    with keeping_modes(model), _borrowed_buffers(model, tracked):
         model.train()
         for norm in tracked:
             norm.track_running_stats = False

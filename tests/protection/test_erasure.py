@@ -32,6 +32,7 @@ from sophon._protection.readers import (
     read_kernels,
     standardised,
 )
+from sophon._protection.sampling import StrategyDistribution
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.term import Surroundings
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
@@ -306,6 +307,23 @@ def test_what_is_read_early_comes_from_the_first_blocks() -> None:
     for name in ("R2 early", "floor early"):
         assert float(both[name]) == pytest.approx(float(first[name]), abs=1e-6)
     assert float(both["R2 middle"]) != pytest.approx(float(first["R2 early"]), abs=1e-3)
+
+
+def test_floors_are_of_images_augmented_as_the_terms() -> None:
+    around = _around()
+    plain, moved = (_term(around, augmentation=how) for how in ("none", "crop"))
+    attacked = RehearsalTerm(
+        Rehearsal(
+            query_batch_size=32,
+            readers=ONE,
+            distribution=StrategyDistribution(augmentation="crop"),
+        ),
+        around,
+    )
+    assert attacked.readers is not None
+    assert attacked.readers.floors is moved.readers.floors
+    (first,), (second,) = plain.readers.floors.values(), moved.readers.floors.values()
+    assert not all(map(torch.equal, first, second))
 
 
 def test_the_erasure_of_scores_below_the_floor_is_nothing() -> None:

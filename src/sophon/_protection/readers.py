@@ -35,7 +35,7 @@ from sophon._models import (
     run,
 )
 from sophon._protection.term import Surroundings
-from sophon._specs.base import Name, Positive, Rate, Spec
+from sophon._specs.base import Augmentation, Name, Positive, Rate, Spec
 
 ReaderKind = Literal["linear", "kernel"]
 # Of a feature's mean square: below it a deviation is taken for rounding.
@@ -221,18 +221,25 @@ def explained(kernels: Tensor, labels: Tensor, classes: int, penalties: Tensor) 
 class Readers:
     """The readers of one run: where they look, what they find, and what fresh networks show them.
 
-    `images` of a batch are read, half of them support. Raises UnsupportedModelError for a network
-    without blocks, SpecError for depths that it has not.
+    `images` of a batch are read, half of them support; those of tables are augmented as the term's.
+    Raises UnsupportedModelError for a network without blocks, SpecError for depths that it has not.
     """
 
-    def __init__(self, spec: ReadersSpec, around: Surroundings, images: int) -> None:
+    def __init__(
+        self,
+        spec: ReadersSpec,
+        around: Surroundings,
+        images: int,
+        augmentation: Augmentation = "none",
+    ) -> None:
         self.spec = spec
         self.around = around
         self.images = images
+        self.augmentation = augmentation
         shape = around.setting.shape(around.setting.restricted[0])
         self.depths = _depths(around.given, around.setting.head, shape, spec.depths)
         # Several terms read alike, and need not ask the fresh networks twice.
-        alike = ("floors", spec, images)
+        alike = ("floors", spec, images, augmentation)
         if alike not in around.shared:
             domains = around.setting.restricted
             around.shared[alike] = {domain.name: self._floor(domain) for domain in domains}
@@ -282,7 +289,11 @@ class Readers:
         """
         setting, seed = self.around.setting, self.around.seed
         feed = setting.feed(
-            domain, domain.train, batch_size=self.images, stream=(seed, ("readers", domain.name))
+            domain,
+            domain.train,
+            batch_size=self.images,
+            stream=(seed, ("readers", domain.name)),
+            augmentation=self.augmentation,
         )
         rows = []
         for step in range(_BATCHES):

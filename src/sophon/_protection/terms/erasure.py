@@ -52,7 +52,7 @@ class ErasureTerm(Hindrance[ErasureSpec]):
     def __init__(self, spec: ErasureSpec, around: Surroundings) -> None:
         super().__init__(spec, around)
         setting = around.setting
-        self.readers = Readers(spec.readers, around, spec.batch_size)
+        self.readers = Readers(spec.readers, around, spec.batch_size, spec.augmentation)
         self.weights = [domain.weight for domain in setting.restricted]
         # How many turns each domain has had.
         self.taken = [0 for _ in setting.restricted]

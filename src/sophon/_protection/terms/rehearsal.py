@@ -104,7 +104,14 @@ class RehearsalTerm(Hindrance[Rehearsal]):
         self.suppression = suppression_named(spec.loss, self.setting.task.metric)
         self.weights = [domain.weight for domain in self.setting.restricted]
         self.readers = (
-            None if spec.readers is None else Readers(spec.readers, around, spec.query_batch_size)
+            None
+            if spec.readers is None
+            else Readers(
+                spec.readers,
+                around,
+                spec.query_batch_size,
+                (spec.fixed or spec.distribution).augmentation,
+            )
         )
         self.next_identity = 0
         self.visits = 0

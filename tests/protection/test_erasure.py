@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from builders import digits, original, restricted, setting_of, trained_model
-from plain_ridge import plain_r2, plain_standardised
+from plain_ridge import ORACLES, plain_r2, plain_standardised
 from sophon._base.errors import DataError, NonFiniteError, SpecError, UnsupportedModelError
 from sophon._base.seeding import generator
 from sophon._cli.progress import round_text
@@ -24,6 +24,8 @@ from sophon._data import Domain, Images
 from sophon._models import weights_sha256
 from sophon._protection.protection import Protection
 from sophon._protection.readers import (
+    KERNELS,
+    ReaderKind,
     Readers,
     ReadersSpec,
     explained,
@@ -41,7 +43,7 @@ from sophon._protection.update import Turn
 from sophon._specs import Guard
 from sophon._training.ranks import Ranks
 
-KINDS = ("linear", "kernel")
+KINDS = tuple(KERNELS)
 ONE = ReadersSpec(networks=1)
 
 
@@ -57,6 +59,11 @@ def _labels(images: int, classes: int) -> Tensor:
 def _score(features: Tensor, labels: Tensor, classes: int, kind: Any, penalty: float) -> Tensor:
     kernels = read_kernels(features, (kind,))
     return explained(kernels, labels, classes, torch.tensor([penalty]))[0]
+
+
+def test_every_reader_has_a_name_and_an_oracle() -> None:
+    assert set(ORACLES) == set(KERNELS) == set(get_args(ReaderKind))
+    assert set(ReadersSpec().kinds) <= set(KERNELS)
 
 
 # --- Against the formula ------------------------------------------------------------------------

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 def plain_r2(features: Tensor, labels: Tensor, classes: int, kind: str, penalty: float) -> Tensor:
-    """Return R2 on the second half of ridge regression on the first, image by image.
-
-    Of `kind` linear it is the primal solution; the kernel one is a Gaussian process's mean.
-    """
+    """Return R2 on the second half of ridge regression on the first, image by image."""
     half = len(features) // 2
     support, query = features[:half].double(), features[half:].double()
     targets = torch.eye(classes, dtype=torch.float64)[labels]
     mean = targets[:half].mean(0)
     wanted = targets[half:] - mean
-    width = features.shape[1]
-    if kind == "linear":
-        # With K = S S^T / width the primal penalty is half * penalty * width.
-        gram = support.T @ support + half * penalty * width * torch.eye(width, dtype=torch.float64)
-        said = query @ torch.linalg.solve(gram, support.T @ (targets[:half] - mean))
-    else:
-        kernel = torch.stack([_row(x, support) for x in support])
-        ridge = kernel + half * penalty * torch.eye(half, dtype=torch.float64)
-        weights = torch.linalg.inv(ridge) @ (targets[:half] - mean)
-        said = torch.stack([_row(x, support) for x in query]) @ weights
+    said = ORACLES[kind](support, query, targets[:half] - mean, half * penalty)
     return 1 - (wanted - said).square().sum() / wanted.square().sum()
+
+
+def _primal(support: Tensor, query: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Return what weights of the features say; with K = S S^T / width they are ridged as much."""
+    width = support.shape[1]
+    gram = support.T @ support + ridge * width * torch.eye(width, dtype=torch.float64)
+    return query @ torch.linalg.solve(gram, support.T @ targets)
+
+
+def _gaussian(support: Tensor, query: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Return the mean of a Gaussian process."""
+    kernel = torch.stack([_row(x, support) for x in support])
+    weights = torch.linalg.inv(kernel + ridge * torch.eye(len(kernel), dtype=torch.float64))
+    return torch.stack([_row(x, support) for x in query]) @ (weights @ targets)
+
+
+# What each kind of reader says of the query, (query, classes), of what it was told of the support.
+ORACLES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "linear": _primal,
+    "kernel": _gaussian,
+}
 
 
 def _row(image: Tensor, support: Tensor) -> Tensor:

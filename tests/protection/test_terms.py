@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import denoisers
-from builders import original, restricted, setting_of, trained_model
+from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_r2, plain_standardised
-from sophon._base.errors import SpecError
+from sophon._base.errors import DataError, SpecError
 from sophon._cli.run_spec import RunSpec
 from sophon._protection.forecast import forecast
 from sophon._protection.losses import SUPPRESSIONS
@@ -28,7 +29,7 @@ from sophon._protection.protection import Protection, protect
 from sophon._protection.readers import ReadersSpec
 from sophon._protection.spec import Joint, ProtectSpec
 from sophon._protection.term import Surroundings, TermSpec
-from sophon._protection.terms import TERMS, Hindrance, Keep, parse_term
+from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
 from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
@@ -38,7 +39,7 @@ from sophon._tasks import Denoising
 from toy_term import ToySpec, ToyTerm
 
 KINDS = [*TERMS, "toy"]
-# Settings that make one of them quick.
+# Settings that make one of them quick. A new kind has its own here, and an oracle in `ORACLES`.
 QUICK: dict[str, dict[str, Any]] = {
     "task": {},
     "distil": {},
@@ -64,6 +65,14 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _role(kind: str) -> str:
     return "hinder" if kind == "toy" or issubclass(TERMS[kind], Hindrance) else "keep"
+
+
+def _listed(role: type[Term[Any]], metric: str = "accuracy") -> str:
+    """Return the kinds there are of a role and for a task, as messages list them."""
+    fitting = [
+        kind for kind, term in TERMS.items() if issubclass(term, role) and metric in term.metrics
+    ]
+    return re.escape(", ".join(fitting))
 
 
 def _spec(kind: str, update: Any = None, **changes: Any) -> ProtectSpec:
@@ -95,8 +104,14 @@ def _run(spec: ProtectSpec, out: Path | None = None) -> Protection:
     )
 
 
-def _around() -> Surroundings:
-    return Surroundings(setting_of(trained_model()), trained_model(), 0)
+def _around(seed: int = 0, **changes: Any) -> Surroundings:
+    return Surroundings(setting_of(trained_model(), **changes), trained_model(), seed)
+
+
+def _hindrance(kind: str, around: Surroundings) -> Hindrance[Any]:
+    term = TERMS[kind](parse_term({"kind": kind, **QUICK[kind]}, Hindrance), around)
+    assert isinstance(term, Hindrance)
+    return term
 
 
 def test_what_is_tested_here_is_all_there_is() -> None:
@@ -147,7 +162,7 @@ def _distil(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
 def _toy(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     term = ToyTerm(ToySpec(), _around())
     found = term.contribute(model).gradients
-    images, _ = term.feed.batch(0)
+    images, _ = term.feeds[0].batch(0)
     return found, (_train(model, images) ** 2).sum() / (16 * 5)
 
 
@@ -239,15 +254,42 @@ def test_the_gradient_is_that_of_the_loss_written_out(kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if _role(k) == "hinder"])
+HINDRANCES = [kind for kind in KINDS if _role(kind) == "hinder"]
+
+
+@pytest.mark.parametrize("kind", HINDRANCES)
+def test_every_restricted_domain_has_its_turns(kind: str) -> None:
+    halves = digits(5, 8), digits(8, 10)
+    term = _hindrance(kind, _around(restricted=halves))
+    met = [term.contribute(trained_model()).domains for _ in range(4)]
+    assert {name for names in met for name in names} == {half.name for half in halves}
+
+
+@pytest.mark.parametrize("kind", HINDRANCES)
+def test_the_seed_says_what_is_drawn(kind: str) -> None:
+    def gradient(seed: int) -> Tensor:
+        found = _hindrance(kind, _around(seed)).contribute(trained_model()).gradients
+        return torch.cat([found[name].flatten() for name in sorted(found)])
+
+    assert torch.equal(gradient(1), gradient(1))
+    assert not torch.equal(gradient(1), gradient(2))
+
+
+@pytest.mark.parametrize("kind", HINDRANCES)
+def test_a_batch_that_a_domain_does_not_have_is_refused_before_work_starts(kind: str) -> None:
+    size = "query_batch_size" if kind == "rehearsal" else "batch_size"
+    spec = parse_term({"kind": kind, **QUICK[kind], size: 4000}, Hindrance)
+    with pytest.raises(DataError, match=rf"fewer than protect\..*{size}.*4000"):
+        TERMS[kind].check(spec, trained_model(), _around())
+
+
+@pytest.mark.parametrize("kind", HINDRANCES)
 def test_a_contribution_leaves_weights_buffers_and_modes_as_they_are(kind: str) -> None:
     model = trained_model()
     model.stage1.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [part.training for part in model.modules()]
-    term = TERMS[kind](parse_term({"kind": kind, **QUICK[kind]}, Hindrance), _around())
-    assert isinstance(term, Hindrance)
-    given = term.contribute(model)
+    given = _hindrance(kind, _around()).contribute(model)
     assert set(given.gradients) <= set(dict(model.named_parameters()))
     assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
     assert [part.training for part in model.modules()] == modes
@@ -366,9 +408,10 @@ def test_a_setting_deep_inside_is_named() -> None:
 
 @pytest.mark.parametrize("wrong", ["nonsense", "task", {"batch_size": 3}, 7])
 def test_a_kind_that_there_is_not_lists_those_that_there_are(wrong: Any) -> None:
-    with pytest.raises(SpecError, match=r"protect\.hinder\.0.*there is erasure, rehearsal, toy$"):
+    hindrances, keeps = (f"there is {_listed(role)}$" for role in (Hindrance, Keep))
+    with pytest.raises(SpecError, match=rf"protect\.hinder\.0.*{hindrances}"):
         _parsed(hinder=[wrong])
-    with pytest.raises(SpecError, match=r"protect\.keep\.0.*'erasure'.*there is task, distil$"):
+    with pytest.raises(SpecError, match=rf"protect\.keep\.0.*'erasure'.*{keeps}"):
         _parsed(keep=["erasure"])
 
 
@@ -414,7 +457,8 @@ def test_a_price_with_two_adams_in_turn_is_refused() -> None:
 
 
 def test_erasure_of_a_diffusion_model_is_refused_before_work_starts(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"protect\.hinder.*'erasure'.*use one of rehearsal, toy"):
+    fitting = f"use one of {_listed(Hindrance, 'mse')}"
+    with pytest.raises(SpecError, match=rf"protect\.hinder.*'erasure'.*{fitting}"):
         Protection(
             denoisers.unet(),
             original=denoisers.digits(0, 5),

@@ -1,8 +1,8 @@
 """What a term of a protection is: a keep term or a hindrance, with its specification.
 
 A protection is a sum of terms. A *keep* term is a loss on original images, a *hindrance* a gradient
-that makes restricted tasks harder. A new one is a file beside this, an entry in `TERMS` and a line
-in `docs/extend.md`; the engine knows none by name.
+that makes restricted tasks harder. A new one is a file in `terms/`, an entry in `TERMS`, and, for
+the generic tests, settings and an oracle (`docs/extend.md`); the engine knows none by name.
 """
 
 from __future__ import annotations

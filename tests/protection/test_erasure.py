@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
@@ -289,6 +290,22 @@ def test_floors_are_what_fresh_networks_show() -> None:
     # The network that was trained, on digits too, shows more than fresh ones.
     given = [float(row.max()) for row in readers.table(around.given, restricted())]
     assert given[-1] > float(floors[-1].max())
+
+
+def test_floors_are_means_over_unlike_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[list[Tensor]] = []
+    table = Readers.table
+
+    def noted(readers: Readers, *asked: Any) -> list[Tensor]:
+        tables.append(table(readers, *asked))
+        return tables[-1]
+
+    monkeypatch.setattr(Readers, "table", noted)
+    (floors,) = Readers(ReadersSpec(networks=3), _around(), 32).floors.values()
+    assert len(tables) == 3
+    whole = [torch.cat(rows) for rows in tables]
+    assert all(not torch.equal(one, other) for one, other in combinations(whole, 2))
+    torch.testing.assert_close(torch.cat(floors), (sum(whole) / 3).clamp_min(0))
 
 
 def test_terms_that_read_alike_ask_the_fresh_networks_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,31 @@ def test_constant_buffers_survive_the_average() -> None:
     assert held["index"].tolist() == [13]
 
 
+@pytest.mark.parametrize("start", [{"start": "fresh"}, {"start": "shrunk", "shrink": 0.4}])
+def test_other_starts_run_to_the_end_and_go_on_where_they_were(
+    start: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = _run(**start)
+    begun = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    given = trained_model().state_dict()
+    assert not torch.equal(begun["stage1.0.weight"], given["stage1.0.weight"])
+    for _ in whole:
+        pass
+    result = whole.result()
+    # What is to be kept is the given model's score, not the start's.
+    assert whole.guard.before.value > 0.9
+    assert len(result.rounds) == 6
+    assert not torch.equal(result.model.state_dict()["stage1.0.weight"], begun["stage1.0.weight"])
+    first = _run(tmp_path / "run", **start)
+    next(iter(first))
+    del first
+    second = _run(tmp_path / "run", **start)
+    for _ in second:
+        pass
+    held = result.model.state_dict()
+    assert all(torch.equal(held[n], v) for n, v in second.result().model.state_dict().items())
+
+
 def test_a_fresh_start_has_no_statistics_to_freeze() -> None:
     with pytest.raises(ValidationError, match="fresh network has no statistics yet"):
         ProtectSpec(start="fresh", update=Joint(freeze_statistics=True))

@@ -223,9 +223,7 @@ def test_a_flag_is_raised_and_says_what_to_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_remedies_name_no_key_of_earlier_versions(name: str) -> None:
-    # `protect.rehearsal` is taken as it always was, and pinned in the words of stored reports.
-    former = set(_FLAT) - {"rehearsal"}
-    assert not [key for key in former if f"protect.{key}" in TEXTS[name]["remedy"]]
+    assert not [key for key in _FLAT if f"protect.{key}" in TEXTS[name]["remedy"]]
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -481,7 +481,7 @@ def test_an_audits_search_knows_its_task_batch_size_and_what_was_rehearsed(
     assert len(made_with) == len(run.plan.subjects)
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "error"])
+@pytest.mark.parametrize("metric", ["accuracy", "mse"])
 def test_allowed_tasks_meet_the_strongest_kinds_of_attack_too(metric: str) -> None:
     def secondary(spec: AuditSpec) -> set[Strategy]:
         suite = strategies_of(spec)

@@ -68,7 +68,7 @@ def test_every_recipe_parses(path: Path) -> None:
         ),
         (
             "protect",
-            {"guard": {"mode": "rollback", "price": {"start": 2.0}}},
+            {"guard": {"mode": "rollback", "price": {"start": 1.4}}},
             r"price is for mode = 'price'",
         ),
         ("task", {"timestep": 1}, r"timestep is a setting of name = 'denoising'"),

@@ -6,7 +6,6 @@ crashed.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import os
@@ -154,7 +153,7 @@ def require_ray() -> Any:
     os.environ.setdefault("RAY_worker_niceness", "0")
     remedy = "pip install 'sophon-protect[cluster]', or use --workers alone"
     library("ray.exceptions", "ray cannot be imported", remedy, SpecError)
-    return importlib.import_module("ray")
+    return library("ray", "ray cannot be imported", remedy, SpecError)
 
 
 def _run(workload: Workload, job: Job, switch: str) -> Trial:

@@ -19,6 +19,7 @@ from torch.optim import Adam
 
 from sophon._protection.protection import Protection
 from sophon._protection.spec import ProtectSpec
+from sophon._protection.terms.erasure import ErasureSpec
 from sophon._specs import Guard
 
 
@@ -50,13 +51,13 @@ def bare_passes(run: Protection) -> Callable[[], None]:
 def rows(short: bool) -> list[Row]:
     """Return the ratio of a round to its bare passes."""
     name = "ResNet-20"
-    spec = ProtectSpec(rounds=10_000, guard=Guard(every=10_000))
+    spec = ProtectSpec(rounds=10_000, hinder=(ErasureSpec(),), guard=Guard(every=10_000))
     domains = [noise(kind, seed, count=1000, size=32) for seed, kind in enumerate("ab")]
     with threads(1):
         run = Protection(network(name), original=domains[0], restricted=domains[1], spec=spec)
         rounds, bare = iter(run), bare_passes(run)
         found = ratios(lambda: next(rounds), bare, 2 if short else 12, within=60.0)
-    what = f"round of erasure / bare passes, {name}, 192 + 128 images"
+    what = f"round of erasure / bare passes, {name}, 192 + 256 images"
     return [row(what, found, at_most=1.15, unit="x")]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import tomllib
 from pathlib import Path
@@ -16,6 +15,8 @@ from PIL import Image
 
 import formats
 from grid import TRAINING_IMAGES
+from scripts import script_at
+from sophon._base.errors import DataError
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import load_domain
 from sophon._data.sources.archives import _OF_RECIPES
@@ -37,11 +38,7 @@ TRACKS, FRAMES = 5, 3
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return the script, which takes a few images of each class."""
-    found = importlib.util.spec_from_file_location("make_archives", RECIPES / "make_archives.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module = script_at(RECIPES / "make_archives.py")
     monkeypatch.setattr(module, "WHOLE", dict(module.COUNTS), raising=False)
     monkeypatch.setattr(module, "COUNTS", SMALL)
     return module
@@ -172,12 +169,7 @@ def test_what_is_not_there_is_named(
 @pytest.fixture
 def originals() -> ModuleType:
     """Return the script that joins two archives."""
-    found = importlib.util.spec_from_file_location("originals", RECIPES / "withstand/originals.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return script_at(RECIPES / "withstand/originals.py")
 
 
 def test_an_archive_to_join_that_is_not_there_is_one_line(
@@ -217,3 +209,12 @@ def test_the_joined_original_validates_on_images_of_another_archive(
     seen = {image.tobytes() for image in arrays["x_train"]}
     assert not any(image.tobytes() in seen for image in arrays["x_val"])
     assert np.bincount(arrays["y_val"]).tolist() == [200] * 10
+
+
+def test_an_archive_of_the_recipes_that_is_missing_says_what_makes_it(tmp_path: Path) -> None:
+    for name, maker in {
+        "mnist": "recipes/make_archives.py",
+        "cifar10_unseen": "recipes/withstand/originals.py",
+    }.items():
+        with pytest.raises(DataError, match=f"no file .*{name}.npz; .*make it with {maker}"):
+            load_domain(DomainSpec(source="npz", path=f"{name}.npz"), base=tmp_path)

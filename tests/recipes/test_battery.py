@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from safetensors.torch import save_file
 
+from scripts import script_at
 from sophon._models import fresh_copy, resolve_model
 from sophon._specs import FreshHead, ModelSpec, Strategy
 
@@ -30,14 +30,9 @@ precision = "fp32"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the script with two short attacks."""
-    found = importlib.util.spec_from_file_location("battery", WITHSTAND / "battery.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    """Return the script."""
+    return script_at(WITHSTAND / "battery.py")
 
 
 def test_three_attacks_are_in_no_rehearsal(script: ModuleType) -> None:

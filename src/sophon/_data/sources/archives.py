@@ -25,11 +25,12 @@ _DAMAGED = (
     *(RuntimeError, NotImplementedError, struct.error, tokenize.TokenError),
     *(zipfile.BadZipFile, zlib.error),
 )
-# What the small recipes read.
+# What the recipes read.
 _OF_RECIPES = {
     *("cifar10.npz", "cifar100.npz", "cifar10_jpeg.npz", "gtsrb10.npz", "mnist.npz"),
     *("orl_faces64.npz", "tiny_imagenet20_64.npz"),
 }
+_JOINED = "cifar10_unseen.npz"
 FORMAT = (
     "x_train, y_train (uint8 images, integer labels); x_val, y_val, x_test, y_test, class_names if"
     " there are"
@@ -88,10 +89,10 @@ def _coarsen(arrays: dict[str, NDArray[Any]]) -> None:
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
-        made = ", or make it with recipes/make_archives.py (docs/data.md)"
-        raise DataError(
-            f"there is no file {path}; correct path{made if path.name in _OF_RECIPES else ''}"
-        )
+        made = dict.fromkeys(_OF_RECIPES, "make_archives.py") | {_JOINED: "withstand/originals.py"}
+        script = made.get(path.name)
+        how = f", or make it with recipes/{script} (docs/data.md)" if script else ""
+        raise DataError(f"there is no file {path}; correct path{how}")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; copy or download it again")
     arrays = _loaded(path)

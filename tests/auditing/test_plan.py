@@ -18,6 +18,7 @@ from sophon._attacks.search import AT_ONCE, RATES, AttackerSearch, rates
 from sophon._attacks.suites import (
     SUITES,
     Suite,
+    anew_attacks,
     beyond_rehearsal,
     depth_attacks,
     resolved,
@@ -503,8 +504,19 @@ def test_allowed_tasks_meet_the_strongest_kinds_of_attack_too(metric: str) -> No
     assert secondary(quick) == set(fitted(strategies_of(quick), digits(8, 10)))
 
 
+@pytest.mark.parametrize(("blocks", "anew"), [(0, []), (1, [1]), (2, [1]), (4, [2]), (10, [5])])
+def test_quick_2_starts_half_of_the_blocks_anew(blocks: int, anew: list[int]) -> None:
+    spec = AuditSpec(suite="quick-2", steps=40, batch_size=16)
+    found = anew_attacks(blocks, spec)
+    assert [[p.blocks for p in s.preparations if p.kind == "reset_last_blocks"] for s in found] == [
+        [count] for count in anew
+    ]
+    assert {(s.steps, s.batch_size) for s in found} <= {(40, 16)}
+    assert anew_attacks(blocks, AuditSpec(suite="standard-1")) == ()
+
+
 def test_unknown_suites_list_the_known_ones() -> None:
-    with pytest.raises(SpecError, match=r"quick-1, standard-1"):
+    with pytest.raises(SpecError, match=r"quick-1, quick-2, standard-1"):
         strategies_of(AuditSpec(suite="standard-9"))
 
 

@@ -1016,7 +1016,9 @@ def test_a_suite_that_does_not_exist_is_refused_before_protecting(
     run_file: Path, tmp_path: Path
 ) -> None:
     words = ("protect", run_file, "--out", tmp_path / "p", "--set", "audit.suite=quik-1")
-    assert "'quik-1' is no suite; there is quick-1, standard-1" in refused(tmp_path, *words)
+    assert "'quik-1' is no suite; there is quick-1, quick-2, standard-1" in refused(
+        tmp_path, *words
+    )
 
 
 def test_weights_in_a_folder_of_the_hubs_layout(run_file: Path, tmp_path: Path) -> None:

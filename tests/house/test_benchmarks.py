@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from builders import original, restricted, scratch_model, trained_model
 from records import trial
+from scripts import script_at
 from sophon._attacks.suites import SUITES, Suite, strategies_of
 from sophon._auditing.audit import Audit
 from sophon._auditing.trial import Bench
@@ -630,3 +631,14 @@ def test_familiarity_shows_what_a_trained_model_remembers(
         float(line.partition("lead ")[2].partition(" ")[0]) for line in lines if "lead" in line
     ]
     assert leads[0] < 10 < leads[1]
+
+
+def test_the_quick_suite_reaches_what_all_attacks_reached_on_every_record() -> None:
+    quick = script_at(BENCHMARKS / "quick.py")
+    held = quick.cells()
+    assert len(held) >= 39
+    gaps = {cell[0]: quick.gap(cell, quick.suite(cell, "quick-2")) for cell in held}
+    assert {name: gap for name, gap in gaps.items() if gap > 2} == {}
+    assert max(quick.gap(cell, quick.suite(cell, "quick-1")) for cell in held) > 20
+    # Of nothing, everything is missing.
+    assert min(quick.gap(cell, []) for cell in held) > 20

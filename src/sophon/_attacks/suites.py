@@ -39,7 +39,8 @@ class Suite:
     chooses them, the others measure. Otherwise all are.
 
     Held-out and benign domains are attacked with `secondary`, each to its end; with all
-    `strategies` where it is empty.
+    `strategies` where it is empty. `anew` holds shares of a network's blocks, from the last one:
+    for each one more attack starts so many anew.
     """
 
     strategies: tuple[Strategy, ...]
@@ -51,6 +52,7 @@ class Suite:
     depth: bool = False
     rehearsed: bool = False
     secondary: tuple[Strategy, ...] = ()
+    anew: tuple[float, ...] = ()
 
 
 _FRESH: tuple[Preparation, ...] = (FreshHead(),)
@@ -77,6 +79,22 @@ _QUICK_1: tuple[Strategy, ...] = (
     *_rates("adam", (1e-3,), _FRESH),
     Strategy(optimizer="sgd_momentum", learning_rate=1e-1, preparations=_FRESH, scope="head"),
     Strategy(optimizer="adam", learning_rate=1e-2, preparations=_FRESH, scope="head"),
+)
+
+# Few attacks that reach what `standard-1` reached on every record (`benchmarks/quick.py`), and the
+# usual ones.
+_QUICK_2: tuple[Strategy, ...] = (
+    *_rates("sgd_momentum", (1e-2,)),
+    *_rates("adam", (1e-3, 1e-2)),
+    *_rates("adam", (3e-3,), batch_size=512),
+    *_rates("adam", (1e-2,), (BatchNorm(mode="reestimate"),)),
+    *_rates("sgd_momentum", (1e-1,), _FRESH),
+    *_rates("adam", (1e-2,), _FRESH, scope="head"),
+    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
+    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
+    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
+    *_rates("adam", (3e-3,), (RescaleWeights(), RidgeHead()), batch_size=128),
+    *_rates("adam", (3e-3,), (ResetLastBlocks(blocks=1), RidgeHead()), batch_size=128),
 )
 
 # The protocol's table, axis by axis.
@@ -149,6 +167,7 @@ _SECONDARY_1: tuple[Strategy, ...] = (
 
 SUITES: dict[str, Suite] = {
     "quick-1": Suite(_QUICK_1),
+    "quick-2": Suite(_QUICK_2, anew=(0.5,)),
     "standard-1": Suite(
         _STANDARD_1,
         prefilter=0.25,
@@ -304,6 +323,15 @@ def depth_attacks(blocks: int, spec: AuditSpec) -> tuple[Strategy, ...]:
     )
 
 
+def anew_attacks(blocks: int, spec: AuditSpec) -> tuple[Strategy, ...]:
+    """Return the suite's attacks that start a share of `blocks` blocks anew, budget filled in."""
+    suite = suite_of(spec)
+    counts = sorted({max(1, round(blocks * share)) for share in suite.anew if blocks})
+    return _with_budget(
+        tuple(s for count in counts for s in _rates("adam", (3e-3,), _reset(count))), spec
+    )
+
+
 def _reset(blocks: int) -> tuple[Preparation, ...]:
     return (ResetLastBlocks(blocks=blocks), FreshHead()) if blocks else _FRESH
 
@@ -315,9 +343,11 @@ def suite_fingerprint(name: str) -> str:
     suite, spec = SUITES[name], AuditSpec(suite=name)
     made = {field.name: getattr(suite, field.name) for field in fields(suite)}
     made["strategies"] = _dumped(suite.strategies)
-    # Absent where there are none: `quick-1` keeps the fingerprint that it had without the field.
+    # Absent where there are none: a suite keeps the fingerprint that it had without the field.
     if own := made.pop("secondary"):
         made["secondary"] = _dumped(own)
+    if made.pop("anew"):
+        made["anew"] = {n: _dumped(anew_attacks(n, spec)) for n in _NETWORKS}
     if suite.depth:
         made["depth attacks"] = {n: _dumped(depth_attacks(n, spec)) for n in _NETWORKS}
     if suite.rehearsed:

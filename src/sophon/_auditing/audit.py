@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sophon._attacks.suites import (
+    anew_attacks,
     beyond_rehearsal,
     beyond_usual,
     depth_attacks,
@@ -151,13 +152,15 @@ class Audit:
 
     def _planned(self, spec: AuditSpec) -> Plan:
         suite, metric = suite_of(spec), self.setting.task.metric
-        strategies, left_out = fitting(strategies_of(spec), metric)
+        count = len(blocks(self.subjects.protected, self.setting.head))
+        chosen = dict.fromkeys((*strategies_of(spec), *anew_attacks(count, spec)))
+        strategies, left_out = fitting(tuple(chosen), metric)
         whole: tuple[Strategy, ...] = ()
         beyond = beyond_rehearsal(self.about.get("protection"), spec)
         if suite.rehearsed:
             strategies = tuple(dict.fromkeys((*strategies, *beyond, *beyond_usual(spec))))
         if suite.depth:
-            whole = depth_attacks(len(blocks(self.subjects.protected, self.setting.head)), spec)
+            whole = depth_attacks(count, spec)
         return Plan(
             spec=spec,
             subjects=self.subjects.names,

@@ -55,7 +55,7 @@ tolerance_points = 3.0
 every = 5
 
 [audit]
-suite = "quick-1"
+suite = "quick-2"
 steps = 60
 evaluations = 6
 batch_size = 32

@@ -43,6 +43,7 @@ KINDS = [*TERMS, "toy"]
 QUICK: dict[str, dict[str, Any]] = {
     "task": {},
     "distil": {},
+    "retention": {"readers": {"views": [2], "kinds": ["linear"]}},
     "toy": {"batch_size": 8},
     "erasure": {
         "batch_size": 24,
@@ -127,16 +128,17 @@ def _train(model: nn.Module, images: Tensor) -> Tensor:
     return outputs
 
 
-def _kept(kind: str, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def _kept(kind: str, model: nn.Module, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the term's loss on a batch of original images, which the model meets in train mode,
     its outputs and the labels.
     """
     around = _around()
-    term = TERMS[kind](parse_term({"kind": kind, **QUICK[kind]}, Keep), around)
+    term = TERMS[kind](parse_term({"kind": kind, **QUICK[kind], **settings}, Keep), around)
     assert isinstance(term, Keep)
     domain = original()
     images, labels = around.setting.feed(domain, domain.train, batch_size=32).batch(0)
-    outputs = _train(model, images)
+    with term.watching(model):
+        outputs = _train(model, images)
     drawn = torch.Generator().get_state()
     return term.loss(outputs, labels, images, labels, drawn), images, labels
 
@@ -157,6 +159,24 @@ def _distil(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         wanted = F.softmax(trained_model()(images) / heat, 1)
     said = F.softmax(_train(model, images) / heat, 1)
     return found, heat**2 * (wanted * (wanted.log() - said.log())).sum(1).mean()
+
+
+def _retention(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Two depths of maps, read at two positions a side, against the given model's."""
+    depths = ("stage1.3", "stage3.3")
+    readers = {**QUICK["retention"]["readers"], "depths": depths, "penalty": (0.01, 0.01)}
+    loss, images, labels = _kept("retention", model, readers=readers)
+    found = _gradients(loss, model)
+
+    def read(network: nn.Module) -> list[Tensor]:
+        first = network.pool(network.stage1(images))  # type: ignore[operator]
+        last = network.stage3[:5](network.pool(network.stage2(first)))  # type: ignore[operator, index]
+        return [_linear_r2(maps, labels) for maps in (first, last)]
+
+    with torch.no_grad():
+        given = read(trained_model().eval())
+    missed = [(a - b).clamp_min(0) for a, b in zip(given, read(model.train()), strict=True)]
+    return found, torch.stack(missed).mean()
 
 
 def _toy(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -223,6 +243,7 @@ def _linear_r2(maps: Tensor, labels: Tensor) -> Tensor:
 ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "task": _task,
     "distil": _distil,
+    "retention": _retention,
     "toy": _toy,
     "rehearsal": _rehearsal,
     "erasure": _erasure,

@@ -19,6 +19,7 @@ from sophon._protection.terms import TERMS
 from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec
 from sophon._protection.terms.rehearsal import Rehearsal
+from sophon._protection.terms.retention import RetentionSpec
 from sophon._protection.terms.task import TaskLossSpec
 from sophon._specs import FreshHead, Preparation, RescaleWeights, ResetLastBlocks, RidgeHead
 from sophon._specs.guard import Guard, Price
@@ -45,7 +46,8 @@ def completed(spec: ProtectSpec, setting: Setting, model: nn.Module) -> ProtectS
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
     if erases and spec.hinder is None:
         _require_images(setting)
-    return _filled(spec, _erasure(setting, model), metric) if erases else as_paper(spec, metric)
+    usual = _erasure(setting, model, spec.original_batch_size) if erases else _sophon()
+    return _filled(spec, usual, metric)
 
 
 def as_paper(spec: ProtectSpec, metric: str) -> ProtectSpec:
@@ -90,7 +92,7 @@ def _sophon() -> dict[str, Any]:
     }
 
 
-def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
+def _erasure(setting: Setting, model: nn.Module, size: int | None) -> dict[str, Any]:
     # A small domain is read in smaller batches, of an even number of images, one of many classes
     # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
@@ -113,12 +115,15 @@ def _erasure(setting: Setting, model: nn.Module) -> dict[str, Any]:
         readers=ReadersSpec(),
         distribution=distribution,
     )
+    size = size or min(_ORIGINAL_BATCH, _count(setting.original))
+    # Readers of original labels need batches of two images a class.
+    read = size >= images_needed(setting.original.class_count)
     return {
         "rounds": max(_LEAST, min(_MOST, rounds)),
-        "keep": (TaskLossSpec(), DistilSpec()),
+        "keep": (TaskLossSpec(), DistilSpec(), *([RetentionSpec()] if read else [])),
         "hinder": (ErasureSpec(batch_size=batch), rehearsal),
         "update": Joint(),
-        "original_batch_size": min(_ORIGINAL_BATCH, _count(setting.original)),
+        "original_batch_size": size,
         "original_augmentation": "crop",
     }
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -238,12 +239,17 @@ class Readers:
         self.augmentation = augmentation
         shape = around.setting.shape(around.setting.restricted[0])
         self.depths = _depths(around.given, around.setting.head, shape, spec.depths)
+
+    @cached_property
+    def floors(self) -> dict[str, list[Tensor]]:
+        """Each depth's R2s on fresh networks, one a reader, by restricted domain."""
         # Several terms read alike, and need not ask the fresh networks twice.
-        alike = ("floors", spec, images, augmentation)
-        if alike not in around.shared:
-            domains = around.setting.restricted
-            around.shared[alike] = {domain.name: self._floor(domain) for domain in domains}
-        self.floors: dict[str, list[Tensor]] = around.shared[alike]
+        shared, alike = self.around.shared, ("floors", self.spec, self.images, self.augmentation)
+        if alike not in shared:
+            domains = self.around.setting.restricted
+            shared[alike] = {domain.name: self._floor(domain) for domain in domains}
+        held: dict[str, list[Tensor]] = shared[alike]
+        return held
 
     def scores(
         self, outputs: dict[str, Tensor], labels: Tensor, classes: int, stream: torch.Generator
@@ -257,7 +263,7 @@ class Readers:
             for read in pooled_to(outputs[name], spec.views):
                 if not bool(read.isfinite().all()):
                     raise NonFiniteError(
-                        f"erasure: what leaves block {name!r} on restricted images is not finite:"
+                        f"what leaves block {name!r} is not finite:"
                         " lower the rate of protect.update, or set protect.precision = 'fp32'"
                     )
                 held.append(read_kernels(standardised(read, spec.clip), spec.kinds))
@@ -311,11 +317,16 @@ class Readers:
 
         Its BatchNorm's running statistics, and its mode, are afterwards what they were.
         """
+        with self.listening(model) as outputs, batch_statistics(model):
+            yield outputs
+
+    @contextmanager
+    def listening(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Give what leaves the blocks of `model`, which runs as it does."""
         outputs: dict[str, Tensor] = {}
         handles = [_watch(model, place, outputs, name) for name, place in self.depths.items()]
         try:
-            with batch_statistics(model):
-                yield outputs
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()

@@ -7,6 +7,7 @@ the generic tests, settings and an oracle (`docs/extend.md`); the engine knows n
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -131,7 +132,22 @@ class Term(Generic[AnyTermSpec]):
 
 
 class Keep(Term[AnyTermSpec]):
-    """A term that keeps the original task: a loss on a batch of original images."""
+    """A term that keeps the original task: a loss on a batch of original images.
+
+    `rows_apart` says whether the loss is the mean over images, each on its own, so that processes
+    may share a batch.
+    """
+
+    rows_apart: ClassVar[bool] = True
+
+    @classmethod
+    def least_batch(cls, around: Surroundings) -> int:
+        """Return how many original images a batch has at least."""
+        return 1
+
+    def watching(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Return what is held while the model's outputs are computed."""
+        return nullcontext()
 
     def loss(
         self, outputs: Tensor, targets: Tensor, images: Tensor, labels: Tensor, drawn: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,10 @@ class KeepSide:
         with seeded(seed, "reinforcement", step):
             stream = generator(seed, "reinforcement", "task", step)
             drawn = stream.get_state()
-            with self.setting.autocast():
+            with ExitStack() as stack:
+                for term in self.terms:
+                    stack.enter_context(term.watching(model))
+                stack.enter_context(self.setting.autocast())
                 outputs, targets = task.outputs(model, images, labels, stream)
             parts = [
                 term.spec.weight * term.loss(outputs, targets, images, labels, drawn)

@@ -12,12 +12,14 @@ from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.distil import DistilTerm
 from sophon._protection.terms.erasure import ErasureTerm
 from sophon._protection.terms.rehearsal import RehearsalTerm
+from sophon._protection.terms.retention import RetentionTerm
 from sophon._protection.terms.task import TaskTerm
 from sophon._specs import parse_spec
 
 TERMS: dict[str, type[Term[Any]]] = {
     "task": TaskTerm,
     "distil": DistilTerm,
+    "retention": RetentionTerm,
     "erasure": ErasureTerm,
     "rehearsal": RehearsalTerm,
 }

@@ -23,6 +23,7 @@ _MODULES = {
     "_protection.terms.distil": "DistilSpec",
     "_protection.terms.erasure": "ErasureSpec",
     "_protection.terms.rehearsal": "Rehearsal",
+    "_protection.terms.retention": "RetentionSpec",
     "_protection.terms.task": "TaskLossSpec",
     "_records.audit_record": "AuditRecord",
     "_records.round": "Round",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from sophon._protection.terms.distil import DistilSpec
     from sophon._protection.terms.erasure import ErasureSpec
     from sophon._protection.terms.rehearsal import Rehearsal
+    from sophon._protection.terms.retention import RetentionSpec
     from sophon._protection.terms.task import TaskLossSpec
     from sophon._records.audit_record import AuditRecord
     from sophon._records.round import Round
@@ -116,6 +118,7 @@ __all__ = [
     "Rehearsal",
     "RescaleWeights",
     "ResetLastBlocks",
+    "RetentionSpec",
     "RidgeHead",
     "Round",
     "RunSpec",

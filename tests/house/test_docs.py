@@ -136,6 +136,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    assert "36 trials" in printed
+    assert "48 trials" in printed
     assert re.search(r"^verdict: \w+", printed, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []

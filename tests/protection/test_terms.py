@@ -396,6 +396,38 @@ def test_keep_terms_add_up_by_their_weights() -> None:
     assert losses["both"] == pytest.approx(3 * losses["task"] + 0.5 * losses["distil"], rel=1e-5)
 
 
+def test_retention_costs_what_features_lost() -> None:
+    run = _run(_spec("retention"))
+    assert float(run.keep.learn(run.model)) == 0
+    with torch.no_grad():
+        for parameter in run.model.stage2.parameters():  # type: ignore[union-attr]
+            parameter.copy_(torch.randn_like(parameter))
+    assert float(run.keep.learn(run.model)) > 0.01
+
+
+def test_retention_is_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sophon._protection.protection.plain", lambda: False)
+    for kind, shared in (("distil", True), ("retention", False)):
+        run = _run(_spec(kind))
+        object.__setattr__(run.around, "independent", True)
+        run._assemble()
+        assert run.keep.split is shared
+
+
+def test_retention_is_usual_where_a_batch_holds_two_images_a_class() -> None:
+    def kept(size: int | None) -> list[str]:
+        run = _run(ProtectSpec(rounds=1, original_batch_size=size, precision="fp32"))
+        return [term.kind for term in run.spec.keep or ()]
+
+    assert kept(None) == kept(10) == ["task", "distil", "retention"]
+    assert kept(9) == ["task", "distil"]
+    spec = _spec("retention", original_batch_size=9)
+    with pytest.raises(
+        SpecError, match=r"original_batch_size = 9: .*'retention' needs at least 10"
+    ):
+        _run(spec)
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,10 @@
     python recipes/withstand/battery.py RUN.toml MODEL... [--store FOLDER]
 
 Ten attacks of 100 steps, two seeds, on each model, on the model before protection and on fresh
-networks. Printed, a row a model: the original task's validation score, the best attack's at each
-budget (mean over seeds) and how much of the unprotected model's area above a fresh network's is
-gone, over the logarithm of the steps from 5 on. No interval, one verdict less: what is published is
+networks, on refused domains and on allowed ones (`[[benign]]`). Printed, a row a model and domain:
+the original task's validation score, the best attack's at each budget (mean over seeds) and how
+much of the unprotected model's area above a fresh network's is gone, over the logarithm of the
+steps from 5 on: much of it where the domain is refused, little where it is allowed. No interval, one verdict less: what is published is
 audited. The last three attacks are in nothing that a recipe rehearses.
 """
 
@@ -75,7 +76,7 @@ def opened(case: Case, path: Path, store: Path) -> Audit:
         load_subject(case, path)[0],
         unprotected=case.model,
         original=case.original,
-        restricted=case.restricted,
+        restricted=(*case.restricted, *case.benign),
         task=case.task,
         spec=AuditSpec(steps=STEPS, evaluations=EVALUATIONS, seeds=SEEDS),
         store=store,
@@ -130,14 +131,14 @@ def rows(run: Path, models: list[Path], store: Path) -> None:
         strategies = battery(len(blocks(audit.subjects.before, audit.setting.head)))
         original = case.original
         kept = evaluate(audit.subjects.protected, audit.setting, original, original.validation)
-        for domain in case.restricted:
+        for domain in (*case.restricted, *case.benign):
             if domain.name not in others:
                 names: tuple[Subject, Subject] = ("unprotected", "scratch")
                 open_, fresh = (envelope(audit, n, domain.name, strategies) for n in names)
                 others[domain.name] = open_, fresh
                 before = evaluate(case.model, audit.setting, original, original.validation)
-                typer.echo(_row("(unprotected)", 100 * before.value, open_, "0"))
-                typer.echo(_row("(fresh)", None, fresh, "1"))
+                typer.echo(_row(f"(unprotected, {domain.name})", 100 * before.value, open_, "0"))
+                typer.echo(_row(f"(fresh, {domain.name})", None, fresh, "1"))
             open_, fresh = others[domain.name]
             curve = envelope(audit, "protected", domain.name, strategies)
             gone = removed(open_, fresh, curve)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
@@ -24,6 +26,12 @@ name = "letters"
 [[restricted]]
 source = "embedded"
 name = "digits"
+classes = [0, 1, 2, 3, 4]
+
+[[benign]]
+source = "npz"
+name = "others"
+path = "others.npz"
 [audit]
 precision = "fp32"
 """
@@ -57,7 +65,11 @@ def test_the_unprotected_model_has_nothing_removed_and_a_fresh_one_all(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    pytest.importorskip("sklearn", reason="the embedded digits need scikit-learn")
+    sets: Any = pytest.importorskip("sklearn.datasets", reason="digits need scikit-learn")
+    images, labels = sets.load_digits(return_X_y=True)
+    chosen = labels >= 5
+    others = (images[chosen] * 15.9).astype(np.uint8).reshape(-1, 8, 8)
+    np.savez(tmp_path / "others.npz", x_train=others, y_train=labels[chosen] - 5)
     short = Strategy(
         preparations=(FreshHead(),), optimizer="adam", learning_rate=3e-3, batch_size=32, steps=20
     )
@@ -74,6 +86,8 @@ def test_the_unprotected_model_has_nothing_removed_and_a_fresh_one_all(
     files = [tmp_path / name for name in ("run.toml", "given.safetensors", "fresh.safetensors")]
     script.main([*map(str, files), "--store", str(tmp_path / "store")])
     rows = capsys.readouterr().out.strip().splitlines()
-    assert [row.split("|")[-2].strip() for row in rows[1:]] == ["0", "1", "0.00", "1.00"]
+    # Refused and allowed: before, fresh, and both again for the second model.
+    gone = [row.split("|")[-2].strip() for row in rows[1:]]
+    assert gone == ["0", "1", "0.00", "0", "1", "0.00", "1.00", "1.00"]
     assert rows[1].split("|")[2:4] == rows[3].split("|")[2:4]
-    assert len(list((tmp_path / "store/trials").glob("*.json"))) == 4
+    assert len(list((tmp_path / "store/trials").glob("*.json"))) == 8

@@ -6,8 +6,9 @@ Ten attacks of 100 steps, two seeds, on each model, on the model before protecti
 networks, on refused domains and on allowed ones (`[[benign]]`). Printed, a row a model and domain:
 the original task's validation score, the best attack's at each budget (mean over seeds) and how
 much of the unprotected model's area above a fresh network's is gone, over the logarithm of the
-steps from 5 on: much of it where the domain is refused, little where it is allowed. No interval, one verdict less: what is published is
-audited. The last three attacks are in nothing that a recipe rehearses.
+steps from 5 on: much of it where the domain is refused, little where it is allowed. No interval,
+one verdict less: what is published is audited. The last three attacks are in nothing that a recipe
+rehearses.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from sophon._judgement.summaries import (
 from sophon._judgement.survival import logrank
 from sophon._judgement.trainability import alike, beside, untried
 from sophon._records.audit_record import AuditRecord, DomainRecord
-from sophon._records.metrics import kind_of_record, shown
+from sophon._records.metrics import shown
 
 # From the best news to the worst; of several domains the worst speaks for the model. A conviction
 # on one domain outweighs an audit of another that could not be believed.
@@ -103,7 +103,7 @@ def overall(summaries: tuple[DomainSummary, ...]) -> DomainSummary:
 def _summarise(
     record: AuditRecord, domain: DomainRecord, allowed: tuple[DomainSummary, ...] = ()
 ) -> DomainSummary:
-    trials, kind = trials_of(record, domain.name), kind_of_record(record)
+    trials, kind = trials_of(record, domain.name), record.kind
     at = budgets(trials)
     subjects = subjects_of(trials, at, kind)
     flags = raised(record, domain.name)
@@ -204,7 +204,7 @@ def _with_pictures(facts: Facts, ruling: Ruling) -> Ruling:
     is enough.
     """
     record, name = facts.record, facts.domain.name
-    if record.task != "denoising" or facts.lenient or ruling.looks is None:
+    if not record.kind.pictured or facts.lenient or ruling.looks is None:
         return ruling
     borne_out = None
     if ruling.looks == "withstood":

@@ -24,7 +24,6 @@ from sophon._base.files import read_json, require_writable, write_text
 from sophon._base.torchvision_patch import library
 from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import kind_of_record
 from sophon._reporting.rendering import render
 from sophon._reporting.report import Report, report
 from sophon._specs import ModelSpec, parse_spec
@@ -219,7 +218,7 @@ def _kind_of_task(source: Exported) -> str:
 
 def _results(hub: Any, made: Report, task: str) -> list[Any]:
     """Return one result per number: the original task, and the best attack on each domain."""
-    record, kind = made.record, kind_of_record(made.record)
+    record, kind = made.record, made.record.kind
     scores = {subject.name: subject.original for subject in record.subjects}
     kept = scores.get("protected")
     original = record.original.name

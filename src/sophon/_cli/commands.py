@@ -18,14 +18,17 @@ from sophon._cli.application import (
     Settings,
     Threads,
     app,
+    command,
     counted,
     guarded,
+    option,
     require_alone,
     say_json,
 )
 from sophon._cli.auditing import run_audit, write_audit
 from sophon._cli.running import (
     mode_of,
+    remark,
     run_pretraining,
     run_protection,
     show_forecast,
@@ -37,15 +40,15 @@ from sophon._cli.running import (
 # What only reads and prints may run in several processes.
 _SHARED = ("protect", "report", "compare", "inspect")
 
-_OUT = typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
+_OUT = option("--out", "FOLDER", "Where to write; resumes there.")
 Out = Annotated[Path, _OUT]
 Profile = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--profile",
+        "ROUNDS",
+        "Time the parts of so many rounds and trace one more, into FOLDER/profile.",
         parser=counted,
-        metavar="ROUNDS",
-        help="Time the parts of so many rounds and trace one more, into FOLDER/profile.",
     ),
 ]
 Shard = Annotated[
@@ -74,14 +77,12 @@ def _options(
         require_alone(f"sophon {context.invoked_subcommand}")
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon protect run.toml --dry-run\n"
-    "  sophon protect run.toml --out runs/p1\n"
-    "  sophon protect run.toml --out runs/p2 --set protect.rounds=50 --set protect.seed=1\n"
-    "  torchrun --nproc-per-node 2 -m sophon protect run.toml --out runs/p3\n"
+@command(
+    "sophon protect run.toml --dry-run",
+    "sophon protect run.toml --out runs/p1",
+    "sophon protect run.toml --out runs/p2 --set protect.rounds=50 --set protect.seed=1",
+    "torchrun --nproc-per-node 2 -m sophon protect run.toml --out runs/p3",
 )
-@guarded
 def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     run_file: RunFile,
     out: Annotated[Path | None, _OUT] = None,
@@ -93,8 +94,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
         typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing."),
     ] = False,
     tensorboard: Annotated[
-        Path | None,
-        typer.Option("--tensorboard", metavar="FOLDER", help="Log every round for TensorBoard."),
+        Path | None, option("--tensorboard", "FOLDER", "Log every round for TensorBoard.")
     ] = None,
     profile: Profile = None,
     threads: Threads = None,
@@ -145,12 +145,10 @@ def _require_one_process(world: int, profile: int | None, *, dry_run: bool) -> N
         raise SpecError("--profile times one process: repeat it without torchrun")
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon pretrain run.toml --out runs/base\n"
-    "  sophon pretrain run.toml --out runs/base --set pretrain.steps=5000\n"
+@command(
+    "sophon pretrain run.toml --out runs/base",
+    "sophon pretrain run.toml --out runs/base --set pretrain.steps=5000",
 )
-@guarded
 def pretrain(
     run_file: RunFile,
     out: Out,
@@ -171,20 +169,14 @@ def pretrain(
     show_pretrained(run_pretraining(case, out, mode), out, mode)
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon evaluate run.toml\n"
-    "  sophon evaluate run.toml --model runs/p1 --split test\n"
-)
-@guarded
+@command("sophon evaluate run.toml", "sophon evaluate run.toml --model runs/p1 --split test")
 def evaluate(
     run_file: RunFile,
     model: Annotated[
-        Path | None,
-        typer.Option("--model", metavar="FILE", help="A checkpoint instead of RUN.TOML's model."),
+        Path | None, option("--model", "FILE", "A checkpoint instead of RUN.TOML's model.")
     ] = None,
     split: Annotated[
-        str, typer.Option("--split", metavar="validation|test", help="Which images to score.")
+        str, option("--split", "validation|test", "Which images to score.")
     ] = "validation",
     settings: Settings = None,
     as_json: Json = False,
@@ -216,12 +208,9 @@ def evaluate(
     )
 
 
-@app.command(epilog="\b\nExamples:\n  sophon demo\n  sophon demo --out first-look --threads 2\n")
-@guarded
+@command("sophon demo", "sophon demo --out first-look --threads 2")
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where everything is written.")
-    ] = Path("demo"),
+    out: Annotated[Path, option("--out", "FOLDER", "Where everything is written.")] = Path("demo"),
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -231,16 +220,14 @@ def demo(
     from sophon._records.metrics import shown
 
     mode = mode_of(quiet, as_json)
-    if mode in ("bar", "lines"):
-        typer.echo("Preparing letters, digits and a small network for letters.", err=True)
+    remark(mode, "Preparing letters, digits and a small network for letters.")
     from sophon._cli.demo import WHAT_IT_SHOWS, prepare
     from sophon._cli.run_file import load, require_place
 
     require_place(out)
     start = prepare(out)
-    if mode in ("bar", "lines"):
-        done = "trained" if start.trained else "found"
-        typer.echo(f"{done}: letters validation {shown(start.score)}", err=True)
+    done = "trained" if start.trained else "found"
+    remark(mode, f"{done}: letters validation {shown(start.score)}")
     case = load(start.run, settings, threads)
     result = run_protection(case, out / "protected", mode)
     if mode != "quiet":

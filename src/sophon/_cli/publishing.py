@@ -7,24 +7,20 @@ from typing import Annotated
 
 import typer
 
-from sophon._cli.application import Json, app, guarded, say_json
+from sophon._cli.application import Json, command, option, say_json
 from sophon._cli.reading import read_record
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon export runs/p1 --to my-model\n"
-    "  sophon export runs/p1 --to my-model --record runs/a1\n"
+@command(
+    "sophon export runs/p1 --to my-model", "sophon export runs/p1 --to my-model --record runs/a1"
 )
-@guarded
 def export(
     protected: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="What `sophon protect --out` wrote.")
     ],
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new folder to write to.")],
+    to: Annotated[Path, option("--to", "FOLDER", "A new folder to write to.")],
     record: Annotated[
-        Path | None,
-        typer.Option("--record", metavar="FOLDER", help="Its audit, for the model card."),
+        Path | None, option("--record", "FOLDER", "Its audit, for the model card.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sophon._base.errors import CheckpointError, SpecError
-from sophon._cli.application import Json, Quiet, app, guarded
+from sophon._cli.application import Json, Quiet, command, option
 from sophon._cli.controls import CONTROLS, show_controls
 from sophon._cli.running import mode_of, say, show_comparison, show_verdict
 
@@ -76,25 +76,17 @@ def _why(error: ValueError) -> str:
     return f" ({said[0]['msg'].removeprefix('Value error, ')})" if said else ""
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon report runs/a1\n"
-    "  sophon report runs/a1 --html report.html --markdown model_card.md\n"
+@command(
+    "sophon report runs/a1", "sophon report runs/a1 --html report.html --markdown model_card.md"
 )
-@guarded
 def report(
     audited: Annotated[
         Path,
         typer.Argument(metavar="FOLDER", help="An audit's folder, or its record.json; .gz, too."),
     ],
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
-    ] = None,
+    html: Annotated[Path | None, option("--html", "FILE", "Write the report as one page.")] = None,
     markdown: Annotated[
-        Path | None,
-        typer.Option(
-            "--markdown", metavar="FILE", help="Write it for a model card; - prints it alone."
-        ),
+        Path | None, option("--markdown", "FILE", "Write it for a model card; - prints it alone.")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -134,12 +126,10 @@ def _short(paths: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon compare runs/a1 runs/a2 runs/a3\n"
-    "  sophon compare runs/a1 runs/a2 --html comparison.html --markdown comparison.md\n"
+@command(
+    "sophon compare runs/a1 runs/a2 runs/a3",
+    "sophon compare runs/a1 runs/a2 --html comparison.html --markdown comparison.md",
 )
-@guarded
 def compare(
     audited: Annotated[
         list[Path],
@@ -147,12 +137,9 @@ def compare(
             metavar="FOLDER...", help="Two or more audits' folders, or record.json; .gz, too."
         ),
     ],
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the ranking as one page.")
-    ] = None,
+    html: Annotated[Path | None, option("--html", "FILE", "Write the ranking as one page.")] = None,
     markdown: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write it as Markdown; - prints it alone."),
+        Path | None, option("--markdown", "FILE", "Write it as Markdown; - prints it alone.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -169,11 +156,12 @@ def compare(
     show_comparison(made, files, as_json=as_json)
 
 
-@app.command(
-    epilog="\b\nExamples:\n  sophon inspect run.toml\n  sophon inspect runs/p1\n"
-    "  sophon inspect runs/a1\n  sophon inspect --schema > audit-record.schema.json\n"
+@command(
+    "sophon inspect run.toml",
+    "sophon inspect runs/p1",
+    "sophon inspect runs/a1",
+    "sophon inspect --schema > audit-record.schema.json",
 )
-@guarded
 def inspect(
     path: Annotated[
         Path | None, typer.Argument(metavar="PATH", help="A run file, a checkpoint or an audit.")

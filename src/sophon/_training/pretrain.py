@@ -76,7 +76,6 @@ class Pretraining(ResumableRun[Stage]):
             model,
             task=task or Classification(),
             original=original,
-            restricted=None,
             head=None if model_spec is None else model_spec.head,
             precision=spec.precision,
             device=device,

@@ -210,14 +210,14 @@ def _with_pictures(facts: Facts, ruling: Ruling) -> Ruling:
     if ruling.looks == "withstood":
         said = withstands(record, name)
     else:
-        costs = [facts.subjects[n].to_unprotected for n in ("unprotected", "protected")]
-        first = 0 if costs[0] is None else costs[0].steps or costs[0].horizon + 1
-        last = 0 if costs[1] is None else costs[1].above + 1
+        before, after = (facts.subjects[n].costs for n in ("unprotected", "protected"))
+        first = before["unprotected"].steps or before["unprotected"].horizon + 1
+        last = after["unprotected"].above + 1
         said = slows(record, name, first, last, SLOWED_FROM)
         borne_out = said.until / first if said.kind == "for" and said.until < last else None
-    after: dict[str, Verdict] = {"for": ruling.verdict, "against": "not protected", "none": "void"}
+    left: dict[str, Verdict] = {"for": ruling.verdict, "against": "not protected", "none": "void"}
     reasons = (*ruling.reasons, Reason("pictures", said.reason))
-    return Ruling(after[said.kind], reasons, ruling.looks, borne_out)
+    return Ruling(left[said.kind], reasons, ruling.looks, borne_out)
 
 
 def _with_allowed(facts: Facts, ruling: Ruling, allowed: tuple[DomainSummary, ...]) -> Ruling:

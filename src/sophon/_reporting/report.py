@@ -7,6 +7,7 @@ from typing import Any
 
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.parts import alone, domains_of, trials_of
+from sophon._judgement.statistics import interval_of
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import judge
 from sophon._records.audit_record import AuditRecord
@@ -101,11 +102,12 @@ def _values(summary: DomainSummary) -> dict[str, Any]:
         name: {
             "best_validation": subject.best,
             "test": None if subject.test is None else subject.test.value,
-            "test_interval": subject.test_interval and list(subject.test_interval),
+            "test_interval": subject.test and list(interval_of(subject.test)),
             "attack": subject.winner.strategy.label(),
-            "steps_to_recover": subject.to_unprotected and subject.to_unprotected.steps,
+            "steps_to_recover": cost and cost.steps,
         }
         for name, subject in summary.subjects.items()
+        for cost in (subject.costs.get("unprotected"),)
     }
     return {
         "domain": summary.domain.name,

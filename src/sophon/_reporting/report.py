@@ -136,7 +136,6 @@ def _section(record: AuditRecord, summary: DomainSummary) -> dict[str, Any]:
     return {
         "summary": summary,
         "facts": tables.facts(summary),
-        "bands": _bands(record),
         "reached": tables.reached(summary, shared_fields(trial.strategy for trial in trials)),
         "envelopes": tables.envelopes(summary),
         "distribution": tables.distribution(summary, bests),
@@ -162,16 +161,6 @@ def _task(record: AuditRecord) -> str:
     meant = record.kind.meant.format(task=record.task_name)
     left = f" Left out: {'; '.join(record.left_out)}." if record.left_out else ""
     return f"{meant}{left}" if meant else ""
-
-
-def _bands(record: AuditRecord) -> str:
-    seeds = len(record.seeds)
-    if seeds < 2:
-        return "one attack seed, so no interval"
-    return (
-        f"mean over {seeds} attack seeds of the attacks run with every seed, with the 95 %"
-        " bootstrap interval of that mean"
-    )
 
 
 def _scoring(record: AuditRecord) -> str:

@@ -9,17 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sophon._base.errors import CheckpointError, SpecError
-from sophon._cli.application import (
-    Json,
-    Quiet,
-    RunFile,
-    Settings,
-    Threads,
-    command,
-    command_line,
-    counted,
-    option,
-)
+from sophon._cli import application as cli
 from sophon._cli.controls import CONTROLS, run_controls
 from sophon._cli.running import mode_of, remark, show_verdict
 
@@ -34,13 +24,13 @@ if TYPE_CHECKING:
 _OURS = ("record.json", CONTROLS, "trials", "budgets")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
-Out = Annotated[Path, option("--out", "FOLDER", "Where record and reports go.")]
+Out = Annotated[Path, cli.option("--out", "FOLDER", "Where record and reports go.")]
 Protected = Annotated[
-    Path | None, option("--model", "FILE", "The protected checkpoint: its file or folder.")
+    Path | None, cli.option("--model", "FILE", "The protected checkpoint: its file or folder.")
 ]
 Unprotected = Annotated[
     Path | None,
-    option(
+    cli.option(
         "--unprotected",
         "FILE",
         "The checkpoint before protection; default: the model of RUN.TOML. `none`: there"
@@ -48,11 +38,12 @@ Unprotected = Annotated[
     ),
 ]
 Store = Annotated[
-    Path | None, option("--store", "FOLDER", "Where trials are kept and looked up; default: --out.")
+    Path | None,
+    cli.option("--store", "FOLDER", "Where trials are kept and looked up; default: --out."),
 ]
 Budget = Annotated[
     str | None,
-    option(
+    cli.option(
         "--budget",
         "TIME",
         "Fit the audit to a time such as 45m or 1h30m, and say what that gives up.",
@@ -67,13 +58,15 @@ WithControls = Annotated[
     ),
 ]
 Workers = Annotated[
-    int, option("--workers", "N", "Trials run at once, of one thread each.", parser=counted)
+    int, cli.option("--workers", "N", "Trials run at once, of one thread each.", parser=cli.counted)
 ]
-Executor = Annotated[str, option("--executor", "processes|ray", "What runs the workers.")]
-Address = Annotated[str | None, option("--address", "HOST:PORT", "The Ray cluster; default: here.")]
+Executor = Annotated[str, cli.option("--executor", "processes|ray", "What runs the workers.")]
+Address = Annotated[
+    str | None, cli.option("--address", "HOST:PORT", "The Ray cluster; default: here.")
+]
 
 
-@command(
+@cli.command(
     "sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1",
     "sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1",
     "sophon audit run.toml --model runs/p1 --out runs/a3 --budget 1h30m --workers 4",
@@ -82,7 +75,7 @@ Address = Annotated[str | None, option("--address", "HOST:PORT", "The Ray cluste
     "sophon audit run.toml --controls --out runs/c1 --set 'audit.suite=\"quick-1\"'",
 )
 def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
-    run_file: RunFile,
+    run_file: cli.RunFile,
     out: Out,
     model: Protected = None,
     unprotected: Unprotected = None,
@@ -92,10 +85,10 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     workers: Workers = 1,
     executor: Executor = "processes",
     address: Address = None,
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    threads: Threads = None,
+    settings: cli.Settings = None,
+    quiet: cli.Quiet = False,
+    as_json: cli.Json = False,
+    threads: cli.Threads = None,
 ) -> None:
     """Attack a protected checkpoint and report what it withstood.
 
@@ -283,7 +276,7 @@ def _opened(
         head=case.network.head,
         about={
             "model": case.name,
-            "command": command_line(),
+            "command": cli.command_line(),
             "protection": protection,
             "note": note,
             "files": files,

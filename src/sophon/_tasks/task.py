@@ -101,9 +101,11 @@ class Task(Protocol):
 
     def check_shipped(self, model: nn.Module, domain: Domain, shape: Shape) -> None:
         """Raise DataError unless a pipeline of `model` would make images of `shape`."""
+        del model, domain, shape
 
     def require_alike(self, scheduler: Any, folder: Path) -> None:
         """Raise SpecError if a model in `folder` with that scheduler predicts something else."""
+        del scheduler, folder
 
     def described(self, spec: ModelSpec | None) -> ModelSpec | None:
         """Return the network that a shipped model's folder names, for one given as `spec`."""
@@ -111,6 +113,7 @@ class Task(Protocol):
 
     def complete(self, folder: Path, model: nn.Module) -> None:
         """Write what the library of `model` needs beside the shipped weights in `folder`."""
+        del folder, model
 
 
 def _correct(scores: Tensor) -> Score:

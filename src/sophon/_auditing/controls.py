@@ -123,13 +123,8 @@ DECOYS: dict[str, Made] = {
 
 # Attackers get as far with these as without: the attacks must see that too, not the flags alone.
 RECOVERED = (
-    "frozen parameters",
-    "poisoned head",
-    "saturated logits",
-    "faint gradients",
-    "inflated weights",
-    "slightly inflated weights",
-    "spoilt BatchNorm",
+    *("frozen parameters", "poisoned head", "saturated logits", "faint gradients"),
+    *("inflated weights", "slightly inflated weights", "spoilt BatchNorm"),
 )
 _RECOVERED_BELOW = 0.5
 

@@ -50,15 +50,8 @@ Examples:
 
 # As a user meets them.
 _ORDER = (
-    "demo",
-    "pretrain",
-    "protect",
-    "audit",
-    "report",
-    "compare",
-    "evaluate",
-    "inspect",
-    "export",
+    *("demo", "pretrain", "protect", "audit", "report"),
+    *("compare", "evaluate", "inspect", "export"),
 )
 
 

@@ -10,7 +10,6 @@ from sameness import base_folder, changes_of
 from sophon._attacks.suites import strategies_of
 from sophon._base.errors import CheckpointError
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import kind_of_record
 from sophon._specs import AuditSpec, Strategy
 from tables import EMPTY, missing_of, origin_of, read_stored, scores_of, seeds_of
 
@@ -99,7 +98,7 @@ def robustness_tables(record: AuditRecord, cell: Cell, base: Path | None = None)
 
 def _shown(record: AuditRecord, attack: Strategy) -> str:
     """Return the scores after an attack as cells of a row, and of how many seeds where of fewer."""
-    kind, seeds = kind_of_record(record), len(record.seeds)
+    kind, seeds = record.kind, len(record.seeds)
     return " | ".join(
         EMPTY
         if value is None

@@ -17,7 +17,7 @@ from sophon._judgement.verdict import overall, summarise
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import MetricKind, kind_of_record
+from sophon._records.metrics import MetricKind
 from sophon._reporting.tables import removed_text
 from sophon._specs import Strategy, Subject, parse_spec
 
@@ -105,7 +105,7 @@ def measured(record: AuditRecord, cell: Cell, base: Path | None = None) -> Measu
     worst = [first.subjects.get(name) for name in SUBJECTS]
     attack = rehearsed_attack(record)
     return Measured(
-        kind=kind_of_record(record),
+        kind=record.kind,
         before=None if own is None else own.value,
         after=None if kept is None else kept.value,
         rehearsed=(None,) * 3 if attack is None else scores_of(record, attack),

@@ -69,7 +69,7 @@ def rows(label: str, record: AuditRecord, summary: DomainSummary) -> list[str]:
             kept,
             _interval(held.test),
             held.winner.strategy.label(),
-            _cost(held.to_unprotected),
+            _cost(held.costs.get("unprotected")),
             _advantage(summary) if first else "",
             summary.text if first else "",
         ]

@@ -14,21 +14,25 @@ import torch
 from torch import nn
 
 import sophon._auditing.executors
-from sophon._auditing.executors import Processes, Serial, Workload, in_order, take_card
+from sophon._auditing.executors import Processes, Serial, Workload, take_card
 from sophon._base.errors import AuditError
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._records.audit_record import Trial
 from workloads import Broken, Counting, Holding, Scripted, Unloadable, job
 
 
-def test_each_trial_is_handed_over_as_it_is_done_and_yielded_in_order() -> None:
-    def completed() -> object:
+def test_each_trial_is_handed_over_as_it_is_done_and_yielded_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def completed(*_: object) -> object:
         for place in (2, 0, 3, 1):
             events.append(f"done {place}")
             yield place, place
 
     events: list[str] = []
-    for trial in in_order(completed(), lambda t: events.append(f"stored {t}")):  # type: ignore[arg-type]
+    monkeypatch.setattr(Serial, "completed", completed)
+    here = Serial(Scripted(tmp_path))  # type: ignore[arg-type]
+    for trial in here.run((), lambda t: events.append(f"stored {t}")):
         events.append(f"yielded {trial}")
     assert events == [
         *("done 2", "stored 2", "done 0", "stored 0", "yielded 0", "done 3", "stored 3"),

@@ -315,7 +315,7 @@ def _record(kids: tuple[float, float, float] | None = (0.5, 0.1, 0.5)) -> AuditR
 def test_recovering_an_error_means_90_percent_of_the_way_from_scratch() -> None:
     (summary,) = summarise(_record())
     assert summary.goal == pytest.approx(1 - (0.14 - 0.9 * (0.14 - 0.05)))
-    steps = {name: s.to_unprotected for name, s in summary.subjects.items()}
+    steps = {name: s.costs.get("unprotected") for name, s in summary.subjects.items()}
     assert steps["unprotected"] is not None
     assert steps["unprotected"].steps == 200
     assert steps["protected"] is not None

@@ -265,3 +265,8 @@ def test_the_import_rules_name_each_room_without_torch() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     contract = next(item for item in contracts["contracts"] if item["id"] == "no-torch")
     assert {f"sophon.{room}" for room in TORCHLESS} == set(contract["source_modules"])
+
+
+def test_only_the_kind_of_score_asks_what_a_task_is_called() -> None:
+    asked = [named(p) for p in SOURCES if re.search(r"\.task (==|!=|in) ", p.read_text())]
+    assert asked == ["src/sophon/_records/metrics.py"]

@@ -19,6 +19,7 @@ from sophon._judgement.statistics import (
     by_seed,
     cost_to_recover,
     envelope,
+    first_evaluation,
     next_seed,
     shared_budgets,
     wilson,
@@ -29,7 +30,6 @@ from sophon._records.audit_record import (
     Point,
     Score,
     Trial,
-    first_evaluation,
     pack,
     unpack,
 )

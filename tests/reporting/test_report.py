@@ -1093,7 +1093,7 @@ def test_nine_tenths_of_the_best_is_what_counts_as_recovered() -> None:
     for value, reached in ((0.76, False), (0.815, True)):
         curves = {"protected": (0.1, 0.2, 0.3, value)}
         (made,) = summarise(record(curves=curves))
-        cost = made.subjects["protected"].to_unprotected
+        cost = made.subjects["protected"].costs.get("unprotected")
         assert cost is not None
         assert (cost.steps == 200) == reached
         assert cost.horizon == 200

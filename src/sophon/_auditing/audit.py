@@ -16,17 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sophon._attacks.suites import (
-    anew_attacks,
-    beyond_rehearsal,
-    beyond_usual,
-    depth_attacks,
-    fitting,
-    resolved,
-    strategies_of,
-    suite_fingerprint,
-    suite_of,
-)
+from sophon._attacks import suites
 from sophon._auditing.budget import AuditForecast, Pace, decided, fit, least_steps, measure_pace
 from sophon._auditing.checks import USUAL_BATCH, ExecutorName, check_attacks, check_executor
 from sophon._auditing.executors import Executor, Processes, Serial, Workload
@@ -111,7 +101,7 @@ class Audit:
         budget_s: float | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
-        self.spec = resolved(AuditSpec() if spec is None else spec)
+        self.spec = suites.resolved(AuditSpec() if spec is None else spec)
         self.restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
         self.held_out, self.benign = tuple(held_out), tuple(benign)
         check_executor(executor, address)
@@ -151,16 +141,16 @@ class Audit:
             self._fit(budget_s, DocumentStore(folder and folder / "budgets"))
 
     def _planned(self, spec: AuditSpec) -> Plan:
-        suite, metric = suite_of(spec), self.setting.task.metric
+        suite, metric = suites.suite_of(spec), self.setting.task.metric
         count = len(blocks(self.subjects.protected, self.setting.head))
-        chosen = dict.fromkeys((*strategies_of(spec), *anew_attacks(count, spec)))
-        strategies, left_out = fitting(tuple(chosen), metric)
+        chosen = dict.fromkeys((*suites.strategies_of(spec), *suites.anew_attacks(count, spec)))
+        strategies, left_out = suites.fitting(tuple(chosen), metric)
         whole: tuple[Strategy, ...] = ()
-        beyond = beyond_rehearsal(self.about.get("protection"), spec)
+        beyond = suites.beyond_rehearsal(self.about.get("protection"), spec)
         if suite.rehearsed:
-            strategies = tuple(dict.fromkeys((*strategies, *beyond, *beyond_usual(spec))))
+            strategies = tuple(dict.fromkeys((*strategies, *beyond, *suites.beyond_usual(spec))))
         if suite.depth:
-            whole = depth_attacks(count, spec)
+            whole = suites.depth_attacks(count, spec)
         return Plan(
             spec=spec,
             subjects=self.subjects.names,
@@ -358,7 +348,7 @@ class Audit:
             earlier_crashes=self._crashes,
             environment=environment(setting.device, setting.precision),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            suite_fingerprint=suite_fingerprint(self.spec.suite),
+            suite_fingerprint=suites.suite_fingerprint(self.spec.suite),
             command=about.get("command", ""),
             given_up=self.given_up,
             note=about.get("note", ""),

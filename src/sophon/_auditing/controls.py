@@ -123,13 +123,8 @@ DECOYS: dict[str, Made] = {
 
 # Attackers get as far with these as without: the attacks must see that too, not the flags alone.
 RECOVERED = (
-    "frozen parameters",
-    "poisoned head",
-    "saturated logits",
-    "faint gradients",
-    "inflated weights",
-    "slightly inflated weights",
-    "spoilt BatchNorm",
+    *("frozen parameters", "poisoned head", "saturated logits", "faint gradients"),
+    *("inflated weights", "slightly inflated weights", "spoilt BatchNorm"),
 )
 _RECOVERED_BELOW = 0.5
 
@@ -282,13 +277,12 @@ class Controls:
     def known(self) -> Iterator[ControlResult]:
         """Audit the two whose answer is a number."""
         summary = summarise(self._audited(self.twin(), self.often))[0]
-        recovered = summary.verdict == "not protected" and answer_found(summary, 0.0)
-        failed = "" if recovered else "must be not protected, with 0 % removed and surely not 100"
+        found = summary.verdict == "not protected" and answer_found(summary, 0.0)
+        failed = "" if found else "must be not protected, with 0 % removed and surely not 100"
         yield ControlResult("a twin of the unprotected model", summary, failed=failed)
         fresh = fresh_copy(self.unprotected, self.scratch, seed=1, names=("control",))
         summary = summarise(self._audited(fresh, self.often))[0]
-        found = answer_found(summary, 1.0)
-        failed = "" if found else "100 % must be removed, and surely not 0"
+        failed = "" if answer_found(summary, 1.0) else "100 % must be removed, and surely not 0"
         yield ControlResult("a fresh network", summary, failed=failed)
 
     def twin(self) -> nn.Module:

@@ -9,7 +9,7 @@ import sys
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
@@ -71,44 +71,41 @@ class Workload:
         return self.bench.crashed(job, self.start(job.subject, job.seed), error)
 
 
-def in_order(completed: Iterable[tuple[int, Trial]], finished: Finished) -> Iterator[Trial]:
-    """Yield the trials by their places, 0 first; call `finished` with each as soon as it comes."""
-    held: dict[int, Trial] = {}
-    following = 0
-    for place, trial in completed:
-        finished(trial)
-        held[place] = trial
-        while following in held:
-            yield held.pop(following)
-            following += 1
-
-
 class Executor(AbstractContextManager["Executor"]):
     """Where jobs are run: a context that yields their trials in their order."""
+
+    def __init__(self, workload: Workload, workers: int = 1) -> None:
+        self.workload = workload
+        self.workers = workers
 
     def __exit__(self, *exception: object) -> None:
         return None
 
     @abstractmethod
+    def completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
+        """Yield the place of each job and its trial, as they are done."""
+
     def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
         """Yield the trials in the order of the jobs; call `finished` with each once it is done.
 
         A trial is done before it is yielded, often long before: one in front may take longer.
         """
+        held: dict[int, Trial] = {}
+        following = 0
+        for place, trial in self.completed(jobs):
+            finished(trial)
+            held[place] = trial
+            while following in held:
+                yield held.pop(following)
+                following += 1
 
 
 class Serial(Executor):
     """Run jobs in this process, one after another."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
-
-    def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
-        """Yield the trials in the order of the jobs; see `Executor`."""
-        for job in jobs:
-            trial = self.workload.run(job)
-            finished(trial)
-            yield trial
+    def completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
+        """Yield each job's place and trial."""
+        return ((place, self.workload.run(job)) for place, job in enumerate(jobs))
 
 
 class Processes(Executor):
@@ -120,8 +117,7 @@ class Processes(Executor):
     """
 
     def __init__(self, workload: Workload, workers: int) -> None:
-        self.workload = workload
-        self.workers = workers
+        super().__init__(workload, workers)
         self._pool: ProcessPoolExecutor | None = None
         # The first task of the pool, which does nothing; pools in a row that did not get there.
         self._first: Future[None] | None = None
@@ -130,7 +126,7 @@ class Processes(Executor):
     def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
         """Yield the trials in the order of the jobs; see `Executor`."""
         try:
-            yield from in_order(self._completed(jobs), finished)
+            yield from super().run(jobs, finished)
         except (AttributeError, TypeError, PicklingError) as error:
             # What pickle says of classes and functions made inside functions, lambdas and the like.
             if "pickle" not in str(error).lower():
@@ -140,7 +136,7 @@ class Processes(Executor):
                 " that it holds, by name in a module, or use one worker"
             ) from None
 
-    def _completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
+    def completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
         """Yield the place of each job and its trial, as they are done."""
         waiting = deque(enumerate(jobs))
         while waiting:

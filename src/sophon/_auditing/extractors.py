@@ -179,15 +179,7 @@ def _trained(spec: SampleSpec, original: Domain, restricted: Domain) -> Extracto
     domain = _joint(original, restricted)
     with seeded(0, "extractor"):
         model = SmallConvNet(domain.class_count)
-    setting = make_setting(
-        model,
-        task=Classification(),
-        original=domain,
-        restricted=None,
-        head="head",
-        precision="fp32",
-        device="cpu",
-    )
+    setting = make_setting(model, task=Classification(), original=domain, head="head", device="cpu")
     strategy = Strategy(
         optimizer="adamw",
         learning_rate=3e-3,

@@ -41,11 +41,6 @@ class Work(NamedTuple):
     images: int
     measurements: int
 
-    def plus(self, count: float, steps: int, batch_size: float, measurements: int) -> Work:
-        """Return this and `count` more trials of so many steps and measurements."""
-        more = (count, count * steps, count * steps * batch_size, count * measurements)
-        return Work(*(held + round(extra) for held, extra in zip(self, more, strict=True)))
-
 
 @dataclass
 class Plan:
@@ -95,40 +90,39 @@ class Plan:
 
         As if the prefilter could tell attacks apart: where it cannot, all of them go on.
         """
-        whole, usual = self.spec.steps, Strategy.model_fields["batch_size"].default
+        due = evaluation_steps(self.spec.steps, self.spec.evaluations)
         work = Work(0, 0, 0, 0)
-        several = len(self.subjects)
+        for count, steps, batch_size in self._expected():
+            # Each is measured at its start too.
+            measured = count * (1 + sum(step <= steps for step in due))
+            more = (count, count * steps, count * steps * batch_size, measured)
+            work = Work(*(held + round(extra) for held, extra in zip(work, more, strict=True)))
+        return work
+
+    def _expected(self) -> Iterator[tuple[float, int, int]]:
+        """Yield how many trials of how many steps and of what batch there are to be."""
+        whole, usual = self.spec.steps, Strategy.model_fields["batch_size"].default
+        several, stop = len(self.subjects), self._stop() or self.spec.steps
         every = 1 if self.suite.headline else len(self.seeds)
-        stop = self._stop() or whole
         for domain in self.restricted:
             early, late = self._early_and_late(domain)
-            for strategy in early:
-                work = self._more(work, several * every, stop, strategy.batch_size)
-            for strategy in late:
-                work = self._more(work, several * every, whole, strategy.batch_size)
+            yield from ((several * every, stop, strategy.batch_size) for strategy in early)
+            yield from ((several * every, whole, strategy.batch_size) for strategy in late)
             if stop < whole:
                 survivors = min(len(early), self.survivors * 2 + len({method(s) for s in early}))
-                work = self._more(work, several * survivors, whole, usual)
+                yield several * survivors, whole, usual
             search = (self.spec.search_trials or 0) * several
-            work = self._more(work, search, stop, usual)
-            work = self._more(work, search / 2 if stop < whole else 0, whole, usual)
+            yield search, stop, usual
+            yield search / 2 if stop < whole else 0, whole, usual
             if self.suite.headline or search:
                 again = len(self.seeds) - every
                 # Leaders of one subject are new to the others' searches, and to later seeds.
                 leaders = _USUAL_LEADERS * several
-                work = self._more(
-                    work, several * (leaders * again + search / several / 4), whole, usual
-                )
+                yield several * (leaders * again + search / several / 4), whole, usual
         for domain in self.secondary:
             seeds = min(_SECONDARY_SEEDS, len(self.seeds))
             for strategy in self._secondary_for(domain):
-                work = self._more(work, several * seeds, whole, strategy.batch_size)
-        return work
-
-    def _more(self, work: Work, count: float, steps: int, batch_size: float) -> Work:
-        """Return `work` and `count` trials of so many steps, each measured at its start too."""
-        due = evaluation_steps(self.spec.steps, self.spec.evaluations)
-        return work.plus(count, steps, batch_size, 1 + sum(step <= steps for step in due))
+                yield several * seeds, whole, strategy.batch_size
 
     def next(self, results: Sequence[Trial] = ()) -> list[Job] | None:
         """Return the next batch of trials to run, or None where all were.
@@ -285,8 +279,7 @@ class Plan:
         chosen: dict[Strategy, None] = {}
         for subject in self.subjects:
             met = self._met(domain, subject)
-            best_trial = winner(met)
-            if best_trial is not None:
+            if (best_trial := winner(met)) is not None:
                 chosen[best_trial.strategy] = None
             by_strategy: dict[Strategy, list[Trial]] = {}
             for trial in met:

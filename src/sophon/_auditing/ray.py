@@ -15,15 +15,7 @@ from collections.abc import Iterator, Sequence
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
-from sophon._auditing.executors import (
-    ATTEMPTS,
-    Executor,
-    Finished,
-    Workload,
-    in_order,
-    lost,
-    unheard,
-)
+from sophon._auditing.executors import ATTEMPTS, Executor, Workload, lost
 from sophon._auditing.trial import Job
 from sophon._base.errors import AuditError, SpecError, first_line
 from sophon._base.plain_mode import SWITCH
@@ -44,8 +36,7 @@ class RayCluster(Executor):
     """
 
     def __init__(self, workload: Workload, workers: int, address: str | None = None) -> None:
-        self.workload = workload
-        self.workers = workers
+        super().__init__(workload, workers)
         self._ray = require_ray()
         # The workload in Ray's own store, from the first trial on.
         self._held: Any = None
@@ -61,11 +52,7 @@ class RayCluster(Executor):
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise AuditError(_no_answer(address, error)) from None
 
-    def run(self, jobs: Sequence[Job], finished: Finished = unheard) -> Iterator[Trial]:
-        """Yield the trials in the order of the jobs; see `Executor`."""
-        yield from in_order(self._completed(jobs), finished)
-
-    def _completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
+    def completed(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Trial]]:
         """Yield the place of each job and its trial, as they are done."""
         ray: Any = self._ray
         share = _share_of_a_card(

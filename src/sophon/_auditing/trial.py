@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sophon._base.plain_mode import plain
 from sophon._data import Domain
+from sophon._judgement.statistics import first_evaluation
 from sophon._models import Bare, batch_norm_reestimated, foreign_hooks, merged_lora
 from sophon._records.audit_record import (
     SCHEMA_VERSION,
@@ -26,7 +27,6 @@ from sophon._records.audit_record import (
     Point,
     Stopped,
     Trial,
-    first_evaluation,
     pack,
 )
 from sophon._specs import Strategy, Subject, fingerprint_of

@@ -39,19 +39,17 @@ def measure_vitals(model: nn.Module, setting: Setting) -> Vitals:
     buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     raised: list[str] = []
 
-    gradients = {
-        domain.name: _or_raised(raised, partial(_gradient_norms, model, setting, domain))
-        or (None, None)
-        for domain in setting.restricted
-    }
-    familiar = {
-        domain.name: _or_raised(raised, partial(familiarity, model, setting, domain))
-        for domain in setting.restricted
-    }
+    def of_each(measure: Callable[[nn.Module, Setting, Domain], Any]) -> dict[str, Any]:
+        return {
+            domain.name: _or_raised(raised, partial(measure, model, setting, domain))
+            for domain in setting.restricted
+        }
+
+    gradients, familiar = of_each(_gradient_norms), of_each(familiarity)
     return Vitals(
         largest_logit=_or_raised(raised, partial(_largest_logit, held, setting)),
-        gradient_norms={name: norms[0] for name, norms in gradients.items()},
-        body_gradient_norms={name: norms[1] for name, norms in gradients.items()},
+        gradient_norms={name: norms and norms[0] for name, norms in gradients.items()},
+        body_gradient_norms={name: norms and norms[1] for name, norms in gradients.items()},
         weight_sizes=_sizes(held),
         rescaled_sizes=_or_raised(raised, partial(_rescaled_sizes, model, setting)) or {},
         largest_buffer=_extreme(buffers, largest=True),

@@ -50,15 +50,8 @@ Examples:
 
 # As a user meets them.
 _ORDER = (
-    "demo",
-    "pretrain",
-    "protect",
-    "audit",
-    "report",
-    "compare",
-    "evaluate",
-    "inspect",
-    "export",
+    *("demo", "pretrain", "protect", "audit", "report"),
+    *("compare", "evaluate", "inspect", "export"),
 )
 
 
@@ -77,15 +70,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+
+def option(flag: str, metavar: str, text: str, **more: Any) -> Any:
+    """Return an option that takes a value: its flag, what stands for the value, its help."""
+    return typer.Option(flag, metavar=metavar, help=text, **more)
+
+
 RunFile = Annotated[
     Path, typer.Argument(metavar="RUN.TOML", help="The run: model, domains and what to do.")
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--set",
-        metavar="KEY=VALUE",
-        help="Change one value of the run file, such as protect.rounds=50. May be repeated.",
+        "KEY=VALUE",
+        "Change one value of the run file, such as protect.rounds=50. May be repeated.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the last line, the result.")]
@@ -104,8 +103,7 @@ def counted(text: str | int) -> int:
 
 
 Threads = Annotated[
-    int | None,
-    typer.Option("--threads", parser=counted, metavar="N", help="Processor threads to use."),
+    int | None, option("--threads", "N", "Processor threads to use.", parser=counted)
 ]
 Arguments = ParamSpec("Arguments")
 
@@ -143,6 +141,16 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
             _fail(f"error: {line}", 2)
 
     return guarded
+
+
+def command(*examples: str) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
+    """Make a function a command, `guarded`, whose help ends with the examples."""
+    epilog = "\b\nExamples:\n" + "".join(f"  {example}\n" for example in examples)
+
+    def added(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
+        return app.command(epilog=epilog)(guarded(function))
+
+    return added
 
 
 def _resources_wanting(error: Exception) -> str | None:

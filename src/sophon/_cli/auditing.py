@@ -9,19 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sophon._base.errors import CheckpointError, SpecError
-from sophon._cli.application import (
-    Json,
-    Quiet,
-    RunFile,
-    Settings,
-    Threads,
-    app,
-    command_line,
-    counted,
-    guarded,
-)
+from sophon._cli import application as cli
 from sophon._cli.controls import CONTROLS, run_controls
-from sophon._cli.running import mode_of, show_verdict
+from sophon._cli.running import mode_of, remark, show_verdict
 
 if TYPE_CHECKING:
     from sophon._auditing.audit import Audit
@@ -34,32 +24,29 @@ if TYPE_CHECKING:
 _OURS = ("record.json", CONTROLS, "trials", "budgets")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
-Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where record and reports go.")]
+Out = Annotated[Path, cli.option("--out", "FOLDER", "Where record and reports go.")]
 Protected = Annotated[
-    Path | None,
-    typer.Option("--model", metavar="FILE", help="The protected checkpoint: its file or folder."),
+    Path | None, cli.option("--model", "FILE", "The protected checkpoint: its file or folder.")
 ]
 Unprotected = Annotated[
     Path | None,
-    typer.Option(
+    cli.option(
         "--unprotected",
-        metavar="FILE",
-        help="The checkpoint before protection; default: the model of RUN.TOML. `none`: there"
+        "FILE",
+        "The checkpoint before protection; default: the model of RUN.TOML. `none`: there"
         " is none, and the report says what cannot be claimed without.",
     ),
 ]
 Store = Annotated[
     Path | None,
-    typer.Option(
-        "--store", metavar="FOLDER", help="Where trials are kept and looked up; default: --out."
-    ),
+    cli.option("--store", "FOLDER", "Where trials are kept and looked up; default: --out."),
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(
+    cli.option(
         "--budget",
-        metavar="TIME",
-        help="Fit the audit to a time such as 45m or 1h30m, and say what that gives up.",
+        "TIME",
+        "Fit the audit to a time such as 45m or 1h30m, and say what that gives up.",
     ),
 ]
 WithControls = Annotated[
@@ -71,32 +58,24 @@ WithControls = Annotated[
     ),
 ]
 Workers = Annotated[
-    int,
-    typer.Option(
-        "--workers", parser=counted, metavar="N", help="Trials run at once, of one thread each."
-    ),
+    int, cli.option("--workers", "N", "Trials run at once, of one thread each.", parser=cli.counted)
 ]
-Executor = Annotated[
-    str, typer.Option("--executor", metavar="processes|ray", help="What runs the workers.")
-]
+Executor = Annotated[str, cli.option("--executor", "processes|ray", "What runs the workers.")]
 Address = Annotated[
-    str | None,
-    typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster; default: here."),
+    str | None, cli.option("--address", "HOST:PORT", "The Ray cluster; default: here.")
 ]
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1\n"
-    "  sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1\n"
-    "  sophon audit run.toml --model runs/p1 --out runs/a3 --budget 1h30m --workers 4\n"
-    "  sophon audit run.toml --model theirs.pth --unprotected before.pth --out runs/a4\n"
-    "  sophon audit run.toml --model theirs.pth --unprotected none --out runs/a5\n"
-    "  sophon audit run.toml --controls --out runs/c1 --set 'audit.suite=\"quick-1\"'\n"
+@cli.command(
+    "sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1",
+    "sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1",
+    "sophon audit run.toml --model runs/p1 --out runs/a3 --budget 1h30m --workers 4",
+    "sophon audit run.toml --model theirs.pth --unprotected before.pth --out runs/a4",
+    "sophon audit run.toml --model theirs.pth --unprotected none --out runs/a5",
+    "sophon audit run.toml --controls --out runs/c1 --set 'audit.suite=\"quick-1\"'",
 )
-@guarded
 def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
-    run_file: RunFile,
+    run_file: cli.RunFile,
     out: Out,
     model: Protected = None,
     unprotected: Unprotected = None,
@@ -106,10 +85,10 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     workers: Workers = 1,
     executor: Executor = "processes",
     address: Address = None,
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    threads: Threads = None,
+    settings: cli.Settings = None,
+    quiet: cli.Quiet = False,
+    as_json: cli.Json = False,
+    threads: cli.Threads = None,
 ) -> None:
     """Attack a protected checkpoint and report what it withstood.
 
@@ -264,9 +243,8 @@ def run_audit(
         for trial in audit:
             fresh = trial.key in audit.ran
             display.step(trial.model_dump(mode="json"), trial_text(trial), fresh=fresh)
-    if audit.picture_sets and mode in ("bar", "lines"):
-        sets = audit.picture_sets
-        typer.echo(f"drawing and judging {sets} sets of pictures, stored ones excepted", err=True)
+    if sets := audit.picture_sets:
+        remark(mode, f"drawing and judging {sets} sets of pictures, stored ones excepted")
     return audit.record()
 
 
@@ -298,18 +276,18 @@ def _opened(
         head=case.network.head,
         about={
             "model": case.name,
-            "command": command_line(),
+            "command": cli.command_line(),
             "protection": protection,
             "note": note,
             "files": files,
         },
         **arguments,
     )
-    if mode in ("bar", "lines") and weights_sha256(protected) == weights_sha256(before):
-        typer.echo(
+    if weights_sha256(protected) == weights_sha256(before):
+        remark(
+            mode,
             f"warning: {path} has the weights of the model before protection: name the protected"
             " ones with --model, and those in the run file or with --unprotected",
-            err=True,
         )
     return audit
 
@@ -321,16 +299,11 @@ def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
     if not todo or mode == "quiet":
         return
     say_forecast(audit.forecast(), mode, todo, audit.given_up, about=audit.plan.staged)
-    if mode == "json":
-        return
-    if audit.picture_sets:
-        typer.echo(
-            f"pictures ({audit.picture_sets} sets) come after the trials; their time is not in the"
-            " forecast",
-            err=True,
-        )
+    if sets := audit.picture_sets:
+        late = "come after the trials; their time is not in the forecast"
+        remark(mode, f"pictures ({sets} sets) {late}")
     for lost in audit.given_up:
-        typer.echo(f"given up to fit the budget: {lost}", err=True)
+        remark(mode, f"given up to fit the budget: {lost}")
 
 
 def write_audit(record: AuditRecord, out: Path) -> Report:

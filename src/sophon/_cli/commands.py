@@ -11,41 +11,22 @@ from typing import Annotated
 import typer
 
 from sophon._base.errors import SpecError
-from sophon._cli.application import (
-    Json,
-    Quiet,
-    RunFile,
-    Settings,
-    Threads,
-    app,
-    counted,
-    guarded,
-    require_alone,
-    say_json,
-)
+from sophon._cli import application as cli
+from sophon._cli import running
 from sophon._cli.auditing import run_audit, write_audit
-from sophon._cli.running import (
-    mode_of,
-    run_pretraining,
-    run_protection,
-    show_forecast,
-    show_pretrained,
-    show_protected,
-    show_verdict,
-)
 
 # What only reads and prints may run in several processes.
 _SHARED = ("protect", "report", "compare", "inspect")
 
-_OUT = typer.Option("--out", metavar="FOLDER", help="Where to write; resumes there.")
+_OUT = cli.option("--out", "FOLDER", "Where to write; resumes there.")
 Out = Annotated[Path, _OUT]
 Profile = Annotated[
     int | None,
-    typer.Option(
+    cli.option(
         "--profile",
-        parser=counted,
-        metavar="ROUNDS",
-        help="Time the parts of so many rounds and trace one more, into FOLDER/profile.",
+        "ROUNDS",
+        "Time the parts of so many rounds and trace one more, into FOLDER/profile.",
+        parser=cli.counted,
     ),
 ]
 Shard = Annotated[
@@ -58,8 +39,8 @@ Shard = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
-@guarded
+@cli.app.callback(invoke_without_command=True)
+@cli.guarded
 def _options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -71,33 +52,30 @@ def _options(
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
     elif context.invoked_subcommand not in _SHARED:
-        require_alone(f"sophon {context.invoked_subcommand}")
+        cli.require_alone(f"sophon {context.invoked_subcommand}")
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon protect run.toml --dry-run\n"
-    "  sophon protect run.toml --out runs/p1\n"
-    "  sophon protect run.toml --out runs/p2 --set protect.rounds=50 --set protect.seed=1\n"
-    "  torchrun --nproc-per-node 2 -m sophon protect run.toml --out runs/p3\n"
+@cli.command(
+    "sophon protect run.toml --dry-run",
+    "sophon protect run.toml --out runs/p1",
+    "sophon protect run.toml --out runs/p2 --set protect.rounds=50 --set protect.seed=1",
+    "torchrun --nproc-per-node 2 -m sophon protect run.toml --out runs/p3",
 )
-@guarded
 def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
-    run_file: RunFile,
+    run_file: cli.RunFile,
     out: Annotated[Path | None, _OUT] = None,
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    settings: cli.Settings = None,
+    quiet: cli.Quiet = False,
+    as_json: cli.Json = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing."),
     ] = False,
     tensorboard: Annotated[
-        Path | None,
-        typer.Option("--tensorboard", metavar="FOLDER", help="Log every round for TensorBoard."),
+        Path | None, cli.option("--tensorboard", "FOLDER", "Log every round for TensorBoard.")
     ] = None,
     profile: Profile = None,
-    threads: Threads = None,
+    threads: cli.Threads = None,
     shard: Shard = False,
 ) -> None:
     """Protect the model of RUN.TOML; repeat the command to resume.
@@ -108,7 +86,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     from sophon._protection.profile import require_rounds
     from sophon._training.ranks import process_group
 
-    mode = mode_of(quiet, as_json)
+    mode = running.mode_of(quiet, as_json)
     with process_group() as ranks:
         with ranks.agreeing():
             _require_one_process(ranks.world, profile, dry_run=dry_run)
@@ -126,13 +104,13 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
             if case.spec.protect.rounds is not None:
                 require_rounds(profile or 0, case.spec.protect.rounds)
         if out is None or dry_run:
-            show_forecast(case, as_json=as_json)
+            running.show_forecast(case, as_json=as_json)
             return
-        result = run_protection(
+        result = running.run_protection(
             case, out, mode, tensorboard=tensorboard, profile=profile, shard=shard
         )
         if ranks.first:
-            show_protected(result, out, mode)
+            running.show_protected(result, out, mode)
 
 
 def _require_one_process(world: int, profile: int | None, *, dry_run: bool) -> None:
@@ -145,19 +123,17 @@ def _require_one_process(world: int, profile: int | None, *, dry_run: bool) -> N
         raise SpecError("--profile times one process: repeat it without torchrun")
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon pretrain run.toml --out runs/base\n"
-    "  sophon pretrain run.toml --out runs/base --set pretrain.steps=5000\n"
+@cli.command(
+    "sophon pretrain run.toml --out runs/base",
+    "sophon pretrain run.toml --out runs/base --set pretrain.steps=5000",
 )
-@guarded
 def pretrain(
-    run_file: RunFile,
+    run_file: cli.RunFile,
     out: Out,
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    threads: Threads = None,
+    settings: cli.Settings = None,
+    quiet: cli.Quiet = False,
+    as_json: cli.Json = False,
+    threads: cli.Threads = None,
 ) -> None:
     """Train the model of RUN.TOML on its original domain; repeat the command to resume.
 
@@ -165,30 +141,24 @@ def pretrain(
     """
     from sophon._cli.run_file import load_pretraining, require_place
 
-    mode = mode_of(quiet, as_json)
+    mode = running.mode_of(quiet, as_json)
     require_place(out)
     case = load_pretraining(run_file, settings, threads)
-    show_pretrained(run_pretraining(case, out, mode), out, mode)
+    running.show_pretrained(running.run_pretraining(case, out, mode), out, mode)
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon evaluate run.toml\n"
-    "  sophon evaluate run.toml --model runs/p1 --split test\n"
-)
-@guarded
+@cli.command("sophon evaluate run.toml", "sophon evaluate run.toml --model runs/p1 --split test")
 def evaluate(
-    run_file: RunFile,
+    run_file: cli.RunFile,
     model: Annotated[
-        Path | None,
-        typer.Option("--model", metavar="FILE", help="A checkpoint instead of RUN.TOML's model."),
+        Path | None, cli.option("--model", "FILE", "A checkpoint instead of RUN.TOML's model.")
     ] = None,
     split: Annotated[
-        str, typer.Option("--split", metavar="validation|test", help="Which images to score.")
+        str, cli.option("--split", "validation|test", "Which images to score.")
     ] = "validation",
-    settings: Settings = None,
-    as_json: Json = False,
-    threads: Threads = None,
+    settings: cli.Settings = None,
+    as_json: cli.Json = False,
+    threads: cli.Threads = None,
 ) -> None:
     """Print the score on the original domain with its 95 % interval."""
     if split not in ("validation", "test"):
@@ -208,7 +178,7 @@ def evaluate(
     low, high = kind.interval(interval)
     if as_json:
         held = {"split": split, **score.model_dump(), "low": interval.low, "high": interval.high}
-        say_json("summary", domain=case.original.name, **held)
+        cli.say_json("summary", domain=case.original.name, **held)
         return
     typer.echo(
         f"{case.original.name} {split}: {kind.noun} {kind.show(score.value, 1)} on {score.total}"
@@ -216,38 +186,35 @@ def evaluate(
     )
 
 
-@app.command(epilog="\b\nExamples:\n  sophon demo\n  sophon demo --out first-look --threads 2\n")
-@guarded
+@cli.command("sophon demo", "sophon demo --out first-look --threads 2")
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where everything is written.")
-    ] = Path("demo"),
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    threads: Threads = None,
+    out: Annotated[Path, cli.option("--out", "FOLDER", "Where everything is written.")] = Path(
+        "demo"
+    ),
+    settings: cli.Settings = None,
+    quiet: cli.Quiet = False,
+    as_json: cli.Json = False,
+    threads: cli.Threads = None,
 ) -> None:
     """Protect, audit and report a toy model on embedded images."""
     from sophon._records.metrics import shown
 
-    mode = mode_of(quiet, as_json)
-    if mode in ("bar", "lines"):
-        typer.echo("Preparing letters, digits and a small network for letters.", err=True)
+    mode = running.mode_of(quiet, as_json)
+    running.remark(mode, "Preparing letters, digits and a small network for letters.")
     from sophon._cli.demo import WHAT_IT_SHOWS, prepare
     from sophon._cli.run_file import load, require_place
 
     require_place(out)
     start = prepare(out)
-    if mode in ("bar", "lines"):
-        done = "trained" if start.trained else "found"
-        typer.echo(f"{done}: letters validation {shown(start.score)}", err=True)
+    done = "trained" if start.trained else "found"
+    running.remark(mode, f"{done}: letters validation {shown(start.score)}")
     case = load(start.run, settings, threads)
-    result = run_protection(case, out / "protected", mode)
+    result = running.run_protection(case, out / "protected", mode)
     if mode != "quiet":
-        show_protected(result, out / "protected", mode)
+        running.show_protected(result, out / "protected", mode)
     checkpoint = out / "protected" / "model.safetensors"
     record = run_audit(case, checkpoint, mode, store=out / "audit", note=WHAT_IT_SHOWS)
     made = write_audit(record, out / "audit")
     if mode in ("bar", "lines"):
         typer.echo(WHAT_IT_SHOWS)
-    show_verdict(made, mode, {"report": (out / "audit" / "report.html").absolute()})
+    running.show_verdict(made, mode, {"report": (out / "audit" / "report.html").absolute()})

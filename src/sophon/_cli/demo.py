@@ -88,13 +88,7 @@ def prepare(folder: Path, *, training: Strategy = TRAINING) -> Start:
     with seeded(0, "demo"):
         model = SmallConvNet(classes=original.class_count, in_channels=1)
     setting = make_setting(
-        model,
-        task=Classification(),
-        original=original,
-        restricted=(restricted,),
-        head="head",
-        precision="fp32",
-        device=None,
+        model, task=Classification(), original=original, restricted=(restricted,), head="head"
     )
     require_writable(folder)
     if not (folder / "run.toml").is_file():

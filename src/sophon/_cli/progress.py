@@ -55,11 +55,8 @@ def say_forecast(
     seconds = expected.seconds
     time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
     left = "" if todo is None else f"; {todo} trials are still to be run"
-    typer.echo(
-        f"forecast: {'about ' if about else ''}{expected.trials} trials, {expected.steps} steps,"
-        f" {time} in all{left}",
-        err=True,
-    )
+    work = f"{'about ' if about else ''}{expected.trials} trials, {expected.steps} steps"
+    typer.echo(f"forecast: {work}, {time} in all{left}", err=True)
 
 
 class Display(AbstractContextManager["Display"]):

@@ -1,6 +1,6 @@
-"""The commands that read what was written: report, compare, inspect.
+"""The commands that read what was written: report, compare, inspect, export.
 
-Nothing heavy is imported before a command runs; none of them but `inspect` needs torch.
+Nothing heavy is imported before a command runs; report and compare need no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sophon._base.errors import CheckpointError, SpecError
-from sophon._cli.application import Json, Quiet, app, guarded
+from sophon._cli.application import Json, Quiet, command, option, say_json
 from sophon._cli.controls import CONTROLS, show_controls
 from sophon._cli.running import mode_of, say, show_comparison, show_verdict
 
@@ -76,25 +76,17 @@ def _why(error: ValueError) -> str:
     return f" ({said[0]['msg'].removeprefix('Value error, ')})" if said else ""
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon report runs/a1\n"
-    "  sophon report runs/a1 --html report.html --markdown model_card.md\n"
+@command(
+    "sophon report runs/a1", "sophon report runs/a1 --html report.html --markdown model_card.md"
 )
-@guarded
 def report(
     audited: Annotated[
         Path,
         typer.Argument(metavar="FOLDER", help="An audit's folder, or its record.json; .gz, too."),
     ],
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
-    ] = None,
+    html: Annotated[Path | None, option("--html", "FILE", "Write the report as one page.")] = None,
     markdown: Annotated[
-        Path | None,
-        typer.Option(
-            "--markdown", metavar="FILE", help="Write it for a model card; - prints it alone."
-        ),
+        Path | None, option("--markdown", "FILE", "Write it for a model card; - prints it alone.")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -134,12 +126,10 @@ def _short(paths: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  sophon compare runs/a1 runs/a2 runs/a3\n"
-    "  sophon compare runs/a1 runs/a2 --html comparison.html --markdown comparison.md\n"
+@command(
+    "sophon compare runs/a1 runs/a2 runs/a3",
+    "sophon compare runs/a1 runs/a2 --html comparison.html --markdown comparison.md",
 )
-@guarded
 def compare(
     audited: Annotated[
         list[Path],
@@ -147,12 +137,9 @@ def compare(
             metavar="FOLDER...", help="Two or more audits' folders, or record.json; .gz, too."
         ),
     ],
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the ranking as one page.")
-    ] = None,
+    html: Annotated[Path | None, option("--html", "FILE", "Write the ranking as one page.")] = None,
     markdown: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write it as Markdown; - prints it alone."),
+        Path | None, option("--markdown", "FILE", "Write it as Markdown; - prints it alone.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -169,11 +156,12 @@ def compare(
     show_comparison(made, files, as_json=as_json)
 
 
-@app.command(
-    epilog="\b\nExamples:\n  sophon inspect run.toml\n  sophon inspect runs/p1\n"
-    "  sophon inspect runs/a1\n  sophon inspect --schema > audit-record.schema.json\n"
+@command(
+    "sophon inspect run.toml",
+    "sophon inspect runs/p1",
+    "sophon inspect runs/a1",
+    "sophon inspect --schema > audit-record.schema.json",
 )
-@guarded
 def inspect(
     path: Annotated[
         Path | None, typer.Argument(metavar="PATH", help="A run file, a checkpoint or an audit.")
@@ -210,3 +198,34 @@ def inspect(
         show_verdict(judge(read_record(path)), "lines", {})
     else:
         say(describe_checkpoint(path))
+
+
+@command(
+    "sophon export runs/p1 --to my-model", "sophon export runs/p1 --to my-model --record runs/a1"
+)
+def export(
+    protected: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What `sophon protect --out` wrote.")
+    ],
+    to: Annotated[Path, option("--to", "FOLDER", "A new folder to write to.")],
+    record: Annotated[
+        Path | None, option("--record", "FOLDER", "Its audit, for the model card.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a folder to publish, its model card with the verdict.
+
+    It holds config.json and model.safetensors, or of a diffusion model the pipeline's parts, and
+    README.md, which says how to load it; nothing is uploaded. A network of timm, torchvision or
+    diffusers loads without sophon, one of sophon's own with it.
+    """
+    from sophon._cli.run_file import require_place
+    from sophon._reporting.export import export as write
+
+    require_place(to)
+    files = write(protected, to, None if record is None else read_record(record))
+    if as_json:
+        say_json("summary", files=[str(file) for file in files])
+        return
+    card = "" if record is not None else " (the card says: not audited)"
+    typer.echo(f"exported: {', '.join(file.name for file in files)} in {to}{card}")

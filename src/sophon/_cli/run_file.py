@@ -67,8 +67,6 @@ class Case:
             original=self.original,
             restricted=self.restricted,
             head=self.network.head,
-            precision="fp32",
-            device=None,
         )
 
 

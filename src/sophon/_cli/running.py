@@ -31,6 +31,12 @@ def mode_of(quiet: bool, as_json: bool) -> Mode:
     return "bar" if sys.stderr.isatty() else "lines"
 
 
+def remark(mode: Mode, text: str) -> None:
+    """Print a line beside the result, for a person: not with --quiet or --json."""
+    if mode in ("bar", "lines"):
+        typer.echo(text, err=True)
+
+
 def run_protection(
     case: Case,
     out: Path,
@@ -64,10 +70,10 @@ def run_protection(
     )
     if not run.ranks.first:
         mode, tensorboard = "quiet", None
-    if run.done and mode in ("bar", "lines"):
+    if run.done:
         finished = run.done == len(run)
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
-        typer.echo(f"{out} {state}", err=True)
+        remark(mode, f"{out} {state}")
     _warn_of_ignorance(run, mode)
     profiled = None if profile is None else Profiled(run, profile, out)
     guard, kind = "", kind_of(run.guard.before)
@@ -97,16 +103,16 @@ def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
 
     before = run.guard.before
     kind, chance = kind_of(before), kind_of(before).chance(run.setting.original.class_count, 0.0)
-    if mode in ("bar", "lines") and interval_of(before).low <= chance:
-        typer.echo(
+    if interval_of(before).low <= chance:
+        remark(
+            mode,
             f"warning: the model does not know its original task: {kind.show(before.value, 1)} on"
             f" {run.setting.original.name}, chance is {kind.show(chance, 1)}; protection keeps"
             " what a model can do: train it first (sophon pretrain) or name its weights",
-            err=True,
         )
-    for remark in [line for term in run.hinder for line in term.remarks()]:
-        if mode in ("bar", "lines"):
-            typer.echo(remark, err=True)
+    for term in run.hinder:
+        for line in term.remarks():
+            remark(mode, line)
 
 
 def _show_profile(profiled: Profiled, mode: Mode) -> None:
@@ -132,8 +138,8 @@ def run_pretraining(case: Case, out: Path, mode: Mode) -> Pretrained:
         out=out,
         model_spec=case.network,
     )
-    if run.done and mode in ("bar", "lines"):
-        typer.echo(f"{out} resumes after step {run.stages[-1].step}", err=True)
+    if run.done:
+        remark(mode, f"{out} resumes after step {run.stages[-1].step}")
     display = Display(mode, noun="stage", total=len(run), todo=len(run) - run.done)
     with stopping() as stop, display:
         display.start_at(run.done)

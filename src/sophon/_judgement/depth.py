@@ -9,7 +9,6 @@ from sophon._attacks.suites import depth_attacks
 from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import budgets, envelope_area
 from sophon._records.audit_record import AuditRecord, Trial
-from sophon._records.metrics import kind_of_record
 
 # A lead must be so many small differences of its kind for shares of it to mean something.
 _SMALL_DIFFERENCES = 4
@@ -55,7 +54,7 @@ def depth_rows(record: AuditRecord, domain: str) -> tuple[DepthRow, ...]:
     }
     whole = areas[min(resets)]
     base, top = whole.get("scratch"), whole.get("unprotected")
-    smallest = _SMALL_DIFFERENCES * kind_of_record(record).close
+    smallest = _SMALL_DIFFERENCES * record.kind.close
     gap = None if base is None or top is None or top - base < smallest else top - base
 
     def share(value: float) -> float | None:

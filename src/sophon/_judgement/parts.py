@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import get_args
 
-from sophon._records.audit_record import AuditRecord, Measurement, SubjectRecord, Trial
+from sophon._records.audit_record import (
+    AuditRecord,
+    DomainRecord,
+    Measurement,
+    SubjectRecord,
+    Trial,
+)
 from sophon._specs import Subject
 
 SUBJECTS: tuple[Subject, ...] = get_args(Subject)
@@ -23,6 +29,11 @@ def originals(record: AuditRecord) -> dict[Subject, Measurement]:
 def alone(record: AuditRecord) -> bool:
     """Return whether the model before protection was not given."""
     return "unprotected" not in subjects(record)
+
+
+def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
+    """Return every domain of an audit, the original one first."""
+    return (record.original, *record.restricted, *record.held_out, *record.benign)
 
 
 def trials_of(record: AuditRecord, domain: str, subject: str | None = None) -> list[Trial]:

@@ -102,10 +102,9 @@ class Facts:
     @property
     def costs(self) -> list[Recovery]:
         """What the protected and the unprotected model cost to recover, as far as it is known."""
-        pair = [
-            self.subjects[n].recovery for n in ("protected", "unprotected") if n in self.subjects
-        ]
-        return [held for held in pair if held is not None]
+        known = [name for name in ("protected", "unprotected") if name in self.subjects]
+        held = [self.subjects[name].recoveries.get("unprotected") for name in known]
+        return [one for one in held if one is not None]
 
     @property
     def surely(self) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sophon._records.audit_record import Measurement, Score, Trial, first_evaluation
+from sophon._records.audit_record import Measurement, Score, Trial
 from sophon._specs import Strategy
 
 DRAWS = 4000
@@ -64,6 +64,11 @@ def interval_of(score: Measurement) -> Interval:
 def budgets(trials: Sequence[Trial]) -> list[int]:
     """Return every budget at which any trial was measured, in steps, 0 left out."""
     return sorted({point.step for trial in trials for point in trial.curve if point.step > 0})
+
+
+def first_evaluation(steps: int) -> int:
+    """Return the first of `steps` after which an attack is measured, if it is prepared by then."""
+    return max(1, steps // 40)
 
 
 def shared_budgets(trials: Sequence[Trial]) -> list[int]:

@@ -17,7 +17,6 @@ from sophon._judgement.statistics import (
     by_seed,
     cost_of,
     envelope,
-    interval_of,
     winner,
 )
 from sophon._judgement.survival import Recovery, ratio_interval, recovery
@@ -36,8 +35,9 @@ class SubjectSummary:
 
     `points` is the envelope over all seeds; `mean` and `band` are, at each budget, the mean over
     seeds of each seed's envelope and its bootstrap interval. `test` is the winner's score on the
-    test split, at the step that the validation split chose. `recovery` is what each seed needed
-    to reach 90 % of the unprotected model's best, `recovery_scratch` of a fresh network's.
+    test split, at the step that the validation split chose. `costs` is what reaching 90 % of the
+    best of the unprotected model and of a fresh network took, `recoveries` the same seed by seed;
+    whose best it is their key.
     """
 
     name: Subject
@@ -47,11 +47,8 @@ class SubjectSummary:
     best: float
     winner: Trial
     test: Measurement | None
-    test_interval: Interval | None
-    to_unprotected: Cost | None
-    to_scratch: Cost | None
-    recovery: Recovery | None
-    recovery_scratch: Recovery | None
+    costs: dict[Subject, Cost]
+    recoveries: dict[Subject, Recovery]
 
 
 class Reason(NamedTuple):
@@ -137,7 +134,7 @@ def goals_of(trials: list[Trial], kind: MetricKind) -> dict[Subject, float | Non
 
 def subjects_of(trials: list[Trial], at: list[int], kind: MetricKind) -> dict[str, SubjectSummary]:
     """Return the summary of each subject that was measured, by budgets `at` in steps."""
-    goals = [goals_of(trials, kind)[name] for name in ("unprotected", "scratch")]
+    goals = {name: to for name, to in goals_of(trials, kind).items() if to is not None}
     summaries: dict[str, SubjectSummary] = {}
     for name in SUBJECTS:
         held = measured(trials, name)
@@ -146,9 +143,6 @@ def subjects_of(trials: list[Trial], at: list[int], kind: MetricKind) -> dict[st
         if best is None or not points:
             continue
         rows = by_seed(held, at)
-
-        costs = [None if to is None else cost_of(held, at, to) for to in goals]
-        seeds = [None if to is None else recovery(held, at, to) for to in goals]
         summaries[name] = SubjectSummary(
             name=name,
             points=tuple(points),
@@ -157,28 +151,21 @@ def subjects_of(trials: list[Trial], at: list[int], kind: MetricKind) -> dict[st
             best=best_of(best),
             winner=best,
             test=best.test,
-            test_interval=None if best.test is None else interval_of(best.test),
-            to_unprotected=costs[0],
-            to_scratch=costs[1],
-            recovery=seeds[0],
-            recovery_scratch=seeds[1],
+            costs={name: cost_of(held, at, to) for name, to in goals.items()},
+            recoveries={name: recovery(held, at, to) for name, to in goals.items()},
         )
     return summaries
 
 
-def ratio_of(subjects: dict[str, SubjectSummary], other: str) -> Ratio:
+def ratio_of(subjects: dict[str, SubjectSummary], other: Subject) -> Ratio:
     """Return the protected cost to reach `other`'s target over `other`'s own."""
     if "protected" not in subjects or other not in subjects:
         return Ratio()
     pair = [subjects["protected"], subjects[other]]
-    costs = [s.to_scratch if other == "scratch" else s.to_unprotected for s in pair]
-    if costs[0] is None or costs[1] is None or not costs[1].steps:
+    cost, first = pair[0].costs[other], pair[1].costs[other].steps
+    if not first:
         return Ratio()
-    seeds = [s.recovery_scratch if other == "scratch" else s.recovery for s in pair]
-    interval = surely = None
-    if seeds[0] is not None and seeds[1] is not None:
-        interval = ratio_interval(seeds[0], seeds[1])
-        surely = ratio_interval(seeds[0].at_least(), seeds[1])
-    first, bound = costs[1].steps, costs[0].steps is None
-    value, sure = (costs[0].steps or costs[0].horizon) / first, max(costs[0].above, 1) / first
-    return Ratio(value, bound, interval, sure, surely)
+    seeds, others = (subject.recoveries[other] for subject in pair)
+    value, sure = (cost.steps or cost.horizon) / first, max(cost.above, 1) / first
+    interval, surely = ratio_interval(seeds, others), ratio_interval(seeds.at_least(), others)
+    return Ratio(value, cost.steps is None, interval, sure, surely)

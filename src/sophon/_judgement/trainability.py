@@ -11,7 +11,6 @@ from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import until
 from sophon._judgement.summaries import DomainSummary, Verdict
 from sophon._records.audit_record import AuditRecord, DomainRecord, Trial
-from sophon._records.metrics import kind_of_record
 from sophon._specs import Strategy
 
 Standing = Literal["blocked", "learnt", "unknown", "not judged"]
@@ -72,7 +71,7 @@ def alike(
             stop = stops.get(_attack(trial, largest))
             return trial if stop is None else until(trial, stop)
 
-        kind = kind_of_record(record)
+        kind = record.kind
         pair = [
             advantage_of(where, [as_far(t) for t in those], kind)
             for where, those in ((domain, held), (allowed.domain, others))

@@ -24,7 +24,7 @@ from sophon._judgement.summaries import (
 from sophon._judgement.survival import logrank
 from sophon._judgement.trainability import alike, beside, untried
 from sophon._records.audit_record import AuditRecord, DomainRecord
-from sophon._records.metrics import kind_of_record, shown
+from sophon._records.metrics import shown
 
 # From the best news to the worst; of several domains the worst speaks for the model. A conviction
 # on one domain outweighs an audit of another that could not be believed.
@@ -103,7 +103,7 @@ def overall(summaries: tuple[DomainSummary, ...]) -> DomainSummary:
 def _summarise(
     record: AuditRecord, domain: DomainRecord, allowed: tuple[DomainSummary, ...] = ()
 ) -> DomainSummary:
-    trials, kind = trials_of(record, domain.name), kind_of_record(record)
+    trials, kind = trials_of(record, domain.name), record.kind
     at = budgets(trials)
     subjects = subjects_of(trials, at, kind)
     flags = raised(record, domain.name)
@@ -204,20 +204,20 @@ def _with_pictures(facts: Facts, ruling: Ruling) -> Ruling:
     is enough.
     """
     record, name = facts.record, facts.domain.name
-    if record.task != "denoising" or facts.lenient or ruling.looks is None:
+    if not record.kind.pictured or facts.lenient or ruling.looks is None:
         return ruling
     borne_out = None
     if ruling.looks == "withstood":
         said = withstands(record, name)
     else:
-        costs = [facts.subjects[n].to_unprotected for n in ("unprotected", "protected")]
-        first = 0 if costs[0] is None else costs[0].steps or costs[0].horizon + 1
-        last = 0 if costs[1] is None else costs[1].above + 1
+        before, after = (facts.subjects[n].costs for n in ("unprotected", "protected"))
+        first = before["unprotected"].steps or before["unprotected"].horizon + 1
+        last = after["unprotected"].above + 1
         said = slows(record, name, first, last, SLOWED_FROM)
         borne_out = said.until / first if said.kind == "for" and said.until < last else None
-    after: dict[str, Verdict] = {"for": ruling.verdict, "against": "not protected", "none": "void"}
+    left: dict[str, Verdict] = {"for": ruling.verdict, "against": "not protected", "none": "void"}
     reasons = (*ruling.reasons, Reason("pictures", said.reason))
-    return Ruling(after[said.kind], reasons, ruling.looks, borne_out)
+    return Ruling(left[said.kind], reasons, ruling.looks, borne_out)
 
 
 def _with_allowed(facts: Facts, ruling: Ruling, allowed: tuple[DomainSummary, ...]) -> Ruling:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sophon._records.metrics import OF_TASKS, MetricKind
 from sophon._specs import AuditSpec, Strategy, Subject
 
 SCHEMA_VERSION = 1
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 class Record(BaseModel):
@@ -60,6 +60,7 @@ Outcome = Annotated[Completed | Diverged | Crashed | Stopped, Field(discriminato
 class Score(Record):
     """`correct` of `total` images classified correctly."""
 
+    metric: ClassVar = "accuracy"
     correct: int
     total: int
 
@@ -87,6 +88,7 @@ class ErrorScore(Record):
     diffusion model's timesteps, from the least noise to the most.
     """
 
+    metric: ClassVar = "mse"
     mse: float
     variance: float
     total: int
@@ -106,11 +108,6 @@ class ErrorScore(Record):
 
 
 Measurement = Score | ErrorScore
-
-
-def first_evaluation(steps: int) -> int:
-    """Return the first of `steps` after which an attack is measured, if it is prepared by then."""
-    return max(1, steps // 40)
 
 
 class Point(Record):
@@ -150,20 +147,18 @@ def pack(scores: NDArray[np.floating[Any]], score: Measurement) -> str:
     """Return the score of each image, (images,), as base64: a bit for right or wrong, the first
     image's the most significant, or a half-precision float for an error.
     """
-    right = isinstance(score, Score)
-    held = np.packbits(scores > 0.5) if right else scores.astype("<f2")
+    held = np.packbits(scores > 0.5) if isinstance(score, Score) else scores.astype("<f2")
     return base64.b64encode(held.tobytes()).decode("ascii")
 
 
 def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
     """Return what `pack` was given, (images,)."""
     held = base64.b64decode(text, validate=True)
-    if isinstance(score, Score):
-        # The last byte is filled up with zeros; a text of another length shows.
-        bits = np.unpackbits(np.frombuffer(held, np.uint8))
-        end = score.total if len(held) == math.ceil(score.total / 8) else None
-        return bits[:end].astype(np.float64)
-    return np.frombuffer(held, "<f2").astype(np.float64)
+    if not isinstance(score, Score):
+        return np.frombuffer(held, "<f2").astype(np.float64)
+    # The last byte is filled up with zeros; a text of another length shows.
+    count = score.total if len(held) == math.ceil(score.total / 8) else None
+    return np.unpackbits(np.frombuffer(held, np.uint8), count=count).astype(np.float64)
 
 
 class Environment(Record):
@@ -383,7 +378,7 @@ class AuditRecord(Record):
         if unknown:
             raise ValueError(f"it has trials on {min(unknown)}, a domain that it does not describe")
         for domain in (self.original, *domains):
-            if self.task == "classification" and domain.classes < 1:
+            if self.kind.classifies and domain.classes < 1:
                 raise ValueError(f"the domain {domain.name} has {domain.classes} classes")
         return self
 
@@ -392,9 +387,14 @@ class AuditRecord(Record):
         """The attack seeds."""
         return self.spec.seeds or (0,)
 
+    @property
+    def kind(self) -> MetricKind:
+        """The kind of its scores: what its task means to whoever judges or shows it."""
+        return OF_TASKS[self.task]
+
 
 def record_schema() -> str:
     """Return the JSON Schema (draft 2020-12) of an audit record as it is written, as text."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     named = {"title": f"Sophon audit record, version {SCHEMA_VERSION}"}
-    schema = {"$schema": _DIALECT} | AuditRecord.model_json_schema() | named
-    return json.dumps(schema, indent=1) + "\n"
+    return json.dumps(dialect | AuditRecord.model_json_schema() | named, indent=1) + "\n"

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter
 
-from sophon._records.audit_record import AuditRecord, Measurement, Score
 from sophon._specs import Guard
+
+if TYPE_CHECKING:
+    from sophon._records.audit_record import Measurement
 
 NONE = "\u2013"
 
@@ -32,7 +34,9 @@ class MetricKind:
     `chance` is what guessing gives with so many classes. `task` is what a record calls its tasks.
     `floor` is where recovery starts, given what a fresh network reaches. `far` is a difference from
     the best value that is large, `close` one that is small. `idle` says which preparations can do
-    nothing to its models, and why; `probes` whether a search trains their head alone.
+    nothing to its models, and why; `probes` whether a search trains their head alone; `pictured`
+    whether a good verdict needs the pictures to bear it out. `meant` is what a report says of the
+    scores of `{task}`.
     """
 
     name: str
@@ -58,6 +62,8 @@ class MetricKind:
     higher_is_better: bool = True
     idle: Mapping[str, str] = field(default_factory=dict)
     probes: bool = True
+    pictured: bool = False
+    meant: str = ""
 
     @property
     def classifies(self) -> bool:
@@ -133,22 +139,27 @@ KINDS: dict[str, MetricKind] = {
             "ridge_head": "no classes to fit a head to",
         },
         probes=False,
+        pictured=True,
+        meant="Scores are squared errors of {task}; areas and costs are computed on 1 - the error."
+        " Recovering means going 90 % of the way from the best error of a fresh network to that of"
+        " the unprotected model. A good verdict needs the pictures to bear it out: at least half of"
+        " the unprotected model's lead in KID over a fresh network must be gone too, by more than"
+        " KID's spread.",
     ),
 }
+# The same, by what a record calls its tasks.
+OF_TASKS = {kind.task: kind for kind in KINDS.values()}
 
 
 def kind_of(score: Measurement) -> MetricKind:
     """Return the kind of a score."""
-    return KINDS["accuracy" if isinstance(score, Score) else "mse"]
-
-
-def kind_of_record(record: AuditRecord) -> MetricKind:
-    """Return the kind of an audit's scores."""
-    return next(kind for kind in KINDS.values() if kind.task == record.task)
+    return KINDS[score.metric]
 
 
 def measurement(held: object) -> Measurement:
     """Return the score that was written as plain values."""
+    from sophon._records.audit_record import Measurement
+
     return TypeAdapter[Measurement](Measurement).validate_python(held)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
-from sophon._judgement.parts import SUBJECTS
+from sophon._judgement.parts import SUBJECTS, domains_of
 from sophon._judgement.statistics import best_of, interval_of
-from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement, Overlap, Trial
-from sophon._records.metrics import NONE, kind_of_record, measurement, shown
+from sophon._records.audit_record import AuditRecord, Measurement, Overlap, Trial
+from sophon._records.metrics import NONE, measurement, shown
 from sophon._reporting.rendering import Table, by_column, percent, score_text, table
 from sophon._specs import shared_fields
 
@@ -27,7 +27,7 @@ def original_table(record: AuditRecord) -> Table:
             row = (subject.name, score_text(claim), row[1], _agree(claim, subject.original))
         rows.append(row)
     if not claims:
-        noun = kind_of_record(record).noun
+        noun = record.kind.noun
         return table(("model", f"test {noun} (95 %)"), rows)
     return table(
         ("model", "reported, validation (95 %)", "re-measured, test (95 %)", "agreement"),
@@ -95,14 +95,9 @@ def overlap_table(record: AuditRecord) -> tuple[str, Table | None]:
     return f"{len(shared)} of {count} pairs of splits share images:", by_column(shared, columns)
 
 
-def domains_of(record: AuditRecord) -> tuple[DomainRecord, ...]:
-    """Return every domain of an audit."""
-    return (record.original, *record.restricted, *record.held_out, *record.benign)
-
-
 def trial_table(record: AuditRecord) -> Table:
     """Return every trial."""
-    shared, kind = shared_fields(t.strategy for t in record.trials), kind_of_record(record)
+    shared, kind = shared_fields(t.strategy for t in record.trials), record.kind
     flops = {domain.name: domain.training_flops for domain in domains_of(record)}
     crashes: dict[str, list[str]] = {}
     for crash in record.earlier_crashes:

@@ -247,7 +247,7 @@ def _rates_text(rates: dict[OptimizerName, float]) -> str:
 
 def _pictures(record: AuditRecord) -> str:
     """Return how pictures were judged; nothing of it concerns a classifier."""
-    if record.task == "classification":
+    if not record.kind.pictured:
         return "none"
     samples = record.spec.samples
     fingerprint = fingerprint_of(samples.model_dump(mode="json"))

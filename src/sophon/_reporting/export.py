@@ -11,7 +11,6 @@ import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from sophon._base.files import read_json, require_writable, write_text
 from sophon._base.torchvision_patch import library
 from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import kind_of_record
 from sophon._reporting.rendering import render
 from sophon._reporting.report import Report, report
 from sophon._specs import ModelSpec, parse_spec
 from sophon._training.checkpoints import require_recorded, save_tensors
 
-FILES = ("config.json", "model.safetensors", "README.md")
+FILES: tuple[str, ...] = ("config.json", "model.safetensors", "README.md")
 # What timm says of the weights that it publishes for a network; these are not they.
 _OF_OTHERS = (
     *("tag", "license", "description", "notes", "origin_url", "paper_name", "paper_ids"),
@@ -100,8 +98,8 @@ def export(folder: Path, to: Path, record: AuditRecord | None = None) -> tuple[P
     if source.pipeline is None:
         texts["config.json"] = _config(source)
     require_writable(to)
-    names: tuple[str, ...] = FILES
     if source.pipeline is None:
+        names = FILES
         save_tensors(to / "model.safetensors", source.model.state_dict())
     else:
         names = (*_copied_pipeline(source, source.pipeline, to), "README.md")
@@ -160,15 +158,11 @@ def _timm_config(source: Exported) -> dict[str, Any]:
     takes = source.protection.get("input") or {}
     data: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
     data |= {key: takes[key] for key in ("input_size", "mean", "std") if key in takes}
-    scratch = Path(tempfile.mkdtemp())
-    try:
-        file = scratch / "config.json"
-        hub.save_config_for_hf(
-            source.model, str(file), model_args=dict(source.network.arguments), data_config=data
-        )
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "config.json"
+        arguments = dict(source.network.arguments)
+        hub.save_config_for_hf(source.model, str(file), model_args=arguments, data_config=data)
         held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     for key in _OF_OTHERS:
         held["pretrained_cfg"].pop(key, None)
     return held
@@ -219,7 +213,7 @@ def _kind_of_task(source: Exported) -> str:
 
 def _results(hub: Any, made: Report, task: str) -> list[Any]:
     """Return one result per number: the original task, and the best attack on each domain."""
-    record, kind = made.record, kind_of_record(made.record)
+    record, kind = made.record, made.record.kind
     scores = {subject.name: subject.original for subject in record.subjects}
     kept = scores.get("protected")
     original = record.original.name
@@ -245,83 +239,53 @@ def _results(hub: Any, made: Report, task: str) -> list[Any]:
 
 
 def _metadata(source: Exported, made: Report | None) -> dict[str, Any]:
-    held: dict[str, Any] = {"verdict": "not audited", **_about(source)}
     if made is None:
-        return held
-    record = made.record
-    held["verdict"] = made.verdict
-    held["suite"] = record.spec.suite
-    held["steps"] = record.spec.steps
-    held["attack_seeds"] = list(record.seeds)
-    held["domains"] = [
-        {
-            "name": summary.domain.name,
-            "verdict": summary.text,
-            # A number that may not be believed is none for whoever reads no further.
-            "advantage_removed": None if summary.verdict == "void" else summary.advantage.value,
-        }
-        for summary in made.summaries
-    ]
-    return held
+        return {"verdict": "not audited", **_about(source)}
+    return {
+        "verdict": made.verdict,
+        **_about(source),
+        "suite": made.record.spec.suite,
+        "steps": made.record.spec.steps,
+        "attack_seeds": list(made.record.seeds),
+        "domains": [
+            {
+                "name": one.domain.name,
+                "verdict": one.text,
+                # A number that may not be believed is none for whoever reads no further.
+                "advantage_removed": None if one.verdict == "void" else one.advantage.value,
+            }
+            for one in made.summaries
+        ],
+    }
 
 
 def _body(source: Exported, made: Report | None) -> str:
-    alone = source.network.name.startswith(("timm:", "torchvision:", DIFFUSERS))
+    owner, _, name = _name(source).partition(":")
     return render(
         "card.md.j2",
         network=Markup(_name(source)),
+        owner=owner,
+        inner=Markup(name),
+        channels=source.network.in_channels,
         classes=source.classes,
+        options=Markup(_options(source, owner, name)),
         kept=source.protection.get("original", "its original task"),
         refused=", ".join(source.protection.get("restricted", ())) or "unnamed domains",
-        alone=alone,
-        usage=Markup("\n".join(_usage(source))),
         # The report brings its own title; a card has one.
         report=None if made is None else Markup("#" + made.markdown().strip()),
     ).rstrip("\n")
 
 
-def _usage(source: Exported) -> list[str]:
-    """Return the lines of code that give the `model`, run in the exported folder."""
-    owner, _, name = source.network.name.partition(":")
-    if source.index:
-        return [
-            "from diffusers import DiffusionPipeline",
-            'pipeline = DiffusionPipeline.from_pretrained(".")',
-            "model = pipeline.unet",
-        ]
-    if owner == "timm":
-        channels = source.network.in_channels
-        wanted: dict[str, object] = {} if channels == 3 else {"in_chans": channels}
-        if getattr(source.model, "dynamic_img_size", False):
-            wanted["dynamic_img_size"] = True
-        return [
-            "import timm",
-            f'model = timm.create_model("{name}", num_classes={source.classes}'
-            f'{_options(source, wanted)}, checkpoint_path="model.safetensors")',
-        ]
-    if owner == "torchvision":
+def _options(source: Exported, owner: str, name: str) -> str:
+    """Return the arguments of a network's constructor in code, each after a comma."""
+    held: dict[str, object] = {}
+    if owner == "timm" and source.network.in_channels != 3:
+        held["in_chans"] = source.network.in_channels
+    if owner == "timm" and getattr(source.model, "dynamic_img_size", False):
+        held["dynamic_img_size"] = True
+    if owner == "torchvision" and name in ("googlenet", "inception_v3"):
         # What is built without them in `_models` has no such weights.
-        plain = {"aux_logits": False, "init_weights": False}
-        more = plain if name in ("googlenet", "inception_v3") else {}
-        return [
-            "from safetensors.torch import load_file",
-            "import torchvision",
-            f'model = torchvision.models.get_model("{name}", num_classes={source.classes}'
-            f"{_options(source, more)})",
-            'model.load_state_dict(load_file("model.safetensors"))',
-        ]
-    return [
-        "import sophon",
-        f'spec = sophon.ModelSpec(name="{source.network.name}", classes={source.classes},'
-        f' in_channels={source.network.in_channels}, weights="model.safetensors")',
-        "model, _ = sophon.resolve_model(spec)",
-    ]
-
-
-def _options(source: Exported, more: Mapping[str, object]) -> str:
-    """Return the arguments of a network's constructor, each after a comma."""
-    given = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in source.network.arguments.items()
-    }
-    return "".join(f", {key}={value!r}" for key, value in {**more, **given}.items())
+        held |= {"aux_logits": False, "init_weights": False}
+    for key, value in source.network.arguments.items():
+        held[key] = tuple(value) if isinstance(value, list) else value
+    return "".join(f", {key}={value!r}" for key, value in held.items())

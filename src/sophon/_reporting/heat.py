@@ -9,7 +9,7 @@ from sophon._attacks.kinds import without_rate
 from sophon._judgement.parts import SUBJECTS, trials_of
 from sophon._judgement.statistics import best_of
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import MetricKind, kind_of_record
+from sophon._records.metrics import MetricKind
 from sophon._reporting.rendering import Table, table
 
 
@@ -47,7 +47,7 @@ def heat_maps(record: AuditRecord, domain: str) -> list[HeatMap]:
     trials = [trial for trial in trials_of(record, domain) if trial.curve]
     if not trials:
         return []
-    values, kind = [best_of(trial) for trial in trials], kind_of_record(record)
+    values, kind = [best_of(trial) for trial in trials], record.kind
     found = [_half_decade(trial.strategy.learning_rate) for trial in trials]
     columns = range(min(found), max(found) + 1)
     maps = []

@@ -164,7 +164,8 @@ def recovery_plot(summary: DomainSummary) -> Markup:
 
     A seed that had not got there at the horizon is an arrow at its end: censored, not dropped.
     """
-    held = {n: s.recovery for n, s in summary.subjects.items() if s.recovery and s.recovery.costs}
+    known = {n: s.recoveries.get("unprotected") for n, s in summary.subjects.items()}
+    held = {name: costs for name, costs in known.items() if costs and costs.costs}
     if not held or not summary.budgets:
         return Markup("")
     height = 10 + _ROW * len(held) + _BOTTOM

@@ -6,43 +6,15 @@ import json
 from typing import Any
 
 from sophon._judgement.depth import depth_rows
-from sophon._judgement.parts import alone, trials_of
+from sophon._judgement.parts import alone, domains_of, trials_of
+from sophon._judgement.statistics import interval_of
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import judge
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import kind_of_record
 from sophon._records.statement import stated
-from sophon._reporting.audit_tables import (
-    claimed_domains,
-    domains_of,
-    original_table,
-    overlap_table,
-    trial_table,
-)
+from sophon._reporting import audit_tables, plots, tables
 from sophon._reporting.heat import heat_maps
-from sophon._reporting.plots import (
-    depth_plot,
-    envelope_plot,
-    readers_plot,
-    recovery_plot,
-    search_plot,
-    strip_plot,
-)
 from sophon._reporting.rendering import Document, render
-from sophon._reporting.tables import (
-    best_by_attack,
-    depth,
-    distribution,
-    envelopes,
-    facts,
-    pictures,
-    quarters,
-    reached,
-    readers,
-    secondary_table,
-    sheets,
-    verdict_table,
-)
 from sophon._specs import Strategy, shared_fields
 
 MEANINGS = {
@@ -71,7 +43,7 @@ class Report(Document):
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the verdict table, a header row first."""
-        return verdict_table(self.summaries, self.record)
+        return tables.verdict_table(self.summaries, self.record)
 
     def data(self) -> dict[str, Any]:
         """Return the verdict and its numbers as plain values, for JSON; fractions in [0, 1]."""
@@ -91,15 +63,17 @@ class Report(Document):
             scope=self.judgement.scope,
             alone=alone(record),
             scoring=_scoring(record),
-            kind=kind_of_record(record),
+            kind=record.kind,
             task=_task(record),
             sections=[_section(record, summary) for summary in self.summaries],
-            held_out=secondary_table(self.judgement.held_out, benign=False, narrower=narrower),
-            benign=secondary_table(self.judgement.allowed, benign=True, narrower=narrower),
-            originals=original_table(record),
-            claimed=claimed_domains(record),
-            overlaps=overlap_table(record),
-            trials=trial_table(record),
+            held_out=tables.secondary_table(
+                self.judgement.held_out, benign=False, narrower=narrower
+            ),
+            benign=tables.secondary_table(self.judgement.allowed, benign=True, narrower=narrower),
+            originals=audit_tables.original_table(record),
+            claimed=audit_tables.claimed_domains(record),
+            overlaps=audit_tables.overlap_table(record),
+            trials=audit_tables.trial_table(record),
             domains=domains_of(record),
             spec=json.dumps(record.spec.model_dump(mode="json"), indent=1),
             protection=protection and json.dumps(protection, indent=1, sort_keys=True),
@@ -128,11 +102,12 @@ def _values(summary: DomainSummary) -> dict[str, Any]:
         name: {
             "best_validation": subject.best,
             "test": None if subject.test is None else subject.test.value,
-            "test_interval": subject.test_interval and list(subject.test_interval),
+            "test_interval": subject.test and list(interval_of(subject.test)),
             "attack": subject.winner.strategy.label(),
-            "steps_to_recover": subject.to_unprotected and subject.to_unprotected.steps,
+            "steps_to_recover": cost and cost.steps,
         }
         for name, subject in summary.subjects.items()
+        for cost in (subject.costs.get("unprotected"),)
     }
     return {
         "domain": summary.domain.name,
@@ -153,56 +128,39 @@ def _section(record: AuditRecord, summary: DomainSummary) -> dict[str, Any]:
     name = summary.domain.name
     trials = trials_of(record, name)
     first = [trial for trial in trials if trial.seed == record.seeds[0]]
-    bests = {s: best_by_attack(t for t in trials if t.subject == s) for s in summary.subjects}
+    bests = {
+        s: tables.best_by_attack(t for t in trials if t.subject == s) for s in summary.subjects
+    }
     read = stated(record.protection).readers.get(name)
     rows = depth_rows(record, name)
     return {
         "summary": summary,
-        "facts": facts(summary),
-        "bands": _bands(record),
-        "reached": reached(summary, shared_fields(trial.strategy for trial in trials)),
-        "envelopes": envelopes(summary),
-        "distribution": distribution(summary, bests),
-        "depth": depth(rows, summary.kind),
-        "readers": None if read is None else readers(read),
-        "quarters": quarters(record, summary),
-        "pictures": pictures(record, name),
-        "sheets": sheets(record, name),
+        "facts": tables.facts(summary),
+        "reached": tables.reached(summary, shared_fields(trial.strategy for trial in trials)),
+        "envelopes": tables.envelopes(summary),
+        "distribution": tables.distribution(summary, bests),
+        "depth": tables.depth(rows, summary.kind),
+        "readers": None if read is None else tables.readers(read),
+        "quarters": tables.quarters(record, summary),
+        "pictures": tables.pictures(record, name),
+        "sheets": tables.sheets(record, name),
         "heat": heat_maps(record, name),
         "plots": {
-            "envelope": envelope_plot(summary),
-            "recovery": recovery_plot(summary),
-            "search": search_plot(summary, first),
-            "strip": strip_plot(summary, bests),
-            "depth": depth_plot(summary, rows),
-            "readers": "" if read is None else readers_plot(name, read),
+            "envelope": plots.envelope_plot(summary),
+            "recovery": plots.recovery_plot(summary),
+            "search": plots.search_plot(summary, first),
+            "strip": plots.strip_plot(summary, bests),
+            "depth": plots.depth_plot(summary, rows),
+            "readers": "" if read is None else plots.readers_plot(name, read),
         },
     }
 
 
 def _task(record: AuditRecord) -> str:
     """Return what scores are of, and what a verdict on a diffusion model rests on."""
-    if record.task == "classification":
-        return ""
+    meant = record.kind.meant.format(task=record.task_name)
     left = f" Left out: {'; '.join(record.left_out)}." if record.left_out else ""
-    return (
-        f"Scores are squared errors of {record.task_name}; areas and costs are computed on 1 - the"
-        " error. Recovering means going 90 % of the way from the best error of a fresh network to"
-        " that of the unprotected model. A good verdict needs the pictures to bear it out: at"
-        " least half of the unprotected model's lead in KID over a fresh network must be gone too,"
-        " by more than KID's spread."
-        f"{left}"
-    )
-
-
-def _bands(record: AuditRecord) -> str:
-    seeds = len(record.seeds)
-    if seeds < 2:
-        return "one attack seed, so no interval"
-    return (
-        f"mean over {seeds} attack seeds of the attacks run with every seed, with the 95 %"
-        " bootstrap interval of that mean"
-    )
+    return f"{meant}{left}" if meant else ""
 
 
 def _scoring(record: AuditRecord) -> str:

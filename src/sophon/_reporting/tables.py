@@ -72,9 +72,9 @@ def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
         "subject": lambda s: s.name,
         "best validation": lambda s: summary.kind.shown(s.best),
         "test (95 %)": lambda s: score_text(s.test),
-        f"steps to {summary.kind.goal}": lambda s: _cost(s.to_unprotected),
-        "median seed": lambda s: _median(s.recovery),
-        "steps to 90 % of scratch": lambda s: _cost(s.to_scratch),
+        f"steps to {summary.kind.goal}": lambda s: _cost(s.costs.get("unprotected")),
+        "median seed": lambda s: _median(s.recoveries.get("unprotected")),
+        "steps to 90 % of scratch": lambda s: _cost(s.costs.get("scratch")),
         "won by": lambda s: s.winner.strategy.label(shared),
     }
     note = (

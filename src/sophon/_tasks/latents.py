@@ -41,7 +41,11 @@ class Latents:
         self.prompts = tuple(prompts)
         self.embeddings = embeddings.detach().float()
         self.source = source
-        self._config: Any = vae.config
+        config: Any = vae.config
+        # Channels of the images and of their latents; how many pixels of a side become one latent.
+        self.channels, self.depth = int(config["in_channels"]), int(config["latent_channels"])
+        self.factor = int(2 ** (len(config["block_out_channels"]) - 1))
+        self.scale = float(config["scaling_factor"])
 
     @classmethod
     def from_pipeline(cls, folder: Path, prompts: Sequence[str]) -> Latents:
@@ -69,21 +73,6 @@ class Latents:
                 f" ({first_line(error, 200)})"
             ) from None
 
-    @property
-    def channels(self) -> int:
-        """Channels of the images that the autoencoder takes."""
-        return int(self._config["in_channels"])
-
-    @property
-    def factor(self) -> int:
-        """How many pixels of a side become one latent."""
-        return int(2 ** (len(self._config["block_out_channels"]) - 1))
-
-    @property
-    def scale(self) -> float:
-        """What latents are multiplied by."""
-        return float(self._config["scaling_factor"])
-
     @cached_property
     def sha256(self) -> str:
         """The checksum of the autoencoder and the embeddings."""
@@ -94,8 +83,7 @@ class Latents:
     def shape(self, image_shape: Shape) -> Shape:
         """Return the shape of an image's latent."""
         _, height, width = image_shape
-        channels = int(self._config["latent_channels"])
-        return channels, height // self.factor, width // self.factor
+        return self.depth, height // self.factor, width // self.factor
 
     def check(self, domain: Domain, shape: Shape) -> None:
         """Raise DataError unless the domain's labels index the prompts and its images fit."""

@@ -13,15 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sophon._base import files
 from sophon._base.errors import CheckpointError
-from sophon._base.files import (
-    lock_folder,
-    read_json,
-    require_unused,
-    require_writable,
-    temporary_beside,
-    write_json,
-)
 
 STATE_PREFIX = "round-"
 _KEPT_STATES = 2
@@ -29,7 +22,7 @@ _KEPT_STATES = 2
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write `tensors` as safetensors, whole or not at all; return the file's SHA-256."""
-    temporary = temporary_beside(path)
+    temporary = files.temporary_beside(path)
     # A tensor may share memory with another; the format wants each on its own.
     plain = {
         name: torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
@@ -57,7 +50,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 def save_model(folder: Path, model: nn.Module, description: dict[str, Any]) -> None:
     """Write `model.safetensors` and, beside it, `model.json` with `description` and a checksum."""
     digest = save_tensors(folder / "model.safetensors", model.state_dict())
-    write_json(folder / "model.json", {**description, "sha256": digest})
+    files.write_json(folder / "model.json", {**description, "sha256": digest})
 
 
 def save_state(root: Path, index: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -69,7 +62,7 @@ def save_state(root: Path, index: int, tensors: dict[str, Tensor], meta: dict[st
     temporary.mkdir()
     try:
         digest = save_tensors(temporary / "tensors.safetensors", tensors)
-        write_json(temporary / "meta.json", {"meta": meta, "sha256": digest})
+        files.write_json(temporary / "meta.json", {"meta": meta, "sha256": digest})
     except (OSError, CheckpointError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -90,7 +83,7 @@ def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     states = _states(root)
     for folder in states:
         try:
-            held = read_json(folder / "meta.json")
+            held = files.read_json(folder / "meta.json")
             if file_sha256(folder / "tensors.safetensors") == held["sha256"]:
                 return load_file(folder / "tensors.safetensors"), held["meta"]
         except (OSError, CheckpointError, KeyError, SafetensorError):
@@ -121,7 +114,7 @@ def open_run(
     """
     held = folder / "run.json"
     if held.is_file():
-        found = read_json(held)
+        found = files.read_json(held)
         different = [name for name, value in identity.items() if found.get(name) != value]
         if different:
             raise CheckpointError(
@@ -129,11 +122,11 @@ def open_run(
                 f"{_changes(found, resolved, prefix)}: give another --out, or delete that folder to"
                 " start over"
             )
-    require_unused(folder, held.name)
-    require_writable(folder, needed_bytes=needed_bytes)
-    lock_folder(folder, owner)
+    files.require_unused(folder, held.name)
+    files.require_writable(folder, needed_bytes=needed_bytes)
+    files.lock_folder(folder, owner)
     if not held.is_file():
-        write_json(held, {**identity, "resolved": resolved})
+        files.write_json(held, {**identity, "resolved": resolved})
     return load_state(states)
 
 

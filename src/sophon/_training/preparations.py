@@ -40,7 +40,6 @@ from sophon._specs import (
     Heal,
     NoiseKick,
     Preparation,
-    RescaleWeights,
     ResetLastBlocks,
     RidgeHead,
 )
@@ -107,7 +106,7 @@ def prepare(
             _fit_head(model, surroundings)
             fitted = True
         step = _streamed(surroundings, "preparation", index, preparation.kind)
-        spent += PREPARATIONS[preparation.kind](model, preparation, step)
+        spent += PREPARATIONS[preparation.kind](model, preparation, step) or 0
     if not fitted:
         _fit_head(model, surroundings)
     require_steps(preparations, surroundings.steps)
@@ -134,10 +133,6 @@ def spent_at_most(preparation: Preparation, steps: int) -> int:
     if not isinstance(preparation, Heal | Distil | RidgeHead):
         return 0
     return max(1, min(round(preparation.share * steps), steps - 1))
-
-
-def _heal(model: nn.Module, preparation: Heal, surroundings: Surroundings) -> int:
-    return _train(model, preparation, surroundings, None)
 
 
 def _distil(model: nn.Module, preparation: Distil, surroundings: Surroundings) -> int:
@@ -182,12 +177,11 @@ def _forget(factors: Factors, prefix: str) -> None:
             factors[name] = 0.0
 
 
-def _fresh_head(model: nn.Module, _: FreshHead, surroundings: Surroundings) -> int:
+def _fresh_head(model: nn.Module, _: FreshHead, surroundings: Surroundings) -> None:
     head = surroundings.head
     classes = surroundings.classes or head_classes(model, head)
     replace_head(model, head, classes, seed=surroundings.seed, names=surroundings.names)
     _forget(surroundings.factors, head)
-    return 0
 
 
 def _ridge_head(model: nn.Module, preparation: RidgeHead, surroundings: Surroundings) -> int:
@@ -211,7 +205,7 @@ def _ridge_head(model: nn.Module, preparation: RidgeHead, surroundings: Surround
 
 def _reset_last_blocks(
     model: nn.Module, preparation: ResetLastBlocks, surroundings: Surroundings
-) -> int:
+) -> None:
     found = blocks(model, surroundings.head)
     if preparation.blocks > len(found):
         raise SpecError(
@@ -228,50 +222,38 @@ def _reset_last_blocks(
                 bare=None if surroundings.bare is None else surroundings.bare.within(name),
             )
             _forget(surroundings.factors, name)
-    return 0
 
 
-def _batch_norm(model: nn.Module, preparation: BatchNorm, surroundings: Surroundings) -> int:
-    if preparation.mode == "reestimate":
-        if not tracked_batch_norms(model):
-            return 0
+def _batch_norm(model: nn.Module, preparation: BatchNorm, surroundings: Surroundings) -> None:
+    if preparation.mode == "reset":
+        for name, part in model.named_modules():
+            if isinstance(part, BatchNorms):
+                part.reset_parameters()
+                _forget(surroundings.factors, name)
+    elif tracked_batch_norms(model):
         if surroundings.batches is None:
             raise SpecError("batch_norm: mode = 'reestimate' needs images of the restricted domain")
         if not reestimate_batch_norm(model, surroundings.batches(preparation.batches)):
             raise DataError("batch_norm: the restricted domain gave no batch to re-estimate from")
-        return 0
-    norms = [(name, part) for name, part in model.named_modules() if isinstance(part, BatchNorms)]
-    for name, norm in norms:
-        norm.reset_parameters()
-        _forget(surroundings.factors, name)
-    return 0
 
 
 @torch.no_grad()
-def _noise_kick(model: nn.Module, preparation: NoiseKick, surroundings: Surroundings) -> int:
+def _noise_kick(model: nn.Module, preparation: NoiseKick, surroundings: Surroundings) -> None:
     source = generator(surroundings.seed, *surroundings.names)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=source).to(parameter)
         size = parameter.square().mean().sqrt()
         parameter.add_(noise * (preparation.relative_std * size))
-    return 0
 
 
-def _rescale_weights(
-    model: nn.Module, preparation: RescaleWeights, surroundings: Surroundings
-) -> int:
-    rescale_weights(model, preparation.norm, surroundings.image_shape, surroundings.factors)
-    return 0
-
-
-# Each returns the steps it spent.
-PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings], int]] = {
+# Each returns the steps it spent, if any.
+PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings], int | None]] = {
     "fresh_head": _fresh_head,
     "ridge_head": _ridge_head,
     "reset_last_blocks": _reset_last_blocks,
-    "rescale_weights": _rescale_weights,
+    "rescale_weights": lambda m, p, s: rescale_weights(m, p.norm, s.image_shape, s.factors),
     "batch_norm": _batch_norm,
     "noise_kick": _noise_kick,
-    "heal": _heal,
+    "heal": lambda m, p, s: _train(m, p, s, None),
     "distil": _distil,
 }

@@ -76,7 +76,6 @@ class Pretraining(ResumableRun[Stage]):
             model,
             task=task or Classification(),
             original=original,
-            restricted=None,
             head=None if model_spec is None else model_spec.head,
             precision=spec.precision,
             device=device,
@@ -95,7 +94,9 @@ class Pretraining(ResumableRun[Stage]):
             augmentation=spec.augmentation,
         )
         placed = self.setting.place(copy.deepcopy(model))
-        self.tuning = FineTuning(placed, _strategy(spec), self.setting, feed, stream=stream)
+        training = spec.model_dump(exclude={"seed", "ema_decay", "every"})
+        strategy = Strategy(optimizer="adamw", schedule="warmup_cosine", **training)
+        self.tuning = FineTuning(placed, strategy, self.setting, feed, stream=stream)
         self.average = self._averaged(placed)
         self.identity = run_identity(spec, model, self.setting, engine=ENGINE_VERSION)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -185,21 +186,6 @@ class Pretraining(ResumableRun[Stage]):
             torch._foreach_lerp_(held, new, 1 - min(decay, (1 + number) / (10 + number)))
 
         return AveragedModel(model, multi_avg_fn=torch.no_grad()(average))
-
-
-def _strategy(spec: PretrainSpec) -> Strategy:
-    return Strategy(
-        optimizer="adamw",
-        schedule="warmup_cosine",
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        warmup_steps=spec.warmup_steps,
-        clip_norm=spec.clip_norm,
-        batch_size=spec.batch_size,
-        steps=spec.steps,
-        augmentation=spec.augmentation,
-        precision=spec.precision,
-    )
 
 
 @signed_as(Pretraining)

@@ -25,13 +25,8 @@ from sophon._base.errors import RanksError, SophonError, SpecError, first_line
 _PATIENCE = datetime.timedelta(hours=6)
 # What gloo and NCCL say of a process that is gone or silent.
 _GONE = (
-    "connection",
-    "timed out",
-    "timeout",
-    "broken pipe",
-    "socket closed",
-    "aborted",
-    "network error",
+    *("connection", "timed out", "timeout", "broken pipe"),
+    *("socket closed", "aborted", "network error"),
 )
 
 

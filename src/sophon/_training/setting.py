@@ -32,12 +32,9 @@ class Feed:
     Every epoch is a new permutation; images left over at its end wait for another one.
     """
 
+    setting: Setting
+    domain: Domain
     images: Images
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    channels: int
-    device: torch.device
-    channels_last: bool
     batch_size: int
     seed: int
     names: tuple[str | int, ...]
@@ -63,16 +60,17 @@ class Feed:
             yield self._fetch(index, stream)
 
     def _fetch(self, index: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        mean, std = self.setting.normalisation(self.domain)
         return batch(
             self.images,
             index,
-            mean=self.mean,
-            std=self.std,
-            channels=self.channels,
-            device=self.device,
+            mean=mean,
+            std=std,
+            channels=self.setting.channels,
+            device=self.setting.device,
             augmentation=self.augmentation,
             generator=stream,
-            channels_last=self.channels_last,
+            channels_last=self.setting.channels_last,
         )
 
 
@@ -112,19 +110,7 @@ class Setting:
         augmentation: Augmentation = "none",
     ) -> Feed:
         """Return the batches of `images`, one of the domain's splits, on `stream`."""
-        mean, std = self.normalisation(domain)
-        return Feed(
-            images=images,
-            mean=mean,
-            std=std,
-            channels=self.channels,
-            device=self.device,
-            channels_last=self.channels_last,
-            batch_size=batch_size,
-            seed=stream[0],
-            names=stream[1],
-            augmentation=augmentation,
-        )
+        return Feed(self, domain, images, batch_size, *stream, augmentation)
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of the run's precision (disabled in fp32)."""
@@ -158,10 +144,10 @@ def make_setting(
     *,
     task: Task,
     original: Domain,
-    restricted: tuple[Domain, ...] | None,
-    head: str | None,
-    precision: Precision,
-    device: str | torch.device | None,
+    restricted: tuple[Domain, ...] | None = None,
+    head: str | None = None,
+    precision: Precision = "fp32",
+    device: str | torch.device | None = None,
     trained: bool = True,
 ) -> Setting:
     """Check that model and domains fit each other and return the setting.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sophon._judgement.flags.flag import WITHSTOOD, Flag, flag
-from sophon._judgement.parts import trials_of
+from sophon._judgement.parts import domains_of, trials_of
 from sophon._judgement.statistics import budgets, by_seed, interval_of, winner
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import kind_of_record, shown
+from sophon._records.metrics import shown
 from sophon._records.statement import stated
 from sophon._specs import Subject
 
@@ -37,7 +37,7 @@ def rehearsal_unknown(record: AuditRecord, domain: str) -> Flag | None:
 def protected_still_rises(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if attackers of the protected model still gained much at the end."""
     much, words = _late_gain(record, domain, "protected") or (False, "")
-    far = kind_of_record(record).far_words
+    far = record.kind.far_words
     return flag("protected_still_rises", words if much else "", far=far)
 
 
@@ -48,7 +48,7 @@ def scratch_still_rises(record: AuditRecord, domain: str) -> Flag | None:
         return None
     guesses = unlearnt(record, domain, "scratch")
     words = late[1] if late[0] else guesses
-    return flag("scratch_still_rises", words, far=kind_of_record(record).far_words)
+    return flag("scratch_still_rises", words, far=record.kind.far_words)
 
 
 def _late_gain(record: AuditRecord, domain: str, subject: Subject) -> tuple[bool, str] | None:
@@ -65,7 +65,7 @@ def _late_gain(record: AuditRecord, domain: str, subject: Subject) -> tuple[bool
     earlier = [index for index, step in enumerate(at) if step <= record.spec.steps * 2 / 3]
     if not earlier:
         return True, f"first measured at step {at[0]} of {record.spec.steps}"
-    kind, mean = kind_of_record(record), rows.mean(0)
+    kind, mean = record.kind, rows.mean(0)
     gain = float(mean[-1] - mean[earlier[-1]])
     much = gain > _STILL * kind.far(float(mean[-1]))
     return much, f"{kind.gap(gain)} between step {at[earlier[-1]]} and {at[-1]}"
@@ -77,11 +77,10 @@ def unlearnt(record: AuditRecord, domain: str, subject: Subject) -> str:
     It is measured on the test split: the best of many validation scores beats guessing by luck.
     """
     best = winner(trials_of(record, domain, subject))
-    where = (*record.restricted, *record.held_out, *record.benign)
-    images = next((held for held in where if held.name == domain), None)
+    images = next((held for held in domains_of(record)[1:] if held.name == domain), None)
     if best is None or images is None:
         return ""
-    kind = kind_of_record(record)
+    kind = record.kind
     chance = kind.chance(images.classes, images.largest or 0.0)
     if best.test is not None and interval_of(best.test).low > chance:
         return ""

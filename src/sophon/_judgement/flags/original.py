@@ -6,14 +6,14 @@ from sophon._judgement.flags.flag import GOOD, Flag, flag
 from sophon._judgement.parts import originals
 from sophon._judgement.statistics import interval_of
 from sophon._records.audit_record import AuditRecord
-from sophon._records.metrics import kind_of_record, shown
+from sophon._records.metrics import shown
 from sophon._records.statement import stated
 from sophon._specs import Guard
 
 
 def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the protected model hardly beats guessing on its own task."""
-    kind = kind_of_record(record)
+    kind = record.kind
     chance = kind.chance(record.original.classes, record.original.largest or 0.0)
     scores = originals(record)
     before, score = scores.get("unprotected"), scores.get("protected")
@@ -28,7 +28,7 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
 
 def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the unprotected model is no better than guessing on its own task."""
-    kind = kind_of_record(record)
+    kind = record.kind
     chance = kind.chance(record.original.classes, record.original.largest or 0.0)
     score = originals(record).get("unprotected")
     if score is None or interval_of(score).low > chance:
@@ -47,7 +47,7 @@ def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:
     before, after = scores.get("unprotected"), scores.get("protected")
     if before is None or after is None:
         return None
-    kind = kind_of_record(record)
+    kind = record.kind
     usual = Guard()
     known = usual.model_copy(update=stated(record.protection).tolerances)
     lost = [before.value - kind.allowed(before.value, one) for one in (known, usual)]

@@ -14,16 +14,13 @@ _AS_OFTEN = 0.95
 
 def crashed_attacks(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if any attack crashed."""
-    crashed = [t for t in trials_of(record, domain) if t.outcome.kind == "crashed"]
+    ends = [(t.subject, t.outcome) for t in trials_of(record, domain)]
+    crashed = [(subject, end.error) for subject, end in ends if end.kind == "crashed"]
     if not crashed:
         return None
-    found = sorted({trial.subject for trial in crashed})
-    errors = [t.outcome.error for t in crashed if t.outcome.kind == "crashed"]
-    return flag(
-        "crashed_attacks",
-        f"{len(crashed)} on {', '.join(found)}: {errors[0]}",
-        alone=found == ["protected"],
-    )
+    found = sorted({subject for subject, _ in crashed})
+    detail = f"{len(crashed)} on {', '.join(found)}: {crashed[0][1]}"
+    return flag("crashed_attacks", detail, alone=found == ["protected"])
 
 
 def most_diverged(record: AuditRecord, domain: str) -> Flag | None:
@@ -42,13 +39,13 @@ def unequal_search(record: AuditRecord, domain: str) -> Flag | None:
 
     Searches may propose to one subject what another one met already, so a few trials may differ.
     """
-    names = [subject.name for subject in record.subjects]
     counts = {
-        name: len({(t.strategy, t.seed) for t in trials_of(record, domain, name)}) for name in names
+        subject.name: len({(t.strategy, t.seed) for t in trials_of(record, domain, subject.name)})
+        for subject in record.subjects
     }
-    if min(counts.values()) >= _AS_OFTEN * max(counts.values()):
-        return None
-    return flag("unequal_search", ", ".join(f"{name} {count}" for name, count in counts.items()))
+    unequal = min(counts.values()) < _AS_OFTEN * max(counts.values())
+    shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return flag("unequal_search", shown if unequal else "")
 
 
 def few_seeds(record: AuditRecord, domain: str) -> Flag | None:
@@ -94,6 +91,5 @@ def mixed_machines(record: AuditRecord, domain: str) -> Flag | None:
         (e.processor, e.place, e.precision, e.versions.get("torch", ""), e.threads): None
         for e in held
     }
-    if len(kinds) < 2:
-        return None
-    return flag("mixed_machines", "; ".join(", ".join(map(str, kind)) for kind in list(kinds)[:3]))
+    shown = [", ".join(map(str, kind)) for kind in list(kinds)[:3]]
+    return flag("mixed_machines", "; ".join(shown) if len(kinds) > 1 else "")

@@ -10,7 +10,6 @@ from sophon._judgement.flags.flag import Flag, flag
 from sophon._judgement.parts import trials_of
 from sophon._judgement.statistics import best_of, run_with_all_seeds, winner
 from sophon._records.audit_record import AuditRecord, Trial
-from sophon._records.metrics import kind_of_record
 from sophon._records.statement import stated
 from sophon._specs import Strategy
 
@@ -89,7 +88,7 @@ def last_step_is_best(record: AuditRecord, domain: str) -> Flag | None:
 
 def seeds_disagree(record: AuditRecord, domain: str) -> Flag | None:
     """Return a flag if the best score differs by far between attack seeds."""
-    kind = kind_of_record(record)
+    kind = record.kind
     trials = run_with_all_seeds(trials_of(record, domain, "protected"))
     scores = [
         max(best_of(t) for t in trials if t.seed == seed) for seed in {t.seed for t in trials}
@@ -110,7 +109,7 @@ def other_optimizer_far_better(record: AuditRecord, domain: str) -> Flag | None:
 
 
 def _by_far(check: str, record: AuditRecord, better: list[float], than: list[float]) -> Flag | None:
-    kind = kind_of_record(record)
+    kind = record.kind
     if not better or not than or max(better) - max(than) <= kind.far(max(better)):
         return None
     detail = f"{kind.show(max(better), 1)} against {kind.show(max(than), 1)}"

@@ -81,8 +81,8 @@ _QUICK_1: tuple[Strategy, ...] = (
     Strategy(optimizer="adam", learning_rate=1e-2, preparations=_FRESH, scope="head"),
 )
 
-# Few attacks that reach what `standard-1` reached on every record (`benchmarks/quick.py`), the usual
-# ones, and what is known to do best after erasure.
+# Few attacks that reach what `standard-1` reached on every record (`benchmarks/quick.py`), the
+# usual ones, and what is known to do best after erasure.
 _QUICK_2: tuple[Strategy, ...] = (
     *_rates("sgd_momentum", (1e-2,)),
     *_rates("adam", (1e-3, 1e-2)),

@@ -188,17 +188,18 @@ def sorted_out(folder: Path) -> tuple[list[Path], Counter[str]]:
     others: list[Path] = []
     for path in files_below(folder):
         (images if _is_image(path) else others).append(path)
+    kinds = Counter(
+        path.suffix.lower() or "no suffix" if path.is_file() else _LINK for path in others
+    )
     if not images:
-        raise DataError(
-            f"{folder} holds no images ({', '.join(sorted(suffixes()))}); add some or remove it"
-        )
+        held = f" but other files ({_listed(kinds)})" if others else ""
+        raise DataError(f"{folder} holds no images{held}; add some or remove it")
     if len(images) < len(others):
         raise DataError(
             f"{len(others)} of {len(images) + len(others)} files in {folder} are not images, for "
             f"instance {others[0].name}; correct path or remove them"
         )
-    kinds = (path.suffix.lower() or "no suffix" if path.is_file() else _LINK for path in others)
-    return images, Counter(kinds)
+    return images, kinds
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -206,7 +207,8 @@ def files_below(folder: Path) -> list[Path]:
     but for those that lead back to a folder above.
     """
     found: list[Path] = []
-    above = {str(folder): {os.path.realpath(folder)}}
+    real = Path(os.path.realpath(folder))
+    above = {str(folder): {str(real), *map(str, real.parents)}}
     for place, folders, names in os.walk(folder, followlinks=True):
         known = above.pop(place)
         reached = {name: os.path.realpath(Path(place, name)) for name in folders}
@@ -218,9 +220,12 @@ def files_below(folder: Path) -> list[Path]:
 
 def _counted(left_out: Counter[str]) -> Iterator[str]:
     """Yield what was left out, if anything was."""
-    kinds = [f"{count} {kind}" for kind, count in left_out.most_common() if count]
-    if kinds:
-        yield f"{left_out.total()} files left out ({', '.join(kinds[:5])})"
+    if left_out.total():
+        yield f"{left_out.total()} files left out ({_listed(left_out)})"
+
+
+def _listed(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5) if count)
 
 
 def _names(folders: list[Path]) -> str:

@@ -596,6 +596,7 @@ def refused(folder: Path, *words: object) -> str:
         ("protect.rehearsal.distribution.learning_rates.adam=[1.0, 0.1]", ["adam"]),
         ("restricted.0.limit=0", ["restricted.0.limit", "0"]),
         ("restricted.3.limit=5", ["restricted.3.limit", "0 to 0"]),
+        ('restricted.3={source="embedded", name="digits"}', ["restricted.3=", "0 to 0"]),
         ("protect.rounds.fast=1", ["rounds", "value"]),
         ("protect.rounds", ["key=value"]),
         (

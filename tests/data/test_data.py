@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from sophon._base.errors import DataError
+from sophon._base.seeding import derive_seed
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import (
     IMAGENET_MEAN,
@@ -196,6 +197,15 @@ def test_given_test_images_are_left_alone() -> None:
     domain = small(test_images=test, test_labels=np.arange(9) % 3)
     assert torch.equal(domain.test.pixels, torch.from_numpy(test).permute(0, 3, 1, 2))
     assert len(domain.train) + len(domain.validation) == 60
+
+
+def test_validation_is_drawn_from_a_stream_of_its_own() -> None:
+    images, labels = noise(60, 8, 10, 3), np.arange(60) % 3
+    test = {"test_images": noise(9, 8, 10, 3, seed=5), "test_labels": np.arange(9) % 3}
+    domain = Domain.from_arrays("a", images, labels, split_seed=7, **test)
+    drawn = stratified(labels, 0.1, derive_seed(7, "validation"), ("0", "1", "2"))[1]
+    expected = torch.from_numpy(images[drawn]).permute(0, 3, 1, 2)
+    assert torch.equal(domain.validation.pixels, expected)
 
 
 @settings(max_examples=60, deadline=None)

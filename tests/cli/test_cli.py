@@ -785,6 +785,11 @@ def test_a_folder_inside_the_images_is_refused(run_file: Path, tmp_path: Path, r
     where = str(tmp_path / "photos" / "run")
     message = refused(tmp_path, "protect", run_file, "--out", where, *folder)
     assert "lies in the images of a domain" in message
+    places = {"--out": tmp_path / "a", "--store": tmp_path / "a"}
+    for option in places:
+        words = [word for pair in (places | {option: where}).items() for word in pair]
+        message = refused(tmp_path, "audit", run_file, "--model", "m", *words, *folder)
+        assert "lies in the images of a domain" in message
     assert not (tmp_path / "photos" / "run").exists()
 
 

@@ -656,6 +656,10 @@ def test_train_and_test_images_are_joined_and_cut_anew(tmp_path: Path) -> None:
     order = np.lexsort(held.reshape(30, -1).T)
     assert np.array_equal(held[order], pixels[np.lexsort(pixels.reshape(30, -1).T)])
     assert torch.cat([part.labels for part in parts]).bincount().tolist() == [10, 10, 10]
+    bare = load_domain(
+        spec(source="npz", path="d.npz", join=True, test=0.4, labels="none"), base=tmp_path
+    )
+    assert (bare.classes, len(bare.test)) == (("image",), 12)
 
 
 def test_prompts_that_none_shares_are_cut_and_stay_with_their_images(tmp_path: Path) -> None:

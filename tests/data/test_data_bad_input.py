@@ -180,7 +180,8 @@ def test_npz_with_bad_jpeg_packing(tmp_path: Path, offsets: list[int], data: int
         x_train_offsets=np.array(offsets),
         y_train=np.arange(max(len(offsets) - 1, 1)),
     )
-    refused(tmp_path, "bad.npz", source="npz", path="bad.npz")
+    word = "too few images" if offsets == [0, 4, 9] else "x_train_offsets"
+    refused(tmp_path, "bad.npz", word, source="npz", path="bad.npz")
     archive(tmp_path, x_train=None, x_train_jpeg=np.zeros(9, np.uint8))
     assert "x_train_offsets" in refused(tmp_path, source="npz", path="bad.npz")
 
@@ -431,6 +432,7 @@ def test_fewer_images_than_a_batch() -> None:
         check_batch_fits(domain, 64, "batch_size")
     for word in ("'few'", f"{len(domain.train)} training images", "batch_size = 64", "at most"):
         assert word in str(caught.value)
+    check_batch_fits(domain, len(domain.train), "batch_size")
 
 
 def test_rgb_images_for_a_grey_model() -> None:

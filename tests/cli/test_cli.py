@@ -213,6 +213,33 @@ def test_the_resolved_run_is_toml_that_runs_again(run_file: Path, tmp_path: Path
     assert sophon("protect", again, "--dry-run")[1].splitlines()[:-1] == out.splitlines()[:-1]
 
 
+def test_each_domain_has_a_line_before_any_work(run_file: Path, tmp_path: Path) -> None:
+    changes = ("original.limit=10", "restricted.0.mean=[0.5]", "restricted.0.std=[0.25]")
+    settings = [word for change in changes for word in ("--set", change)]
+    kept = "original letters: 26 classes (A, B, C, D, "
+    refused_line = "restricted digits: 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), 16x16x1; "
+    cut = "; test and validation cut from the training images; "
+    normalised = (
+        "mean 0.485 0.456 0.406 std 0.229 0.224 0.225 (by default)",
+        "mean 0.5 std 0.25 (given)",
+    )
+    run_file.write_text(RUN)
+    out, err = sophon("protect", run_file, "--dry-run", *settings)[1:]
+    said = [line.removeprefix("# ") for line in out.splitlines() if line.startswith("# ")]
+    assert len(said) == 2
+    for line, start, values in zip(said, (kept, refused_line), normalised, strict=True):
+        assert line.startswith(start)
+        assert f"; {values}{cut}" in line
+    assert " train, " in said[0]
+    forecast = json.loads(sophon("protect", run_file, "--dry-run", "--json", *settings)[1])
+    assert forecast["domains"] == said
+    for words in (("protect",), ("pretrain", "--set", "pretrain.steps=1")):
+        folder = tmp_path / words[0]
+        err = sophon(words[0], run_file, "--out", folder, *words[1:], *settings)[2]
+        expected = said if words == ("protect",) else said[:1]
+        assert err.splitlines()[: len(expected)] == expected
+
+
 def test_set_takes_toml_values_text_and_indices(run_file: Path) -> None:
     changes = ("restricted.0.limit=11", "protect.suppression=ice", "audit.seeds=[4, 5]")
     settings = [word for change in changes for word in ("--set", change)]
@@ -371,6 +398,26 @@ def test_audit_writes_record_and_reports(finished: Path) -> None:
     assert (finished / "a" / "report.md").stat().st_size > 500
 
 
+def test_what_was_read_is_in_the_record_and_in_the_reports(finished: Path, tmp_path: Path) -> None:
+    said = [
+        line
+        for line in sophon("inspect", finished / "run.toml")[1].splitlines()
+        if ": 1" in line or ": 2" in line
+    ]
+    record = json.loads((finished / "a" / "record.json").read_text())
+    held = {"original": record["original"], "restricted": record["restricted"][0]}
+    for role, domain in held.items():
+        assert f"{role} {domain['read']}" in said
+        assert "by default" in domain["read"]
+        assert all(
+            domain["read"] in (finished / "a" / f"report.{form}").read_text()
+            for form in ("md", "html")
+        )
+    model = finished / "p" / "model.safetensors"
+    err = sophon("audit", finished / "run.toml", "--model", model, "--out", tmp_path / "a")[2]
+    assert err.splitlines()[0].startswith(f"original {held['original']['read']}")
+
+
 def test_repeating_an_audit_runs_nothing(finished: Path) -> None:
     stamps = {f: f.stat().st_mtime_ns for f in (finished / "a" / "trials").iterdir()}
     words = ("audit", finished / "run.toml", "--model", finished / "p", "--out", finished / "a2")
@@ -499,7 +546,8 @@ def test_every_domain_of_a_run_file_is_loaded_in_its_place(run_file: Path) -> No
 def test_inspect_describes_what_it_is_given(finished: Path) -> None:
     run = sophon("inspect", finished / "run.toml")[1]
     assert "head head" in run
-    assert "original letters: 26 classes, 16x16x1" in run
+    assert "original letters: 26 classes (A, B, C" in run
+    assert "restricted digits: 10 classes (0, 1, 2" in run
     checkpoint = sophon("inspect", finished / "p")[1]
     assert "as recorded" in checkpoint
     assert "round 3 of 3" in checkpoint
@@ -548,6 +596,7 @@ def refused(folder: Path, *words: object) -> str:
         ("protect.rehearsal.distribution.learning_rates.adam=[1.0, 0.1]", ["adam"]),
         ("restricted.0.limit=0", ["restricted.0.limit", "0"]),
         ("restricted.3.limit=5", ["restricted.3.limit", "0 to 0"]),
+        ('restricted.3={source="embedded", name="digits"}', ["restricted.3=", "0 to 0"]),
         ("protect.rounds.fast=1", ["rounds", "value"]),
         ("protect.rounds", ["key=value"]),
         (
@@ -736,6 +785,11 @@ def test_a_folder_inside_the_images_is_refused(run_file: Path, tmp_path: Path, r
     where = str(tmp_path / "photos" / "run")
     message = refused(tmp_path, "protect", run_file, "--out", where, *folder)
     assert "lies in the images of a domain" in message
+    places = {"--out": tmp_path / "a", "--store": tmp_path / "a"}
+    for option in places:
+        words = [word for pair in (places | {option: where}).items() for word in pair]
+        message = refused(tmp_path, "audit", run_file, "--model", "m", *words, *folder)
+        assert "lies in the images of a domain" in message
     assert not (tmp_path / "photos" / "run").exists()
 
 

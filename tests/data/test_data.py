@@ -9,7 +9,9 @@ import importlib
 import io
 import json
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from sophon._base.errors import DataError
+from sophon._base.seeding import derive_seed
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import (
     IMAGENET_MEAN,
@@ -36,6 +39,7 @@ from sophon._data import (
     resolve_normalisation,
     share_prompts,
 )
+from sophon._data.images import suffixes
 from sophon._data.loading import expanded
 from sophon._data.sources.embedded import digits, letters
 from sophon._data.sources.torchvision_sets import DATASETS
@@ -158,6 +162,24 @@ def test_an_archive_may_have_validation_images_of_its_own(coarse: bool, tmp_path
 # --- Splits -------------------------------------------------------------------------------------
 
 
+def test_what_settings_leave_out_or_do_not_change_is_said(tmp_path: Path) -> None:
+    held = {"x_train": noise(20, 6, 6), "y_train": np.arange(20) % 4}
+    own = {"x_val": noise(8, 6, 6), "y_val": np.arange(8) % 4, "x_valid": noise(8, 6, 6)}
+    np.savez(tmp_path / "own.npz", **held, **own)
+    chosen = {"validation": 0.3, "test": 0.4, "classes": (0, 1), "limit": 2}
+    domain = load_domain(spec(source="npz", path="own.npz", **chosen), base=tmp_path)
+    assert domain.remarks == (
+        "arrays x_valid not read",
+        "test cut from the training images",
+        "validation = 0.3 is not used, there are validation images",
+        "2 of 4 classes left out, as chosen",
+        "2 training images left out by limit = 2",
+    )
+    np.savez(tmp_path / "cut.npz", **held)
+    domain = load_domain(spec(source="npz", path="cut.npz", validation=0.3), base=tmp_path)
+    assert domain.remarks == ("test and validation cut from the training images",)
+
+
 def test_splits_are_the_same_every_time_and_follow_the_seed() -> None:
     assert small().fingerprint() == small().fingerprint()
     assert small().fingerprint() != small(split_seed=1).fingerprint()
@@ -175,6 +197,15 @@ def test_given_test_images_are_left_alone() -> None:
     domain = small(test_images=test, test_labels=np.arange(9) % 3)
     assert torch.equal(domain.test.pixels, torch.from_numpy(test).permute(0, 3, 1, 2))
     assert len(domain.train) + len(domain.validation) == 60
+
+
+def test_validation_is_drawn_from_a_stream_of_its_own() -> None:
+    images, labels = noise(60, 8, 10, 3), np.arange(60) % 3
+    test = {"test_images": noise(9, 8, 10, 3, seed=5), "test_labels": np.arange(9) % 3}
+    domain = Domain.from_arrays("a", images, labels, split_seed=7, **test)
+    drawn = stratified(labels, 0.1, derive_seed(7, "validation"), ("0", "1", "2"))[1]
+    expected = torch.from_numpy(images[drawn]).permute(0, 3, 1, 2)
+    assert torch.equal(domain.validation.pixels, expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -251,20 +282,109 @@ def test_folder_keeps_the_pixels_and_sorts_the_classes(tmp_path: Path) -> None:
     assert first in rows(domain.train, domain.validation, domain.test)
 
 
-@pytest.mark.parametrize("second", ["test", "val"])
-def test_folder_takes_train_and_test_directories(tmp_path: Path, second: str) -> None:
-    for split, count in (("train", 10), (second, 3)):
+@pytest.mark.parametrize(
+    ("folders", "sizes", "remark"),
+    [
+        ("train test", (18, 2, 6), "train/ for training, test/ for test"),
+        ("train val", (18, 2, 6), "val/ for test"),
+        ("Train Test", (18, 2, 6), "Test/ for test"),
+        ("training validation", (18, 2, 6), "validation/ for test"),
+        ("seg_train/seg_train seg_test/seg_test", (18, 2, 6), "seg_test/seg_test/ for test"),
+        ("trainingSet testSet", (18, 2, 6), "testSet/ for test"),
+        ("train2017 val2017", (18, 2, 6), "val2017/ for test"),
+        ("TRAIN dev", (18, 2, 6), "dev/ for test"),
+        ("train eval", (18, 2, 6), "eval/ for test"),
+        ("train dev test", (20, 6, 6), "test/ for test, dev/ for validation"),
+        ("train test valid test_extra", (20, 6, 6), "test_extra/ not read"),
+        ("train test masks", (18, 2, 6), "masks/ not read"),
+        ("train train_more", (14, 2, 4), "train_more/ not read"),
+    ],
+)
+def test_folder_takes_directories_of_splits(
+    tmp_path: Path, folders: str, sizes: tuple[int, int, int], remark: str
+) -> None:
+    for number, split in enumerate(folders.split()):
         for name in ("a", "b"):
-            write_images(tmp_path / split / name, count)
+            write_images(tmp_path / split / name, 3 if number else 10)
     domain = load_domain(spec(source="folder", path=str(tmp_path)), base=Path())
-    assert (len(domain.train), len(domain.validation), len(domain.test)) == (18, 2, 6)
+    assert domain.classes == ("a", "b")
+    assert (len(domain.train), len(domain.validation), len(domain.test)) == sizes
+    assert remark in "; ".join(domain.remarks)
 
 
-def test_folder_classes_may_be_named_train_and_test(tmp_path: Path) -> None:
-    for name in ("train", "test"):
+@pytest.mark.parametrize(
+    ("folders", "classes", "remark"),
+    [
+        ("train test", ("test", "train"), "train/, test/ look like splits and are taken for"),
+        ("bus freight_train/x", ("bus", "freight_train"), ""),
+        ("bus train", ("bus", "train"), ""),
+        ("invalid valid", ("invalid", "valid"), ""),
+        ("a/train a/test b", ("a", "b"), "test/, train/ in a look like splits"),
+    ],
+)
+def test_folder_classes_may_be_named_as_splits(
+    tmp_path: Path, folders: str, classes: tuple[str, str], remark: str
+) -> None:
+    for name in folders.split():
         write_images(tmp_path / name, 6)
     domain = load_domain(spec(source="folder", path="."), base=tmp_path)
-    assert domain.classes == ("test", "train")
+    assert domain.classes == classes
+    assert remark in "; ".join(domain.remarks)
+    assert ("look like" in "; ".join(domain.remarks)) == bool(remark)
+
+
+def test_images_without_classes_have_splits_under_any_usual_name(tmp_path: Path) -> None:
+    for name, count in {"Train": 10, "Dev": 3, "Test": 2}.items():
+        write_images(tmp_path / name, count)
+    domain = load_domain(spec(source="folder", path=".", labels="none"), base=tmp_path)
+    assert (len(domain.train), len(domain.validation), len(domain.test)) == (10, 3, 2)
+
+
+@pytest.mark.parametrize("suffix", sorted({".jfif", ".jpe", ".JPG", ".dib", ".pbm"} | suffixes()))
+def test_folder_reads_every_suffix_of_a_format_that_pillow_reads(
+    tmp_path: Path, suffix: str
+) -> None:
+    kind = Image.registered_extensions()[suffix.lower()]
+    if suffix == ".pfm":
+        pytest.skip("of 32 bits a value, which are refused")
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 6, "RGB")
+        for file in (tmp_path / name).iterdir():
+            picture = Image.open(file).convert("1" if suffix == ".pbm" else "RGB")
+            file.unlink()
+            picture.save(file.with_suffix(suffix), format=kind)
+    domain = load_domain(spec(source="folder", path=".", image_size=8), base=tmp_path)
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 12
+    assert "left out" not in "; ".join(domain.remarks)
+
+
+def test_folder_says_what_it_leaves_out(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 6)
+    for number in range(3):
+        (tmp_path / "a" / f"{number}.HEIC").write_text("of a telephone")
+    (tmp_path / "b" / "bare").write_text("no suffix")
+    (tmp_path / "b" / "x.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "a" / ".cache").mkdir()
+    shutil.copy(tmp_path / "a" / "00.png", tmp_path / "a" / ".cache")
+    shutil.copy(tmp_path / "a" / "00.png", tmp_path)
+    domain = load_domain(spec(source="folder", path="."), base=tmp_path)
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 12
+    assert domain.remarks[0] == (
+        "6 files left out (3 .heic, 1 images in no class's folder, 1 no suffix,"
+        " 1 links that lead nowhere)"
+    )
+
+
+@pytest.mark.parametrize("labels", ["own", "none"])
+def test_folder_follows_links_to_folders_and_ends(tmp_path: Path, labels: str) -> None:
+    for name in ("d/a", "d/b", "elsewhere"):
+        write_images(tmp_path / name, 6)
+    (tmp_path / "d" / "b" / "part2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "b" / "again").symlink_to(tmp_path / "d" / "b")
+    (tmp_path / "d" / "b" / "above").symlink_to(tmp_path / "d")
+    domain = load_domain(spec(source="folder", path="d", labels=labels), base=tmp_path)
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 18
 
 
 def test_folder_resizes_the_shorter_side_and_cuts_the_middle(tmp_path: Path) -> None:
@@ -536,6 +656,10 @@ def test_train_and_test_images_are_joined_and_cut_anew(tmp_path: Path) -> None:
     order = np.lexsort(held.reshape(30, -1).T)
     assert np.array_equal(held[order], pixels[np.lexsort(pixels.reshape(30, -1).T)])
     assert torch.cat([part.labels for part in parts]).bincount().tolist() == [10, 10, 10]
+    bare = load_domain(
+        spec(source="npz", path="d.npz", join=True, test=0.4, labels="none"), base=tmp_path
+    )
+    assert (bare.classes, len(bare.test)) == (("image",), 12)
 
 
 def test_prompts_that_none_shares_are_cut_and_stay_with_their_images(tmp_path: Path) -> None:
@@ -619,6 +743,16 @@ def test_ten_letters_can_be_chosen() -> None:
     assert domain.classes == tuple("ABCDEFGHIJ")
 
 
+class Named(list[dict[str, Any]]):
+    """Items as Hugging Face datasets give them; `features` has the names of the classes."""
+
+    def __init__(self, image: str, label: str) -> None:
+        pictures = (Image.fromarray(pixels) for pixels in noise(20, 7, 9, 3))
+        super().__init__({image: p, label: n % 2, "id": "x"} for n, p in enumerate(pictures))
+        names = SimpleNamespace(names=["cat", "dog"])
+        self.features = {image: object(), label: names, "id": object()}
+
+
 class Streamed(IterableDataset[Any]):
     def __iter__(self) -> Any:
         for number, pixels in enumerate(noise(20, 7, 9, 3)):
@@ -644,6 +778,24 @@ def test_every_kind_of_dataset_gives_the_same_domain() -> None:
         Pictures(),
     ):
         assert Domain.from_datasets("a", dataset).fingerprint() == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "columns"),
+    [(("image", "label"), None), (("img", "labels"), None), (("photo", "kind"), ("photo", "kind"))],
+)
+def test_items_of_hugging_face_datasets_are_dictionaries(
+    keys: tuple[str, str], columns: tuple[str, str] | None
+) -> None:
+    expected = Domain.from_datasets("a", Pictures()).fingerprint()
+    domain = Domain.from_datasets("a", Named(*keys), columns=columns)
+    assert domain.classes == ("cat", "dog")
+    assert domain.fingerprint() == expected
+    assert Domain.from_datasets("a", Named(*keys), columns=columns, classes="xy").classes == (
+        "x",
+        "y",
+    )
+    assert len(Domain.from_datasets("a", Pictures(), Named("image", "label")).test) == 20
 
 
 def test_datasets_may_bring_their_own_test_split() -> None:

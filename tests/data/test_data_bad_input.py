@@ -180,7 +180,8 @@ def test_npz_with_bad_jpeg_packing(tmp_path: Path, offsets: list[int], data: int
         x_train_offsets=np.array(offsets),
         y_train=np.arange(max(len(offsets) - 1, 1)),
     )
-    refused(tmp_path, "bad.npz", source="npz", path="bad.npz")
+    word = "too few images" if offsets == [0, 4, 9] else "x_train_offsets"
+    refused(tmp_path, "bad.npz", word, source="npz", path="bad.npz")
     archive(tmp_path, x_train=None, x_train_jpeg=np.zeros(9, np.uint8))
     assert "x_train_offsets" in refused(tmp_path, source="npz", path="bad.npz")
 
@@ -221,6 +222,12 @@ def test_test_split_without_the_classes_in_use(tmp_path: Path) -> None:
         ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, ("2 values",)),
         ({"mean": (0.5,), "std": (0.0,)}, ("std = [0.0]", "above 0")),
         ({"mean": (float("nan"),), "std": (1.0,)}, ("mean = [nan]", "finite")),
+        (
+            {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)},
+            ("mean = [123.675, 116.28, 103.53]", "0 to 255", "divide mean and std by 255"),
+        ),
+        ({"mean": (103.5,), "std": (1.0,)}, ("mean = [103.5]", "by 255")),
+        ({"mean": (0.5,), "std": (127.5,)}, ("std = [127.5]", "by 255")),
     ],
 )
 def test_bad_normalisation(tmp_path: Path, fields: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -264,7 +271,9 @@ def test_folder_missing_or_empty(tmp_path: Path) -> None:
 def test_folder_with_an_empty_class(tmp_path: Path) -> None:
     write_images(tmp_path / "a")
     (tmp_path / "b").mkdir()
-    assert f"{tmp_path / 'b'}" in refused(tmp_path, "no images", source="folder", path=".")
+    assert f"{tmp_path / 'b'}" in refused(tmp_path, "no images;", source="folder", path=".")
+    (tmp_path / "b" / "1.heic").write_text("of a telephone")
+    refused(tmp_path, "no images but other files (1 .heic)", source="folder", path=".")
 
 
 def test_folder_with_one_class(tmp_path: Path) -> None:
@@ -393,6 +402,23 @@ def test_datasets_with_bad_items(images: torch.Tensor, targets: torch.Tensor, wo
     assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ([{"img": 0, "fine_label": 1}], ("'img', 'fine_label'", "columns = ('image', 'label')")),
+        ({"train": [], "test": []}, ("'train', 'test'", "data['train']")),
+        ([(0, 1, 2)], ("item 0 is a tuple of 3", "pairs")),
+        ([torch.zeros(2, 6, 6)], ("item 0 is a Tensor", "pairs")),
+    ],
+)
+def test_datasets_of_other_items(dataset: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(DataError) as caught:
+        Domain.from_datasets("a", dataset)
+    assert all(word in str(caught.value) for word in words)
+    with pytest.raises(DataError, match="divide mean and std by 255"):
+        Domain.from_arrays("a", noise(20, 6, 6), labels(), mean=(127.5,), std=(127.5,))
+
+
 def test_images_of_the_wrong_type() -> None:
     with pytest.raises(DataError, match="float32"):
         Images(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))
@@ -406,6 +432,7 @@ def test_fewer_images_than_a_batch() -> None:
         check_batch_fits(domain, 64, "batch_size")
     for word in ("'few'", f"{len(domain.train)} training images", "batch_size = 64", "at most"):
         assert word in str(caught.value)
+    check_batch_fits(domain, len(domain.train), "batch_size")
 
 
 def test_rgb_images_for_a_grey_model() -> None:

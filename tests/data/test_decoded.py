@@ -73,6 +73,15 @@ def test_a_changed_file_is_read_anew(files: list[Path], kept: Path) -> None:
     assert len(list(kept.iterdir())) == 2
 
 
+def test_a_file_changed_to_another_of_its_length_is_read_anew(tmp_path: Path, kept: Path) -> None:
+    path = tmp_path / "a.ppm"
+    for value, time in ((3, 1), (200, 2)):
+        Image.new("RGB", (4, 4), (value,) * 3).save(path)
+        os.utime(path, ns=(time, time))
+        assert int(read_pictures([path], None)[0, 0, 0, 0]) == value
+    assert len(list(kept.iterdir())) == 2
+
+
 def test_files_of_the_same_name_length_and_time_elsewhere_are_others(
     files: list[Path], kept: Path
 ) -> None:

@@ -17,11 +17,13 @@ from torch import nn
 from builders import original, quick_spec, rehearsing, restricted, setting_of, trained_model
 from sophon._auditing.audit import Audit
 from sophon._auditing.trial import Bench, Job, Start
+from sophon._base.errors import UnsupportedModelError
 from sophon._data import Domain
 from sophon._models import (
     Bare,
     bare_parameters,
     foreign_hooks,
+    fresh_copy,
     merged_lora,
     network_identity,
     reinitialise,
@@ -29,6 +31,8 @@ from sophon._models import (
     weights_sha256,
 )
 from sophon._models.networks import small_caformer
+from sophon._protection.spec import ProtectSpec
+from sophon._protection.start import starting_weights
 from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._specs import AuditSpec, Distil, FreshHead, Heal, ModelSpec, ResetLastBlocks, Strategy
 from sophon._tasks import Classification, Distillation
@@ -145,6 +149,23 @@ def test_fresh_values_are_taken_only_where_no_reset_reaches() -> None:
     reinitialise(plain, seed=3, names=("a",))
     reinitialise(with_bare, seed=3, names=("a",), bare=Bare({"head.weight": torch.zeros(5, 5)}))
     assert weights_sha256(plain) == weights_sha256(with_bare)
+
+
+@pytest.mark.parametrize(
+    ("ask", "remedy"),
+    [
+        (lambda model: fresh_copy(model, None, seed=0, names=()), "fresh models as scratch"),
+        (lambda model: starting_weights(model, ProtectSpec(start="fresh")), "start = 'given'"),
+        (lambda model: reinitialise(model, seed=0, names=()), "leave out the preparations"),
+    ],
+)
+def test_what_no_reset_reaches_is_refused_with_what_the_asker_can_do(
+    ask: Callable[[nn.Module], object], remedy: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="give its layer a reset_parameters") as caught:
+        ask(small_caformer(5, 3))
+    assert remedy in str(caught.value)
+    assert len(str(caught.value)) <= 300
 
 
 def test_a_student_keeps_no_hook_of_the_publishers() -> None:

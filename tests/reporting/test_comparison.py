@@ -15,6 +15,7 @@ from records import CURVES, crashed, record
 from sophon._attacks.suites import beyond_rehearsal, beyond_usual, strategies_of
 from sophon._base.errors import AuditError
 from sophon._cli import app
+from sophon._cli.reading import _short
 from sophon._records.audit_record import AuditRecord, Score, pack
 from sophon._reporting.comparison import Comparison
 from sophon._specs import SampleSpec, Strategy
@@ -278,6 +279,11 @@ def test_fewer_than_two_and_names_that_repeat_are_refused() -> None:
         Comparison([("a", _audit(SOUND))])
     with pytest.raises(AuditError, match="a is named twice"):
         Comparison([("a", _audit(SOUND)), ("a", _audit(BROKEN))])
+
+
+def test_audits_in_folders_of_one_name_are_named_by_their_paths() -> None:
+    assert _short([Path("x/a/record.json"), Path("x/b")]) == ["a", "b"]
+    assert _short([Path("x/a/record.json"), Path("y/a")]) == ["x/a", "y/a"]
 
 
 def test_names_are_escaped() -> None:

@@ -14,6 +14,7 @@ from sophon._base.seeding import seeded
 from sophon._models import load_weights, read_tensors, weights_sha256
 from sophon._specs import ModelSpec, PretrainSpec
 from sophon._training.checkpoints import require_recorded
+from sophon._training.evaluate import evaluate
 from sophon._training.pretrain import Pretraining, pretrain
 
 SPEC = PretrainSpec(steps=60, batch_size=32, every=30, learning_rate=5e-3, precision="fp32")
@@ -58,6 +59,19 @@ def test_averaged_weights_are_shipped_where_asked_for() -> None:
         expected = [e.lerp(p.detach(), share) for e, p in zip(expected, now, strict=True)]
     for found, wanted in zip(averaged.model.parameters(), expected, strict=True):
         torch.testing.assert_close(found.detach(), wanted)
+
+
+def test_the_averaged_weights_are_scored_and_not_the_trained_ones() -> None:
+    spec = SPEC.model_copy(update={"steps": 12, "every": 3, "ema_decay": 0.9})
+    run = Pretraining(_model(), original=original(), spec=spec)
+    images, trained = original().validation, []
+    for stage in run:
+        assert stage.validation == evaluate(run.model, run.setting, original(), images)
+        trained.append(evaluate(run.tuning.model, run.setting, original(), images))
+    assert [stage.validation for stage in run.stages] != trained
+    made = run.result()
+    assert made.score == run.stages[-1].validation
+    assert weights_sha256(made.model) == weights_sha256(run.model)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from sophon._records.statement import statement_of
 from sophon._records.store import DocumentStore, TrialStore, earlier_crashes
 from sophon._specs import AuditSpec, Strategy, Subject
 from sophon._tasks import Classification, Task
-from sophon._training.environment import domain_record, environment
+from sophon._training.environment import domain_record, domain_text, environment
 from sophon._training.setting import make_setting
 
 
@@ -334,7 +334,7 @@ class Audit:
             model=about.get("model", type(self.subjects.protected).__name__),
             task=setting.task.kind.task,
             task_name=setting.task.name,
-            original=domain_record(setting.original, "original"),
+            original=self._domain_record(setting.original, "original"),
             restricted=self._domain_records(self.restricted, "restricted"),
             held_out=self._domain_records(self.held_out, "held_out"),
             benign=self._domain_records(self.benign, "benign"),
@@ -359,8 +359,12 @@ class Audit:
         # Of a model that can be trained, whatever the subjects are.
         model = self.subjects.fresh
         return tuple(
-            domain_record(d, role, training_flops(model, self.setting, d)) for d in domains
+            self._domain_record(d, role, training_flops(model, self.setting, d)) for d in domains
         )
+
+    def _domain_record(self, domain: Domain, role: str, flops: int | None = None) -> DomainRecord:
+        read = domain_text(domain, self.setting.original, self.setting.task.normalisation)
+        return domain_record(domain, role, flops, read=read)
 
 
 def _named(job: Job, trial: Trial) -> Trial:

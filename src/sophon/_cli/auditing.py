@@ -11,7 +11,7 @@ import typer
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._cli import application as cli
 from sophon._cli.controls import CONTROLS, run_controls
-from sophon._cli.running import mode_of, remark, show_verdict
+from sophon._cli.running import mode_of, remark, say_read, show_verdict
 
 if TYPE_CHECKING:
     from sophon._auditing.audit import Audit
@@ -237,6 +237,7 @@ def run_audit(
     audit = _opened(case, path, mode, unprotected=unprotected, note=note, store=store, **arguments)
     if out is not None:
         _require_same_audit(out, audit)
+    say_read(case, mode)
     todo = audit.missing()
     _show_forecast(audit, todo, mode)
     with Display(mode, noun="trial", total=len(audit), todo=todo) as display:

@@ -9,7 +9,7 @@ import typer
 
 from sophon._base.errors import ControlError
 from sophon._cli.application import command_line
-from sophon._cli.running import print_rows
+from sophon._cli.running import print_rows, say_read
 
 if TYPE_CHECKING:
     from sophon._cli.progress import Mode
@@ -37,6 +37,7 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
         head=case.network.head,
         **arguments,
     )
+    say_read(case, mode)
     say_forecast(controls.forecast(), mode)
     held = []
     with Display(mode, noun="control", total=len(controls), todo=len(controls)) as display:

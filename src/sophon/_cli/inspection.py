@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sophon._base.files import read_json
-from sophon._cli.progress import domain_text, lines, toml
+from sophon._cli.progress import lines, toml
 from sophon._cli.run_file import load
 from sophon._models import blocks, read_tensors
 from sophon._protection.presets import completed
@@ -25,9 +25,7 @@ def describe_run(path: Path) -> Iterator[str]:
         resolved["protect"] = whole.model_dump(mode="json")
     yield from lines(resolved)
     yield (f"fingerprint: {case.spec.fingerprint()}")
-    several = [("restricted", domain) for domain in case.restricted]
-    for role, domain in [("original", case.original), *several]:
-        yield (f"{role} {domain_text(domain)}")
+    yield from case.read()
     size = sum(parameter.numel() for parameter in case.model.parameters())
     yield (f"model {case.network.name}: {size:,} parameters, head {setting.head}")
     for number, names in enumerate(blocks(case.model, setting.head), start=1):

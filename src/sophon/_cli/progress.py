@@ -18,7 +18,6 @@ from sophon._records.round import Round
 
 if TYPE_CHECKING:
     from sophon._auditing.budget import AuditForecast
-    from sophon._data import Domain
     from sophon._records.audit_record import Trial
     from sophon._records.round import Stage
 
@@ -177,10 +176,3 @@ def trial_text(trial: Trial) -> str:
     best = [point.validation for point in trial.curve if point.step == trial.best_step]
     score = f"validation {shown(best[0])}" if best else "no score"
     return f"{trial.subject} {score}{ended}  {trial.strategy.label()}"
-
-
-def domain_text(domain: Domain) -> str:
-    """Return a domain's name, classes, image shape and sizes."""
-    channels, height, width = domain.image_shape
-    sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
-    return f"{domain.name}: {domain.class_count} classes, {height}x{width}x{channels}, {sizes} test"

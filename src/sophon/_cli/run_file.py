@@ -31,6 +31,7 @@ from sophon._models import (
 from sophon._specs import DomainSpec, ModelSpec, TaskSpec, parse_spec
 from sophon._tasks import Classification, Denoising, Latents, Task
 from sophon._training.checkpoints import require_recorded
+from sophon._training.environment import domain_text
 from sophon._training.setting import Setting, make_setting
 
 AnyRun = TypeVar("AnyRun", bound=PretrainRunSpec)
@@ -58,6 +59,20 @@ class Case:
         """The network's name in a record: of a diffusion model the last part of its path."""
         name = self.network.name
         return DIFFUSERS + Path(name).name if name.startswith(DIFFUSERS) else name
+
+    def read(self) -> list[str]:
+        """Return a line a domain: its role and what was read of it."""
+        several = {
+            "original": (self.original,),
+            "restricted": self.restricted,
+            "held-out": self.held_out,
+            "benign": self.benign,
+        }
+        return [
+            f"{role} {domain_text(domain, self.original, self.task.normalisation)}"
+            for role, domains in several.items()
+            for domain in domains
+        ]
 
     def setting(self) -> Setting:
         """Return the checked setting, in fp32."""

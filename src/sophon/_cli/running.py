@@ -74,6 +74,7 @@ def run_protection(
         finished = run.done == len(run)
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
         remark(mode, f"{out} {state}")
+    say_read(case, mode)
     _warn_of_ignorance(run, mode)
     profiled = None if profile is None else Profiled(run, profile, out)
     guard, kind = "", kind_of(run.guard.before)
@@ -94,6 +95,12 @@ def run_protection(
     if profiled is not None:
         _show_profile(profiled, mode)
     return run.result()
+
+
+def say_read(case: Case, mode: Mode) -> None:
+    """Say, before any work, what was read of each domain."""
+    for line in case.read():
+        remark(mode, line)
 
 
 def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
@@ -140,6 +147,7 @@ def run_pretraining(case: Case, out: Path, mode: Mode) -> Pretrained:
     )
     if run.done:
         remark(mode, f"{out} resumes after step {run.stages[-1].step}")
+    say_read(case, mode)
     display = Display(mode, noun="stage", total=len(run), todo=len(run) - run.done)
     with stopping() as stop, display:
         display.start_at(run.done)
@@ -269,9 +277,12 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
             round_s=expected.round_s,
             total_s=expected.total_s,
             peak_bytes=expected.peak_bytes,
+            domains=case.read(),
         )
         return
     say(lines(resolved))
+    # As comments: what is printed is a run file but for its last line.
+    say(f"# {line}" for line in case.read())
     peak = expected.peak_bytes
     memory = "" if peak is None else f"; about {peak / 2**20:.0f} MiB of memory"
     typer.echo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self, cast
@@ -19,6 +19,8 @@ from sophon._data.splits import Contents, Cut, cut, part_of_array
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What images and labels are called in Hugging Face datasets.
+_USUAL = (("image", "img", "pixel_values"), ("label", "labels", "target"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,8 @@ class Domain:
 
     `classes` are names in label order. `mean` and `std` are per channel, on pixels scaled to
     [0, 1]; None takes the original domain's, or ImageNet's (see `resolve_normalisation`).
-    `weight` is the domain's share when a round picks among several restricted ones.
+    `weight` is the domain's share when a round picks among several restricted ones. `remarks` say
+    what was left out, and what was taken for what, when it was read.
     """
 
     name: str
@@ -39,15 +42,13 @@ class Domain:
     std: tuple[float, ...] | None = None
     source: str = "arrays"
     weight: float = 1.0
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         channels = self.image_shape[0]
         if channels not in (1, 3):
             raise DataError(f"images have {channels} channels; give grey (1) or RGB (3)")
-        if (self.mean is None) != (self.std is None):
-            raise DataError(f"mean = {self.mean} and std = {self.std}: give both or neither")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            _check_normalisation(name, values, channels)
+        check_normalisation(self.mean, self.std)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -131,17 +132,21 @@ class Domain:
         classes: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        columns: tuple[str, str] | None = None,
     ) -> Self:
         """Return the domain of torch datasets of (image, label), read once from start to end.
 
+        Items may be dictionaries, as of Hugging Face datasets: `columns` are their keys of image
+        and label, found where they have usual names; the label's class names are the domain's.
         An image is PIL, uint8, or floating in [0, 1]: tensors (c, h, w) or (h, w), arrays
         (h, w, c) or (h, w). Leave random augmentation and normalisation out of the dataset.
 
-        Raises DataError: as `from_arrays`; also NaN or normalised images and labels that are not
-        integers.
+        Raises DataError: as `from_arrays`; also NaN or normalised images, labels that are not
+        integers, and items that are neither.
         """
-        images, labels = collect(train, image_size)
-        tested = (None, None) if test is None else collect(test, image_size)
+        images, labels = collect(train, image_size, columns)
+        tested = (None, None) if test is None else collect(test, image_size, columns)
+        classes = classes or names_of(train, columns)
         return cls.from_arrays(
             name,
             images,
@@ -208,8 +213,18 @@ def class_names(names: Sequence[str] | None, labels: Sequence[Integers]) -> tupl
     return tuple(str(number) for number in range(highest + 1))
 
 
-def collect(dataset: Dataset[Any], size: int | None) -> tuple[Bytes, Integers]:
-    """Return every image and label of a torch dataset, map-style or iterable."""
+def collect(
+    dataset: Dataset[Any], size: int | None, columns: tuple[str, str] | None = None
+) -> tuple[Bytes, Integers]:
+    """Return every image and label of a dataset, map-style or iterable, of pairs or dictionaries.
+
+    Raises DataError: as `Domain.from_datasets`.
+    """
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"a dictionary of {', '.join(map(repr, dataset))} is no dataset; give one of them, as"
+            f" in data[{next(iter(dataset), 'train')!r}]"
+        )
     if hasattr(dataset, "__len__"):
         # Map-style datasets need not stop at their end when iterated.
         items: Iterator[Any] = (dataset[index] for index in range(len(dataset)))
@@ -217,10 +232,46 @@ def collect(dataset: Dataset[Any], size: int | None) -> tuple[Bytes, Integers]:
         items = iter(cast(Iterable[Any], dataset))
     pictures: list[Bytes] = []
     labels: list[int] = []
-    for image, label in items:
+    for item in items:
+        image, label = _pair(item, columns, len(pictures))
         pictures.append(_numbered(image, size, len(pictures)))
         labels.append(as_label(label))
     return stack(pictures, len(pictures)), np.array(labels, dtype=np.int64)
+
+
+def _pair(item: Any, columns: tuple[str, str] | None, index: int) -> tuple[Any, Any]:
+    """Return an item's image and label."""
+    if isinstance(item, Mapping):
+        image, label = _columns(item, columns)
+        return item[image], item[label]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        held = f" of {len(item)}" if isinstance(item, tuple | list) else ""
+        raise DataError(
+            f"item {index} is a {type(item).__name__}{held}; give (image, label) pairs, or"
+            " dictionaries of both"
+        )
+    return item[0], item[1]
+
+
+def _columns(names: Iterable[str], columns: tuple[str, str] | None) -> tuple[str, str]:
+    """Return which of an item's keys are its image and its label. Raises DataError."""
+    held = list(names)
+    wanted = _USUAL if columns is None else tuple((name,) for name in columns)
+    found = [next((name for name in usual if name in held), None) for usual in wanted]
+    if len(found) != 2 or found[0] is None or found[1] is None:
+        raise DataError(
+            f"items are dictionaries of {', '.join(map(repr, held))}; name their image and label,"
+            " as in columns = ('image', 'label')"
+        )
+    return found[0], found[1]
+
+
+def names_of(dataset: Dataset[Any], columns: tuple[str, str] | None) -> Sequence[str] | None:
+    """Return the class names that a Hugging Face dataset has for its labels, if any."""
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, Mapping):
+        return None
+    return getattr(features[_columns(features, columns)[1]], "names", None)
 
 
 def as_label(label: Any) -> int:
@@ -245,14 +296,23 @@ def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
     return None if values is None else tuple(float(value) for value in values)
 
 
-def _check_normalisation(name: str, values: tuple[float, ...] | None, channels: int) -> None:
-    if values is None:
+def check_normalisation(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    """Raise DataError unless both are None, or can be a mean and a std of pixels in [0, 1]."""
+    if mean is None or std is None:
+        if mean is not std:
+            raise DataError(f"mean = {mean} and std = {std}: give both or neither")
         return
-    if len(values) not in {1, 3, channels}:
-        raise DataError(f"{name} = {list(values)} has {len(values)} values; give 1 or {channels}")
-    if not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
-        allowed = "finite and above 0" if name == "std" else "finite"
-        raise DataError(f"{name} = {list(values)}; its values must be {allowed}")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in {1, 3}:
+            raise DataError(f"{name} = {list(values)} has {len(values)} values; give 1 or 3")
+        if not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
+            allowed = "finite and above 0" if name == "std" else "finite"
+            raise DataError(f"{name} = {list(values)}; its values must be {allowed}")
+        if max(map(abs, values)) > 1:
+            raise DataError(
+                f"{name} = {list(values)} is of pixels from 0 to 255, and here pixels are scaled to"
+                " [0, 1] first: divide mean and std by 255"
+            )
 
 
 def _check_type(pixels: NDArray[Any], what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from sophon._base.errors import DataError, first_line
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
 
+# As Pillow names them; of each every suffix that Pillow knows is read, where it can read it.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of image files, in lower case and with their dots."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in known.items() if name in FORMATS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sophon._base.errors import DataError, unknown
-from sophon._data.domain import Domain
+from sophon._data.domain import Domain, check_normalisation
 from sophon._data.sources.archives import read_archive
 from sophon._data.sources.conventions import normalisation_of, ordered_classes
 from sophon._data.sources.embedded import read_embedded
@@ -158,6 +158,7 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
 
 def _normalisation(spec: DomainSpec) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     if spec.normalisation is None:
+        check_normalisation(spec.mean, spec.std)
         return spec.mean, spec.std
     if spec.mean is not None or spec.std is not None:
         raise DataError("normalisation and mean or std are both given: keep one of them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a source holds: a training part, test and validation parts if any, class names."""
+    """What a source holds: a training part, test and validation parts if any, class names.
+
+    `remarks` say what was left out and what was taken for what, a few words each.
+    """
 
     train: Part
     test: Part | None
     classes: tuple[str, ...]
     validation: Part | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cutting:
-    """The three splits and the names of the classes kept."""
+    """The three splits, the names of the classes kept and what is to be said of both."""
 
     train: Images
     validation: Images
     test: Images
     classes: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
 def cut(contents: Contents, how: Cut) -> Cutting:
@@ -82,9 +87,11 @@ def cut(contents: Contents, how: Cut) -> Cutting:
         positions, labels = positions[kept], labels[kept]
     else:
         tested, test = contents.test, np.flatnonzero(np.isin(contents.test.labels, wanted))
+    whole = len(positions)
     if how.limit is not None:
         first = first_per_class(labels, how.limit)
         positions, labels = positions[first], labels[first]
+    remarks = _remarks(contents, how, names, beyond_limit=whole - len(positions))
     if contents.validation is None:
         train, held = stratified(labels, how.validation, derive_seed(how.seed, "validation"), names)
         chosen = (contents.train, positions[held])
@@ -103,7 +110,27 @@ def cut(contents: Contents, how: Cut) -> Cutting:
         to_images(values, renumbered(part.labels[index], wanted))
         for values, (part, index) in zip(pixels, parts, strict=True)
     ]
-    return Cutting(made[0], made[1], made[2], names)
+    return Cutting(made[0], made[1], made[2], names, remarks)
+
+
+def _remarks(
+    contents: Contents, how: Cut, names: tuple[str, ...], *, beyond_limit: int
+) -> tuple[str, ...]:
+    """Return the source's own remarks, where splits come from, what the settings leave out."""
+    said = list(contents.remarks)
+    absent = [name for name in ("test", "validation") if getattr(contents, name) is None]
+    if absent:
+        said.append(f"{' and '.join(absent)} cut from the training images")
+    for name in ("test", "validation"):
+        value = getattr(how, name)
+        if name not in absent and value != getattr(Cut, name):
+            said.append(f"{name} = {value} is not used, there are {name} images")
+    left = len(contents.classes) - len(names)
+    if left:
+        said.append(f"{left} of {len(contents.classes)} classes left out, as chosen")
+    if beyond_limit:
+        said.append(f"{beyond_limit} training images left out by limit = {how.limit}")
+    return tuple(said)
 
 
 def _own_validation(part: Part, wanted: Integers, limit: int | None) -> Integers:
@@ -169,7 +196,7 @@ def joined(contents: Contents) -> Contents:
         return result
 
     labels = np.concatenate([first.labels, second.labels])
-    return Contents(Part(labels, read), None, contents.classes, contents.validation)
+    return replace(contents, train=Part(labels, read), test=None)
 
 
 def unlabelled(contents: Contents) -> Contents:
@@ -180,7 +207,9 @@ def unlabelled(contents: Contents) -> Contents:
 
     test = None if contents.test is None else bare(contents.test)
     validation = None if contents.validation is None else bare(contents.validation)
-    return Contents(bare(contents.train), test, ("image",), validation)
+    return replace(
+        contents, train=bare(contents.train), test=test, classes=("image",), validation=validation
+    )
 
 
 def part_of_array(pixels: Bytes, labels: Integers, size: int | None) -> Part:

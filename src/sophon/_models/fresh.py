@@ -55,11 +55,19 @@ def _reset(module: nn.Module, *, seed: int, names: Names) -> list[str]:
 
 
 @torch.no_grad()
-def reinitialise(module: nn.Module, *, seed: int, names: Names, bare: Bare | None = None) -> None:
+def reinitialise(
+    module: nn.Module,
+    *,
+    seed: int,
+    names: Names,
+    bare: Bare | None = None,
+    otherwise: str = "leave out the preparations that reset it",
+) -> None:
     """Reset every parameter by its layer's own `reset_parameters`, on the stream `(seed, *names)`;
     those that no reset reaches are taken from `bare`.
 
-    Raises UnsupportedModelError naming parameters that neither has; the module is then unchanged.
+    Raises UnsupportedModelError naming parameters that neither has, with what to do `otherwise`
+    than to write a reset; the module is then unchanged.
     """
     before = [(tensor, tensor.clone()) for tensor in [*module.parameters(), *module.buffers()]]
     missed = []
@@ -75,8 +83,8 @@ def reinitialise(module: nn.Module, *, seed: int, names: Names, bare: Bare | Non
             tensor.copy_(value)
         raise UnsupportedModelError(
             f"no reset_parameters reaches {', '.join(missed[:4])}"
-            f"{', ...' if len(missed) > 4 else ''} of {type(module).__name__}: give the layer "
-            "that owns it a reset_parameters method, or pass a factory of fresh models"
+            f"{', ...' if len(missed) > 4 else ''} of {type(module).__name__}: give its layer a"
+            f" reset_parameters method, or {otherwise}"
         )
 
 
@@ -91,7 +99,8 @@ def fresh_copy(
     """
     if factory is None:
         fresh = copy.deepcopy(model)
-        reinitialise(fresh, seed=seed, names=names)
+        made = "pass a factory of fresh models as scratch"
+        reinitialise(fresh, seed=seed, names=names, otherwise=made)
         return fresh.eval()
     with seeded(seed, *names):
         fresh = factory()

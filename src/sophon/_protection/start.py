@@ -24,7 +24,8 @@ def starting_weights(model: nn.Module, spec: ProtectSpec) -> nn.Module:
     if spec.start == "given":
         return start
     fresh = copy.deepcopy(model)
-    reinitialise(fresh, seed=spec.seed, names=("start",))
+    kept = "set protect.start = 'given'"
+    reinitialise(fresh, seed=spec.seed, names=("start",), otherwise=kept)
     if spec.start == "fresh":
         return fresh.requires_grad_(True)
     share = spec.shrink or 0.0

@@ -273,6 +273,7 @@ class DomainRecord(Record):
     `training_flops` are the floating point operations of the network on one image, forward and
     backward: times the images of a trial they are its cost. `largest` is the share of test images
     in the most frequent class: what guessing scores; None in older records and without classes.
+    `read` says in a line what was read of it and how; empty in older records.
     """
 
     name: str
@@ -286,13 +287,11 @@ class DomainRecord(Record):
     image: tuple[int, int, int]
     training_flops: int | None = None
     largest: float | None = None
+    read: str = ""
 
 
 class Overlap(Record):
-    """How many of `count` images of one split are, exactly or nearly, among those of another.
-
-    Splits are named `domain/split`.
-    """
+    """How many of `count` images of a split, `domain/split`, are exactly or nearly in another."""
 
     first: str
     second: str

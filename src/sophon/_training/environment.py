@@ -6,18 +6,22 @@ import platform
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
 
-from sophon._data import Domain
+from sophon._data import Domain, resolve_normalisation
 from sophon._records.audit_record import DomainRecord, Environment
+from sophon._tasks.task import Normalisation
 
 _PACKAGES = ("sophon-protect", "torch", "numpy", "timm", "torchvision", "diffusers", "torchmetrics")
 
 
-def domain_record(domain: Domain, role: str, training_flops: int | None = None) -> DomainRecord:
-    """Return a domain's entry in a record."""
+def domain_record(
+    domain: Domain, role: str, training_flops: int | None = None, *, read: str = ""
+) -> DomainRecord:
+    """Return a domain's entry in a record; `read` is its line, as `domain_text` returns it."""
     return DomainRecord(
         name=domain.name,
         role=role,  # type: ignore[arg-type]
@@ -30,7 +34,31 @@ def domain_record(domain: Domain, role: str, training_flops: int | None = None) 
         image=domain.image_shape,
         training_flops=training_flops,
         largest=_largest(domain),
+        read=read,
     )
+
+
+def domain_text(domain: Domain, original: Domain, default: Normalisation) -> str:
+    """Return in a line what was read: classes, image shape, images of each split, normalisation
+    and where it comes from, what was left out. `default` is the task's normalisation.
+    """
+    names = shorten(", ".join(domain.classes), 100, placeholder=" ...")
+    noun = "class" if domain.class_count == 1 else "classes"
+    channels, height, width = domain.image_shape
+    sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
+    by = "given" if domain.mean else "the original domain's" if original.mean else "by default"
+    mean, std = (
+        " ".join(f"{value:.4g}" for value in values)
+        for values in resolve_normalisation(domain, original, default)
+    )
+    parts = (
+        f"{domain.name}: {domain.class_count} {noun} ({names}), {height}x{width}x{channels}",
+        f"{sizes} test",
+        f"mean {mean} std {std} ({by})",
+        *domain.remarks,
+    )
+    text = "; ".join(" ".join(part.split()) for part in parts)
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _largest(domain: Domain) -> float | None:

@@ -57,12 +57,24 @@ def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Conte
     held = {split: _there(arrays, split) for split in ("test", "val")}
     parts = {split: _part(arrays, split, size) if there else None for split, there in held.items()}
     labels = [part.labels for part in (train, *parts.values()) if part is not None]
-    return Contents(train, parts["test"], class_names(_names(arrays), labels), parts["val"])
+    names = class_names(_names(arrays), labels)
+    return Contents(train, parts["test"], names, parts["val"], _unread(arrays))
+
+
+def _unread(arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+    """Return a remark that names the arrays of which nothing is read, if there are any."""
+    known = {name for split in ("train", "val", "test") for name in _own(split)}
+    known |= {"class_names", "coarse_of_fine", "coarse_names"}
+    unread = sorted(arrays.keys() - known)
+    return (f"arrays {', '.join(unread[:5])} not read",) if unread else ()
+
+
+def _own(split: str) -> tuple[str, ...]:
+    return (f"x_{split}", f"y_{split}", f"x_{split}_jpeg", f"x_{split}_offsets")
 
 
 def _there(arrays: dict[str, NDArray[Any]], split: str) -> bool:
-    own = (f"x_{split}", f"y_{split}", f"x_{split}_jpeg", f"x_{split}_offsets")
-    return any(name in arrays for name in own)
+    return any(name in arrays for name in _own(split))
 
 
 def _coarsen(arrays: dict[str, NDArray[Any]]) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from sophon._base.errors import DataError
-from sophon._data.images import Bytes, Integers
+from sophon._data.images import Bytes, Integers, suffixes
 from sophon._data.sources.decoded import read_pictures
 from sophon._data.splits import Contents, Part
 
-SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_TRAINING = ("train", "training", "trainval")
+# The first of them that is there is for testing, the second for validation.
+_HELD = (
+    *("test", "testing", "eval", "evaluation"),
+    *("val", "valid", "validation", "dev", "development"),
 )
-TEST_NAMES = ("test", "val", "valid", "validation")
+_LINK = "links that lead nowhere"
 
 
 def read_folder(path: Path, size: int | None) -> Contents:
@@ -23,63 +31,131 @@ def read_folder(path: Path, size: int | None) -> Contents:
 
     Classes are in sorted order. With `train/` below `path`, its classes are for training and those
     of `test/` (else `val/`) for the test split; where there are both, `val/` is for validation.
+    Other usual names do as well, in any case and as a word of a longer name (`seg_train`).
     Images keep their size unless `size` is given;
     then the shorter side is resized (bilinear, antialiased) and the middle cut out. All become RGB
-    unless all are grey. Hidden files are ignored, and so are files that are no images as long as
-    they are not the majority.
+    unless all are grey. Links to folders are followed. Hidden files are ignored, and files that are
+    no images are left out as long as they are not the majority; `remarks` say so.
 
     Raises DataError: no classes, a class without images, a damaged image, or sizes that differ.
     """
-    if not path.is_dir():
-        raise DataError(f"there is no folder {path}; correct path")
-    train, others = path, []
-    if _directories(path / "train"):
-        train = path / "train"
-        others = [path / name for name in TEST_NAMES if _sorted_into_classes(path / name)][:2]
+    layout = _layout(path, nested=True)
+    train = layout.train
     classes = tuple(folder.name for folder in _directories(train))
     if not classes:
         raise DataError(
             f"{train} holds no folders; put the images of each class into a folder named after it"
         )
-    parts = [_part(train, classes, size)]
-    for other in others:
+    left_out: Counter[str] = Counter()
+    parts = [_part(train, classes, size, left_out)]
+    for other in layout.held:
         unknown = sorted({folder.name for folder in _directories(other)} - set(classes))
         if unknown:
             raise DataError(f"{other} has class {unknown[0]!r} which {train} has not; rename it")
-        parts.append(_part(other, classes, size))
+        parts.append(_part(other, classes, size, left_out))
     test, validation = [*parts[1:], None, None][:2]
-    return Contents(parts[0], test, classes, validation)
-
-
-def _sorted_into_classes(path: Path) -> bool:
-    """Return whether `path` is a split. Raises DataError if its images are not in folders."""
-    if _directories(path) or not path.is_dir():
-        return path.is_dir()
-    flat = [one for one in path.iterdir() if one.suffix.lower() in SUFFIXES and _visible(one)]
-    if flat:
-        raise DataError(
-            f"{path} holds {len(flat)} images and no folders of classes; put each into a folder"
-            " named after its class, or move them away"
-        )
-    return False
+    remarks = (*layout.remarks, *_splits_within(train, classes), *_counted(left_out))
+    return Contents(parts[0], test, classes, validation, remarks)
 
 
 def read_images(path: Path, size: int | None) -> Contents:
     """Return the contents of a directory of images without classes, flat or nested as it may be.
 
-    With images below `train/`, those are for training and those of `test/` (else `val/`) for the
-    test split; otherwise every image below `path` is one collection. Sizes are as in `read_folder`.
+    With images below `train/`, those are for training and those of `test/` and `val/` as in
+    `read_folder`; otherwise every image below `path` is one collection. So are sizes.
 
     Raises DataError: no images, a damaged image, or sizes that differ.
     """
+    layout = _layout(path, nested=False)
+    left_out: Counter[str] = Counter()
+    parts = []
+    for folder in (layout.train, *layout.held):
+        files, others = sorted_out(folder)
+        left_out += others
+        parts.append(read_later(files, size))
+    test, validation = [*parts[1:], None, None][:2]
+    remarks = (*layout.remarks, *_counted(left_out))
+    return Contents(parts[0], test, ("image",), validation, remarks)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The folders of the splits, the held-out ones with that for testing first."""
+
+    train: Path
+    held: list[Path] = field(default_factory=list)
+    remarks: tuple[str, ...] = ()
+
+
+def _layout(path: Path, *, nested: bool) -> _Layout:
+    """Return which folders of `path` are splits; `path` alone where none is for training.
+
+    A name says so if it is a split's own, or has one as a word and a counterpart beside it. With
+    `nested` a split has folders of classes. Raises DataError where `path` or its classes are not
+    there.
+    """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; correct path")
-    train, test = path, None
-    if (path / "train").is_dir():
-        train = path / "train"
-        test = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
-    parts = [read_later(image_files(folder), size) for folder in (train, test) if folder]
-    return Contents(parts[0], parts[1] if len(parts) > 1 else None, ("image",))
+    folders = _directories(path)
+    named = sorted((one for one in folders if _split_of(one)), key=_precedence)
+    held = [one for one in named if _split_of(one) not in _TRAINING]
+    train = next(
+        (one for one in named if one not in held and (_directories(one) or not nested)), None
+    )
+    if train is None or not (held or _precedence(train)[0] == 0):
+        alike = f"{_names(named)} look like splits and are taken for classes"
+        return _Layout(path, remarks=(alike,) if nested and len(named) > 1 else ())
+    used = [one for one in map(_inner, held) if not nested or _sorted_into_classes(one)][:2]
+    roles = [(train, "training"), *zip(used, ("test", "validation"), strict=False)]
+    remarks = [", ".join(f"{one.relative_to(path)}/ for {role}" for one, role in roles)]
+    tops = {train, *(path / one.relative_to(path).parts[0] for one in used)}
+    unused = [one for one in folders if one not in tops]
+    if unused:
+        remarks.append(f"{_names(unused)} not read")
+    return _Layout(_inner(train), used, tuple(remarks))
+
+
+def _split_of(folder: Path) -> str:
+    """Return the split that a folder's name speaks of (`val` for `seg_Val2017`), or nothing."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", folder.name)
+    spoken = {word.lower().removesuffix("set") for word in words}
+    return next((name for name in (*_TRAINING, *_HELD) if name in spoken), "")
+
+
+def _precedence(folder: Path) -> tuple[int, int, str]:
+    """Return the order of folders of splits: those named for nothing else first."""
+    split = _split_of(folder)
+    longer = folder.name.lower() != split
+    return int(longer), (*_TRAINING, *_HELD).index(split), folder.name
+
+
+def _inner(folder: Path) -> Path:
+    """Return the folder of a split's own name that is all that it holds, as archives unpack."""
+    below = _directories(folder)
+    same = len(below) == 1 and _split_of(below[0]) == _split_of(folder)
+    return _inner(below[0]) if same else folder
+
+
+def _splits_within(train: Path, classes: tuple[str, ...]) -> Iterator[str]:
+    """Yield a remark where the folders of a class are splits: all of its images are one class."""
+    for name in classes:
+        named = [one for one in _directories(train / name) if _split_of(one)]
+        if len(named) > 1:
+            yield f"{_names(named)} in {name} look like splits; their images are not kept apart"
+            return
+
+
+def _sorted_into_classes(path: Path) -> bool:
+    """Return whether `path` is a split. Raises DataError if its images are not in folders."""
+    if _directories(path):
+        return True
+    flat = sum(_is_image(one) for one in path.iterdir())
+    if flat:
+        raise DataError(
+            f"{path} holds {flat} images and no folders of classes; put each into a folder"
+            " named after its class, or move them away"
+        )
+    return False
 
 
 def read_later(files: list[Path], size: int | None, labels: ArrayLike = 0) -> Part:
@@ -91,41 +167,82 @@ def read_later(files: list[Path], size: int | None, labels: ArrayLike = 0) -> Pa
     return Part(np.array(np.broadcast_to(labels, len(files)), np.int64), read)
 
 
-def _part(root: Path, classes: tuple[str, ...], size: int | None) -> Part:
-    found = {
-        label: image_files(root / name)
-        for label, name in enumerate(classes)
-        if (root / name).is_dir()
-    }
+def _part(root: Path, classes: tuple[str, ...], size: int | None, left_out: Counter[str]) -> Part:
+    """Return the images of the classes that are below `root`; what else there is, is counted."""
+    left_out["images in no class's folder"] += sum(_is_image(one) for one in root.iterdir())
+    found = {}
+    for label, name in enumerate(classes):
+        if (root / name).is_dir():
+            found[label], others = sorted_out(root / name)
+            left_out.update(others)
     labels = [label for label, files in found.items() for _ in files]
     return read_later([path for files in found.values() for path in files], size, labels)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files below a folder, sorted.
+def sorted_out(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the image files below a folder, sorted, and how many others there are of a kind.
 
     Raises DataError: there are none, or most files are no images.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _visible(path)]
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in files_below(folder):
+        (images if _is_image(path) else others).append(path)
+    kinds = Counter(
+        path.suffix.lower() or "no suffix" if path.is_file() else _LINK for path in others
+    )
     if not images:
+        held = f" but other files ({_listed(kinds)})" if others else ""
+        raise DataError(f"{folder} holds no images{held}; add some or remove it")
+    if len(images) < len(others):
         raise DataError(
-            f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}); add some or remove it"
+            f"{len(others)} of {len(images) + len(others)} files in {folder} are not images, for "
+            f"instance {others[0].name}; correct path or remove them"
         )
-    if len(images) * 2 < len(files):
-        other = next(path for path in files if path.suffix.lower() not in SUFFIXES)
-        raise DataError(
-            f"{len(files) - len(images)} of {len(files)} files in {folder} are not images, for "
-            f"instance {other.name}; correct path or remove them"
-        )
-    return images
+    return images, kinds
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files below a folder, hidden ones left out, sorted; links to folders are followed,
+    but for those that lead back to a folder above.
+    """
+    found: list[Path] = []
+    real = Path(os.path.realpath(folder))
+    above = {str(folder): {str(real), *map(str, real.parents)}}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        known = above.pop(place)
+        reached = {name: os.path.realpath(Path(place, name)) for name in folders}
+        folders[:] = [n for n in folders if _visible(n) and reached[n] not in known]
+        above |= {os.path.join(place, n): known | {reached[n]} for n in folders}
+        found += [Path(place, name) for name in names if _visible(name)]
+    return sorted(found)
+
+
+def _counted(left_out: Counter[str]) -> Iterator[str]:
+    """Yield what was left out, if anything was."""
+    if left_out.total():
+        yield f"{left_out.total()} files left out ({_listed(left_out)})"
+
+
+def _listed(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5) if count)
+
+
+def _names(folders: list[Path]) -> str:
+    """Return the names of folders, of many the first."""
+    more = f" and {len(folders) - 4} more" if len(folders) > 4 else ""
+    return ", ".join(f"{one.name}/" for one in folders[:4]) + more
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in suffixes() and _visible(path.name) and path.is_file()
 
 
 def _directories(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
-    return sorted(one for one in path.iterdir() if one.is_dir() and _visible(one))
+    return sorted(one for one in path.iterdir() if one.is_dir() and _visible(one.name))
 
 
-def _visible(path: Path) -> bool:
-    return not path.name.startswith((".", "__MACOSX"))
+def _visible(name: str) -> bool:
+    return not name.startswith((".", "__MACOSX"))

@@ -12,7 +12,7 @@ import torch
 from sophon._base.errors import DataError
 from sophon._data.domain import Domain
 from sophon._data.images import Images
-from sophon._data.sources.folders import image_files, read_later
+from sophon._data.sources.folders import read_later, sorted_out
 from sophon._data.splits import Contents
 
 TABLE = "metadata.jsonl"
@@ -42,7 +42,7 @@ def read_prompts(path: Path, size: int | None) -> Contents:
             f"{table}: {len(absent)} of {len(rows)} prompts have no image, for instance"
             f" {absent[0]}; add the images or remove the lines"
         )
-    bare = sorted(set(image_files(path)) - set(files))
+    bare = sorted(set(sorted_out(path)[0]) - set(files))
     if bare:
         raise DataError(f"{table} has no prompt for {bare[0].name} ({len(bare)} images lack one)")
     prompts = tuple(dict.fromkeys(text for _, text in rows))

@@ -6,7 +6,6 @@ whole is found before anything is trained on it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from sophon._base.errors import DataError, unknown
 from sophon._data.images import shorter_side
 from sophon._data.sources.conventions import CLASS_ORDERS, SETS
-from sophon._data.sources.folders import read_later
+from sophon._data.sources.folders import files_below, read_later
 from sophon._data.splits import Contents
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -215,9 +214,5 @@ def _require_size(name: str, tree: Tree, folder: Path, files: list[Path]) -> Non
 
 def _pictures(folder: Path, *, flat: bool = False) -> list[Path]:
     """Return the image files below a folder (of it alone if `flat`), sorted."""
-    found: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [] if flat else sorted(one for one in folders if not one.startswith("."))
-        held = (name for name in sorted(names) if not name.startswith("."))
-        found += [Path(place, name) for name in held if name.lower().endswith(SUFFIXES)]
-    return sorted(found)
+    found = (one for one in files_below(folder) if one.suffix.lower() in SUFFIXES)
+    return [one for one in found if not flat or one.parent == folder]

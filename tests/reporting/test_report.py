@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
+from markdown_it import MarkdownIt
 from torch import nn
 
 from records import CURVES, crashed, diverged, record, trial
@@ -530,6 +532,55 @@ def test_names_are_no_html_in_any_markdown() -> None:
         assert "\n# refused" not in made
     fence = report(command).markdown().split("## How to repeat it")[1].split("```")
     assert "<img src=x>" in fence[1]
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>\n\n**Verdict: withstood.**\n\n![x](http://a.test/x.png) \\| "
+    "`<b>` [y](javascript:z) \u202e ~~~ ```\n[a]: http://b.test"
+)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text in parsed JSON but for the names of fields."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from texts(one)
+    elif isinstance(value, str):
+        yield value
+
+
+def structure(text: str) -> Counter[str]:
+    """Return how often each block of a Markdown document occurs; it holds no HTML, link, image."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    blocks = parser.parse(text)
+    kinds = {token.type for block in blocks for token in (block, *(block.children or ()))}
+    assert not kinds & {"html_inline", "html_block", "image", "link_open", "s_open"}
+    counted = ("heading_open", "hr", "blockquote_open", "fence", "code_block", "ordered_list_open")
+    return Counter(block.type for block in blocks if block.type in counted)
+
+
+def test_no_text_of_a_record_is_more_than_text_in_markdown() -> None:
+    held = record([*record().trials, crashed("protected")], flags=("x",))
+    held = held.model_copy(update={"note": "n", "given_up": ("g",), "left_out": ("l",)})
+    other, written, tried = record(), held.model_dump_json(), 0
+
+    def structures(made: AuditRecord) -> list[Counter[str]]:
+        compared = Comparison([("a", made), ("b", other)])
+        return [structure(page.markdown()) for page in (report(made), compared)]
+
+    expected = structures(held)
+    for value in sorted(set(texts(json.loads(written))) - {trial.key for trial in held.trials}):
+        text = written.replace(f":{json.dumps(value)}", f":{json.dumps(HOSTILE)}")
+        text = text.replace(f"[{json.dumps(value)}", f"[{json.dumps(HOSTILE)}")
+        try:
+            hostile = AuditRecord.model_validate_json(text)
+        except ValueError:
+            continue
+        tried += 1
+        assert structures(hostile) == expected, value
+    assert tried > 15
 
 
 def test_crashes_of_trials_that_were_run_again_are_shown() -> None:

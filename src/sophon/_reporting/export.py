@@ -269,12 +269,12 @@ def _body(source: Exported, made: Report | None) -> str:
     alone = source.network.name.startswith(("timm:", "torchvision:", DIFFUSERS))
     return render(
         "card.md.j2",
-        network=Markup(_name(source)),
+        network=_name(source),
         classes=source.classes,
         kept=source.protection.get("original", "its original task"),
         refused=", ".join(source.protection.get("restricted", ())) or "unnamed domains",
         alone=alone,
-        usage=Markup("\n".join(_usage(source))),
+        usage="\n".join(_usage(source)),
         # The report brings its own title; a card has one.
         report=None if made is None else Markup("#" + made.markdown().strip()),
     ).rstrip("\n")

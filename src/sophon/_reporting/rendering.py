@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +16,9 @@ from sophon._records.audit_record import Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 
 _SHORT = 26
+# What Markdown would take for emphasis, code, a link, an image, the end of a cell or, at first, for
+# a heading or a list; underscores within a word are none.
+_MARKS = re.compile(r"[\\`*|~]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#+=-](?=[#+=-]*(\s|$))")
 Thing = TypeVar("Thing")
 
 
@@ -53,7 +57,8 @@ def score_text(score: Measurement | None) -> str:
 
 def plain(text: str) -> str:
     """Return `text` as one line that Markdown shows as it is, in a table cell too."""
-    safe = str(escape(" ".join(text.split()))).replace("|", "\\|")
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    safe = str(escape(_MARKS.sub(r"\\\g<0>", line)))
     # Quotes do no harm outside an attribute, and a Markdown file is read as text, too.
     return safe.replace("&#39;", "'").replace("&#34;", '"')
 

@@ -112,9 +112,16 @@ def report(
 
 
 def _require_places(html: Path | None, markdown: Path | None, *, as_json: bool) -> None:
-    """Raise SpecError for a page that cannot be printed, or cannot beside JSON."""
+    """Raise SpecError for a page that cannot be printed, or cannot beside JSON; CheckpointError
+    for one that would replace another file.
+    """
+    from sophon._reporting.rendering import require_replaceable
+
     if html == _PRINTED:
         raise SpecError("--html = -: a page is not printed, name a file; --markdown - prints text")
+    for page in (html, markdown):
+        if page not in (None, _PRINTED):
+            require_replaceable(page)
     if markdown == _PRINTED and as_json:
         raise SpecError("--markdown = - and --json both print: leave one out, or name a file")
 

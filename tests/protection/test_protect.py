@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import os
 import subprocess
 import sys
@@ -536,21 +537,55 @@ def test_a_run_is_not_started_over_when_every_state_is_damaged(tmp_path: Path) -
     assert (tmp_path / "rounds.jsonl").read_text() == held
 
 
+def _without(held: bytes, key: str) -> bytes:
+    whole = json.loads(held)
+    del whole["meta"][key]
+    return json.dumps(whole).encode()
+
+
 @pytest.mark.parametrize(
-    "damage",
-    [lambda held: b"damaged", lambda held: held[:-1] + bytes([held[-1] ^ 1])],
-    ids=["unreadable", "one bit"],
+    ("name", "damage"),
+    [
+        ("tensors.safetensors", lambda held: b"damaged"),
+        ("tensors.safetensors", lambda held: held[:-1] + bytes([held[-1] ^ 1])),
+        ("meta.json", lambda held: held[: len(held) // 2]),
+        ("meta.json", lambda held: re.sub(rb'("kept": )(\d+)', rb"\g<1>7", held)),
+        ("meta.json", lambda held: held.replace(b'"rounds"', b'"rounded"', 1)),
+        ("meta.json", lambda held: _without(held, "kept")),
+    ],
 )
 def test_a_damaged_state_is_passed_over_for_the_one_before(
-    damage: Callable[[bytes], bytes], uninterrupted: nn.Module, tmp_path: Path
+    name: str, damage: Callable[[bytes], bytes], uninterrupted: nn.Module, tmp_path: Path
 ) -> None:
     run = _started(tmp_path)
     for _ in range(4):
         next(iter(run))
     newest = sorted((tmp_path / "states").iterdir())[-1]
-    file = newest / "tensors.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
+    file = newest / name
+    before = file.read_bytes()
+    file.write_bytes(damage(before))
+    assert file.read_bytes() != before
     assert _equal(_protect(quick_spec(), tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("missing", [None, "kept", "rounds"])
+def test_a_state_of_a_version_without_checksums_resumes_or_is_refused(
+    missing: str | None, uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    run = _started(tmp_path)
+    for _ in range(2):
+        next(iter(run))
+    file = sorted((tmp_path / "states").iterdir())[-1] / "meta.json"
+    held = json.loads(file.read_text())
+    del held["meta_sha256"]
+    if missing is not None:
+        del held["meta"][missing]
+    file.write_text(json.dumps(held))
+    if missing is None:
+        assert _equal(_protect(quick_spec(), tmp_path), uninterrupted)
+    else:
+        with pytest.raises(CheckpointError, match="not whole"):
+            _protect(quick_spec(), tmp_path)
 
 
 def test_a_heavier_domain_is_rehearsed_more_often() -> None:

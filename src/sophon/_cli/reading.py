@@ -5,12 +5,14 @@ Nothing heavy is imported before a command runs; none of them but `inspect` need
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sophon._base.errors import CheckpointError, SpecError
+from sophon._base.errors import CheckpointError, SpecError, first_line
 from sophon._cli.application import Json, Quiet, app, guarded
 from sophon._cli.controls import CONTROLS, show_controls
 from sophon._cli.running import mode_of, say, show_comparison, show_verdict
@@ -176,6 +178,18 @@ def compare(
     show_comparison(made, files, as_json=as_json)
 
 
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Raise CheckpointError where what sophon wrote to `path` was changed by hand."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"a file of {path} is not as sophon wrote it ({type(error).__name__}:"
+            f" {first_line(error)}): restore it, or write the folder anew"
+        ) from None
+
+
 @app.command(
     epilog="\b\nExamples:\n  sophon inspect run.toml\n  sophon inspect runs/p1\n"
     "  sophon inspect runs/a1\n  sophon inspect --schema > audit-record.schema.json\n"
@@ -210,10 +224,12 @@ def inspect(
     elif controls.is_file() and not (path / "record.json").is_file():
         from sophon._base.files import read_json
 
-        show_controls(read_json(controls)["controls"])
+        with _as_written(path):
+            show_controls(read_json(controls)["controls"])
     elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
         from sophon._reporting.report import report as judge
 
         show_verdict(judge(read_record(path)), "lines", {})
     else:
-        say(describe_checkpoint(path))
+        with _as_written(path):
+            say(describe_checkpoint(path))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,7 +42,8 @@ from sophon._data import Images
 from sophon._protection.forecast import Forecast, forecast
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.protection import Protection, protect
-from sophon._protection.spec import ProtectSpec
+from sophon._protection.sampling import StrategyDistribution
+from sophon._protection.spec import Alternate, ProtectSpec
 from sophon._protection.start import starting_weights
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._protection.update import Alternating
@@ -400,6 +401,18 @@ def test_the_forecast_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> No
     assert long.total_s == pytest.approx(60 * long.round_s)
     assert long.peak_bytes is not None
     assert long.peak_bytes > 1e7
+
+
+def test_a_forecast_measures_a_few_of_any_number() -> None:
+    many = 1_000_000
+    strategies = StrategyDistribution(preparations=((Heal(share=0.25),),), batch_sizes=(8,))
+    rehearsal = Rehearsal(steps=many, strategies=many, distribution=strategies, query_batch_size=8)
+    update = Alternate(hindrance_steps=many, keep_steps=many)
+    spec = quick_spec(rounds=many).model_copy(update={"hinder": (rehearsal,), "update": update})
+    found = forecast(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    # A million updates by a million attackers of a million steps, a millisecond each or so.
+    assert found.round_s > 1e-5 * many**3
+    assert found.total_s == pytest.approx(many * found.round_s)
 
 
 def test_one_image_at_a_time_is_refused_where_batch_norm_cannot(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sophon._specs.base import (
     Positive,
     Precision,
     Rate,
+    Seed,
     Spec,
 )
 from sophon._specs.strategies import Strategy
@@ -40,7 +41,7 @@ class SampleSpec(Spec):
     extractor: Name = "classifier"
     extractor_steps: Positive = 400
     width: Positive | None = None
-    kid_subset: Annotated[int, Field(ge=2)] = 40
+    kid_subset: Annotated[int, Field(ge=2, le=10**9)] = 40
     neighbours: Positive = 3
     budgets: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
     extra: bool = False
@@ -58,8 +59,8 @@ class AuditSpec(Spec):
 
     suite: str = "quick-1"
     steps: Positive = 200
-    evaluations: Annotated[int, Field(ge=2)] = 12
-    seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] | None = None
+    evaluations: Annotated[int, Field(ge=2, le=10_000)] = 12
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] | None = None
     search_trials: Count | None = None
     prefilter: Annotated[float, Field(gt=0, le=1)] | None = None
     survivors: Positive | None = None
@@ -89,7 +90,7 @@ class ModelSpec(Spec):
     name: Name
     weights: Name | None = None
     pretrained: bool = False
-    classes: Annotated[int, Field(ge=2)] | None = None
+    classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     head: str | None = None
     arguments: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
@@ -123,7 +124,7 @@ class DomainSpec(Spec):
     normalisation: Name | None = None
     validation: Fraction = 0.1
     test: Fraction = 0.2
-    split_seed: Count = 0
+    split_seed: Seed = 0
     labels: Literal["own", "coarse", "none"] = "own"
     join: bool = False
     classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
@@ -135,7 +136,7 @@ class DomainSpec(Spec):
 class ScheduleSpec(Spec):
     """The noise of a diffusion model that comes without a scheduler: diffusers' DDPM settings."""
 
-    timesteps: Annotated[int, Field(ge=4)] = 1000
+    timesteps: Annotated[int, Field(ge=4, le=1_000_000)] = 1000
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     beta_start: Fraction = 1e-4
     beta_end: Fraction = 0.02
@@ -169,7 +170,7 @@ class PretrainSpec(Spec):
     (without one: 0.999 for a diffusion model, none for a classifier; 0 for none).
     """
 
-    seed: Count = 0
+    seed: Seed = 0
     steps: Positive = 2000
     batch_size: Positive = 64
     learning_rate: Rate = 1e-3

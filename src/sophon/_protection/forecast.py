@@ -78,10 +78,10 @@ def forecast(
 # Of what a round may have any number of, how few are measured, and how many for the difference.
 _FEW = {
     "steps": (1, 4),
-    "strategies": (4, 8),
+    "strategies": (2, 4),
     "life": (64, 128),
-    "hindrance_steps": (1, 4),
-    "keep_steps": (1, 4),
+    "hindrance_steps": (1, 3),
+    "keep_steps": (1, 3),
 }
 # By the place of a hindrance, or None for the update, and by name.
 Extent = dict[tuple[int | None, str], int]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sophon._base.errors import shortened
 from sophon._specs.base import (
     Augmentation,
     Channels,
@@ -76,6 +78,14 @@ class AuditSpec(Spec):
         return self
 
 
+# Arguments of timm's and torchvision's constructors that look for files or on the hub, and values.
+_ELSEWHERE = re.compile(
+    r"(^|_)(pretrained(?!_window)|hub|urls?|files?|filename|cache|dir|folder)(_|$)"
+    r"|^(weights|backbone|checkpoint)(_|$)"
+)
+_ADDRESS = re.compile(r"^[\w-]+:|[/\\]")
+
+
 class ModelSpec(Spec):
     """Which network: `resnet20`, `timm:NAME`, `torchvision:NAME` or a checkpoint by sophon;
     for denoising `diffusers:PATH`, a pipeline's or a U-Net's folder, or a U-Net's configuration.
@@ -95,6 +105,18 @@ class ModelSpec(Spec):
     head: str | None = None
     arguments: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _at_hand(self) -> Self:
+        for key, value in self.arguments.items():
+            texts = [str(one) for one in (value if isinstance(value, list) else [value])]
+            if _ELSEWHERE.search(key.lower()) or any(map(_ADDRESS.search, texts)):
+                raise ValueError(
+                    f"arguments.{shortened(key)} makes the library look for files or weights"
+                    " elsewhere: set model.pretrained = true for published weights, or"
+                    " model.weights = FILE"
+                )
+        return self
 
 
 class DomainSpec(Spec):

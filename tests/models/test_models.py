@@ -255,7 +255,7 @@ def test_a_pipeline_of_other_code_or_folders_is_refused(
     index.write_text(json.dumps({"_class_name": "DDPMPipeline", **PARTS, "x": [None, None]}))
     models.require_parts(tmp_path)
     index.write_text(json.dumps({**PARTS, **part}))
-    with pytest.raises((CheckpointError, UnsupportedModelError), match="pipeline|scheduler"):
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=r"pipeline|scheduler"):
         models.require_parts(tmp_path)
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What every file compressed by gzip begins with.
 _GZIP = b"\x1f\x8b"
+# Of a record, unpacked; those of large audits have a twentieth.
+_MOST_BYTES = 2**28
 _PRINTED = Path("-")
 
 
@@ -38,8 +40,12 @@ def read_record(path: Path) -> AuditRecord:
 
     file = path / "record.json" if path.is_dir() else path
     try:
-        held = file.read_bytes()
-        held = gzip.decompress(held) if held.startswith(_GZIP) else held
+        with file.open("rb") as opened:
+            packed = opened.read(len(_GZIP)) == _GZIP
+            opened.seek(0)
+            held = (gzip.GzipFile(fileobj=opened) if packed else opened).read(_MOST_BYTES + 1)
+        if len(held) > _MOST_BYTES:
+            raise CheckpointError(f"{file} has more than {_MOST_BYTES >> 20} MiB: no record has")
         return AuditRecord.model_validate_json(held.decode("utf-8"))
     except FileNotFoundError:
         if (path / CONTROLS).is_file():

@@ -68,7 +68,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def require_safe_torch(path: Path) -> None:
     """Raise CheckpointError where torch may run code that a torch file holds."""
-    if torch.__version__ < (2, 6):
+    if torch.__version__ < "2.6":
         raise CheckpointError(
             f"{path} is refused: torch {torch.__version__} may run code in such a file"
             " (CVE-2025-32434): install torch 2.6 or newer, or give a safetensors file"

@@ -103,7 +103,7 @@ def _extent(spec: ProtectSpec) -> Extent:
 def _times(key: tuple[int | None, str], wanted: Extent, few: Extent) -> float:
     """Return in how many places a round repeats it, for each at which it was measured."""
     place, name = key
-    outer = [] if place is None else [(None, "hindrance_steps")]
+    outer: list[tuple[int | None, str]] = [] if place is None else [(None, "hindrance_steps")]
     outer += [(place, "strategies")] if name in ("steps", "life") else []
     return math.prod(wanted[one] / few[one] for one in outer if one in wanted)
 

@@ -165,8 +165,8 @@ def _file(dataset: Any, index: int) -> Path | None:
     if hasattr(dataset, "_samples"):
         return Path(dataset._samples[index][0])
     if hasattr(dataset, "attr_names"):  # CelebA
-        folder = Path(dataset.root, dataset.base_folder, "img_align_celeba")
-        return folder / dataset.filename[index]
+        name: str = dataset.filename[index]
+        return Path(dataset.root, dataset.base_folder, "img_align_celeba", name)
     return None
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sophon._base.errors import DataError
+from sophon._data.images import opened
 from sophon._data.sources.torchvision_sets import read_torchvision
 from sophon._data.splits import Part
 
@@ -278,14 +279,14 @@ def _blocks(by_class: list[list[Any]], random: Generator) -> tuple[list[Any], ND
 
 
 def _sign(file: Path) -> Pixels:
-    with Image.open(file) as picture:
+    with opened(file) as picture:
         small = picture.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
         return np.asarray(small, np.uint8)
 
 
 def _face(file: Path) -> Pixels:
     """Return a picture of 92x112 without its first 14 and its last rows, at 64x64."""
-    with Image.open(file) as picture:
+    with opened(file) as picture:
         square = picture.convert("L").crop((0, 14, 92, 106))
         return np.asarray(square.resize((64, 64), Image.Resampling.LANCZOS), np.uint8)
 

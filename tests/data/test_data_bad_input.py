@@ -7,6 +7,7 @@ import importlib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from builders import original, restricted, trained_model
+from formats import write_pictures
 from sophon._base.errors import DataError
 from sophon._data import (
     Domain,
@@ -25,6 +27,8 @@ from sophon._data import (
     check_distinct,
     load_domain,
 )
+from sophon._data.images import open_picture
+from sophon._data.sources.torchvision_sets import _picture
 from sophon._specs import DomainSpec
 from sophon._tasks import Classification
 from sophon._training.setting import make_setting
@@ -310,6 +314,45 @@ def test_folder_with_a_damaged_image(tmp_path: Path, content: bytes | None) -> N
     bad.write_bytes(bad.read_bytes()[:900] if content is None else content)
     message = refused(tmp_path, "cannot be read as an image", source="folder", path=".")
     assert str(bad) in message
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\n"
+
+
+@pytest.mark.parametrize("source", ["folder", "npz", "torchvision"])
+def test_no_format_that_starts_a_program_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    file = tmp_path / "sly.png"
+    file.write_bytes(EPS)
+    if source == "folder":
+        for label in "ab":
+            write_pictures(tmp_path / "set" / label, 12, "PNG")
+        file.replace(tmp_path / "set" / "b" / "sly.png")
+        refused(tmp_path, "sly.png", "identify", source="folder", path="set")
+    elif source == "npz":
+        data = np.frombuffer(EPS * 20, np.uint8)
+        offsets = np.arange(21) * len(EPS)
+        archive(tmp_path, x_train=None, x_train_jpeg=data, x_train_offsets=offsets)
+        refused(tmp_path, "train image", source="npz", path="bad.npz")
+    else:
+        with pytest.raises(DataError, match=r"sly\.png"):
+            _picture(SimpleNamespace(_samples=[(str(file), 0)]), 0, None)
+
+
+def test_a_large_picture_is_read_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_pictures(tmp_path, 1, "PNG", (12, 12))
+    assert open_picture(tmp_path / "0.png", None).shape == (12, 12, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DataError, match=r"0\.png"):
+        open_picture(tmp_path / "0.png", None)
 
 
 def test_folder_with_32_bit_images(tmp_path: Path) -> None:

@@ -6,17 +6,25 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from sophon import _models as models
-from sophon._base.errors import CheckpointError, DataError, SophonError, UnsupportedModelError
+from sophon._base.errors import (
+    CheckpointError,
+    DataError,
+    SophonError,
+    SpecError,
+    UnsupportedModelError,
+)
 from sophon._models.networks import NETWORKS, ResNet20, SmallConvNet
-from sophon._specs import ModelSpec
+from sophon._specs import ModelSpec, parse_spec
 
 IMAGE = (3, 32, 32)
 HEADS = {
@@ -151,12 +159,137 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
             models.read_tensors(tmp_path / name)
 
 
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": lambda weight: weight.flatten(1).to_sparse(),
+    "meta": lambda weight: weight.to("meta"),
+    "quantised": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.quint8),
+    "nested": lambda weight: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "complex": lambda weight: weight.to(torch.complex64),
+    "no floating numbers": lambda weight: weight.to(torch.int64),
+    "bool": lambda weight: weight > 0,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_weights_of_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
+    state = SmallConvNet().state_dict()
+    state["stage2.0.weight"] = UNUSUAL[kind](state["stage2.0.weight"])
+    torch.save(state, tmp_path / "w.pt")
+    spec = ModelSpec(name="small_convnet", weights="w.pt")
+    with pytest.raises(CheckpointError, match=rf"w\.pt.*stage2\.0\.weight.*{kind}|{kind}.*stage2"):
+        models.resolve_model(spec, base=tmp_path)
+
+
+def test_a_long_key_is_cut_in_the_middle(tmp_path: Path) -> None:
+    held = {"a" + "x" * 200_000 + "z": torch.zeros(1)}
+    torch.save(held, tmp_path / "w.pt")
+    torch.save(dict.fromkeys(held, 1), tmp_path / "v.pt")
+    for name in ("w.pt", "v.pt"):
+        spec = ModelSpec(name="small_convnet", weights=name)
+        with pytest.raises(CheckpointError, match=name) as caught:
+            models.resolve_model(spec, base=tmp_path)
+        assert len(str(caught.value)) <= 600
+
+
+def test_no_torch_file_is_read_where_torch_may_run_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(SmallConvNet().state_dict(), tmp_path / "w.pt")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1"))
+    with pytest.raises(CheckpointError, match=r"CVE-2025-32434.*2\.6"):
+        models.read_tensors(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pretrained", True),
+        ("pretrained_cfg", "hf-hub:a/b"),
+        ("checkpoint_path", "w.pt"),
+        ("weights", "DEFAULT"),
+        ("weights_backbone", "DEFAULT"),
+        ("cache_dir", "x"),
+        ("hf_hub_id", "a/b"),
+        ("width", "https://a.test/w.pt"),
+    ],
+)
+def test_arguments_that_look_elsewhere_are_refused_by_name(key: str, value: object) -> None:
+    data = {"name": "timm:resnet10t", "arguments": {key: value}}
+    with pytest.raises(SpecError, match=rf"arguments\.{key}.*model\.pretrained"):
+        parse_spec(ModelSpec, data, where="model.json")
+
+
+def test_arguments_of_layers_are_let_through() -> None:
+    held = {
+        "drop_path_rate": 0.1,
+        "pretrained_window_size": 8,
+        "weight_init": "jax",
+        "patch_size": 4,
+    }
+    assert ModelSpec(name="timm:a", arguments=held).arguments == held
+
+
+PARTS = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+        {"scheduler": ["diffusers", "DiffusionPipeline"]},
+        {"unet": ["my_unet", "UNet2DModel"]},
+        {"vae": ["subprocess", "Popen"]},
+        {"vae": ["diffusers", "a.b"]},
+        {"../out": ["diffusers", "AutoencoderKL"]},
+        {"_class_name": ["pipeline", "Mine"]},
+        {"vae": ["diffusers"]},
+    ],
+)
+def test_a_pipeline_of_other_code_or_folders_is_refused(
+    part: dict[str, list[str]], tmp_path: Path
+) -> None:
+    for name in (*PARTS, "vae"):
+        (tmp_path / name).mkdir()
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "DDPMPipeline", **PARTS, "x": [None, None]}))
+    models.require_parts(tmp_path)
+    index.write_text(json.dumps({**PARTS, **part}))
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=r"pipeline|scheduler"):
+        models.require_parts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_train_timesteps": 10**12},
+        {"num_train_timesteps": "many"},
+        {"beta_end": 5.0},
+        {"beta_schedule": "icy"},
+        {"trained_betas": [float("nan")] * 10},
+        {"trained_betas": "x"},
+    ],
+)
+def test_noise_that_is_none_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    for name in PARTS:
+        (tmp_path / name).mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(PARTS))
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    settings = tmp_path / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps({"_class_name": "DDPMScheduler"}))
+    assert models.DenoiserSource(tmp_path).scheduler() is not None
+    settings.write_text(json.dumps({"_class_name": "DDPMScheduler", **wrong}))
+    with pytest.raises(CheckpointError, match="scheduler"):
+        models.DenoiserSource(tmp_path).scheduler()
+
+
 def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     state = SmallConvNet().state_dict()
     state["stage2.0.weight"][0] = torch.nan
     save_file(state, tmp_path / "w.safetensors")
     spec = ModelSpec(name="small_convnet", weights="w.safetensors")
-    with pytest.raises(UnsupportedModelError, match=r"stage2.0.weight holds NaN"):
+    with pytest.raises(UnsupportedModelError, match=r"w.safetensors: stage2.0.weight holds NaN"):
         models.resolve_model(spec, base=tmp_path)
 
 

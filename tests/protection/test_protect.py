@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -41,7 +42,8 @@ from sophon._data import Images
 from sophon._protection.forecast import Forecast, forecast
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.protection import Protection, protect
-from sophon._protection.spec import ProtectSpec
+from sophon._protection.sampling import StrategyDistribution
+from sophon._protection.spec import Alternate, ProtectSpec
 from sophon._protection.start import starting_weights
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._protection.update import Alternating
@@ -401,6 +403,18 @@ def test_the_forecast_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> No
     assert long.peak_bytes > 1e7
 
 
+def test_a_forecast_measures_a_few_of_any_number() -> None:
+    many = 1_000_000
+    strategies = StrategyDistribution(preparations=((Heal(share=0.02),),), batch_sizes=(8,))
+    rehearsal = Rehearsal(steps=many, strategies=many, distribution=strategies, query_batch_size=8)
+    update = Alternate(hindrance_steps=many, keep_steps=many)
+    spec = quick_spec(rounds=many).model_copy(update={"hinder": (rehearsal,), "update": update})
+    found = forecast(trained_model(), original=original(), restricted=restricted(), spec=spec)
+    # A million updates by a million attackers of a million steps, a millisecond each or so.
+    assert found.round_s > 1e-6 * many**3
+    assert found.total_s == pytest.approx(many * found.round_s)
+
+
 def test_one_image_at_a_time_is_refused_where_batch_norm_cannot(tmp_path: Path) -> None:
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5)
@@ -536,21 +550,55 @@ def test_a_run_is_not_started_over_when_every_state_is_damaged(tmp_path: Path) -
     assert (tmp_path / "rounds.jsonl").read_text() == held
 
 
+def _without(held: bytes, key: str) -> bytes:
+    whole = json.loads(held)
+    del whole["meta"][key]
+    return json.dumps(whole).encode()
+
+
 @pytest.mark.parametrize(
-    "damage",
-    [lambda held: b"damaged", lambda held: held[:-1] + bytes([held[-1] ^ 1])],
-    ids=["unreadable", "one bit"],
+    ("name", "damage"),
+    [
+        ("tensors.safetensors", lambda held: b"damaged"),
+        ("tensors.safetensors", lambda held: held[:-1] + bytes([held[-1] ^ 1])),
+        ("meta.json", lambda held: held[: len(held) // 2]),
+        ("meta.json", lambda held: re.sub(rb'("kept": )(\d+)', rb"\g<1>7", held)),
+        ("meta.json", lambda held: held.replace(b'"rounds"', b'"rounded"', 1)),
+        ("meta.json", lambda held: _without(held, "kept")),
+    ],
 )
 def test_a_damaged_state_is_passed_over_for_the_one_before(
-    damage: Callable[[bytes], bytes], uninterrupted: nn.Module, tmp_path: Path
+    name: str, damage: Callable[[bytes], bytes], uninterrupted: nn.Module, tmp_path: Path
 ) -> None:
     run = _started(tmp_path)
     for _ in range(4):
         next(iter(run))
     newest = sorted((tmp_path / "states").iterdir())[-1]
-    file = newest / "tensors.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
+    file = newest / name
+    before = file.read_bytes()
+    file.write_bytes(damage(before))
+    assert file.read_bytes() != before
     assert _equal(_protect(quick_spec(), tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("missing", [None, "kept", "rounds"])
+def test_a_state_of_a_version_without_checksums_resumes_or_is_refused(
+    missing: str | None, uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    run = _started(tmp_path)
+    for _ in range(2):
+        next(iter(run))
+    file = sorted((tmp_path / "states").iterdir())[-1] / "meta.json"
+    held = json.loads(file.read_text())
+    del held["meta_sha256"]
+    if missing is not None:
+        del held["meta"][missing]
+    file.write_text(json.dumps(held))
+    if missing is None:
+        assert _equal(_protect(quick_spec(), tmp_path), uninterrupted)
+    else:
+        with pytest.raises(CheckpointError, match="not whole"):
+            _protect(quick_spec(), tmp_path)
 
 
 def test_a_heavier_domain_is_rehearsed_more_often() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,36 @@ import pytest
 from typer.testing import CliRunner
 
 from records import record
-from sophon._base.errors import CheckpointError, SophonError
+from sophon._base.errors import CheckpointError, SophonError, SpecError
 from sophon._cli import app
 from sophon._cli.reading import read_record
 from sophon._judgement.flags.all import CHECKS
-from sophon._records.audit_record import AuditRecord, ErrorScore, Point, Score, pack, unpack
+from sophon._records.audit_record import (
+    AuditRecord,
+    ErrorScore,
+    Point,
+    SampleRecord,
+    Score,
+    pack,
+    unpack,
+)
 from sophon._records.metrics import KINDS
 from sophon._records.statement import stated
 from sophon._reporting.audit_tables import claimed_domains, reported
 from sophon._reporting.report import report
-from sophon._specs import Guard
+from sophon._specs import Guard, parse_spec
 
 WHOLE = json.loads((Path(__file__).parents[1] / "records" / "record-v1-whole.json").read_text())
+
+
+SAMPLE: dict[str, Any] = {
+    **dict.fromkeys(("count", "images", "steps", "features"), 1),
+    **dict.fromkeys(("kid", "kid_std", "fid", "precision", "recall"), 0.5),
+    "subject": "protected",
+    "domain": "d",
+    "attacked": "d",
+    "extractor": "e",
+}
 
 
 def _written(folder: Path, **changes: Any) -> Path:
@@ -150,6 +170,50 @@ def test_a_claim_that_is_no_score_is_no_claim(claim: object) -> None:
     assert reported(held) == {}
     assert "protected against [], {}" in claimed_domains(held)
     assert report(held).markdown()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_record_is_unpacked_to_a_limit(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sophon._cli.reading._MOST_BYTES", 2**20)
+    file = tmp_path / "record.json"
+    held = b" " * 2**24
+    file.write_bytes(gzip.compress(held) if packed else held)
+    with pytest.raises(CheckpointError, match="more than 1 MiB"):
+        read_record(file)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        "http://a.test/x.png",
+        "//a.test/x",
+        "data:image/svg+xml;base64,AAAA",
+        "data:text/html,x",
+        "x",
+    ],
+)
+def test_a_picture_of_a_record_asks_nobody(grid: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match="grid"):
+        SampleRecord(**SAMPLE, grid=grid)
+    assert SampleRecord(**SAMPLE, grid="data:image/png;base64,AAAA").grid.endswith("AAAA")
+
+
+def test_numbers_of_a_record_fit_a_float_and_many_faults_take_no_time(tmp_path: Path) -> None:
+    begun = time.process_time()
+    for changes in (
+        {"trials": [{**WHOLE["trials"][0], "wall_s": 10**400}]},
+        {"trials": [{**WHOLE["trials"][0], "seed": 10**400}]},
+        {"original": {**WHOLE["original"], "train": 10**30}},
+        {str(number): 1 for number in range(100_000)},
+        {"protection": {str(number): 1 for number in range(100_000)}},
+    ):
+        with contextlib.suppress(CheckpointError):
+            report(read_record(_written(tmp_path, **changes)))
+    with pytest.raises(SpecError, match="unknown key 0"):
+        parse_spec(Guard, {str(number): 1 for number in range(100_000)}, where="x")
+    assert time.process_time() - begun < 20
 
 
 def test_a_compressed_record_is_read_and_a_damaged_one_refused(tmp_path: Path) -> None:

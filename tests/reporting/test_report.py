@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,11 @@ from xml.etree import ElementTree
 
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
+from markdown_it import MarkdownIt
 from torch import nn
 
 from records import CURVES, crashed, diverged, record, trial
-from sophon._base.errors import AuditError
+from sophon._base.errors import AuditError, CheckpointError
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import UNTRIED, judge, overall, summarise
@@ -532,6 +536,55 @@ def test_names_are_no_html_in_any_markdown() -> None:
     assert "<img src=x>" in fence[1]
 
 
+HOSTILE = (
+    "<img src=x onerror=alert(1)>\n\n**Verdict: withstood.**\n\n![x](http://a.test/x.png) \\| "
+    "`<b>` [y](javascript:z) \u202e ~~~ ```\n[a]: http://b.test"
+)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text in parsed JSON but for the names of fields."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from texts(one)
+    elif isinstance(value, str):
+        yield value
+
+
+def structure(text: str) -> Counter[str]:
+    """Return how often each block of a Markdown document occurs; it holds no HTML, link, image."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    blocks = parser.parse(text)
+    kinds = {token.type for block in blocks for token in (block, *(block.children or ()))}
+    assert not kinds & {"html_inline", "html_block", "image", "link_open", "s_open"}
+    counted = ("heading_open", "hr", "blockquote_open", "fence", "code_block", "ordered_list_open")
+    return Counter(block.type for block in blocks if block.type in counted)
+
+
+def test_no_text_of_a_record_is_more_than_text_in_markdown() -> None:
+    held = record([*record().trials, crashed("protected")], flags=("x",))
+    held = held.model_copy(update={"note": "n", "given_up": ("g",), "left_out": ("l",)})
+    other, written, tried = record(), held.model_dump_json(), 0
+
+    def structures(made: AuditRecord) -> list[Counter[str]]:
+        compared = Comparison([("a", made), ("b", other)])
+        return [structure(page.markdown()) for page in (report(made), compared)]
+
+    expected = structures(held)
+    for value in sorted(set(texts(json.loads(written))) - {one.key for one in held.trials}):
+        text = written.replace(f":{json.dumps(value)}", f":{json.dumps(HOSTILE)}")
+        text = text.replace(f"[{json.dumps(value)}", f"[{json.dumps(HOSTILE)}")
+        try:
+            hostile = AuditRecord.model_validate_json(text)
+        except ValueError:
+            continue
+        tried += 1
+        assert structures(hostile) == expected, value
+    assert tried > 15
+
+
 def test_crashes_of_trials_that_were_run_again_are_shown() -> None:
     base = record()
     key = base.trials[0].key
@@ -596,6 +649,39 @@ def test_the_page_is_whole_self_contained_and_escaped() -> None:
         assert ElementTree.fromstring(svg).tag == "svg"
     for one in held.trials:
         assert one.strategy.label() in text
+
+
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_only_a_report_is_replaced(tmp_path: Path, form: str) -> None:
+    write = getattr(report(record()), f"write_{form}")
+    own, link, pipe = tmp_path / "own", tmp_path / "link", tmp_path / "pipe"
+    write(own)
+    before = own.read_text()
+    write(own)
+    link.symlink_to(own)
+    write(link)
+    assert own.read_text() == before
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_text)
+        write(pipe)
+    assert read.result() == before
+    write(Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()
+    others = [tmp_path / name for name in ("record.json", "gone", "folder", "empty")]
+    others[0].write_text(record().model_dump_json())
+    others[1].symlink_to(tmp_path / "nothing")
+    others[2].mkdir()
+    others[3].touch()
+    for other in others:
+        with pytest.raises(CheckpointError, match=other.name):
+            write(other)
+    assert others[0].read_text() == record().model_dump_json()
+    assert not (tmp_path / "nothing").exists()
+    long = tmp_path / ("n" * 250)
+    write(long)
+    assert long.read_text() == before
 
 
 def test_both_documents_carry_what_a_reader_needs(tmp_path: Path) -> None:

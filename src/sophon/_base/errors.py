@@ -5,6 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What is said of one fault: two lines of 300 characters.
+_MOST = 600
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """Return `value` as text of at most `most` characters, cut in the middle; what a terminal would
+    take for a command is replaced.
+    """
+    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(value))
+    half = (most - 5) // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
 
 class SophonError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line returns.
@@ -14,6 +26,9 @@ class SophonError(Exception):
 
     exit_code = 2
     told = False
+
+    def __str__(self) -> str:
+        return shortened(super().__str__(), _MOST)
 
 
 class SpecError(SophonError):

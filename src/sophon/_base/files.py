@@ -25,7 +25,9 @@ def temporary_beside(path: Path) -> Path:
 
     Two containers that share a folder may have equal process numbers, so a part of it is random.
     """
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # A name has at most 255 bytes; the whole of a long one would leave no room.
+    name = os.fsdecode(os.fsencode(path.name)[:100])
+    return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): restore it or start in another folder"
         ) from None
@@ -184,7 +186,7 @@ def _locked(folder: Path) -> int | None:
     import fcntl
 
     try:
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise CheckpointError(
             f"cannot open {folder / '.lock'} ({error.strerror}): it belongs to another user's run;"

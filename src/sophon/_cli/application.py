@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,7 +115,8 @@ def say_json(event: str, **values: Any) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(" ".join(message.split()), err=True)
+    for line in textwrap.wrap(message, 300, break_on_hyphens=False):
+        typer.echo(line, err=True)
     raise typer.Exit(code)
 
 

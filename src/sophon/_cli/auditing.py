@@ -130,6 +130,7 @@ def _require_places(
     """Raise SpecError or CheckpointError for an --out or --store that must stay as it is."""
     from sophon._base.files import require_unused
     from sophon._cli.run_file import require_outside, require_place
+    from sophon._reporting.rendering import require_replaceable
 
     for folder in folders:
         require_place(folder)
@@ -139,6 +140,8 @@ def _require_places(
             f"--out = {out} is the folder of the model to audit, which is for publishing: choose"
             f" another, such as {out}-audit"
         )
+    for page in ("report.html", "report.md"):
+        require_replaceable(out / page)
     for folder in dict.fromkeys(folders):
         require_unused(folder, *_OURS)
         require_outside(folder, run_file, settings)

@@ -36,7 +36,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
     """Yield what a checkpoint holds; CheckpointError if it is not what was written."""
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file() and (path / "run.json").is_file():
-        rounds = len((path / "rounds.jsonl").read_text(encoding="utf-8").splitlines())
+        rounds = (path / "rounds.jsonl").read_bytes().count(b"\n")
         wanted = read_json(path / "run.json")["resolved"]["rounds"]
         yield (f"{path}: a protection not finished, {rounds} of {wanted} rounds; repeat it")
         return

@@ -5,12 +5,14 @@ Nothing heavy is imported before a command runs; report and compare need no torc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sophon._base.errors import CheckpointError, SpecError
+from sophon._base.errors import CheckpointError, SpecError, first_line
 from sophon._cli.application import Json, Quiet, command, option, say_json
 from sophon._cli.controls import CONTROLS, show_controls
 from sophon._cli.running import mode_of, say, show_comparison, show_verdict
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # What every file compressed by gzip begins with.
 _GZIP = b"\x1f\x8b"
+# Of a record, unpacked; those of large audits have a twentieth.
+_MOST_BYTES = 2**28
 _PRINTED = Path("-")
 
 
@@ -36,8 +40,12 @@ def read_record(path: Path) -> AuditRecord:
 
     file = path / "record.json" if path.is_dir() else path
     try:
-        held = file.read_bytes()
-        held = gzip.decompress(held) if held.startswith(_GZIP) else held
+        with file.open("rb") as opened:
+            packed = opened.read(len(_GZIP)) == _GZIP
+            opened.seek(0)
+            held = (gzip.GzipFile(fileobj=opened) if packed else opened).read(_MOST_BYTES + 1)
+        if len(held) > _MOST_BYTES:
+            raise CheckpointError(f"{file} has more than {_MOST_BYTES >> 20} MiB: no record has")
         return AuditRecord.model_validate_json(held.decode("utf-8"))
     except FileNotFoundError:
         if (path / CONTROLS).is_file():
@@ -104,9 +112,16 @@ def report(
 
 
 def _require_places(html: Path | None, markdown: Path | None, *, as_json: bool) -> None:
-    """Raise SpecError for a page that cannot be printed, or cannot beside JSON."""
+    """Raise SpecError for a page that cannot be printed, or cannot beside JSON; CheckpointError
+    for one that would replace another file.
+    """
+    from sophon._reporting.rendering import require_replaceable
+
     if html == _PRINTED:
         raise SpecError("--html = -: a page is not printed, name a file; --markdown - prints text")
+    for page in (html, markdown):
+        if page not in (None, _PRINTED):
+            require_replaceable(page)
     if markdown == _PRINTED and as_json:
         raise SpecError("--markdown = - and --json both print: leave one out, or name a file")
 
@@ -156,6 +171,18 @@ def compare(
     show_comparison(made, files, as_json=as_json)
 
 
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Raise CheckpointError where what sophon wrote to `path` was changed by hand."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"a file of {path} is not as sophon wrote it ({type(error).__name__}:"
+            f" {first_line(error)}): restore it, or write the folder anew"
+        ) from None
+
+
 @command(
     "sophon inspect run.toml",
     "sophon inspect runs/p1",
@@ -191,13 +218,15 @@ def inspect(
     elif controls.is_file() and not (path / "record.json").is_file():
         from sophon._base.files import read_json
 
-        show_controls(read_json(controls)["controls"])
+        with _as_written(path):
+            show_controls(read_json(controls)["controls"])
     elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
         from sophon._reporting.report import report as judge
 
         show_verdict(judge(read_record(path)), "lines", {})
     else:
-        say(describe_checkpoint(path))
+        with _as_written(path):
+            say(describe_checkpoint(path))
 
 
 @command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from sophon._models import (
     require_model,
     resolve_model,
 )
-from sophon._specs import DomainSpec, ModelSpec, TaskSpec, parse_spec
+from sophon._specs import DomainSpec, ModelSpec, TaskSpec, parse_spec, parse_toml
+from sophon._specs.parsing import MOST_BYTES
 from sophon._tasks import Classification, Denoising, Latents, Task
 from sophon._training.checkpoints import require_recorded
 from sophon._training.environment import domain_text
@@ -95,7 +95,11 @@ def read_run(path: Path, settings: list[str] | None) -> RunSpec:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            held = file.read(MOST_BYTES + 1)
+        if len(held) > MOST_BYTES:
+            raise SpecError(f"{path} has more than {MOST_BYTES:,} bytes: give a run file")
+        return held.decode("utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path} does not exist: give the path of a run file") from None
     except IsADirectoryError:
@@ -119,10 +123,7 @@ def parse_pretraining(text: str, settings: list[str] | None, *, where: str) -> P
 
 
 def _parsed(kind: type[AnyRun], text: str, settings: list[str] | None, where: str) -> AnyRun:
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{where} is not valid TOML: {error}") from None
+    data = parse_toml(text, where=where)
     for setting in settings or ():
         _apply(data, setting)
     _name_attacks(data, where)
@@ -145,7 +146,7 @@ def _apply(data: dict[str, Any], setting: str) -> None:
     """Apply `a.b=c` to parsed TOML; `restricted.0.limit=5` reaches into arrays."""
     path, equals, text = setting.partition("=")
     keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > 9:
         raise SpecError(f"--set {setting!r}: write it as key=value, such as protect.rounds=50")
     target: Any = data
     for key in keys[:-1]:
@@ -159,7 +160,7 @@ def _apply(data: dict[str, Any], setting: str) -> None:
 
 def _inside(target: Any, key: str, setting: str) -> Any:
     if isinstance(target, list):
-        if not key.isdecimal() or int(key) >= len(target):
+        if not key.isdecimal() or len(key) > 9 or int(key) >= len(target):
             raise SpecError(
                 f"--set {setting!r}: {key!r} is no index here; use 0 to {len(target) - 1}"
             )
@@ -172,8 +173,8 @@ def _inside(target: Any, key: str, setting: str) -> Any:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}", where="--set")["value"]
+    except SpecError:
         return text
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,9 +22,10 @@ from sophon._base.errors import DataError, first_line
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
 
-# As Pillow names them; of each every suffix that Pillow knows is read, where it can read it.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
+# As Pillow names them; of each every suffix that Pillow knows is read, where it can read it. Pillow
+# tells formats by content, whatever a file is called, and hands some, such as EPS, to a program.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @cache
@@ -98,18 +103,30 @@ def squared(picture: Image.Image, size: int | None) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
+@contextmanager
+def opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """Open an image of one of the `FORMATS`, and no other, for as long as the context lasts.
+
+    Raises one of `UNREADABLE`. Pillow's warnings, which name no file, are silent.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(source, formats=FORMATS) as picture:
+            yield picture
+
+
 def open_picture(path: Path, size: int | None) -> Bytes:
     """Return the image file at `path`, upright as its camera says, squared to `size`.
 
     Raises DataError: the file is damaged or is no image; the message names it.
     """
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             # Whole first: a reduced JPEG would be faster but its pixels differ.
             return from_picture(squared(ImageOps.exif_transpose(picture), size))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
 
@@ -119,13 +136,17 @@ def shorter_side(path: Path) -> int:
     Raises DataError as `open_picture`.
     """
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             return min(picture.size)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What damaged files, and those of other formats, make Pillow raise.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, LookupError, TypeError, OverflowError),
+    *(AttributeError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

@@ -78,7 +78,7 @@ def resolve_model(
             classes = held
         elif held != spec.classes:
             _refit(model, spec)
-    require_finite(model, what=spec.name)
+    require_finite(model, what=spec.name if file is None else str(file))
 
     def fresh() -> nn.Module:
         return _ready(plan.build(classes), spec)

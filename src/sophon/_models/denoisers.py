@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, DataError, UnsupportedModelError, first_line
+from sophon._base.errors import (
+    CheckpointError,
+    DataError,
+    UnsupportedModelError,
+    first_line,
+    shortened,
+)
 from sophon._base.files import temporary_beside, write_text
 from sophon._base.torchvision_patch import library
 
@@ -196,9 +202,10 @@ class DenoiserSource:
         kind = getattr(diffusers(), self.class_name)
         try:
             model, unused = kind.from_config(dict(self.config), return_unused_kwargs=True)
-        except (TypeError, ValueError, ZeroDivisionError, IndexError, AttributeError) as error:
+        except _UNUSABLE as error:
             raise UnsupportedModelError(
-                f"model.name: the configuration in {self.path} cannot be built ({error})"
+                f"model.name: the configuration in {self.path} cannot be built"
+                f" ({first_line(error)})"
             ) from None
         wrong = [name for name in unused if not name.startswith("_") and name not in _OF_EMA]
         if wrong:
@@ -220,7 +227,7 @@ class DenoiserSource:
             model: nn.Module = kind.from_pretrained(
                 self.unet, local_files_only=True, low_cpu_mem_usage=False
             )
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        except _UNUSABLE as error:
             raise CheckpointError(
                 f"{self.unet} holds no usable weights ({first_line(error, 200)}): download"
                 " diffusion_pytorch_model.safetensors again"
@@ -233,16 +240,70 @@ class DenoiserSource:
         if self.pipeline is None:
             return None
         name = _read(self.pipeline / _INDEX)["scheduler"][1]
-        kind = getattr(diffusers(), name, None)
-        if kind is None:
-            raise UnsupportedModelError(f"{self.pipeline}: diffusers has no scheduler {name}")
-        return kind.from_pretrained(self.pipeline / "scheduler", local_files_only=True)
+        folder = self.pipeline / "scheduler"
+        count = _read(folder / "scheduler_config.json").get("num_train_timesteps", 1000)
+        if not isinstance(count, int) or not 4 <= count <= _MOST_TIMESTEPS:
+            raise CheckpointError(
+                f"{folder}: num_train_timesteps = {shortened(repr(count))}: use a whole number from"
+                f" 4 to {_MOST_TIMESTEPS}"
+            )
+        try:
+            held = getattr(diffusers(), name).from_pretrained(folder, local_files_only=True)
+            alphas = torch.as_tensor(held.alphas_cumprod)
+            fit = bool((torch.isfinite(alphas) & (alphas >= 0) & (alphas <= 1)).all())
+        except _UNUSABLE as error:
+            raise CheckpointError(
+                f"{folder} cannot be used ({first_line(error)}): restore its configuration"
+            ) from None
+        if not fit:
+            raise CheckpointError(f"{folder}: betas outside 0 to 1: restore its configuration")
+        return held
+
+
+# What a configuration with wrong values makes diffusers raise.
+_UNUSABLE = (
+    *(OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(ImportError, AssertionError),
+)
+_MOST_TIMESTEPS = 1_000_000
+# Any other class of diffusers would be made and run for its name alone.
+_SCHEDULERS = (
+    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"),
+    *("DDPMParallelScheduler", "DDIMParallelScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"),
+    *("DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+)
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+
+
+def _require_meant(folder: Path, named: dict[str, Any]) -> None:
+    """Raise CheckpointError for an index that names other code or other folders than a pipeline of
+    diffusers has.
+    """
+    for name, held in named.items():
+        if name.startswith("_") and name != "_class_name":
+            continue
+        if not isinstance(held, list) or held == [None, None]:
+            continue
+        known = len(held) == 2 and held[0] in _LIBRARIES and str(held[1]).isidentifier()
+        if not (known and name.isidentifier()):
+            raise CheckpointError(
+                f"{folder / _INDEX}: {shortened(name)} = {shortened(held)} is no part of a pipeline"
+                f" of diffusers or transformers: give a folder that diffusers wrote"
+            )
+    scheduler = named.get("scheduler")
+    if isinstance(scheduler, list) and scheduler[1] not in (*_SCHEDULERS, None):
+        raise UnsupportedModelError(
+            f"{folder}: the scheduler {shortened(scheduler[1])} is none of those with the noise of"
+            f" DDPM: use one such as {', '.join(_SCHEDULERS[:3])}"
+        )
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}): restore it") from None
     if not isinstance(held, dict):
         raise CheckpointError(f"{file} is no table of settings: restore it")
@@ -252,6 +313,7 @@ def _read(file: Path) -> dict[str, Any]:
 def require_parts(folder: Path) -> None:
     """Raise CheckpointError naming the parts of a pipeline's folder that are missing."""
     named = _read(folder / _INDEX)
+    _require_meant(folder, named)
     wanted = [n for n, held in named.items() if isinstance(held, list) and held[0] is not None]
     for part in ("unet", "scheduler"):
         if part not in wanted:

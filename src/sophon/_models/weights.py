@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError, first_line
+from sophon._base.errors import CheckpointError, UnsupportedModelError, first_line, shortened
 from sophon._models.hooks import hooks
 
 _DAMAGED = (
@@ -39,7 +39,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} does not exist: set the path of the weights")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _named_tensors(load_file(path), path)
+        require_safe_torch(path)
         with warnings.catch_warnings():
             # What is odd about a damaged file is in the error.
             warnings.simplefilter("ignore", UserWarning)
@@ -65,19 +66,49 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return _named_tensors(content, path)
 
 
+def require_safe_torch(path: Path) -> None:
+    """Raise CheckpointError where torch may run code that a torch file holds."""
+    if torch.__version__ < "2.6":
+        raise CheckpointError(
+            f"{path} is refused: torch {torch.__version__} may run code in such a file"
+            " (CVE-2025-32434): install torch 2.6 or newer, or give a safetensors file"
+        )
+
+
 def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     foreign = [] if isinstance(content, dict) else [type(content).__name__]
     if isinstance(content, dict):
-        foreign = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+        foreign = [
+            shortened(key) for key, value in content.items() if not isinstance(value, Tensor)
+        ]
     if foreign or not content:
         raise CheckpointError(
             f"{path} is not a file of named tensors ({', '.join(foreign[:3]) or 'empty'}): "
             "save model.state_dict()"
         )
+    for key, value in content.items():
+        odd = _unusual(value)
+        if odd:
+            raise CheckpointError(
+                f"{path}: {shortened(key)} is a {odd} tensor: save model.state_dict() of dense,"
+                " real tensors on the processor"
+            )
     return {str(key): value for key, value in content.items()}
+
+
+def _unusual(tensor: Tensor) -> str:
+    """Return what keeps a tensor from being a weight; empty where nothing does."""
+    kinds = {
+        "nested": tensor.is_nested,
+        "quantised": tensor.is_quantized,
+        "meta": tensor.is_meta,
+        "complex": tensor.is_complex(),
+    }
+    found = [name for name, held in kinds.items() if held]
+    return found[0] if found else "" if tensor.layout == torch.strided else "sparse"
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
@@ -97,10 +128,16 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -
             for key, value in expected.items()
             if key in found and found[key].shape != value.shape
         ],
+        "no floating numbers": [
+            f"{key} {found[key].dtype}"
+            for key, value in expected.items()
+            if key in found and value.is_floating_point() > found[key].is_floating_point()
+        ],
     }
     if any(faults.values()):
         lines = [
-            f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            f"{len(keys)} {fault} ({', '.join(map(shortened, keys[:3]))}"
+            f"{', ...' if len(keys) > 3 else ''})"
             for fault, keys in faults.items()
             if keys
         ]

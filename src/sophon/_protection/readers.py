@@ -36,7 +36,7 @@ from sophon._models import (
     run,
 )
 from sophon._protection.term import Surroundings
-from sophon._specs.base import Augmentation, Name, Positive, Rate, Spec
+from sophon._specs.base import Augmentation, Name, Rate, Spec
 
 ReaderKind = Literal["linear", "kernel"]
 # Of a feature's mean square: below it a deviation is taken for rounding.
@@ -62,10 +62,12 @@ class ReadersSpec(Spec):
         "kernel",
     )
     depths: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] | None = None
-    views: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (2, 4)
+    views: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(strict=False, min_length=1)
+    ] = (2, 4)
     clip: Rate = 3.0
     penalty: Annotated[tuple[Rate, Rate], Field(strict=False)] = (3e-4, 3e-2)
-    networks: Positive = 4
+    networks: Annotated[int, Field(ge=1, le=100)] = 4
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 import torch
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 
 from sophon._specs import FreshHead, OptimizerName, ScheduleName, Strategy
 from sophon._specs.base import Augmentation, Positive, Rate, Spec
-from sophon._specs.strategies import Preparations
+from sophon._specs.strategies import Preparations, require_ordered
 
 
 def _default_rates() -> dict[OptimizerName, tuple[float, float]]:
@@ -40,6 +41,12 @@ class StrategyDistribution(Spec):
         for name, (low, high) in self.learning_rates.items():
             if low > high:
                 raise ValueError(f"the range of {name} starts at {low} above its end {high}")
+            if not math.isfinite(high / low):
+                raise ValueError(
+                    f"the range of {name} starts at {low}: give rates of 1e-30 or more"
+                )
+        for preparations in self.preparations:
+            require_ordered(preparations)
         return self
 
 

@@ -10,7 +10,7 @@ from sophon._base.errors import SpecError
 from sophon._protection.migration import migrated
 from sophon._protection.term import Hindrance, Keep, TermSpec
 from sophon._protection.terms import TERMS, parse_term
-from sophon._specs.base import Augmentation, Count, Fraction, Positive, Precision, Rate, Spec
+from sophon._specs.base import Augmentation, Count, Fraction, Positive, Precision, Rate, Seed, Spec
 from sophon._specs.guard import Guard
 
 
@@ -80,7 +80,7 @@ class ProtectSpec(Spec):
     method (`migration`).
     """
 
-    seed: Count = 0
+    seed: Seed = 0
     method: Literal["erasure", "sophon"] = "erasure"
     rounds: Positive | None = None
     keep: Annotated[tuple[KeepTerm, ...], Field(strict=False, min_length=1)] | None = None

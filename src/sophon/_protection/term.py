@@ -108,14 +108,16 @@ class Term(Generic[AnyTermSpec]):
         return 0
 
     @classmethod
-    def shortened(cls, spec: AnyTermSpec, steps: int) -> AnyTermSpec:
-        """Return the specification that a forecast measures at `steps` inner steps."""
-        return spec
+    def extent(cls, spec: AnyTermSpec) -> dict[str, int]:
+        """Return what there may be any number of in an update, by name: `steps` of each of so many
+        `strategies`, which spend a share of their `life` on preparations. A forecast measures few.
+        """
+        return {}
 
     @classmethod
-    def inner_steps(cls, spec: AnyTermSpec) -> int:
-        """Return how many inner steps an update has: what a forecast extrapolates over."""
-        return 1
+    def shortened(cls, spec: AnyTermSpec, extent: dict[str, int]) -> AnyTermSpec:
+        """Return the specification with so few of what `extent` counts."""
+        return spec
 
     @classmethod
     def held_bytes(cls, spec: AnyTermSpec, weights: int) -> int:

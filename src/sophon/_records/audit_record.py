@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sophon._records.metrics import OF_TASKS, MetricKind
 from sophon._specs import AuditSpec, Strategy, Subject
+from sophon._specs.base import Seed, Whole
 
 SCHEMA_VERSION = 1
+_PICTURE = "^(data:image/png;base64,[A-Za-z0-9+/=]*)?$"
 
 
 class Record(BaseModel):
@@ -36,7 +38,7 @@ class Diverged(Record):
     """
 
     kind: Literal["diverged"] = "diverged"
-    step: int
+    step: Whole
 
 
 class Crashed(Record):
@@ -51,7 +53,7 @@ class Stopped(Record):
     """The trial was ended at `step` of its budget: others of its suite did better by then."""
 
     kind: Literal["stopped"] = "stopped"
-    step: int
+    step: Whole
 
 
 Outcome = Annotated[Completed | Diverged | Crashed | Stopped, Field(discriminator="kind")]
@@ -61,8 +63,8 @@ class Score(Record):
     """`correct` of `total` images classified correctly."""
 
     metric: ClassVar = "accuracy"
-    correct: int
-    total: int
+    correct: Whole
+    total: Whole
 
     @model_validator(mode="after")
     def _of_images(self) -> Self:
@@ -91,14 +93,14 @@ class ErrorScore(Record):
     metric: ClassVar = "mse"
     mse: float
     variance: float
-    total: int
+    total: Whole
     quarters: tuple[float, ...] = ()
 
     @model_validator(mode="after")
     def _of_images(self) -> Self:
         if self.total < 1 or self.variance < 0:
-            spread = f"of variance {self.variance:g}"
-            raise ValueError(f"an error over {self.total} images {spread} is no score")
+            what = f"an error over {self.total} images of variance {self.variance:g}"
+            raise ValueError(f"{what} is no score")
         return self
 
     @property
@@ -118,8 +120,8 @@ class Point(Record):
     `pack` writes it: whoever compares two models on the same images needs it.
     """
 
-    step: int
-    samples: int
+    step: Whole
+    samples: Whole
     validation: Measurement
     reestimated: bool = False
     train_loss: float | None = None
@@ -133,9 +135,8 @@ class Point(Record):
             held = unpack(self.by_image, self.validation)
         except ValueError as error:
             raise ValueError(f"by_image is damaged ({error})") from None
-        score = self.validation
-        other_sum = isinstance(score, Score) and int(held.sum()) != score.correct
-        if len(held) != score.total or other_sum:
+        score, right = self.validation, int(held.sum())
+        if len(held) != score.total or (isinstance(score, Score) and right != score.correct):
             raise ValueError(
                 f"by_image is damaged: it has {len(held)} images and the sum {held.sum():g}, the"
                 f" score {score.total} images and the value {score.value:g}"
@@ -170,7 +171,7 @@ class Environment(Record):
     versions: dict[str, str]
     platform: str
     processor: str
-    threads: int
+    threads: Whole
     device: str
     precision: str
     accelerator: str = ""
@@ -192,9 +193,9 @@ class Trial(Record):
     subject: Subject
     domain: str
     strategy: Strategy
-    seed: int
+    seed: Seed
     curve: tuple[Point, ...]
-    best_step: int | None
+    best_step: Whole | None
     test: Measurement | None
     outcome: Outcome
     wall_s: float
@@ -259,9 +260,9 @@ class SubjectRecord(Record):
     weights_sha256: str
     file_sha256: str | None = None
     original: Measurement | None
-    parameters: int
+    parameters: Whole
     flags: tuple[str, ...] = ()
-    blocks: int | None = None
+    blocks: Whole | None = None
     vitals: Vitals | None = None
     code: tuple[str, ...] = ()
     similarity: float | None = None
@@ -280,12 +281,12 @@ class DomainRecord(Record):
     role: Literal["original", "restricted", "held_out", "benign"]
     source: str
     sha256: str
-    train: int
-    validation: int
-    test: int
-    classes: int
-    image: tuple[int, int, int]
-    training_flops: int | None = None
+    train: Whole
+    validation: Whole
+    test: Whole
+    classes: Whole
+    image: tuple[Whole, Whole, Whole]
+    training_flops: Whole | None = None
     largest: float | None = None
     read: str = ""
 
@@ -295,9 +296,9 @@ class Overlap(Record):
 
     first: str
     second: str
-    count: int
-    exact: int
-    near: int
+    count: Whole
+    exact: Whole
+    near: Whole
 
 
 class SampleRecord(Record):
@@ -308,29 +309,29 @@ class SampleRecord(Record):
     where that is given, one that was asked for by name where `named`. `seed` is the attack's,
     before it that of a fresh network; `best_step` is after how many of its steps they were drawn.
     `features` is how many the `extractor` gives; two extractors differ where `extractor_key` does.
-    `grid` shows the first pictures, as the data URI of a PNG.
+    `grid` shows the first pictures, as the data URI of a PNG: a page asks for nothing elsewhere.
     """
 
     subject: Subject
     domain: str
     attacked: str
     attack: str = ""
-    budget: int | None = None
+    budget: Whole | None = None
     named: bool = False
-    seed: int | None = None
-    best_step: int | None = None
-    count: int
-    images: int
-    steps: int
+    seed: Seed | None = None
+    best_step: Whole | None = None
+    count: Whole
+    images: Whole
+    steps: Whole
     extractor: str
     extractor_key: str = ""
-    features: int
+    features: Whole
     kid: float
     kid_std: float
     fid: float
     precision: float
     recall: float
-    grid: str = ""
+    grid: Annotated[str, Field(pattern=_PICTURE)] = ""
 
 
 class AuditRecord(Record):

@@ -263,12 +263,12 @@ def _body(source: Exported, made: Report | None) -> str:
     owner, _, name = _name(source).partition(":")
     return render(
         "card.md.j2",
-        network=Markup(_name(source)),
+        network=_name(source),
         owner=owner,
-        inner=Markup(name),
+        inner=name,
         channels=source.network.in_channels,
         classes=source.classes,
-        options=Markup(_options(source, owner, name)),
+        options=_options(source, owner, name),
         kept=source.protection.get("original", "its original task"),
         refused=", ".join(source.protection.get("restricted", ())) or "unnamed domains",
         # The report brings its own title; a card has one.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -9,12 +11,22 @@ from typing import Any, NamedTuple, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from sophon._base.errors import CheckpointError
 from sophon._base.files import write_text
 from sophon._judgement.statistics import interval_of
 from sophon._records.audit_record import Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 
 _SHORT = 26
+# What Markdown would take for emphasis, code, a link, an image, the end of a cell or, at first, for
+# a heading or a list; underscores within a word are none.
+_MARKS = re.compile(r"[\\`*|~]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#+=-](?=[#+=-]*(\s|$))")
+# How reports and comparisons begin.
+_WRITTEN_HERE = re.compile(
+    rb"\A# (Fine-tuning audit of |Comparison of fine-tuning audits)"
+    rb"|\A<!doctype html>.*?<title>(Audit of |Comparison of fine-tuning audits)",
+    re.DOTALL,
+)
 Thing = TypeVar("Thing")
 
 
@@ -53,7 +65,8 @@ def score_text(score: Measurement | None) -> str:
 
 def plain(text: str) -> str:
     """Return `text` as one line that Markdown shows as it is, in a table cell too."""
-    safe = str(escape(" ".join(text.split()))).replace("|", "\\|")
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    safe = str(escape(_MARKS.sub(r"\\\g<0>", line)))
     # Quotes do no harm outside an attribute, and a Markdown file is read as text, too.
     return safe.replace("&#39;", "'").replace("&#34;", '"')
 
@@ -105,6 +118,25 @@ def render(name: str, **values: Any) -> str:
     return environment.get_template(name).render(**values)
 
 
+def require_replaceable(path: Path) -> None:
+    """Raise CheckpointError unless `path` is free, a report or comparison of sophon's, which may be
+    replaced, or a device or pipe, which may be written to.
+    """
+    remedy = "name a new file, or a report that sophon wrote"
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to nothing: {remedy}") from None
+        return
+    if stat.S_ISREG(mode):
+        with path.open("rb") as file:
+            if not _WRITTEN_HERE.search(file.read(2000)):
+                raise CheckpointError(f"{path} is no report and stays as it is: {remedy}")
+    elif not (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
+        raise CheckpointError(f"{path} is no file to write to: {remedy}")
+
+
 class Document:
     """What is shown as one HTML page, and as Markdown."""
 
@@ -121,13 +153,22 @@ class Document:
         return self.rendered("md")
 
     def write_html(self, path: str | Path) -> None:
-        """Write the HTML page to `path`, whole or not at all; folders are made."""
+        """Write the HTML page to `path`, whole or not at all; folders are made.
+
+        Raises CheckpointError as `require_replaceable`.
+        """
         self._write(Path(path), "html")
 
     def write_markdown(self, path: str | Path) -> None:
-        """Write the Markdown text to `path`, whole or not at all; folders are made."""
+        """Write the Markdown text to `path`, as `write_html`."""
         self._write(Path(path), "md")
 
     def _write(self, path: Path, form: str) -> None:
+        require_replaceable(path)
+        text = self.rendered(form)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, self.rendered(form))
+        # Of a link the file that it names is replaced.
+        write_text(path.resolve(), text)

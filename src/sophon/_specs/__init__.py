@@ -11,7 +11,7 @@ from sophon._specs.base import (
     fingerprint_of,
 )
 from sophon._specs.guard import Guard, Price
-from sophon._specs.parsing import parse_spec
+from sophon._specs.parsing import parse_spec, parse_toml
 from sophon._specs.run_file import (
     AuditSpec,
     DomainSpec,

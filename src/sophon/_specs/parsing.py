@@ -3,14 +3,65 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sophon._base.errors import SpecError
+from sophon._base.errors import SpecError, first_line, shortened
 from sophon._specs.base import Spec
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+# Far beyond what a run file needs, and what a parser takes at once.
+MOST_BYTES, _MOST_DEPTH, _MOST_ENTRIES, _LONGEST_WORD = 2**18, 24, 10_000, 250
+# Texts and comments as a whole, words and numbers, and what nests and separates.
+_TOKEN = re.compile(
+    r'"""(?:[^\\]|\\.)*?(?:"""|\Z)'
+    r"|'''.*?(?:'''|\Z)"
+    r'|"(?:[^"\\\n]|\\.)*"?|\'[^\'\n]*\'?|\#[^\n]*|[\w+-]+|[\[{\]}.,=\n]',
+    re.DOTALL,
+)
+
+
+def parse_toml(text: str, *, where: str) -> dict[str, Any]:
+    """Return TOML text as plain values.
+
+    Raises SpecError, with the remedy, where it is no TOML, or larger, deeper or longer than any run
+    file; `where` names the file in the message.
+    """
+    _require_small(text, where)
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError, OverflowError) as error:
+        said = first_line(error)
+        escape = "scape" in said or "hex value" in said or "Unicode" in said
+        hint = "; in double quotes \\ is written \\\\: write paths in single quotes or with /"
+        raise SpecError(f"{where} is not valid TOML: {said}{hint if escape else ''}") from None
+
+
+def _require_small(text: str, where: str) -> None:
+    """Raise SpecError for text that a parser would take too long over, or fail at."""
+    depth = dots = entries = 0
+    fault = f"more than {MOST_BYTES:,} characters" if len(text) > MOST_BYTES else ""
+    for match in () if fault else _TOKEN.finditer(text):
+        token = match.group()
+        depth += (token in "[{") - (token in "]}")
+        # A key such as a.b.c is a table in a table.
+        dots = dots + 1 if token == "." else 0 if token in "[{]},=\n" else dots
+        entries += token in ",="
+        if max(depth, dots) > _MOST_DEPTH:
+            fault = f"tables or lists nested more than {_MOST_DEPTH} deep"
+        elif entries > _MOST_ENTRIES:
+            fault = f"more than {_MOST_ENTRIES:,} values"
+        elif len(token) > _LONGEST_WORD and (token[0].isalnum() or token[0] in "+-_"):
+            fault = f"a number or a key of {len(token):,} characters, {shortened(token, 40)}"
+        if fault:
+            break
+    if fault:
+        raise SpecError(f"{where} has {fault}: no run file needs that; correct it")
 
 
 def parse_spec(cls: type[AnySpec], data: dict[str, Any], *, where: str) -> AnySpec:
@@ -25,9 +76,14 @@ def parse_spec(cls: type[AnySpec], data: dict[str, Any], *, where: str) -> AnySp
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise SpecError(f"{where}: {error}; only TOML numbers, text and tables") from None
-        faults = [f for f in error.errors() if not _follows(f, error.errors())]
-        lines = [_describe(cls, fault) for fault in faults[:3]]
+        faults = error.errors(include_url=False)[:_MOST_FAULTS]
+        own = [fault for fault in faults if not _follows(fault, faults)]
+        lines = [_describe(cls, fault) for fault in own[:3]]
         raise SpecError(f"{where}: " + "; ".join(lines)) from None
+
+
+# Of a file full of faults only the first few are told.
+_MOST_FAULTS = 100
 
 
 def _follows(fault: Any, faults: list[Any]) -> bool:
@@ -38,7 +94,7 @@ def _follows(fault: Any, faults: list[Any]) -> bool:
 
 
 def _describe(cls: type[Spec], fault: Any) -> str:
-    path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+    path = shortened(".".join(str(part) for part in fault["loc"])) or "(top level)"
     value = fault.get("input")
     if fault["type"] == "extra_forbidden":
         known = ", ".join(_keys_at(cls, fault["loc"][:-1]))
@@ -48,8 +104,10 @@ def _describe(cls: type[Spec], fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "too_short":
         message = f"give at least {fault['ctx']['min_length']}"
+    if fault["type"] in ("tuple_type", "list_type") and isinstance(value, dict):
+        message = f"there may be several: write [[{path}]] with two brackets a side"
     message = message[0].lower() + message[1:]
-    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    shown = "" if isinstance(value, dict) else f" = {shortened(repr(value))}"
     return f"{path}{shown}: {message}"
 
 

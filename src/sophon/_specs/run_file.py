@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sophon._base.errors import shortened
 from sophon._specs.base import (
     Augmentation,
     Channels,
@@ -17,6 +19,7 @@ from sophon._specs.base import (
     Positive,
     Precision,
     Rate,
+    Seed,
     Spec,
 )
 from sophon._specs.strategies import Strategy
@@ -40,7 +43,7 @@ class SampleSpec(Spec):
     extractor: Name = "classifier"
     extractor_steps: Positive = 400
     width: Positive | None = None
-    kid_subset: Annotated[int, Field(ge=2)] = 40
+    kid_subset: Annotated[int, Field(ge=2, le=10**9)] = 40
     neighbours: Positive = 3
     budgets: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
     extra: bool = False
@@ -58,8 +61,8 @@ class AuditSpec(Spec):
 
     suite: str = "quick-1"
     steps: Positive = 200
-    evaluations: Annotated[int, Field(ge=2)] = 12
-    seeds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] | None = None
+    evaluations: Annotated[int, Field(ge=2, le=10_000)] = 12
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] | None = None
     search_trials: Count | None = None
     prefilter: Annotated[float, Field(gt=0, le=1)] | None = None
     survivors: Positive | None = None
@@ -73,6 +76,14 @@ class AuditSpec(Spec):
         if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         return self
+
+
+# Arguments of timm's and torchvision's constructors that look for files or on the hub, and values.
+_ELSEWHERE = re.compile(
+    r"(^|_)(pretrained(?!_window)|hub|urls?|files?|filename|cache|dir|folder)(_|$)"
+    r"|^(weights|backbone|checkpoint)(_|$)"
+)
+_ADDRESS = re.compile(r"^[\w-]+:|[/\\]")
 
 
 class ModelSpec(Spec):
@@ -89,11 +100,23 @@ class ModelSpec(Spec):
     name: Name
     weights: Name | None = None
     pretrained: bool = False
-    classes: Annotated[int, Field(ge=2)] | None = None
+    classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     head: str | None = None
     arguments: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _at_hand(self) -> Self:
+        for key, value in self.arguments.items():
+            texts = [str(one) for one in (value if isinstance(value, list) else [value])]
+            if _ELSEWHERE.search(key.lower()) or any(map(_ADDRESS.search, texts)):
+                raise ValueError(
+                    f"arguments.{shortened(key)} makes the library look for files or weights"
+                    " elsewhere: set model.pretrained = true for published weights, or"
+                    " model.weights = FILE"
+                )
+        return self
 
 
 class DomainSpec(Spec):
@@ -123,7 +146,7 @@ class DomainSpec(Spec):
     normalisation: Name | None = None
     validation: Fraction = 0.1
     test: Fraction = 0.2
-    split_seed: Count = 0
+    split_seed: Seed = 0
     labels: Literal["own", "coarse", "none"] = "own"
     join: bool = False
     classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
@@ -135,7 +158,7 @@ class DomainSpec(Spec):
 class ScheduleSpec(Spec):
     """The noise of a diffusion model that comes without a scheduler: diffusers' DDPM settings."""
 
-    timesteps: Annotated[int, Field(ge=4)] = 1000
+    timesteps: Annotated[int, Field(ge=4, le=1_000_000)] = 1000
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     beta_start: Fraction = 1e-4
     beta_end: Fraction = 0.02
@@ -169,7 +192,7 @@ class PretrainSpec(Spec):
     (without one: 0.999 for a diffusion model, none for a classifier; 0 for none).
     """
 
-    seed: Count = 0
+    seed: Seed = 0
     steps: Positive = 2000
     batch_size: Positive = 64
     learning_rate: Rate = 1e-3

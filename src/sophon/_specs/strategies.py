@@ -70,7 +70,7 @@ class BatchNorm(Spec):
     released: ClassVar = frozenset({"kind", "mode", "batches"})
     kind: Literal["batch_norm"] = "batch_norm"
     mode: Literal["reset", "reestimate"] = "reestimate"
-    batches: Positive = 10
+    batches: Annotated[int, Field(ge=1, le=10_000)] = 10
 
 
 class NoiseKick(Spec):
@@ -119,6 +119,20 @@ Preparation = Annotated[
 Preparations = Annotated[tuple[Preparation, ...], Field(strict=False)]
 
 
+def require_ordered(preparations: tuple[Preparation, ...]) -> None:
+    """Raise ValueError for an order or shares of preparations that no attacker can follow."""
+    training = [p for p in preparations if isinstance(p, Heal | Distil)]
+    if tuple(training) != preparations[: len(training)]:
+        raise ValueError("heal and distil train the original task: list them first")
+    fitted = [p for p in preparations if isinstance(p, RidgeHead)]
+    if fitted and fitted != [preparations[-1]]:
+        raise ValueError("ridge_head fits the head to all that comes before: list it last")
+    if sum(p.share for p in (*training, *fitted)) >= 1:
+        raise ValueError(
+            "the shares of heal, distil and ridge_head must leave steps: below 1 in all"
+        )
+
+
 class Strategy(Spec):
     """How an attacker fine-tunes: preparations, scope, optimizer, schedule, batches, steps.
 
@@ -157,16 +171,7 @@ class Strategy(Spec):
     def _possible(self) -> Self:
         if self.optimizer == "nesterov" and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
-        training = [p for p in self.preparations if isinstance(p, Heal | Distil)]
-        if tuple(training) != self.preparations[: len(training)]:
-            raise ValueError("heal and distil train the original task: list them first")
-        fitted = [p for p in self.preparations if isinstance(p, RidgeHead)]
-        if fitted and fitted != [self.preparations[-1]]:
-            raise ValueError("ridge_head fits the head to all that comes before: list it last")
-        if sum(p.share for p in (*training, *fitted)) >= 1:
-            raise ValueError(
-                "the shares of heal, distil and ridge_head must leave steps: below 1 in all"
-            )
+        require_ordered(self.preparations)
         if self.lora_rank is not None and self.scope == "head":
             raise ValueError("lora_rank adapts the layers before the head: use scope = 'all'")
         return self

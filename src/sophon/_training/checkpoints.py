@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sophon._base import files
 from sophon._base.errors import CheckpointError
+from sophon._specs import fingerprint_of
 
 STATE_PREFIX = "round-"
 _KEPT_STATES = 2
@@ -62,7 +64,9 @@ def save_state(root: Path, index: int, tensors: dict[str, Tensor], meta: dict[st
     temporary.mkdir()
     try:
         digest = save_tensors(temporary / "tensors.safetensors", tensors)
-        files.write_json(temporary / "meta.json", {"meta": meta, "sha256": digest})
+        held = json.loads(json.dumps(meta))  # as it is read
+        sums = {"sha256": digest, "meta_sha256": fingerprint_of(held)}
+        files.write_json(temporary / "meta.json", {"meta": held, **sums})
     except (OSError, CheckpointError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -84,9 +88,11 @@ def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     for folder in states:
         try:
             held = files.read_json(folder / "meta.json")
-            if file_sha256(folder / "tensors.safetensors") == held["sha256"]:
+            whole = file_sha256(folder / "tensors.safetensors") == held["sha256"]
+            # Earlier versions wrote no checksum of the values.
+            if whole and held.get("meta_sha256") in (None, fingerprint_of(held["meta"])):
                 return load_file(folder / "tensors.safetensors"), held["meta"]
-        except (OSError, CheckpointError, KeyError, SafetensorError):
+        except (OSError, CheckpointError, LookupError, ValueError, SafetensorError):
             continue
     if states:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError
+from sophon._base.errors import CheckpointError, first_line
 from sophon._base.files import write_json, write_text
 from sophon._base.plain_mode import plain
 from sophon._base.spans import spanned
@@ -166,8 +166,15 @@ class ResumableRun(ABC, Generic[Record]):
             self.begin()
         else:
             tensors, values = state
-            self.records = [self.record.model_validate(r) for r in values[f"{self.part}s"]]
-            self.restore(lambda name: _group(tensors, name), values)
+            try:
+                self.records = [self.record.model_validate(r) for r in values[f"{self.part}s"]]
+                self.restore(lambda name: _group(tensors, name), values)
+            except (LookupError, TypeError, ValueError) as error:  # of a version without checksums
+                raise CheckpointError(
+                    f"the newest state below {self.out} is not whole"
+                    f" ({type(error).__name__}: {first_line(error)}): delete the last folder in"
+                    f" {_STATES} to resume from the one before"
+                ) from None
         if self.out is not None and self.ranks.first:
             # Records after the state are made again.
             lines = [record.model_dump_json() + "\n" for record in self.records]

@@ -12,11 +12,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from sophon._base.errors import DataError
 from sophon._data.domain import checked, class_names
-from sophon._data.images import Bytes, Integers, from_picture, squared, stack
+from sophon._data.images import (
+    UNREADABLE,
+    Bytes,
+    Integers,
+    from_picture,
+    opened,
+    squared,
+    stack,
+)
 from sophon._data.splits import Contents, Part, part_of_array
 
 # What damaged headers make numpy and zipfile raise.
@@ -188,9 +195,9 @@ def _packed_part(arrays: dict[str, NDArray[Any]], split: str, size: int | None) 
 
 def _decoded(data: bytes, what: str, size: int | None) -> Bytes:
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with opened(io.BytesIO(data)) as picture:
             return from_picture(squared(picture, size))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         raise DataError(f"{what} is not a whole JPEG file; write the archive again") from None
 
 

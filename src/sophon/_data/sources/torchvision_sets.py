@@ -11,7 +11,7 @@ import numpy as np
 
 from sophon._base.errors import DataError, first_line, unknown
 from sophon._base.torchvision_patch import prepare_torchvision
-from sophon._data.images import Bytes, Integers, from_item, stack
+from sophon._data.images import UNREADABLE, Bytes, Integers, from_item, opened, stack
 from sophon._data.sources.conventions import SETS
 from sophon._data.sources.downloads import expected_files, fault, summary
 from sophon._data.splits import Contents, Part
@@ -149,11 +149,25 @@ def _part(dataset: Any, entry: Entry, size: int | None, attribute: tuple[int, st
 
 def _picture(dataset: Any, index: int, size: int | None) -> Bytes:
     try:
-        return from_item(dataset[index][0], size)
-    except (OSError, SyntaxError, ValueError) as error:
+        path = _file(dataset, index)
+        if path is None:
+            return from_item(dataset[index][0], size)
+        with opened(path) as picture:
+            return from_item(picture.convert("RGB"), size)
+    except UNREADABLE as error:
         raise DataError(
             f"image {index} of {type(dataset).__name__} cannot be read ({error}); download it again"
         ) from None
+
+
+def _file(dataset: Any, index: int) -> Path | None:
+    """Return the image file that torchvision would open, whatever its format; None for arrays."""
+    if hasattr(dataset, "_samples"):
+        return Path(dataset._samples[index][0])
+    if hasattr(dataset, "attr_names"):  # CelebA
+        name: str = dataset.filename[index]
+        return Path(dataset.root, dataset.base_folder, "img_align_celeba", name)
+    return None
 
 
 def _class_names(

@@ -144,17 +144,16 @@ class RehearsalTerm(Hindrance[Rehearsal]):
         return 0 if spec.horizon is None else 3 * spec.pool
 
     @classmethod
-    def shortened(cls, spec: Rehearsal, steps: int) -> Rehearsal:
-        """Return the same with so many steps, and as long a life: what a preparation may spend of
-        it depends on that.
-        """
-        fresh = {"steps": steps, "horizon": spec.life, "pool": 2 * spec.strategies}
-        return spec.model_copy(update=fresh)
+    def extent(cls, spec: Rehearsal) -> dict[str, int]:
+        """Return K, the attackers, and their lives, of which preparations take a share."""
+        return {"steps": spec.steps, "strategies": spec.strategies, "life": spec.life}
 
     @classmethod
-    def inner_steps(cls, spec: Rehearsal) -> int:
-        """Return K."""
-        return spec.steps
+    def shortened(cls, spec: Rehearsal, extent: dict[str, int]) -> Rehearsal:
+        """Return the same with so few; what a preparation may spend depends on the life."""
+        few, life = extent["strategies"], max(extent["steps"], extent["life"])
+        fresh = {"steps": extent["steps"], "horizon": life, "strategies": few, "pool": 2 * few}
+        return spec.model_copy(update=fresh)
 
     @classmethod
     def held_bytes(cls, spec: Rehearsal, weights: int) -> int:

@@ -35,10 +35,10 @@ from sophon._auditing.samples import drawn, expected_sets, fewer_pictures
 from sophon._auditing.subjects import Subjects
 from sophon._auditing.trial import REINITIALISING, Bench, Job
 from sophon._auditing.vitals import training_flops
-from sophon._base.errors import AuditError
+from sophon._base.errors import AuditError, require_kind
 from sophon._base.files import require_writable
 from sophon._base.signatures import signed_as
-from sophon._data import Domain, overlaps_of
+from sophon._data import Domain, overlaps_of, several
 from sophon._models import Bare, blocks, weights_sha256
 from sophon._records.audit_record import (
     AuditRecord,
@@ -110,9 +110,10 @@ class Audit:
         budget_s: float | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
-        self.spec = resolved(AuditSpec() if spec is None else spec)
-        self.restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
-        self.held_out, self.benign = tuple(held_out), tuple(benign)
+        spec = AuditSpec() if spec is None else spec
+        require_kind(spec, AuditSpec, "spec", "an AuditSpec")
+        self.spec, self.restricted = resolved(spec), several(restricted)
+        self.held_out, self.benign = several(held_out), several(benign)
         check_executor(executor, address)
         self.workers, self.executor, self.address = workers, executor, address
         self.about = about or {}

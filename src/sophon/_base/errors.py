@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SophonError(Exception):
@@ -66,6 +67,19 @@ def first_line(error: BaseException, most: int = 160, *, default: str | None = N
     """Return an error's first line, cut to `most`; where it is empty `default`, or its class."""
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else default or type(error).__name__
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """Return what `value` is called in a message, cut in the middle to `most` characters."""
+    text = " ".join(repr(value).split())
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def require_kind(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
+    """Raise SpecError, naming `what` was given and the `remedy`, unless `value` is of `kind`."""
+    if not isinstance(value, kind):
+        raise SpecError(f"{what} = {brief(value)}: give {remedy}")
 
 
 def unknown(what: str, name: str, known: Iterable[str], *, any_case: bool = False) -> str:

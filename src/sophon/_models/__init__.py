@@ -6,6 +6,7 @@ Image shapes are (channels, height, width). Nothing here changes a model unless 
 so: probing leaves weights, buffers, modes and the random generators as they were.
 """
 
+from sophon._models.accepting import require_network
 from sophon._models.batch_norm import (
     BatchNorms,
     batch_norm_reestimated,

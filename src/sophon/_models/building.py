@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._base.errors import CheckpointError, UnsupportedModelError, require_kind
 from sophon._base.files import read_json
 from sophon._base.seeding import seeded
 from sophon._models.denoisers import DenoiserSource
@@ -54,6 +54,7 @@ def resolve_model(
     Raises UnsupportedModelError for a network that cannot be built or has non-finite weights
     and CheckpointError for weights that cannot be read or do not fit.
     """
+    require_kind(spec, ModelSpec, "model", "a ModelSpec, such as ModelSpec(name='timm:resnet18')")
     base = Path(base)
     network = architecture(spec, base=base)
     plan = blueprint(network)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sophon._base.errors import SpecError, brief
+from sophon._specs.faults import faults_of
 
 Subject = Literal["protected", "unprotected", "scratch"]
 OptimizerName = Literal["sgd", "sgd_momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw"]
@@ -15,6 +19,11 @@ Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 Name = Annotated[str, Field(min_length=1)]
+# What names a file or folder: text, or a pathlib.Path, of which the text is kept.
+Place = Annotated[
+    Name,
+    BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given),
+]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
@@ -24,8 +33,23 @@ Plain = bool | int | float | str
 Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
-class Spec(BaseModel):
-    """Base of every specification: frozen, strict, no unknown keys."""
+class _Constructed(type(BaseModel)):  # type: ignore[misc]
+    """Makes a constructor raise SpecError; pydantic's own error is kept where specs are nested."""
+
+    def __call__(cls, *values: Any, **settings: Any) -> Any:
+        if values:
+            raise SpecError(f"{cls.__name__}({brief(values[0])}): give every setting by its name")
+        try:
+            return super().__call__(**settings)
+        except ValidationError as error:
+            raise SpecError(f"{cls.__name__}: {faults_of(cls, error)}") from None
+
+
+class Spec(BaseModel, metaclass=_Constructed):
+    """Base of every specification: frozen, strict, no unknown keys.
+
+    Its constructor raises SpecError.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 

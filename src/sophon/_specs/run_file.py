@@ -13,6 +13,7 @@ from sophon._specs.base import (
     Fraction,
     Name,
     NonNegative,
+    Place,
     Plain,
     Positive,
     Precision,
@@ -37,7 +38,7 @@ class SampleSpec(Spec):
     count: Count = 128
     steps: Positive = 25
     grid: Positive = 16
-    extractor: Name = "classifier"
+    extractor: Place = "classifier"
     extractor_steps: Positive = 400
     width: Positive | None = None
     kid_subset: Annotated[int, Field(ge=2)] = 40
@@ -86,8 +87,8 @@ class ModelSpec(Spec):
     `gradient_checkpointing` saves memory for time: activations are computed twice and not kept.
     """
 
-    name: Name
-    weights: Name | None = None
+    name: Place
+    weights: Place | None = None
     pretrained: bool = False
     classes: Annotated[int, Field(ge=2)] | None = None
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
@@ -114,8 +115,8 @@ class DomainSpec(Spec):
     source: str
     name: Name | None = None
     dataset: Name | None = None
-    path: Name | None = None
-    root: Name | None = None
+    path: Place | None = None
+    root: Place | None = None
     download: bool = False
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     mean: Channels | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import DataError, UnsupportedModelError
+from sophon._base.errors import DataError, UnsupportedModelError, require_kind
 from sophon._base.seeding import generator
 from sophon._base.spans import spanned
 from sophon._data import (
@@ -20,7 +20,14 @@ from sophon._data import (
     check_distinct,
     resolve_normalisation,
 )
-from sophon._models import Shape, choose_channels_last, choose_precision, find_head, head_classes
+from sophon._models import (
+    Shape,
+    choose_channels_last,
+    choose_precision,
+    find_head,
+    head_classes,
+    require_network,
+)
 from sophon._specs import Augmentation, Precision
 from sophon._tasks import Task
 
@@ -170,8 +177,14 @@ def make_setting(
     affair: an attack on it will be recorded as crashed. `restricted` is None for a run that has
     no such domain. Raises DataError or UnsupportedModelError before any work.
     """
+    require_network(model)
     if restricted == ():
         raise DataError("no restricted domain: give at least one")
+    for role, domain in (
+        ("original", original),
+        *(("restricted", one) for one in restricted or ()),
+    ):
+        require_kind(domain, Domain, role, "a Domain, such as sophon.load_domain(DomainSpec(...))")
     restricted = restricted or ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     channels = task.channels(model) or original.image_shape[0]
@@ -180,14 +193,7 @@ def make_setting(
         check_channels(domain.name, domain.image_shape[0], channels)
         task.check(model, domain, (channels, *domain.image_shape[1:]), trained=trained)
         shapes.append(task.shape((channels, *domain.image_shape[1:])))
-    for index, domain in enumerate(restricted):
-        check_distinct(original, domain)
-        for other in restricted[:index]:
-            check_distinct(other, domain, ("restricted", "restricted"))
-    names = [domain.name for domain in (original, *restricted)]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"two domains are named {name!r}: give each its own name")
+    _check_apart(original, restricted)
     found = find_head(model, (channels, *original.image_shape[1:]), head)
     if task.classes(original) not in (None, head_classes(model, found)):
         raise UnsupportedModelError(
@@ -205,3 +211,15 @@ def make_setting(
         precision=choose_precision(precision, place, model, shapes),
         channels_last=choose_channels_last(model),
     )
+
+
+def _check_apart(original: Domain, restricted: tuple[Domain, ...]) -> None:
+    """Raise DataError for two domains of the same images or of the same name."""
+    for index, domain in enumerate(restricted):
+        check_distinct(original, domain)
+        for other in restricted[:index]:
+            check_distinct(other, domain, ("restricted", "restricted"))
+    names = [domain.name for domain in (original, *restricted)]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two domains are named {name!r}: give each its own name")

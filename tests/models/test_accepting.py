@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "class": (lambda: SmallConvNet, r"is the class SmallConvNet: give an instance"),
     "name": (lambda: "resnet18", r"'resnet18': give a torch\.nn\.Module"),
     "state": (lambda: trained_model().state_dict(), r"give a torch\.nn\.Module"),
-    "compiled": (lambda: torch.compile(trained_model()), r"model\._orig_mod"),
+    "compiled": (lambda: torch.compile(trained_model(), backend="eager"), r"model\._orig_mod"),
     "parallel": (lambda: nn.DataParallel(trained_model()), r"model\.module"),
     "averaged": (lambda: AveragedModel(trained_model()), r"model\.module"),
     "script": (lambda: torch.jit.trace(trained_model(), torch.zeros(1, 1, 8, 8)), "TorchScript"),

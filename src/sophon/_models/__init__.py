@@ -64,5 +64,6 @@ from sophon._models.weights import (
     load_weights,
     network_identity,
     read_tensors,
+    untied,
     weights_sha256,
 )

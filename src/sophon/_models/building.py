@@ -24,7 +24,14 @@ from sophon._models.libraries import (
 from sophon._models.networks import NETWORKS
 from sophon._models.probing import made_for
 from sophon._models.published import FILES, published
-from sophon._models.weights import load_weights, read_tensors, require_finite
+from sophon._models.weight_sets import chosen
+from sophon._models.weights import (
+    load_weights,
+    named_tensors,
+    read_content,
+    read_tensors,
+    require_finite,
+)
 from sophon._specs import ModelSpec, parse_spec
 
 # Opens the name of a network of diffusers; a path follows.
@@ -71,8 +78,11 @@ def resolve_model(
         with seeded(0, "weights", spec.name.rpartition("/")[2]):
             model = plan.build(classes) if plan.load is None else plan.load()
     else:
-        tensors = read_tensors(file)
-        held = _classes_in(tensors, plan, classes)
+        content, expected = read_content(file), plan.build(classes).state_dict()
+        tensors = chosen(content, expected, source=str(file), key=spec.weights_key)
+        if tensors is None:
+            tensors = named_tensors(content, file)
+        held = _classes_in(tensors, expected, classes)
         model = plan.build(held)
         load_weights(model, tensors, source=str(file))
         if spec.classes is None:
@@ -128,6 +138,7 @@ def architecture(spec: ModelSpec, *, base: Path) -> ModelSpec:
         head = spec.head if spec.head is not None else described.head
         changes = {
             "weights": None,
+            "weights_key": None,
             "pretrained": False,
             "head": head,
             "gradient_checkpointing": spec.gradient_checkpointing,
@@ -202,6 +213,11 @@ def _weights_file(spec: ModelSpec, base: Path) -> Path | None:
                 f"model.pretrained = true and model.weights = {spec.weights!r}: keep one of them"
             )
         return _file_in(base / spec.weights)
+    if spec.weights_key is not None:
+        raise UnsupportedModelError(
+            f"model.weights_key = {spec.weights_key!r} chooses in a file of weights: set"
+            " model.weights too"
+        )
     if _checkpoint_folder(spec.name, base) is None:
         return None
     path = base / spec.name
@@ -232,15 +248,15 @@ def _read_description(path: Path) -> ModelSpec:
     return parse_spec(ModelSpec, description["model"], where=str(path))
 
 
-def _classes_in(tensors: dict[str, Tensor], plan: Blueprint, classes: int | None) -> int | None:
+def _classes_in(
+    tensors: dict[str, Tensor], expected: dict[str, Tensor], classes: int | None
+) -> int | None:
     """Return the class count that makes the network fit, when only its outputs differ."""
-    found = {key.removeprefix("module."): value for key, value in tensors.items()}
-    expected = plan.build(classes).state_dict()
     counts = set()
     for key, value in expected.items():
-        if key not in found or found[key].shape == value.shape:
+        if key not in tensors or tensors[key].shape == value.shape:
             continue
-        if found[key].shape[1:] != value.shape[1:] or found[key].dim() != value.dim():
+        if tensors[key].shape[1:] != value.shape[1:] or tensors[key].dim() != value.dim():
             return classes
-        counts.add(found[key].shape[0])
+        counts.add(tensors[key].shape[0])
     return counts.pop() if len(counts) == 1 else classes

@@ -22,7 +22,14 @@ from torch import nn
 from sophon._base.errors import AuditError, CheckpointError, SpecError
 from sophon._base.files import read_json, require_writable, write_text
 from sophon._base.torchvision_patch import library
-from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
+from sophon._models import (
+    DIFFUSERS,
+    head_classes,
+    require_parts,
+    resolve_model,
+    untied,
+    weights_sha256,
+)
 from sophon._records.audit_record import AuditRecord
 from sophon._records.metrics import kind_of_record
 from sophon._reporting.rendering import render
@@ -102,7 +109,7 @@ def export(folder: Path, to: Path, record: AuditRecord | None = None) -> tuple[P
     require_writable(to)
     names: tuple[str, ...] = FILES
     if source.pipeline is None:
-        save_tensors(to / "model.safetensors", source.model.state_dict())
+        save_tensors(to / "model.safetensors", untied(source.model))
     else:
         names = (*_copied_pipeline(source, source.pipeline, to), "README.md")
     for name, text in texts.items():

@@ -22,6 +22,7 @@ from sophon._base.files import (
     temporary_beside,
     write_json,
 )
+from sophon._models import untied
 
 STATE_PREFIX = "round-"
 _KEPT_STATES = 2
@@ -55,8 +56,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def save_model(folder: Path, model: nn.Module, description: dict[str, Any]) -> None:
-    """Write `model.safetensors` and, beside it, `model.json` with `description` and a checksum."""
-    digest = save_tensors(folder / "model.safetensors", model.state_dict())
+    """Write `model.safetensors`, tied weights once, and beside it `model.json` with `description`
+    and a checksum.
+    """
+    digest = save_tensors(folder / "model.safetensors", untied(model))
     write_json(folder / "model.json", {**description, "sha256": digest})
 
 

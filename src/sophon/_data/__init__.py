@@ -2,7 +2,7 @@
 # mypy: implicit-reexport
 """Domains: images in memory, fixed splits, sources, batches for a model."""
 
-from sophon._data.batches import batch, check_channels
+from sophon._data.batches import batch, check_channels, fitted
 from sophon._data.checks import check_batch_fits, check_distinct
 from sophon._data.domain import IMAGENET_MEAN, IMAGENET_STD, Domain, resolve_normalisation, several
 from sophon._data.images import Images

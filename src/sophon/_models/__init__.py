@@ -41,6 +41,7 @@ from sophon._models.gradient_checkpointing import checkpoint_gradients
 from sophon._models.heads import find_head, head_classes, replace_head
 from sophon._models.hooks import drop_foreign_hooks, foreign_hooks
 from sophon._models.lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
+from sophon._models.own_input import OwnInput, own_input
 from sophon._models.probing import (
     Names,
     Shape,

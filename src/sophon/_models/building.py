@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sophon._base.errors import CheckpointError, UnsupportedModelError, require_kind
 from sophon._base.files import read_json
 from sophon._base.seeding import seeded
-from sophon._models.denoisers import DenoiserSource
+from sophon._models.denoisers import DenoiserSource, is_denoiser
 from sophon._models.gradient_checkpointing import checkpoint_gradients
 from sophon._models.heads import find_head, head_classes, replace_head
 from sophon._models.libraries import (
@@ -22,6 +22,7 @@ from sophon._models.libraries import (
     unknown_network,
 )
 from sophon._models.networks import NETWORKS
+from sophon._models.own_input import recorded_input
 from sophon._models.probing import made_for
 from sophon._models.published import FILES, published
 from sophon._models.weight_sets import chosen
@@ -90,6 +91,9 @@ def resolve_model(
         elif held != spec.classes:
             _refit(model, spec)
     require_finite(model, what=spec.name)
+    folder = _checkpoint_folder(spec.name, base)
+    if folder is not None and not is_denoiser(model):
+        recorded_input(model, folder / "model.json")
 
     def fresh() -> nn.Module:
         return _ready(plan.build(classes), spec)

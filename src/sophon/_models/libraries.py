@@ -11,6 +11,7 @@ from torch import nn
 from sophon._base.errors import UnsupportedModelError, first_line
 from sophon._base.torchvision_patch import library
 from sophon._models.networks import NETWORKS
+from sophon._models.own_input import torchvision_input
 
 
 def vision(name: str) -> Any:
@@ -101,9 +102,18 @@ def build_torchvision(name: str, classes: int | None, options: dict[str, Any]) -
     if name in ("googlenet", "inception_v3"):
         arguments |= {"aux_logits": False, "init_weights": True}
     arguments |= tuples(options)
-    return _with_arguments(
+    model = _with_arguments(
         f"torchvision:{name}", options, lambda: models.get_model(name, weights=None, **arguments)
     )
+    return stating_input(model, name)
+
+
+def stating_input(model: nn.Module, name: str) -> nn.Module:
+    """Return a network of torchvision with what its published weights say of images, as timm's."""
+    held = torchvision_input(vision("torchvision.models"), name)
+    if held is not None:
+        model.pretrained_cfg = held  # type: ignore[assignment]
+    return model
 
 
 def installed_networks() -> list[str]:

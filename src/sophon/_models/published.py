@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sophon._base.errors import UnsupportedModelError, first_line
-from sophon._models.libraries import flexible, require_name, tuples, vision
+from sophon._models.libraries import flexible, require_name, stating_input, tuples, vision
 from sophon._specs import ModelSpec
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -145,7 +145,9 @@ def _of_torchvision(spec: ModelSpec, name: str) -> Published | None:
         host=urlsplit(weights.url).hostname or "",
         lacking=f"torch's cache has no {Path(weights.url).name}",
         place=place,
-        load=lambda: models.get_model(name, weights=weights, **tuples(spec.arguments)),
+        load=lambda: stating_input(
+            models.get_model(name, weights=weights, **tuples(spec.arguments)), name
+        ),
     )
 
 

@@ -325,6 +325,7 @@ class Protection(ResumableRun[Round]):
             "restricted": [domain.name for domain in self.setting.restricted],
             "head": self.setting.head,
             "input": self.setting.input(),
+            "classes": self.setting.class_names(),
             "validation_before": result.before.model_dump(),
             "validation_after": result.after.model_dump(),
             "shipped_round": result.shipped_round,

@@ -41,7 +41,7 @@ FILES = ("config.json", "model.safetensors", "README.md")
 # What timm says of the weights that it publishes for a network; these are not they.
 _OF_OTHERS = (
     *("tag", "license", "description", "notes", "origin_url", "paper_name", "paper_ids"),
-    *("url", "file", "source", "hf_hub_id", "hf_hub_filename"),
+    *("url", "file", "source", "stated", "hf_hub_id", "hf_hub_filename"),
 )
 _INDEX, _UNET_WEIGHTS = "model_index.json", "diffusion_pytorch_model.safetensors"
 
@@ -154,6 +154,8 @@ def _config(source: Exported) -> str:
             "num_classes": source.classes,
             "model_args": source.network.arguments,
         }
+    if source.protection.get("classes"):
+        held["label_names"] = source.protection["classes"]
     held["sophon"] = {"model": source.network.name, **_about(source)}
     return json.dumps(held, indent=2, sort_keys=True) + "\n"
 

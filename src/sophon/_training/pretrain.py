@@ -128,6 +128,7 @@ class Pretraining(ResumableRun[Stage]):
             "identity": self.identity,
             "original": self.setting.original.name,
             "input": self.setting.input(),
+            "classes": self.setting.class_names(),
             "validation": score.model_dump(),
             "wall_s": sum(stage.wall_s for stage in self.stages),
         }

@@ -82,7 +82,7 @@ def test_prefixes_of_wrappers_are_dropped_and_said(
         save_file({key: value.clone() for key, value in flat.items()}, file)
     assert same(loaded(file), held)
     (line,) = caplog.messages
-    assert "dropped from the names of weights" in line
+    assert "dropped from names of weights" in line
     assert ("criterion.weight" in line) == (kind == "lightning with a loss")
 
 

@@ -78,7 +78,8 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
         if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
             raise UnsupportedModelError(
                 f"the model's output for two images is {shape}; a classifier returns "
-                "(2, classes): wrap it so that forward returns the logits alone"
+                "(2, classes): wrap it so that forward returns the logits alone, or build it"
+                " without auxiliary heads (aux_logits=False)"
             )
 
 

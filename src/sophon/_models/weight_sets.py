@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ _MARKS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _AVERAGED = ("ema", "swa", "avg", "averag", "shadow", "teacher", "polyak")
 # Under which keys a torch file nests the weights, most usual first.
 NESTS = ("state_dict", "model_state_dict", "model")
+# Heads that inception and googlenet have while they are trained.
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 # Deeper than this no framework nests them.
 _DEEPEST = 4
 
@@ -34,6 +36,16 @@ class _Set:
     def averaged(self) -> bool:
         return any(word in self.path.lower() for word in _AVERAGED)
 
+    @property
+    def said(self) -> str:
+        parts = [f"{', '.join(self.dropped)} is dropped from names of weights"] * bool(self.dropped)
+        if self.left_out:
+            count, first = len(self.left_out), brief(self.left_out[0])
+            parts.append(
+                f"{count} tensors that are no weights of the network are left out ({first})"
+            )
+        return "; ".join(parts)
+
 
 def required_keys(expected: Mapping[str, Tensor]) -> list[str]:
     """Return the keys that weights must have: old files lack BatchNorm's counters."""
@@ -49,7 +61,7 @@ def chosen(
     several sets it is the one under the path `key`, else the first that is not an average; what was
     taken or dropped is remarked. None if no set fits; CheckpointError if `key` names none.
     """
-    sets = [one for held in _dictionaries(content) for one in _sets(*held, required_keys(expected))]
+    sets = [one for held in _dictionaries(content) for one in _sets(*held, expected)]
     names = ", ".join(one.path or "(top level)" for one in sets)
     if key is not None:
         named = [one for one in sets if f".{key}." in f".{one.path}."]
@@ -67,10 +79,8 @@ def chosen(
             f"{source} holds several sets of weights ({names[:160]}): {taken.path or '(top level)'}"
             " is taken; model.weights_key chooses another"
         )
-    elif taken.dropped:
-        rest = taken.left_out
-        also = f"; {len(rest)} other tensors are left out ({brief(rest[0])})" if rest else ""
-        remark(f"{source}: {', '.join(taken.dropped)} is dropped from the names of weights{also}")
+    elif taken.said:
+        remark(f"{source}: {taken.said}")
     return taken.tensors
 
 
@@ -92,22 +102,29 @@ def _dictionaries(
         yield from _dictionaries(value, f"{path}.{key}" if path else str(key), depth + 1)
 
 
-def _sets(path: str, held: dict[str, Tensor], required: Sequence[str]) -> Iterator[_Set]:
+def _sets(path: str, held: dict[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[_Set]:
     """Yield the sets of weights in one dictionary: one for each prefix of all required keys."""
+    required = required_keys(expected)
     plain = {_unmarked(key): value for key, value in held.items()}
     marks = tuple(mark for mark in _MARKS if any(mark in key for key in held))
     first = required[0] if required else ""
     ends = [key for key in plain if key == first or key.endswith(f".{first}")]
-    prefixes = [key.removesuffix(first) for key in ends] if first else [""]
+    prefixes = [key.removesuffix(first) for key in ends]
     prefixes = [p for p in prefixes if all(p + key in plain for key in required)]
     for prefix in prefixes:
-        inner = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
-        own = [key for key in plain if key.startswith(prefix) and not key.startswith(inner or "\0")]
+        others = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
+        others += tuple(prefix + one for one in _AUXILIARY)
+        own = {
+            key: value
+            for key, value in plain.items()
+            if key.startswith(prefix)
+            and (key.removeprefix(prefix) in expected or not key.startswith(others))
+        }
         yield _Set(
             path=".".join(part for part in (path, prefix.rstrip(".")) if part),
-            tensors={key.removeprefix(prefix): plain[key] for key in own},
+            tensors={key.removeprefix(prefix): value for key, value in own.items()},
             dropped=(*marks, *([prefix] if prefix else [])),
-            left_out=tuple(key for key in plain if not key.startswith(prefix)),
+            left_out=tuple(key for key in plain if key not in own),
         )
 
 

@@ -329,8 +329,8 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
         )
     else:
         # A subject is judged with the head it has; only a model to be trained may get a fresh one.
-        loaded = {"weights": str(file.absolute()), "weights_key": None}
-        loaded |= {"pretrained": False, "classes": None}
+        named = {"weights": str(file.absolute()), "weights_key": None}
+        loaded = {**named, "pretrained": False, "classes": None}
         spec = case.network.model_copy(update=loaded)
     model, _ = resolve_model(spec, base=Path(), default_classes=case.original.class_count)
     return model, held.get("protection")

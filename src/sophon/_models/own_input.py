@@ -57,7 +57,7 @@ def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:
 def recorded_input(model: nn.Module, file: Path) -> None:
     """Let `model` state what `file`, the `model.json` of its checkpoint, says that it takes."""
     held = read_json(file)
-    about = next((held[kind] for kind in ("protection", "pretraining") if held.get(kind)), {})
+    about: dict[str, Any] = held.get("protection") or held.get("pretraining") or {}
     given = about.get("input") or {}
     found = {key: given.get(key) for key in ("mean", "std")}
     if not all(isinstance(v, list) and v and all(map(_is_number, v)) for v in found.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -33,16 +33,24 @@ Plain = bool | int | float | str
 Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
-class _Constructed(type(BaseModel)):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Constructed(ModelMetaclass):
     """Makes a constructor raise SpecError; pydantic's own error is kept where specs are nested."""
 
-    def __call__(cls, *values: Any, **settings: Any) -> Any:
+    def __call__(cls, *values: Any, **settings: Any) -> Any:  # noqa: N805 - of a metaclass
         if values:
             raise SpecError(f"{cls.__name__}({brief(values[0])}): give every setting by its name")
         try:
             return super().__call__(**settings)
         except ValidationError as error:
-            raise SpecError(f"{cls.__name__}: {faults_of(cls, error)}") from None
+            raise SpecError(
+                f"{cls.__name__}: {faults_of(cast(type[BaseModel], cls), error)}"
+            ) from None
 
 
 class Spec(BaseModel, metaclass=_Constructed):

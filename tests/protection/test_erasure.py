@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from builders import digits, original, restricted, setting_of, trained_model
@@ -523,7 +522,7 @@ def test_readings_of_several_domains_have_their_names() -> None:
 
 @pytest.mark.parametrize("kind", ["erasure", "rehearsal"])
 def test_a_second_term_of_these_kinds_says_what_to_do_instead(kind: str) -> None:
-    with pytest.raises(ValidationError, match=rf"two terms of kind '{kind}': give one; \w+"):
+    with pytest.raises(SpecError, match=rf"two terms of kind '{kind}': give one; \w+"):
         ProtectSpec(hinder=({"kind": kind}, {"kind": kind, "weight": 2.0}))  # type: ignore[arg-type]
 
 

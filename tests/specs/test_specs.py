@@ -9,12 +9,22 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import sophon
 from sophon._base import seeding as _seeding
 from sophon._base.errors import SpecError
 from sophon._base.seeding import derive_seed, seeded
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._protection.spec import ProtectSpec
-from sophon._specs import AuditSpec, ModelSpec, Strategy, parse_spec, shared_fields
+from sophon._specs import (
+    AuditSpec,
+    DomainSpec,
+    ModelSpec,
+    SampleSpec,
+    Strategy,
+    parse_spec,
+    shared_fields,
+)
+from sophon._specs.base import Spec
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 # The grid is a table of cells, not a run.
@@ -170,3 +180,42 @@ def test_a_label_leaves_out_what_every_attack_shares() -> None:
 def test_a_list_that_is_too_short_says_how_many_are_needed() -> None:
     with pytest.raises(SpecError, match=r"audit: seeds = \[\]: give at least 1$"):
         parse_spec(AuditSpec, {"seeds": []}, where="audit")
+
+
+PUBLIC = [
+    kind
+    for kind in (getattr(sophon, name) for name in sophon.__all__)
+    if isinstance(kind, type) and issubclass(kind, Spec)
+]
+
+
+@pytest.mark.parametrize("kind", PUBLIC, ids=lambda kind: kind.__name__)
+def test_constructors_raise_a_spec_error_with_the_key(kind: type[Spec]) -> None:
+    with pytest.raises(SpecError, match=rf"^{kind.__name__}: .*unknown key wrong; the keys"):
+        kind(wrong=1)
+    with pytest.raises(SpecError, match=r"\(3\): give every setting by its name"):
+        kind(3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        (DomainSpec, "path"),
+        (DomainSpec, "root"),
+        (ModelSpec, "name"),
+        (ModelSpec, "weights"),
+        (SampleSpec, "extractor"),
+    ],
+)
+def test_a_path_is_taken_where_its_text_is(kind: type[Spec], key: str) -> None:
+    rest = {DomainSpec: {"source": "folder"}, ModelSpec: {"name": "resnet20"}}.get(kind, {})
+    spec = kind(**{**rest, key: Path("images") / "a"})
+    assert spec == kind(**{**rest, key: str(Path("images") / "a")})
+
+
+def test_a_nested_fault_keeps_its_path_and_a_long_value_is_cut() -> None:
+    with pytest.raises(
+        SpecError, match=r"ProtectSpec: guard\.tolerance_points = 'x+\.\.\.x+'"
+    ) as held:
+        ProtectSpec(guard={"tolerance_points": "x" * 10_000})  # type: ignore[arg-type]
+    assert len(str(held.value)) < 300

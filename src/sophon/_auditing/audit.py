@@ -26,10 +26,10 @@ from sophon._auditing.samples import drawn, expected_sets, fewer_pictures
 from sophon._auditing.subjects import Subjects
 from sophon._auditing.trial import REINITIALISING, Bench, Job
 from sophon._auditing.vitals import training_flops
-from sophon._base.errors import AuditError
+from sophon._base.errors import AuditError, require_kind
 from sophon._base.files import require_writable
 from sophon._base.signatures import signed_as
-from sophon._data import Domain, overlaps_of
+from sophon._data import Domain, overlaps_of, several
 from sophon._models import Bare, blocks, weights_sha256
 from sophon._records.audit_record import (
     AuditRecord,
@@ -101,9 +101,10 @@ class Audit:
         budget_s: float | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
-        self.spec = suites.resolved(AuditSpec() if spec is None else spec)
-        self.restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
-        self.held_out, self.benign = tuple(held_out), tuple(benign)
+        spec = AuditSpec() if spec is None else spec
+        require_kind(spec, AuditSpec, "spec", "an AuditSpec")
+        self.spec, self.restricted = suites.resolved(spec), several(restricted)
+        self.held_out, self.benign = several(held_out), several(benign)
         check_executor(executor, address)
         self.workers, self.executor, self.address = workers, executor, address
         self.about = about or {}
@@ -363,7 +364,8 @@ class Audit:
         )
 
     def _domain_record(self, domain: Domain, role: str, flops: int | None = None) -> DomainRecord:
-        read = domain_text(domain, self.setting.original, self.setting.task.normalisation)
+        setting = self.setting
+        read = domain_text(domain, setting.original, setting.task.normalisation, setting.own)
         return domain_record(domain, role, flops, read=read)
 
 

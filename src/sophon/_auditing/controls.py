@@ -24,7 +24,14 @@ from sophon._data import Domain
 from sophon._judgement.flags.flag import GOOD
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
-from sophon._models import blocks, find_head, fresh_copy, normalised_pairs, tracked_batch_norms
+from sophon._models import (
+    blocks,
+    find_head,
+    fresh_copy,
+    head_parameters,
+    normalised_pairs,
+    tracked_batch_norms,
+)
 from sophon._records.audit_record import AuditRecord
 from sophon._specs import AuditSpec, Strategy
 from sophon._training.loop import train
@@ -74,7 +81,7 @@ def _no_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
 
 def _permute_classes(model: nn.Module, place: Place) -> None:
     """Give every class the weights of another one: nothing but the head is wrong."""
-    for parameter in model.get_submodule(place.head).parameters():
+    for parameter in head_parameters(model, place.head):
         parameter.copy_(parameter.roll(1, 0))
 
 
@@ -84,7 +91,7 @@ def _hook_last_block(model: nn.Module, place: Place, hook: Callable[..., Tensor]
 
 
 def _scale_head(model: nn.Module, place: Place, by: float) -> None:
-    for parameter in model.get_submodule(place.head).parameters():
+    for parameter in head_parameters(model, place.head):
         parameter.mul_(by)
 
 

@@ -19,6 +19,7 @@ from sophon._models import (
     code_differences,
     fresh_copy,
     network_identity,
+    require_network,
     similarity,
     weights_sha256,
 )
@@ -45,6 +46,9 @@ class Subjects:
         scratch: Callable[[], nn.Module] | None,
         seed: int,
     ) -> None:
+        require_network(protected)
+        if unprotected is not None:
+            require_network(unprotected, "unprotected")
         self.protected, self.unprotected = protected, unprotected
         self.scratch, self.seed = scratch, seed
         self.models: dict[Subject, nn.Module] = {"protected": protected}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 # What is said of one fault: two lines of 300 characters.
 _MOST = 600
@@ -81,6 +82,17 @@ def first_line(error: BaseException, most: int = 160, *, default: str | None = N
     """Return an error's first line, cut to `most`; where it is empty `default`, or its class."""
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else default or type(error).__name__
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """Return what `value` is called in a message, cut in the middle to `most` characters."""
+    return shortened(" ".join(repr(value).split()), most)
+
+
+def require_kind(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
+    """Raise SpecError, naming `what` was given and the `remedy`, unless `value` is of `kind`."""
+    if not isinstance(value, kind):
+        raise SpecError(f"{what} = {brief(value)}: give {remedy}")
 
 
 def unknown(what: str, name: str, known: Iterable[str], *, any_case: bool = False) -> str:

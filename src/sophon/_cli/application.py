@@ -20,6 +20,7 @@ import typer
 import typer.core
 
 from sophon._base.errors import SophonError, SpecError
+from sophon._base.remarks import LOG
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -125,6 +126,7 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
 
     @functools.wraps(command)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        LOG.disabled = bool(kwargs.get("quiet"))
         try:
             with _ended_like_interrupted():
                 command(*args, **kwargs)

@@ -24,6 +24,7 @@ from sophon._models import (
     checkpoint_gradients,
     denoiser_name,
     diffusers,
+    own_input,
     require_model,
     resolve_model,
 )
@@ -68,8 +69,9 @@ class Case:
             "held-out": self.held_out,
             "benign": self.benign,
         }
+        default, own = self.task.normalisation, own_input(self.model)
         return [
-            f"{role} {domain_text(domain, self.original, self.task.normalisation)}"
+            f"{role} {domain_text(domain, self.original, default, own)}"
             for role, domains in several.items()
             for domain in domains
         ]
@@ -343,7 +345,8 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
         )
     else:
         # A subject is judged with the head it has; only a model to be trained may get a fresh one.
-        loaded = {"weights": str(file.absolute()), "pretrained": False, "classes": None}
+        named = {"weights": str(file.absolute()), "weights_key": None}
+        loaded = {**named, "pretrained": False, "classes": None}
         spec = case.network.model_copy(update=loaded)
     model, _ = resolve_model(spec, base=Path(), default_classes=case.original.class_count)
     return model, held.get("protection")

@@ -65,7 +65,7 @@ def _constants(
     mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Cached: a new tensor per batch would be a copy to the device in the hot loop.
-    shift, scale = _fitted(mean, channels), _fitted(std, channels)
+    shift, scale = fitted(mean, channels), fitted(std, channels)
     shape = (1, channels, 1, 1)
     return (
         torch.tensor(shift, device=device).view(shape),
@@ -73,7 +73,7 @@ def _constants(
     )
 
 
-def _fitted(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def fitted(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """Return one value per channel: one is repeated, several become their mean for grey."""
     if len(values) == channels:
         return values

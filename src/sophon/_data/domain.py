@@ -162,6 +162,11 @@ class Domain:
         )
 
 
+def several(given: Any) -> tuple[Any, ...]:
+    """Return what was given as one domain or a sequence of them as a tuple, whatever is in it."""
+    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+
+
 def resolve_normalisation(
     domain: Domain,
     fallback: Domain | None,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sophon._base.errors import DataError, unknown
+from sophon._base.errors import DataError, require_kind, unknown
 from sophon._data.domain import Domain, check_normalisation
 from sophon._data.sources.archives import read_archive
 from sophon._data.sources.conventions import normalisation_of, ordered_classes
@@ -31,6 +31,9 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
 
     Raises DataError: the images cannot be found, read or used; one or two lines with the remedy.
     """
+    require_kind(
+        spec, DomainSpec, role, "a DomainSpec, such as DomainSpec(source='folder', path=...)"
+    )
     base = Path(base)
     try:
         if spec.source not in SOURCES:

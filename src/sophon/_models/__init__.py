@@ -6,6 +6,7 @@ Image shapes are (channels, height, width). Nothing here changes a model unless 
 so: probing leaves weights, buffers, modes and the random generators as they were.
 """
 
+from sophon._models.accepting import require_network
 from sophon._models.batch_norm import (
     BatchNorms,
     batch_norm_reestimated,
@@ -37,9 +38,10 @@ from sophon._models.denoisers import (
 )
 from sophon._models.fresh import Bare, bare_parameters, fresh_copy, reinitialise
 from sophon._models.gradient_checkpointing import checkpoint_gradients
-from sophon._models.heads import find_head, head_classes, replace_head
+from sophon._models.heads import find_head, head_classes, head_parameters, heads, replace_head
 from sophon._models.hooks import drop_foreign_hooks, foreign_hooks
 from sophon._models.lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
+from sophon._models.own_input import OwnInput, own_input
 from sophon._models.probing import (
     Names,
     Shape,
@@ -63,5 +65,6 @@ from sophon._models.weights import (
     load_weights,
     network_identity,
     read_tensors,
+    untied,
     weights_sha256,
 )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._base.errors import CheckpointError, UnsupportedModelError, require_kind
 from sophon._base.files import read_json
 from sophon._base.seeding import seeded
-from sophon._models.denoisers import DenoiserSource
+from sophon._models.denoisers import DenoiserSource, is_denoiser
 from sophon._models.gradient_checkpointing import checkpoint_gradients
 from sophon._models.heads import find_head, head_classes, replace_head
 from sophon._models.libraries import (
@@ -22,9 +22,17 @@ from sophon._models.libraries import (
     unknown_network,
 )
 from sophon._models.networks import NETWORKS
+from sophon._models.own_input import recorded_input
 from sophon._models.probing import made_for
 from sophon._models.published import FILES, published
-from sophon._models.weights import load_weights, read_tensors, require_finite
+from sophon._models.weight_sets import chosen
+from sophon._models.weights import (
+    load_weights,
+    named_tensors,
+    read_content,
+    read_tensors,
+    require_finite,
+)
 from sophon._specs import ModelSpec, parse_spec
 
 # Opens the name of a network of diffusers; a path follows.
@@ -54,6 +62,7 @@ def resolve_model(
     Raises UnsupportedModelError for a network that cannot be built or has non-finite weights
     and CheckpointError for weights that cannot be read or do not fit.
     """
+    require_kind(spec, ModelSpec, "model", "a ModelSpec, such as ModelSpec(name='timm:resnet18')")
     base = Path(base)
     network = architecture(spec, base=base)
     plan = blueprint(network)
@@ -70,8 +79,11 @@ def resolve_model(
         with seeded(0, "weights", spec.name.rpartition("/")[2]):
             model = plan.build(classes) if plan.load is None else plan.load()
     else:
-        tensors = read_tensors(file)
-        held = _classes_in(tensors, plan, classes)
+        content, expected = read_content(file), plan.build(classes).state_dict()
+        tensors = chosen(content, expected, source=str(file), key=spec.weights_key)
+        if tensors is None:
+            tensors = named_tensors(content, file)
+        held = _classes_in(tensors, expected, classes)
         model = plan.build(held)
         load_weights(model, tensors, source=str(file))
         if spec.classes is None:
@@ -79,6 +91,9 @@ def resolve_model(
         elif held != spec.classes:
             _refit(model, spec)
     require_finite(model, what=spec.name if file is None else str(file))
+    folder = _checkpoint_folder(spec.name, base)
+    if folder is not None and not is_denoiser(model):
+        recorded_input(model, folder / "model.json")
 
     def fresh() -> nn.Module:
         return _ready(plan.build(classes), spec)
@@ -127,6 +142,7 @@ def architecture(spec: ModelSpec, *, base: Path) -> ModelSpec:
         head = spec.head if spec.head is not None else described.head
         changes = {
             "weights": None,
+            "weights_key": None,
             "pretrained": False,
             "head": head,
             "gradient_checkpointing": spec.gradient_checkpointing,
@@ -201,6 +217,11 @@ def _weights_file(spec: ModelSpec, base: Path) -> Path | None:
                 f"model.pretrained = true and model.weights = {spec.weights!r}: keep one of them"
             )
         return _file_in(base / spec.weights)
+    if spec.weights_key is not None:
+        raise UnsupportedModelError(
+            f"model.weights_key = {spec.weights_key!r} chooses in a file of weights: set"
+            " model.weights too"
+        )
     if _checkpoint_folder(spec.name, base) is None:
         return None
     path = base / spec.name
@@ -231,15 +252,15 @@ def _read_description(path: Path) -> ModelSpec:
     return parse_spec(ModelSpec, description["model"], where=str(path))
 
 
-def _classes_in(tensors: dict[str, Tensor], plan: Blueprint, classes: int | None) -> int | None:
+def _classes_in(
+    tensors: dict[str, Tensor], expected: dict[str, Tensor], classes: int | None
+) -> int | None:
     """Return the class count that makes the network fit, when only its outputs differ."""
-    found = {key.removeprefix("module."): value for key, value in tensors.items()}
-    expected = plan.build(classes).state_dict()
     counts = set()
     for key, value in expected.items():
-        if key not in found or found[key].shape == value.shape:
+        if key not in tensors or tensors[key].shape == value.shape:
             continue
-        if found[key].shape[1:] != value.shape[1:] or found[key].dim() != value.dim():
+        if tensors[key].shape[1:] != value.shape[1:] or tensors[key].dim() != value.dim():
             return classes
-        counts.add(found[key].shape[0])
+        counts.add(tensors[key].shape[0])
     return counts.pop() if len(counts) == 1 else classes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sophon._base.errors import UnsupportedModelError
 from sophon._models.batch_norm import batch_norm_reestimated
+from sophon._models.heads import heads
 from sophon._models.probing import keeping_modes
 
 # Penalties that are tried, relative to the mean of the features' squared singular values.
@@ -37,32 +38,36 @@ def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor
             labels.append(answers)
             yield pixels
 
-    inputs = _inputs(model, head, images())
-    if not inputs:
-        return False
-    features = torch.cat(inputs)
-    if not bool(features.isfinite().all()):
-        return False
-    layer: Any = model.get_submodule(head)
-    fitted = _ridge(features, torch.cat(labels).cpu(), layer.weight.shape[0])
-    if fitted is None:
-        return False
-    weight, bias = fitted
-    layer.weight.copy_(weight.view_as(layer.weight))
-    if layer.bias is not None:
-        layer.bias.copy_(bias)
+    fits: list[tuple[Any, tuple[Tensor, Tensor]]] = []
+    for name, inputs in _inputs(model, heads(model, head), images()).items():
+        features = torch.cat(inputs) if inputs else torch.full((1, 1), torch.nan)
+        if not bool(features.isfinite().all()):
+            return False
+        layer: Any = model.get_submodule(name)
+        fitted = _ridge(features, torch.cat(labels).cpu(), layer.weight.shape[0])
+        if fitted is None:
+            return False
+        fits.append((layer, fitted))
+    for layer, (weight, bias) in fits:
+        layer.weight.copy_(weight.view_as(layer.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
     return True
 
 
-def _inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Return what reaches the head, (batch, features) in double precision, batch by batch."""
-    found: list[Tensor] = []
-    layer = model.get_submodule(head)
+def _inputs(
+    model: nn.Module, names: tuple[str, ...], batches: Iterable[Tensor]
+) -> dict[str, list[Tensor]]:
+    """Return what reaches each head, (batch, features) in double precision, batch by batch."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found.append(_flat(layer, given[0], head).detach().double().cpu())
+    def keep(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+            found[name].append(_flat(layer, given[0], name).detach().double().cpu())
 
-    handle = layer.register_forward_pre_hook(keep)
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         with keeping_modes(model), batch_norm_reestimated(model, batches) as anew:
             if not anew:
@@ -70,7 +75,8 @@ def _inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> list[Tens
                 for images in batches:
                     model(images)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return found
 
 

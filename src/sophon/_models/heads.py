@@ -19,8 +19,9 @@ def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> 
     """Return the dotted name of the classifier layer, a Linear or a 1x1 Conv2d; of a denoiser its
     last convolution.
 
-    A given `name` is only checked. Otherwise timm's `get_classifier` is asked, then the layer
-    is looked for whose output on a probe is the model's output. Raises UnsupportedModelError
+    A given `name` is only checked. Otherwise timm's `get_classifier` is asked, the first of several
+    is taken (`heads`), then the layer is looked for whose output on a probe is the model's output,
+    a ReLU and an average over positions aside. Raises UnsupportedModelError
     listing the candidates when there is none or more than one.
     """
     if name is not None:
@@ -33,6 +34,7 @@ def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> 
     classifier = getattr(model, "get_classifier", None)
     if callable(classifier):
         given = classifier()
+        given = given[0] if isinstance(given, tuple | list) and given else given
         for key, module in layers.items():
             if module is given:
                 return str(key)
@@ -43,6 +45,25 @@ def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> 
             f"the classifier head {problem}: set model.head to one of {_listed(layers)}"
         )
     return found[0]
+
+
+def heads(model: nn.Module, head: str) -> tuple[str, ...]:
+    """Return `head` and the layers whose outputs its library averages with its own: distilled
+    vision transformers of timm have two.
+    """
+    layer = model.get_submodule(head)
+    for part in model.modules():
+        classifier = getattr(part, "get_classifier", None)
+        given = classifier() if callable(classifier) else None
+        if isinstance(given, tuple | list) and any(one is layer for one in given):
+            others = [name for name, one in model.named_modules() if any(one is g for g in given)]
+            return (head, *(name for name in others if name != head))
+    return (head,)
+
+
+def head_parameters(model: nn.Module, head: str) -> list[nn.Parameter]:
+    """Return the parameters of `heads`."""
+    return [p for name in heads(model, head) for p in model.get_submodule(name).parameters()]
 
 
 def _is_head_layer(module: nn.Module) -> bool:
@@ -100,10 +121,12 @@ def _layers_giving_the_output(
 
 
 def _same_logits(output: Tensor, result: Tensor) -> bool:
-    if output.dim() == 4:
-        output = output.mean(dim=(2, 3))
     flat = result.flatten(1)
-    return output.shape == flat.shape and torch.allclose(output, flat, rtol=1e-4, atol=1e-6)
+    for logits in (output, output.relu()):
+        pooled = logits.mean(dim=(2, 3)) if logits.dim() == 4 else logits
+        if pooled.shape == flat.shape and torch.allclose(pooled, flat, rtol=1e-4, atol=1e-6):
+            return True
+    return False
 
 
 def _head_layer(model: nn.Module, head: str) -> nn.Linear | nn.Conv2d:
@@ -121,11 +144,18 @@ def head_classes(model: nn.Module, head: str) -> int:
 def replace_head(
     model: nn.Module, head: str, classes: int, *, seed: int, names: Names = ()
 ) -> None:
-    """Put a freshly initialised layer with `classes` outputs in the head's place.
+    """Put a freshly initialised layer with `classes` outputs in the place of each of `heads`.
 
     It is of the same kind and drawn on the stream `(seed, *names)`. Raises
     UnsupportedModelError for a head whose weight is computed from other parameters.
     """
+    first, *others = heads(model, head)
+    _replace(model, first, classes, seed=seed, names=names)
+    for other in others:
+        _replace(model, other, classes, seed=seed, names=(*names, other))
+
+
+def _replace(model: nn.Module, head: str, classes: int, *, seed: int, names: Names) -> None:
     old = _head_layer(model, head)
     if "weight" not in old._parameters:
         raise UnsupportedModelError(

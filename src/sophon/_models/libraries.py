@@ -11,6 +11,7 @@ from torch import nn
 from sophon._base.errors import UnsupportedModelError, first_line
 from sophon._base.torchvision_patch import library
 from sophon._models.networks import NETWORKS
+from sophon._models.own_input import torchvision_input
 
 
 def vision(name: str) -> Any:
@@ -101,9 +102,32 @@ def build_torchvision(name: str, classes: int | None, options: dict[str, Any]) -
     if name in ("googlenet", "inception_v3"):
         arguments |= {"aux_logits": False, "init_weights": True}
     arguments |= tuples(options)
-    return _with_arguments(
+    model = _with_arguments(
         f"torchvision:{name}", options, lambda: models.get_model(name, weights=None, **arguments)
     )
+    return stating_input(model, name)
+
+
+def without_auxiliary(model: Any) -> nn.Module:
+    """Return inception or googlenet as it is used: without the heads that only training has."""
+    if getattr(model, "aux_logits", False):
+        model.aux_logits = False
+        for name in ("AuxLogits", "aux1", "aux2"):
+            if hasattr(model, name):
+                setattr(model, name, None)
+    built: nn.Module = model
+    return built
+
+
+def stating_input(model: nn.Module, name: str) -> nn.Module:
+    """Return a network of torchvision with what its published weights say of images, as timm's."""
+    held = torchvision_input(vision("torchvision.models"), name)
+    if held is not None and getattr(model, "transform_input", None) is False:
+        # Torchvision has these normalised as ImageNet, and inside the network so.
+        held |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    if held is not None:
+        model.pretrained_cfg = held  # type: ignore[assignment]
+    return model
 
 
 def installed_networks() -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import seeded
 from sophon._base.torchvision_patch import library
+from sophon._models.heads import heads
 
 # peft keeps a layer's own weights under this name, and its adapters under "default".
 _BASE = ".base_layer."
@@ -25,7 +26,8 @@ def add_lora(
     The function is unchanged at first (arXiv 2106.09685, section 4.1; scaling 2).
     Raises UnsupportedModelError if peft is missing or there is no layer to adapt.
     """
-    layers = [name for name, part in model.named_modules() if _adaptable(part) and name != head]
+    ends = heads(model, head)
+    layers = [name for name, part in model.named_modules() if _adaptable(part) and name not in ends]
     if not layers:
         raise UnsupportedModelError("lora_rank: the model has no Conv2d or Linear besides its head")
     peft = require_peft()
@@ -43,7 +45,8 @@ def add_lora(
 def lora_parameters(model: nn.Module, head: str) -> set[str]:
     """Return what fine-tuning through adapters trains: the adapters' parameters and the head's."""
     names = (name for name, _ in model.named_parameters())
-    return {name for name in names if ".lora_" in name or name.startswith(f"{head}.")}
+    ends = tuple(f"{end}." for end in heads(model, head))
+    return {name for name in names if ".lora_" in name or name.startswith(ends)}
 
 
 def real_name(name: str) -> str | None:

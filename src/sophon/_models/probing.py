@@ -71,14 +71,15 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
     DataError names the channels or the size it cannot take; UnsupportedModelError an output
     that is no classifier's. `what` names the domain in the message.
     """
-    images = probe_images(model, image_shape)
+    images = probe_images(model, image_shape).float()
     for mode in (False, True) if training else (False,):
         output = run_probe(model, image_shape, what=what, training=mode, images=images)
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
             raise UnsupportedModelError(
                 f"the model's output for two images is {shape}; a classifier returns "
-                "(2, classes): wrap it so that forward returns the logits alone"
+                "(2, classes): wrap it so that forward returns the logits alone, or build it"
+                " without auxiliary heads (aux_logits=False)"
             )
 
 
@@ -97,7 +98,9 @@ def run_probe(
     """
     try:
         with probing(model, training=training):
-            return run(model, probe_images(model, image_shape) if images is None else images)
+            return run(
+                model, probe_images(model, image_shape).float() if images is None else images
+            )
     except PROBE_ERRORS as error:
         raise cannot_take(model, image_shape, what, error) from None
 
@@ -131,6 +134,13 @@ def cannot_take(
 ) -> DataError | UnsupportedModelError:
     """Return the error that names the channels or the size that the model cannot take."""
     channels, height, width = image_shape
+    held = [(n, p.dtype) for n, p in model.named_parameters() if p.is_floating_point()]
+    other = next((one for one in held if one[1] != torch.float32), None)
+    if other is not None:
+        return UnsupportedModelError(
+            f"the model's {other[0]} is {str(other[1]).removeprefix('torch.')} and images are"
+            f" float32, which it cannot take ({first_line(error)}): convert it, model.float()"
+        )
     expected = expected_channels(model)
     if expected is not None and expected != channels:
         return DataError(

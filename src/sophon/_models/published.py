@@ -20,7 +20,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sophon._base.errors import UnsupportedModelError, first_line
-from sophon._models.libraries import flexible, require_name, tuples, vision
+from sophon._models.libraries import (
+    flexible,
+    require_name,
+    stating_input,
+    tuples,
+    vision,
+    without_auxiliary,
+)
 from sophon._specs import ModelSpec
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -139,13 +146,21 @@ def _of_torchvision(spec: ModelSpec, name: str) -> Published | None:
         return None
     weights = every.DEFAULT
     place = _torch_cache(weights.url)
+    # Not part of a state: a checkpoint that is read again would compute otherwise.
+    plain = {"transform_input": False} if name in ("googlenet", "inception_v3") else {}
+    arguments = {**plain, **tuples(spec.arguments)}
+
+    def load() -> nn.Module:
+        model = models.get_model(name, weights=weights, **arguments)
+        return stating_input(without_auxiliary(model), name)
+
     return Published(
         spec=spec,
         file=place if place.is_file() else None,
         host=urlsplit(weights.url).hostname or "",
         lacking=f"torch's cache has no {Path(weights.url).name}",
         place=place,
-        load=lambda: models.get_model(name, weights=weights, **tuples(spec.arguments)),
+        load=load,
     )
 
 

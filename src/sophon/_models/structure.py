@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.plain_mode import plain
 from sophon._models.denoisers import is_denoiser
+from sophon._models.heads import heads
 from sophon._models.probing import Shape, probe_images, probing, run
 
 _NORMS = (
@@ -31,7 +32,7 @@ def blocks(model: nn.Module, head: str) -> list[tuple[str, ...]]:
     layer joins the block before it; modules without parameters are left out.
     """
     found: list[tuple[str, ...]] = []
-    for name, module in _opened(model, "", head):
+    for name, module in _opened(model, "", heads(model, head)):
         if not any(True for _ in module.parameters()):
             continue
         if isinstance(module, _NORMS) and found:
@@ -41,19 +42,21 @@ def blocks(model: nn.Module, head: str) -> list[tuple[str, ...]]:
     return found
 
 
-def _opened(module: nn.Module, prefix: str, head: str) -> Iterator[tuple[str, nn.Module]]:
+def _opened(
+    module: nn.Module, prefix: str, ends: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Module]]:
     children = _in_order(list(module.named_children()))
     weighty = [key for key, child in children if any(True for _ in child.parameters())]
     for key, child in children:
         name = f"{prefix}{key}"
-        if name == head:
+        if name in ends:
             continue
         # A lone wrapper around the whole network is opened too.
-        alone = len([other for other in weighty if f"{prefix}{other}" != head]) == 1
+        alone = len([other for other in weighty if f"{prefix}{other}" not in ends]) == 1
         wrapper = alone and not prefix and any(True for _ in child.children())
         container = isinstance(child, nn.Sequential | nn.ModuleList)
-        if container or wrapper or head.startswith(f"{name}."):
-            yield from _opened(child, f"{name}.", head)
+        if container or wrapper or any(end.startswith(f"{name}.") for end in ends):
+            yield from _opened(child, f"{name}.", ends)
         else:
             yield name, child
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sophon._base.errors import CheckpointError, UnsupportedModelError, first_line, shortened
 from sophon._models.hooks import hooks
+from sophon._models.weight_sets import NESTS, chosen, required_keys
 
 _DAMAGED = (
     *(SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, AssertionError),
@@ -32,19 +33,28 @@ def _is_torch_file(path: Path) -> bool:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, or of a torch file that holds tensors only.
 
-    A torch file may nest them under `state_dict` or `model`. Raises CheckpointError for a
-    missing, damaged or foreign file; a pickle with anything else in it is refused unread.
+    A torch file may nest them under `state_dict`, `model_state_dict` or `model`. Raises
+    CheckpointError as `read_content`, and for a file of anything else.
+    """
+    return named_tensors(read_content(path), path)
+
+
+def read_content(path: Path) -> Any:
+    """Return what a safetensors file holds, or a torch file of tensors and plain values.
+
+    Raises CheckpointError for a missing, damaged or foreign file; a pickle with anything else in it
+    is refused unread.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: set the path of the weights")
     try:
         if path.suffix == ".safetensors":
-            return _named_tensors(load_file(path), path)
+            return load_file(path)
         require_safe_torch(path)
         with warnings.catch_warnings():
             # What is odd about a damaged file is in the error.
             warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         if not _is_torch_file(path):
             raise CheckpointError(
@@ -63,7 +73,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or not a file of tensors ({reason}): copy it again, or save"
             " model.state_dict() with safetensors.torch.save_file"
         ) from None
-    return _named_tensors(content, path)
 
 
 def require_safe_torch(path: Path) -> None:
@@ -75,8 +84,9 @@ def require_safe_torch(path: Path) -> None:
         )
 
 
-def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
+def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of what `read_content` gave; CheckpointError where there is more."""
+    for key in NESTS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     foreign = [] if isinstance(content, dict) else [type(content).__name__]
@@ -112,16 +122,17 @@ def _unusual(tensor: Tensor) -> str:
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
-    """Load `tensors` into `model`; a `module.` prefix is dropped.
+    """Load `tensors` into `model`; a prefix of all keys is dropped, as `chosen` remarks.
 
-    BatchNorm's `num_batches_tracked` may be missing. Raises CheckpointError naming the keys
-    that differ; the model is then unchanged.
+    BatchNorm's `num_batches_tracked` may be missing, and all names of tied weights but one. Raises
+    CheckpointError naming the keys that differ; the model is then unchanged.
     """
-    found = {key.removeprefix("module."): value for key, value in tensors.items()}
     expected = model.state_dict()
-    required = [key for key in expected if not key.endswith("num_batches_tracked")]
+    found = chosen(tensors, untied(model), source=source) or tensors
+    present = {id(value) for key, value in model.state_dict(keep_vars=True).items() if key in found}
+    tied = {k for k, v in model.state_dict(keep_vars=True).items() if id(v) in present}
     faults = {
-        "missing": [key for key in required if key not in found],
+        "missing": [key for key in required_keys(expected) if key not in found and key not in tied],
         "unexpected": [key for key in found if key not in expected],
         "of another shape": [
             f"{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}"
@@ -149,6 +160,13 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, source: str) -
     # The model's own dictionary also holds the versions of its layers.
     expected.update(found)
     model.load_state_dict(expected)
+
+
+def untied(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state with the first name alone of weights that have several."""
+    held, names = model.state_dict(), model.state_dict(keep_vars=True)
+    first = {id(value): key for key, value in reversed(names.items())}
+    return {key: held[key] for key, value in names.items() if first[id(value)] == key}
 
 
 def require_finite(model: nn.Module, *, what: str) -> None:

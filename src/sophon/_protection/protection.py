@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import NonFiniteError
+from sophon._base.errors import NonFiniteError, require_kind
 from sophon._base.plain_mode import plain
 from sophon._base.signatures import signed_as
-from sophon._data import Domain
+from sophon._data import Domain, several
 from sophon._protection.checks import check_protection
 from sophon._protection.guard import IntactnessGuard
 from sophon._protection.migration import migrate_run, migrated_state
@@ -103,7 +103,7 @@ class Protection(ResumableRun[Round]):
         self.ranks = Ranks.present(sharded=shard)
         take_card(device)
         spec = ProtectSpec() if spec is None else spec
-        restricted = (restricted,) if isinstance(restricted, Domain) else tuple(restricted)
+        require_kind(spec, ProtectSpec, "spec", "a ProtectSpec")
         self.out = None if out is None else Path(out)
         self.model_spec = model_spec
         self._given = model
@@ -112,7 +112,7 @@ class Protection(ResumableRun[Round]):
                 model,
                 task=task or Classification(),
                 original=original,
-                restricted=restricted,
+                restricted=several(restricted),
                 head=head,
                 precision=spec.precision,
                 device=device,
@@ -326,6 +326,7 @@ class Protection(ResumableRun[Round]):
             "restricted": [domain.name for domain in self.setting.restricted],
             "head": self.setting.head,
             "input": self.setting.input(),
+            "classes": self.setting.class_names(),
             "validation_before": result.before.model_dump(),
             "validation_after": result.after.model_dump(),
             "shipped_round": result.shipped_round,

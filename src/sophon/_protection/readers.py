@@ -13,28 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from sophon._base.errors import NonFiniteError, SpecError, UnsupportedModelError
+from sophon._base.errors import NonFiniteError, SpecError
 from sophon._base.seeding import generator, seeded
 from sophon._data import Domain
-from sophon._models import (
-    Bare,
-    Shape,
-    batch_statistics,
-    blocks,
-    probe_images,
-    probing,
-    reinitialise,
-    run,
-)
+from sophon._models import Bare, batch_statistics, reinitialise
+from sophon._protection.depths import find_depths
 from sophon._protection.term import Surroundings
 from sophon._specs.base import Augmentation, Name, Rate, Spec
 
@@ -50,7 +40,8 @@ _MOST_CLASSES = 128
 class ReadersSpec(Spec):
     """Which readers look where.
 
-    `depths` names the blocks whose outputs are read (all, unless given). Maps and tokens are pooled
+    `depths` names the blocks whose outputs are read, or the head, whose input is (all, unless
+    given). Maps and tokens are pooled
     to `views`, so many positions a side. Features are standardised and cut at `clip` deviations:
     else a few outlying ones fool a reader that an attacker's optimizer sees through. The ridge is
     drawn log-uniformly from `penalty`, relative to the mean squared feature and the number of
@@ -150,11 +141,11 @@ class _Windows(torch.autograd.Function):
         return F.interpolate(spread, scale_factor=(height, width), mode="nearest"), None
 
 
-def pooled(output: Tensor, view: int) -> Tensor:
+def pooled(output: Tensor, view: int, *, last: bool = False) -> Tensor:
     """Return a block's output in float32, averaged to `view` positions a side.
 
-    Maps (images, channels, height, width), or with square sides and channels last, become (images,
-    channels, view, view), or stay smaller; tokens (images, tokens, channels) become (images,
+    Maps (images, channels, height, width), or with channels `last`, become (images, channels, view,
+    view), or stay smaller; tokens (images, tokens, channels) become (images,
     channels, positions), in their order; (images, features) stays.
     """
     if output.dim() == 3:
@@ -163,7 +154,7 @@ def pooled(output: Tensor, view: int) -> Tensor:
         return F.adaptive_avg_pool1d(output.float(), count)
     if output.dim() != 4:
         return output.float()
-    if output.shape[1] == output.shape[2] != output.shape[3]:
+    if last:
         output = output.permute(0, 3, 1, 2)
     height, width = output.shape[-2:]
     sides = (min(view, height), min(view, width))
@@ -175,16 +166,20 @@ def pooled(output: Tensor, view: int) -> Tensor:
     return averages.float()
 
 
-def pooled_to(output: Tensor, views: tuple[int, ...]) -> list[Tensor]:
+def pooled_to(output: Tensor, views: tuple[int, ...], *, last: bool = False) -> list[Tensor]:
     """Return a block's output at each view, (images, features).
 
     Where the views allow it a coarser one is the average of the finest: the output is passed once.
     """
     most = max(views)
-    finest = pooled(output, most)
+    finest = pooled(output, most, last=last)
     once = finest.dim() == 4 and finest.shape[-2:] == (most, most)
     found = [
-        pooled(finest if once and most % view == 0 else output, view) if view < most else finest
+        finest
+        if view == most
+        else pooled(finest, view)
+        if once and most % view == 0
+        else pooled(output, view, last=last)
         for view in views
     ]
     return [values.flatten(1) for values in found]
@@ -240,7 +235,7 @@ class Readers:
         self.images = images
         self.augmentation = augmentation
         shape = around.setting.shape(around.setting.restricted[0])
-        self.depths = _depths(around.given, around.setting.head, shape, spec.depths)
+        self.depths = find_depths(around.given, around.setting.head, shape, spec.depths)
 
     @cached_property
     def floors(self) -> dict[str, list[Tensor]]:
@@ -262,7 +257,7 @@ class Readers:
         """
         spec, held = self.spec, []
         for name in self.depths:
-            for read in pooled_to(outputs[name], spec.views):
+            for read in pooled_to(outputs[name], spec.views, last=self.depths[name].last):
                 if not bool(read.isfinite().all()):
                     raise NonFiniteError(
                         f"what leaves block {name!r} is not finite:"
@@ -326,7 +321,7 @@ class Readers:
     def listening(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Give what leaves the blocks of `model`, which runs as it does."""
         outputs: dict[str, Tensor] = {}
-        handles = [_watch(model, place, outputs, name) for name, place in self.depths.items()]
+        handles = [place.watch(model, outputs, name) for name, place in self.depths.items()]
         try:
             yield outputs
         finally:
@@ -342,59 +337,3 @@ class Readers:
             reinitialise(fresh, seed=self.around.seed, names=("floor", index), bare=bare)
             tables.append(self.table(fresh, domain))
         return [torch.stack(column).mean(0).clamp_min(0) for column in zip(*tables, strict=True)]
-
-
-# Where a block's output is taken: the module, and whether it is what goes into it.
-Place = tuple[str, bool]
-
-
-def _watch(
-    model: nn.Module, place: Place, outputs: dict[str, Tensor], name: str
-) -> RemovableHandle:
-    module, before = model.get_submodule(place[0]), place[1]
-
-    def entering(part: nn.Module, given: tuple[object, ...]) -> None:
-        if given and isinstance(given[0], Tensor):
-            outputs[name] = given[0]
-
-    def leaving(part: nn.Module, given: object, output: object) -> None:
-        if isinstance(output, Tensor):
-            outputs[name] = output
-
-    if before:
-        return module.register_forward_pre_hook(entering)
-    return module.register_forward_hook(leaving)
-
-
-def _depths(
-    model: nn.Module, head: str, shape: Shape, wanted: tuple[str, ...] | None
-) -> dict[str, Place]:
-    """Return where what leaves each block can be read, by the block's first name.
-
-    It is what goes into the next block, activation and pooling between them included; of the last
-    block, its own output. A place that a probe does not pass is left out.
-    """
-    parts = blocks(model, head)
-    places = {part[0]: (after[0], True) for part, after in pairwise(parts)}
-    if parts:
-        places[parts[-1][0]] = (parts[-1][-1], False)
-    passed: dict[str, Tensor] = {}
-    handles = [_watch(model, place, passed, name) for name, place in places.items()]
-    try:
-        with probing(model):
-            run(model, probe_images(model, shape))
-    finally:
-        for handle in handles:
-            handle.remove()
-    places = {name: place for name, place in places.items() if name in passed}
-    if not places:
-        raise UnsupportedModelError(
-            f"erasure: {type(model).__name__} has no blocks before its head {head!r} to read from:"
-            " use method = 'sophon', or a network of several modules"
-        )
-    unknown = [name for name in wanted or () if name not in places]
-    if unknown:
-        raise SpecError(
-            f"depths: the network has no block {unknown[0]!r}; there is {', '.join(places)}"
-        )
-    return places if wanted is None else {name: places[name] for name in wanted}

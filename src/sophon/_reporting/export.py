@@ -21,7 +21,14 @@ from torch import nn
 from sophon._base.errors import AuditError, CheckpointError, SpecError
 from sophon._base.files import read_json, require_writable, write_text
 from sophon._base.torchvision_patch import library
-from sophon._models import DIFFUSERS, head_classes, require_parts, resolve_model, weights_sha256
+from sophon._models import (
+    DIFFUSERS,
+    head_classes,
+    require_parts,
+    resolve_model,
+    untied,
+    weights_sha256,
+)
 from sophon._records.audit_record import AuditRecord
 from sophon._reporting.rendering import render
 from sophon._reporting.report import Report, report
@@ -32,7 +39,7 @@ FILES: tuple[str, ...] = ("config.json", "model.safetensors", "README.md")
 # What timm says of the weights that it publishes for a network; these are not they.
 _OF_OTHERS = (
     *("tag", "license", "description", "notes", "origin_url", "paper_name", "paper_ids"),
-    *("url", "file", "source", "hf_hub_id", "hf_hub_filename"),
+    *("url", "file", "source", "stated", "hf_hub_id", "hf_hub_filename"),
 )
 _INDEX, _UNET_WEIGHTS = "model_index.json", "diffusion_pytorch_model.safetensors"
 
@@ -100,7 +107,7 @@ def export(folder: Path, to: Path, record: AuditRecord | None = None) -> tuple[P
     require_writable(to)
     if source.pipeline is None:
         names = FILES
-        save_tensors(to / "model.safetensors", source.model.state_dict())
+        save_tensors(to / "model.safetensors", untied(source.model))
     else:
         names = (*_copied_pipeline(source, source.pipeline, to), "README.md")
     for name, text in texts.items():
@@ -145,6 +152,8 @@ def _config(source: Exported) -> str:
             "num_classes": source.classes,
             "model_args": source.network.arguments,
         }
+    if source.protection.get("classes"):
+        held["label_names"] = source.protection["classes"]
     held["sophon"] = {"model": source.network.name, **_about(source)}
     return json.dumps(held, indent=2, sort_keys=True) + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sophon._base.errors import require_kind
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.parts import alone, domains_of, trials_of
 from sophon._judgement.statistics import interval_of
@@ -93,6 +94,7 @@ def attacks_by_role(record: AuditRecord) -> tuple[int, int]:
 
 def report(record: AuditRecord) -> Report:
     """Return the report of an audit record. Raises AuditError if it names no restricted domain."""
+    require_kind(record, AuditRecord, "record", "an AuditRecord, such as audit(...) returns")
     return Report(record)
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Literal
+import os
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sophon._base.errors import SpecError, brief
+from sophon._specs.faults import faults_of
 
 Subject = Literal["protected", "unprotected", "scratch"]
 OptimizerName = Literal["sgd", "sgd_momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw"]
@@ -15,6 +19,11 @@ Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 Name = Annotated[str, Field(min_length=1)]
+# What names a file or folder: text, or a pathlib.Path, of which the text is kept.
+Place = Annotated[
+    Name,
+    BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given),
+]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
@@ -26,8 +35,31 @@ Plain = bool | int | float | str
 Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
-class Spec(BaseModel):
-    """Base of every specification: frozen, strict, no unknown keys."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Constructed(ModelMetaclass):
+    """Makes a constructor raise SpecError; pydantic's own error is kept where specs are nested."""
+
+    def __call__(cls, *values: Any, **settings: Any) -> Any:  # noqa: N805 - of a metaclass
+        if values:
+            raise SpecError(f"{cls.__name__}({brief(values[0])}): give every setting by its name")
+        try:
+            return super().__call__(**settings)
+        except ValidationError as error:
+            raise SpecError(
+                f"{cls.__name__}: {faults_of(cast(type[BaseModel], cls), error)}"
+            ) from None
+
+
+class Spec(BaseModel, metaclass=_Constructed):
+    """Base of every specification: frozen, strict, no unknown keys.
+
+    Its constructor raises SpecError.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 

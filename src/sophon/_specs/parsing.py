@@ -1,4 +1,4 @@
-"""Parsed TOML as a specification, and what is said of what is wrong with it."""
+"""Parsed TOML as a specification."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 import tomllib
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sophon._base.errors import SpecError, first_line, shortened
 from sophon._specs.base import Spec
+from sophon._specs.faults import faults_of
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
@@ -73,59 +74,7 @@ def parse_spec(cls: type[AnySpec], data: dict[str, Any], *, where: str) -> AnySp
     try:
         # JSON mode keeps strictness yet takes arrays for tuples, as TOML has only arrays.
         return cls.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise SpecError(f"{where}: {faults_of(cls, error)}") from None
     except (TypeError, ValueError) as error:
-        if not isinstance(error, ValidationError):
-            raise SpecError(f"{where}: {error}; only TOML numbers, text and tables") from None
-        faults = error.errors(include_url=False)[:_MOST_FAULTS]
-        own = [fault for fault in faults if not _follows(fault, faults)]
-        lines = [_describe(cls, fault) for fault in own[:3]]
-        raise SpecError(f"{where}: " + "; ".join(lines)) from None
-
-
-# Of a file full of faults only the first few are told.
-_MOST_FAULTS = 100
-
-
-def _follows(fault: Any, faults: list[Any]) -> bool:
-    """Return whether a list is only too short because one of its items is at fault."""
-    depth = len(fault["loc"])
-    inside = (len(f["loc"]) > depth and f["loc"][:depth] == fault["loc"] for f in faults)
-    return fault["type"] == "too_short" and any(inside)
-
-
-def _describe(cls: type[Spec], fault: Any) -> str:
-    path = shortened(".".join(str(part) for part in fault["loc"])) or "(top level)"
-    value = fault.get("input")
-    if fault["type"] == "extra_forbidden":
-        known = ", ".join(_keys_at(cls, fault["loc"][:-1]))
-        return f"unknown key {path}" + (f"; the keys here are {known}" if known else "")
-    if fault["type"] == "missing":
-        return f"{path} is missing; add it"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "too_short":
-        message = f"give at least {fault['ctx']['min_length']}"
-    if fault["type"] in ("tuple_type", "list_type") and isinstance(value, dict):
-        message = f"there may be several: write [[{path}]] with two brackets a side"
-    message = message[0].lower() + message[1:]
-    shown = "" if isinstance(value, dict) else f" = {shortened(repr(value))}"
-    return f"{path}{shown}: {message}"
-
-
-def _keys_at(cls: type[Spec], loc: tuple[Any, ...]) -> list[str]:
-    current: Any = cls
-    for part in loc:
-        fields = getattr(current, "model_fields", {})
-        if isinstance(part, int) or part not in fields:
-            continue
-        current = _spec_in(fields[part].annotation)
-    return sorted(getattr(current, "model_fields", {}))
-
-
-def _spec_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _spec_in(argument)
-        if found is not None:
-            return found
-    return None
+        raise SpecError(f"{where}: {error}; only TOML numbers, text and tables") from None

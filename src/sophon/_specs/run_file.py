@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ from sophon._specs.base import (
     Fraction,
     Name,
     NonNegative,
+    Place,
     Plain,
     Positive,
     Precision,
@@ -40,7 +41,7 @@ class SampleSpec(Spec):
     count: Count = 128
     steps: Positive = 25
     grid: Positive = 16
-    extractor: Name = "classifier"
+    extractor: Place = "classifier"
     extractor_steps: Positive = 400
     width: Positive | None = None
     kid_subset: Annotated[int, Field(ge=2, le=10**9)] = 40
@@ -90,15 +91,24 @@ class ModelSpec(Spec):
     """Which network: `resnet20`, `timm:NAME`, `torchvision:NAME` or a checkpoint by sophon;
     for denoising `diffusers:PATH`, a pipeline's or a U-Net's folder, or a U-Net's configuration.
 
-    `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only);
+    `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only); of
+    several sets in it `weights_key` takes that under this key or prefix, such as `model_ema`.
     `head` names the classifier layer where it cannot be found; `classes` overrides the number
     of outputs the network is built with; `in_channels` is 3 for RGB and 1 for grey networks.
     `arguments` go to timm's or torchvision's constructor, such as narrower layers.
     `gradient_checkpointing` saves memory for time: activations are computed twice and not kept.
     """
 
-    name: Name
-    weights: Name | None = None
+    released: ClassVar = frozenset(
+        {
+            *("name", "weights", "pretrained", "classes", "in_channels", "head", "arguments"),
+            "gradient_checkpointing",
+        }
+    )
+
+    name: Place
+    weights: Place | None = None
+    weights_key: Name | None = None
     pretrained: bool = False
     classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
@@ -137,8 +147,8 @@ class DomainSpec(Spec):
     source: str
     name: Name | None = None
     dataset: Name | None = None
-    path: Name | None = None
-    root: Name | None = None
+    path: Place | None = None
+    root: Place | None = None
     download: bool = False
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     mean: Channels | None = None

@@ -48,7 +48,7 @@ class Latents:
         self.scale = float(config["scaling_factor"])
 
     @classmethod
-    def from_pipeline(cls, folder: Path, prompts: Sequence[str]) -> Latents:
+    def from_pipeline(cls, folder: str | Path, prompts: Sequence[str]) -> Latents:
         """Return the frozen half of the Stable Diffusion pipeline in `folder`.
 
         Raises CheckpointError if it lacks a part or cannot be loaded.
@@ -66,7 +66,7 @@ class Latents:
                     )[0]
                     for start in range(0, len(prompts), _AT_ONCE)
                 ]
-            return cls(pipeline.vae, prompts, torch.cat(held), source=folder)
+            return cls(pipeline.vae, prompts, torch.cat(held), source=Path(folder))
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
             raise CheckpointError(
                 f"{folder} is no pipeline with an autoencoder and a text encoder"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sophon._base import files
 from sophon._base.errors import CheckpointError
+from sophon._models import untied
 from sophon._specs import fingerprint_of
 
 STATE_PREFIX = "round-"
@@ -50,8 +51,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def save_model(folder: Path, model: nn.Module, description: dict[str, Any]) -> None:
-    """Write `model.safetensors` and, beside it, `model.json` with `description` and a checksum."""
-    digest = save_tensors(folder / "model.safetensors", model.state_dict())
+    """Write `model.safetensors`, tied weights once, and beside it `model.json` with `description`
+    and a checksum.
+    """
+    digest = save_tensors(folder / "model.safetensors", untied(model))
     files.write_json(folder / "model.json", {**description, "sha256": digest})
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sophon._data import Domain, resolve_normalisation
+from sophon._models import OwnInput
 from sophon._records.audit_record import DomainRecord, Environment
 from sophon._tasks.task import Normalisation
 
@@ -38,15 +39,20 @@ def domain_record(
     )
 
 
-def domain_text(domain: Domain, original: Domain, default: Normalisation) -> str:
+def domain_text(
+    domain: Domain, original: Domain, default: Normalisation, own: OwnInput | None
+) -> str:
     """Return in a line what was read: classes, image shape, images of each split, normalisation
-    and where it comes from, what was left out. `default` is the task's normalisation.
+    and where it comes from, what was left out. `default` is the task's normalisation, `own` what
+    the network's library says, if it does.
     """
     names = shorten(", ".join(domain.classes), 100, placeholder=" ...")
     noun = "class" if domain.class_count == 1 else "classes"
     channels, height, width = domain.image_shape
     sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
-    by = "given" if domain.mean else "the original domain's" if original.mean else "by default"
+    usual = "by default" if own is None else f"the network's: {own.stated}"
+    default = default if own is None else (own.mean, own.std)
+    by = "given" if domain.mean else "the original domain's" if original.mean else usual
     mean, std = (
         " ".join(f"{value:.4g}" for value in values)
         for values in resolve_normalisation(domain, original, default)

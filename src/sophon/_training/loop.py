@@ -20,7 +20,7 @@ from sophon._base.plain_mode import plain
 from sophon._base.seeding import generator, seeded
 from sophon._base.spans import span, spanned
 from sophon._data import Domain, Images
-from sophon._models import Bare, add_lora, lora_parameters, real_name
+from sophon._models import Bare, add_lora, head_parameters, lora_parameters, real_name
 from sophon._specs import OptimizerName, Preparation, ScheduleName, Strategy
 from sophon._tasks import Distillation
 from sophon._training.preparations import Course, Surroundings, prepare, require_steps
@@ -152,7 +152,7 @@ class FineTuning:
         size = self.strategy.batch_size
         with seeded(self.seed, *self.names, "step", self.taken):
             self._backward(images[:size], labels[:size])
-        head = {id(p) for p in self.model.get_submodule(self.setting.head).parameters()}
+        head = {id(p) for p in head_parameters(self.model, self.setting.head)}
         held = [p for p in self.parameters if p.grad is not None]
         before = [p for p in held if id(p) not in head]
         norms = (_norm_of_gradients(held), _norm_of_gradients(before))
@@ -342,7 +342,7 @@ def check_preparations(
 
 def _scope(model: nn.Module, strategy: Strategy, head: str) -> list[nn.Parameter]:
     if strategy.scope == "head":
-        return list(model.get_submodule(head).parameters())
+        return head_parameters(model, head)
     if strategy.lora_rank is not None:
         trained = lora_parameters(model, head)
         return [parameter for name, parameter in model.named_parameters() if name in trained]

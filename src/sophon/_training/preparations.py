@@ -28,6 +28,7 @@ from sophon._models import (
     drop_foreign_hooks,
     fit_head,
     head_classes,
+    heads,
     reestimate_batch_norm,
     reinitialise,
     replace_head,
@@ -181,7 +182,8 @@ def _fresh_head(model: nn.Module, _: FreshHead, surroundings: Surroundings) -> N
     head = surroundings.head
     classes = surroundings.classes or head_classes(model, head)
     replace_head(model, head, classes, seed=surroundings.seed, names=surroundings.names)
-    _forget(surroundings.factors, head)
+    for name in heads(model, head):
+        _forget(surroundings.factors, name)
 
 
 def _ridge_head(model: nn.Module, preparation: RidgeHead, surroundings: Surroundings) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sophon._base.errors import NonFiniteError
+from sophon._base.errors import NonFiniteError, require_kind
 from sophon._base.signatures import signed_as
 from sophon._data import Domain, check_batch_fits
 from sophon._records.audit_record import Measurement
@@ -72,6 +72,7 @@ class Pretraining(ResumableRun[Stage]):
     ) -> None:
         super().__init__()
         self.spec = spec = PretrainSpec() if spec is None else spec
+        require_kind(spec, PretrainSpec, "spec", "a PretrainSpec")
         self.setting = make_setting(
             model,
             task=task or Classification(),
@@ -128,6 +129,7 @@ class Pretraining(ResumableRun[Stage]):
             "identity": self.identity,
             "original": self.setting.original.name,
             "input": self.setting.input(),
+            "classes": self.setting.class_names(),
             "validation": score.model_dump(),
             "wall_s": sum(stage.wall_s for stage in self.stages),
         }

@@ -32,7 +32,11 @@ Groups = dict[str, dict[str, Tensor]]
 
 def run_identity(spec: Spec, model: nn.Module, setting: Setting, *, engine: int) -> dict[str, str]:
     """Return what determines the result of a run; how many processes there are does not."""
+    # Earlier versions took the task's normalisation where a domain has none.
+    default, own = setting.task.normalisation, setting.own
+    other = own is not None and (own.mean, own.std) != default and setting.original.mean is None
     return {
+        **({"normalisation": str(setting.normalisation(setting.original))} if other else {}),
         "spec": spec.fingerprint(),
         "model": weights_sha256(model),
         "engine": str(engine),

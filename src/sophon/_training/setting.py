@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import DataError, UnsupportedModelError
+from sophon._base.errors import DataError, UnsupportedModelError, require_kind
+from sophon._base.remarks import remark
 from sophon._base.seeding import generator
 from sophon._base.spans import spanned
 from sophon._data import (
@@ -18,9 +19,19 @@ from sophon._data import (
     batch,
     check_channels,
     check_distinct,
+    fitted,
     resolve_normalisation,
 )
-from sophon._models import Shape, choose_channels_last, choose_precision, find_head, head_classes
+from sophon._models import (
+    OwnInput,
+    Shape,
+    choose_channels_last,
+    choose_precision,
+    find_head,
+    head_classes,
+    own_input,
+    require_network,
+)
 from sophon._specs import Augmentation, Precision
 from sophon._tasks import Task
 
@@ -86,15 +97,24 @@ class Setting:
     device: torch.device
     precision: str
     channels_last: bool
+    own: OwnInput | None = None
 
     def normalisation(self, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return (mean, std) of a domain: its own, else the original domain's, else the task's."""
-        return resolve_normalisation(domain, self.original, self.task.normalisation)
+        """Return (mean, std) of a domain: its own, else the original domain's, else what the
+        library of the network states, else the task's.
+        """
+        default = self.task.normalisation if self.own is None else (self.own.mean, self.own.std)
+        return resolve_normalisation(domain, self.original, default)
 
     def input(self) -> dict[str, Any]:
         """Return what the model takes: (channels, height, width), and how pixels are normalised."""
         mean, std = self.normalisation(self.original)
         return {"input_size": self.shape(self.original), "mean": mean, "std": std}
+
+    def class_names(self) -> list[str] | None:
+        """Return which class each output of the head is; None where outputs are no classes."""
+        original = self.original
+        return None if self.task.classes(original) is None else list(original.classes)
 
     def shape(self, domain: Domain) -> Shape:
         """Return the shape in which the model meets the domain's images."""
@@ -156,8 +176,14 @@ def make_setting(
     affair: an attack on it will be recorded as crashed. `restricted` is None for a run that has
     no such domain. Raises DataError or UnsupportedModelError before any work.
     """
+    require_network(model)
     if restricted == ():
         raise DataError("no restricted domain: give at least one")
+    for role, domain in (
+        ("original", original),
+        *(("restricted", one) for one in restricted or ()),
+    ):
+        require_kind(domain, Domain, role, "a Domain, such as sophon.load_domain(DomainSpec(...))")
     restricted = restricted or ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     channels = task.channels(model) or original.image_shape[0]
@@ -166,14 +192,7 @@ def make_setting(
         check_channels(domain.name, domain.image_shape[0], channels)
         task.check(model, domain, (channels, *domain.image_shape[1:]), trained=trained)
         shapes.append(task.shape((channels, *domain.image_shape[1:])))
-    for index, domain in enumerate(restricted):
-        check_distinct(original, domain)
-        for other in restricted[:index]:
-            check_distinct(other, domain, ("restricted", "restricted"))
-    names = [domain.name for domain in (original, *restricted)]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"two domains are named {name!r}: give each its own name")
+    _check_apart(original, restricted)
     found = find_head(model, (channels, *original.image_shape[1:]), head)
     if task.classes(original) not in (None, head_classes(model, found)):
         raise UnsupportedModelError(
@@ -181,7 +200,7 @@ def make_setting(
             f" domain {original.name!r} has {original.class_count} classes: give the weights"
             " trained on this domain"
         )
-    return Setting(
+    setting = Setting(
         task=task,
         original=original,
         restricted=restricted,
@@ -190,4 +209,37 @@ def make_setting(
         device=place,
         precision=choose_precision(precision, place, model, shapes),
         channels_last=choose_channels_last(model),
+        own=own_input(model),
     )
+    _remark_on_normalisation(setting)
+    return setting
+
+
+def _remark_on_normalisation(setting: Setting) -> None:
+    """Say where images are normalised otherwise than the network's library states."""
+    if setting.own is None:
+        return
+    own = (setting.own.mean, setting.own.std)
+    used = setting.normalisation(setting.original)
+    if [fitted(v, setting.channels) for v in used] != [fitted(v, setting.channels) for v in own]:
+        remark(
+            f"warning: {setting.original.name!r} is normalised with {_numbers(used)}; the network's"
+            f" own is {_numbers(own)} ({setting.own.stated}), the default where a domain gives none"
+        )
+
+
+def _numbers(normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in normalisation)
+    return f"mean {mean} and std {std}"
+
+
+def _check_apart(original: Domain, restricted: tuple[Domain, ...]) -> None:
+    """Raise DataError for two domains of the same images or of the same name."""
+    for index, domain in enumerate(restricted):
+        check_distinct(original, domain)
+        for other in restricted[:index]:
+            check_distinct(other, domain, ("restricted", "restricted"))
+    names = [domain.name for domain in (original, *restricted)]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two domains are named {name!r}: give each its own name")

@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sophon._base.errors import UnsupportedModelError
+from sophon._base.errors import CheckpointError, UnsupportedModelError
 from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
 from sophon._data import check_batch_fits
+from sophon._models import heads
 from sophon._protection.attackers import domain_of
 from sophon._protection.losses import kl_from_uniform
 from sophon._protection.readers import Readers, ReadersSpec, check_images
@@ -123,11 +124,19 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         )
 
     def state(self) -> State:
-        """Return how many turns each domain has had."""
-        return {}, {"turns": self.taken}
+        """Return how many turns each domain has had, and where readers look."""
+        return {}, {"turns": self.taken, "depths": [*self.readers.depths]}
 
     def restore(self, model: nn.Module, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Put back what `state` returned."""
+        """Put back what `state` returned; CheckpointError where readers looked elsewhere."""
+        # Earlier versions did not read what goes into a head.
+        ends = heads(model, self.around.setting.head)
+        looked = [name for name in self.readers.depths if name not in ends]
+        if meta.get("depths", looked) != [*self.readers.depths]:
+            raise CheckpointError(
+                "the folder holds a run of an earlier version, whose readers did not look at what"
+                f" goes into the head {ends[0]!r}: give another --out to start over"
+            )
         self.taken = list(meta["turns"])
 
     def remarks(self) -> list[str]:

@@ -14,6 +14,7 @@ from sophon._base.plain_mode import plain
 from sophon._base.seeding import generator, seeded
 from sophon._base.spans import span, spanned
 from sophon._data import Domain
+from sophon._models import heads
 from sophon._protection.attackers import Accumulator, Attacker, Plan, Visit, below, domain_of
 from sophon._protection.losses import SUPPRESSIONS, suppression_named
 from sophon._protection.readers import Readers, ReadersSpec, check_images
@@ -333,7 +334,7 @@ class RehearsalTerm(Hindrance[Rehearsal]):
         parameters and their factors.
         """
         fresh_passes = self.spec.head_gradient == "apply_fresh"
-        prefix = self.setting.head + "."
+        prefix = tuple(f"{end}." for end in heads(attacker.model, self.setting.head))
         passing = []
         for name, leaf in attacker.model.named_parameters():
             real, factor = attacker.origins[name]

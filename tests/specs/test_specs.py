@@ -215,7 +215,7 @@ def test_a_path_is_taken_where_its_text_is(kind: type[Spec], key: str) -> None:
 
 def test_a_nested_fault_keeps_its_path_and_a_long_value_is_cut() -> None:
     with pytest.raises(
-        SpecError, match=r"ProtectSpec: guard\.tolerance_points = 'x+\.\.\.x+'"
+        SpecError, match=r"ProtectSpec: guard\.tolerance_points = 'x+ \.\.\. x+'"
     ) as held:
         ProtectSpec(guard={"tolerance_points": "x" * 10_000})  # type: ignore[arg-type]
     assert len(str(held.value)) < 300

@@ -1100,3 +1100,22 @@ def test_an_extra_attack_may_be_named_as_reports_name_it(run_file: Path, tmp_pat
     )
     assert "audit.extra.0 = 'ridge adam' is no attack of a suite; did you mean" in said
     assert said.count("; ") > 90
+
+
+@pytest.mark.parametrize(
+    ("resolved", "part", "done", "said"),
+    [
+        ({"rounds": 9}, "round", 2, "a protection not finished, 2 of 9 rounds"),
+        ({"rounds": 9}, "round", 0, "a protection not finished, 0 of 9 rounds"),
+        ({"steps": 100, "every": 30}, "stage", 2, "a pre-training not finished, 2 of 4 stages"),
+    ],
+)
+def test_what_is_not_finished_is_said_to_be_so(
+    resolved: dict[str, int], part: str, done: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"resolved": resolved}))
+    if done:
+        (tmp_path / f"{part}s.jsonl").write_text("{}\n" * done)
+    code, out, _ = sophon("inspect", tmp_path)
+    assert code == 0
+    assert said in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
     """Yield what a checkpoint holds; CheckpointError if it is not what was written."""
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file() and (path / "run.json").is_file():
-        rounds = (path / "rounds.jsonl").read_bytes().count(b"\n")
-        wanted = read_json(path / "run.json")["resolved"]["rounds"]
-        yield (f"{path}: a protection not finished, {rounds} of {wanted} rounds; repeat it")
+        yield _unfinished(path)
         return
     tensors = read_tensors(file)
     size = sum(value.numel() for value in tensors.values())
@@ -48,6 +47,19 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         provenance = list(_provenance(file, read_json(file.parent / "model.json")))
     yield (f"{file}: {len(tensors)} tensors, {size:,} values")
     yield from provenance
+
+
+def _unfinished(path: Path) -> str:
+    resolved = read_json(path / "run.json")["resolved"]
+    protects = "rounds" in resolved
+    what, part, wanted = (
+        ("protection", "round", resolved["rounds"])
+        if protects
+        else ("pre-training", "stage", math.ceil(resolved["steps"] / resolved["every"]))
+    )
+    held = path / f"{part}s.jsonl"
+    done = held.read_bytes().count(b"\n") if held.is_file() else 0
+    return f"{path}: a {what} not finished, {done} of {wanted} {part}s; repeat it"
 
 
 def _provenance(file: Path, held: dict[str, Any]) -> Iterator[str]:

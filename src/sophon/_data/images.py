@@ -29,6 +29,13 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 
 
 @cache
+def _openable() -> tuple[str, ...]:
+    """Return which of the formats Pillow can open here; an MPO file is opened as a JPEG."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
 def suffixes() -> frozenset[str]:
     """Return the suffixes of image files, in lower case and with their dots."""
     known = Image.registered_extensions()
@@ -111,7 +118,7 @@ def opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(source, formats=FORMATS) as picture:
+        with Image.open(source, formats=_openable()) as picture:
             yield picture
 
 

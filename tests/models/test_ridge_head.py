@@ -208,9 +208,9 @@ def test_passes_forward_come_out_of_the_budget(batch_size: int, steps: int, spen
 
 def test_it_comes_last_and_leaves_steps() -> None:
     for preparations in ((RidgeHead(), RescaleWeights()), (RidgeHead(), RidgeHead())):
-        with pytest.raises(ValueError, match="list it last"):
+        with pytest.raises(SpecError, match="list it last"):
             Strategy(preparations=preparations)
-    with pytest.raises(ValueError, match="must leave steps"):
+    with pytest.raises(SpecError, match="must leave steps"):
         Strategy(preparations=(Heal(share=0.5), RidgeHead(share=0.5)))
     assert Strategy(preparations=(RescaleWeights(), RidgeHead())).label() == (
         "init-FC-all +rescale_weights +ridge_head sgd_momentum 0.01"

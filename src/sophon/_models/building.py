@@ -32,6 +32,7 @@ from sophon._models.weights import (
     read_content,
     read_tensors,
     require_finite,
+    require_usual,
 )
 from sophon._specs import ModelSpec, parse_spec
 
@@ -83,6 +84,7 @@ def resolve_model(
         tensors = chosen(content, expected, source=str(file), key=spec.weights_key)
         if tensors is None:
             tensors = named_tensors(content, file)
+        require_usual(tensors, file)
         held = _classes_in(tensors, expected, classes)
         model = plan.build(held)
         load_weights(model, tensors, source=str(file))

@@ -99,14 +99,19 @@ def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
             f"{path} is not a file of named tensors ({', '.join(foreign[:3]) or 'empty'}): "
             "save model.state_dict()"
         )
-    for key, value in content.items():
+    require_usual(content, path)
+    return {str(key): value for key, value in content.items()}
+
+
+def require_usual(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError for tensors that cannot be weights: sparse, meta, quantised, ..."""
+    for key, value in tensors.items():
         odd = _unusual(value)
         if odd:
             raise CheckpointError(
                 f"{path}: {shortened(key)} is a {odd} tensor: save model.state_dict() of dense,"
                 " real tensors on the processor"
             )
-    return {str(key): value for key, value in content.items()}
 
 
 def _unusual(tensor: Tensor) -> str:

@@ -1041,7 +1041,7 @@ def test_a_run_out_of_memory_says_what_to_change(
     assert ended.value.exit_code == 2
     line = capsys.readouterr().err
     assert line.startswith("error: not enough memory (")
-    assert len(line.splitlines()) == 1
+    assert len(line.splitlines()) <= 2
     assert said in line
     assert "original_batch_size" in line
     assert "model.gradient_checkpointing = true" in line
@@ -1099,7 +1099,8 @@ def test_an_extra_attack_may_be_named_as_reports_name_it(run_file: Path, tmp_pat
         tmp_path, "protect", run_file, "--dry-run", "--set", 'audit.extra=["ridge adam"]'
     )
     assert "audit.extra.0 = 'ridge adam' is no attack of a suite; did you mean" in said
-    assert said.count("; ") > 90
+    said = refused(tmp_path, "protect", run_file, "--dry-run", "--set", 'audit.extra=["0"]')
+    assert "is no attack of a suite; name it as reports do, such as 'direct-all" in said
 
 
 @pytest.mark.parametrize(

@@ -26,5 +26,5 @@ def test_the_demo_does_the_whole_job_once(tmp_path: Path) -> None:
     assert again.exit_code == 0
     assert "found: letters validation" in again.stderr
     assert "is complete" in again.stderr
-    assert "trial 36/36  stored" in again.stderr
+    assert "trial 48/48  stored" in again.stderr
     assert prepare(out).score.value >= 0.9

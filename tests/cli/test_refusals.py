@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from builders import digits, original, restricted, setting_of, trained_model
-from sophon._base.errors import CheckpointError, DataError
+from sophon._base.errors import CheckpointError, DataError, SpecError
 from sophon._data import Domain, check_distinct, load_domain
 from sophon._models import read_tensors
 from sophon._protection.sampling import StrategyDistribution
@@ -106,7 +106,7 @@ def test_an_unknown_users_folder_is_named(tmp_path: Path) -> None:
 def test_settings_of_a_rehearsal_that_would_do_nothing(
     fields: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SpecError, match=message):
         Rehearsal(steps=3, **fields)  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from builders import original, quick_spec, rehearsing, restricted, setting_of, trained_model
 from sophon._auditing.audit import Audit
 from sophon._auditing.trial import Bench, Job, Start
-from sophon._base.errors import UnsupportedModelError
+from sophon._base.errors import SpecError, UnsupportedModelError
 from sophon._data import Domain
 from sophon._models import (
     Bare,
@@ -248,7 +248,7 @@ def test_adapters_can_be_rehearsed(horizon: int | None) -> None:
 
 
 def test_adapters_need_layers_before_the_head() -> None:
-    with pytest.raises(ValueError, match="use scope = 'all'"):
+    with pytest.raises(SpecError, match="use scope = 'all'"):
         Strategy(lora_rank=4, scope="head")
 
 

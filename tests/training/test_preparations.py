@@ -434,9 +434,9 @@ def _size_of(layer: Any) -> float:
 
 
 def test_training_comes_first_and_leaves_steps() -> None:
-    with pytest.raises(ValueError, match="list them first"):
+    with pytest.raises(SpecError, match="list them first"):
         Strategy(preparations=(FreshHead(), Heal()))
-    with pytest.raises(ValueError, match="below 1 in all"):
+    with pytest.raises(SpecError, match="below 1 in all"):
         Strategy(preparations=(Heal(share=0.6), Distil(share=0.5)))
     with pytest.raises(SpecError, match="leave no step of 1"):
         prepare(ResNet20(), (Heal(),), around(steps=1, train=lambda *_: None))

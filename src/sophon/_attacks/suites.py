@@ -8,7 +8,7 @@ from typing import Any
 
 from sophon._attacks.kinds import idle
 from sophon._attacks.search import search_space
-from sophon._base.errors import SpecError
+from sophon._base.errors import SpecError, shortened
 from sophon._records.statement import statement_of
 from sophon._specs import (
     AuditSpec,
@@ -242,14 +242,18 @@ def strategies_of(spec: AuditSpec) -> tuple[Strategy, ...]:
 def attack_named(name: str) -> Strategy:
     """Return the attack of a suite that reports show under this name.
 
-    Raises SpecError with near matches, listing the attacks there are.
+    Raises SpecError with near matches, or with some of the attacks there are.
     """
     known = {one.label(): one for suite in SUITES.values() for one in suite.strategies}
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise SpecError(f"{name!r} is no attack of a suite; {hint}There are {'; '.join(known)}")
+    wanted = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else (f"name it as reports do, such as {next(iter(known))!r}, or give its table")
+    )
+    raise SpecError(f"{shortened(name)!r} is no attack of a suite; {wanted}")
 
 
 def secondary_of(spec: AuditSpec) -> tuple[Strategy, ...]:

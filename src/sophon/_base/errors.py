@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 # What is said of one fault: two lines of 300 characters.
-_MOST = 600
+_MOST = 540
 
 
 def shortened(value: object, most: int = 80) -> str:

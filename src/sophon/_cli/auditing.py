@@ -140,11 +140,11 @@ def _require_places(
             f"--out = {out} is the folder of the model to audit, which is for publishing: choose"
             f" another, such as {out}-audit"
         )
-    for page in ("report.html", "report.md"):
-        require_replaceable(out / page)
     for folder in dict.fromkeys(folders):
         require_unused(folder, *_OURS)
         require_outside(folder, run_file, settings)
+    for page in ("report.html", "report.md"):
+        require_replaceable(out / page)
 
 
 def _require_consistent(

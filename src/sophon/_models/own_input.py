@@ -63,7 +63,7 @@ def recorded_input(model: nn.Module, file: Path) -> None:
     if not all(isinstance(v, list) and v and all(map(_is_number, v)) for v in found.values()):
         return
     before = getattr(model, "pretrained_cfg", None) or {}
-    model.pretrained_cfg = {**before, **found, "stated": str(file)}  # type: ignore[assignment]
+    model.pretrained_cfg = {**before, **found, "stated": f"its checkpoint's {file.name}"}  # type: ignore[assignment]
 
 
 def _is_number(value: Any) -> bool:

@@ -50,8 +50,9 @@ def domain_text(
     noun = "class" if domain.class_count == 1 else "classes"
     channels, height, width = domain.image_shape
     sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
-    usual = "by default" if own is None else f"the network's: {own.stated}"
-    default = default if own is None else (own.mean, own.std)
+    usual = "by default"
+    if own is not None and (own.mean, own.std) != default:
+        usual, default = f"the network's: {own.stated}", (own.mean, own.std)
     by = "given" if domain.mean else "the original domain's" if original.mean else usual
     mean, std = (
         " ".join(f"{value:.4g}" for value in values)

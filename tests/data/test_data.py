@@ -296,6 +296,8 @@ def test_folder_keeps_the_pixels_and_sorts_the_classes(tmp_path: Path) -> None:
         ("train eval", (18, 2, 6), "eval/ for test"),
         ("train dev test", (20, 6, 6), "test/ for test, dev/ for validation"),
         ("train test valid test_extra", (20, 6, 6), "test_extra/ not read"),
+        ("train test test_hard", (18, 2, 6), "test_hard/ not read"),
+        ("train val seg_test", (20, 6, 6), "seg_test/ for test, val/ for validation"),
         ("train test masks", (18, 2, 6), "masks/ not read"),
         ("train train_more", (14, 2, 4), "train_more/ not read"),
     ],
@@ -384,6 +386,21 @@ def test_folder_follows_links_to_folders_and_ends(tmp_path: Path, labels: str) -
     (tmp_path / "d" / "b" / "again").symlink_to(tmp_path / "d" / "b")
     (tmp_path / "d" / "b" / "above").symlink_to(tmp_path / "d")
     domain = load_domain(spec(source="folder", path="d", labels=labels), base=tmp_path)
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 18
+
+
+def test_links_to_links_lead_to_a_folder_once(tmp_path: Path) -> None:
+    write_images(tmp_path / "d" / "a", 6)
+    write_images(tmp_path / "d" / "b", 6)
+    last = tmp_path / "d" / "b"
+    for level in range(12):
+        folder = tmp_path / f"n{level}"
+        folder.mkdir()
+        for name in ("x", "y"):
+            (folder / name).symlink_to(last)
+        last = folder
+    (tmp_path / "d" / "a" / "all").symlink_to(last)
+    domain = load_domain(spec(source="folder", path="d"), base=tmp_path)
     assert len(domain.train) + len(domain.validation) + len(domain.test) == 18
 
 

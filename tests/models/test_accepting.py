@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import sophon
 from builders import Double, original, quick_spec, restricted, trained_model
 from sophon._base.errors import SpecError, UnsupportedModelError
+from sophon._data.domain import several
 from sophon._models import require_peft
 from sophon._models.networks import SmallConvNet
 
@@ -123,3 +124,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
 def test_wrong_kinds_of_arguments_are_named(call: str) -> None:
     with pytest.raises(SpecError, match=WRONG[call][1]):
         WRONG[call][0]()
+
+
+def test_several_domains_may_come_in_any_collection() -> None:
+    one, other = original(), restricted()
+    for given in ([one, other], (d for d in (one, other)), {1: one, 2: other}.values()):
+        assert several(given) == (one, other)
+    assert several(one) == (one,)
+    assert several("text") == ("text",)

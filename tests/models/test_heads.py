@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import sophon
+from builders import trained_model
 from sophon import _models as models
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.torchvision_patch import library
@@ -143,3 +144,19 @@ def test_a_network_that_normalises_inside_states_what_its_weights_take(name: str
         with torch.no_grad():
             outputs.append(model.eval()((pixels - mean) / std))
     assert torch.allclose(*outputs, atol=1e-4)
+
+
+class _Foreign(nn.Module):
+    """A layer of someone whose method of timm's name asks for more."""
+
+    def get_classifier(self, name: str) -> str:
+        return name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_method_of_the_same_name_is_not_asked() -> None:
+    model = trained_model()
+    model.stage1.add_module("own", _Foreign())  # type: ignore[operator, union-attr]
+    assert models.heads(model, "head") == ("head",)

@@ -16,6 +16,7 @@ import sophon
 from builders import original, quick_spec, restricted
 from sophon import _models as models
 from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._models import building
 from sophon._models.networks import SmallConvNet
 from sophon._training.checkpoints import save_model
 
@@ -112,6 +113,10 @@ SEVERAL = {
         "ema_model",
     ),
     "flat": (lambda r, a: {**under("ema.", a), **r}, "ema"),
+    "contrastive": (
+        lambda r, a: {**under("momentum_encoder.", a), **under("base_encoder.", r)},
+        "momentum_encoder",
+    ),
     "distilled": (lambda r, a: {"teacher": a, "student": r}, "teacher"),
 }
 
@@ -178,6 +183,25 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
     assert other.inner[0].weight is other.out.weight
     assert models.weights_sha256(other) == models.weights_sha256(made.model)
     assert not torch.equal(given.out.weight, made.model.out.weight)  # type: ignore[union-attr]
+
+
+def test_of_two_sets_of_tied_weights_either_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(building.NETWORKS, "tied", lambda *given: Tied())
+    sets = [models.untied(Tied()) for _ in range(2)]
+    torch.save(dict(zip(("model", "model_ema"), sets, strict=True)), tmp_path / "w.pt")
+    for key, held in zip((None, "model_ema"), sets, strict=True):
+        spec = sophon.ModelSpec(name="tied", weights=tmp_path / "w.pt", weights_key=key)
+        found = models.untied(sophon.resolve_model(spec, default_classes=5)[0])
+        assert all(torch.equal(found[name], value) for name, value in held.items())
+
+
+def test_a_file_that_holds_itself_is_read_once(tmp_path: Path) -> None:
+    held: dict[Any, Any] = {}
+    held |= dict.fromkeys(range(200), held)
+    torch.save(held | {"model": state()}, tmp_path / "w.pt")
+    assert same(loaded(tmp_path / "w.pt"), state())
 
 
 def test_untied_networks_are_written_as_before(tmp_path: Path) -> None:

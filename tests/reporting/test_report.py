@@ -43,6 +43,7 @@ from sophon._reporting.audit_tables import overlap_table, trial_table
 from sophon._reporting.comparison import Comparison
 from sophon._reporting.export import Exported, _body
 from sophon._reporting.heat import heat_maps
+from sophon._reporting.rendering import plain
 from sophon._reporting.report import attacks_by_role, report
 from sophon._reporting.tables import best_by_attack, distribution
 from sophon._specs import ModelSpec, RescaleWeights, Strategy
@@ -1203,3 +1204,8 @@ def test_a_sliver_of_the_advantage_is_not_slowed() -> None:
     assert made.advantage.value is not None
     assert 0 < made.advantage.value < 0.05
     assert made.verdict == "not protected"
+
+
+def test_addresses_are_no_links() -> None:
+    shown = plain("see https://evil.example, www.evil.example or a@b.example: yes")
+    assert shown == "see https\\://evil.example, www\\.evil.example or a\\@b.example: yes"

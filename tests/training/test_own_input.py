@@ -12,7 +12,9 @@ from torch import nn
 
 import sophon
 from builders import original, quick_spec, restricted, scratch_model, trained_model
+from sophon._base.errors import CheckpointError
 from sophon._models import own_input
+from sophon._models.own_input import recorded_input
 from sophon._reporting.export import export
 from sophon._training.resumable import run_identity
 from sophon._training.setting import Setting, make_setting
@@ -91,6 +93,33 @@ def test_networks_of_nobody_elses_are_normalised_as_before() -> None:
     assert "normalisation" not in run_identity(
         quick_spec(), built("timm:resnet10t"), setting(built("timm:resnet10t")), engine=1
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mean": [0.5], "std": [0.0]},
+        {"mean": [0.5], "std": [float("nan")]},
+        {"mean": [128.0], "std": [0.5]},
+        {"mean": [True], "std": [0.5]},
+        {"mean": [], "std": [0.5]},
+        {"mean": "0.5", "std": [0.5]},
+    ],
+)
+def test_an_input_that_cannot_be_names_the_file(given: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps({"protection": {"input": given}}))
+    with pytest.raises(CheckpointError, match=r"model\.json: input\.(mean|std) = .*restore"):
+        recorded_input(trained_model(), file)
+
+
+@pytest.mark.parametrize("about", [{}, {"protection": "x"}, {"protection": {"input": "x"}}])
+def test_a_checkpoint_may_state_no_input(about: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps(about))
+    model = trained_model()
+    recorded_input(model, file)
+    assert own_input(model) is None
 
 
 def test_a_checkpoint_states_what_it_was_trained_on_and_its_classes(

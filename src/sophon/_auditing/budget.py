@@ -87,7 +87,7 @@ def fit(
     least = cost(chosen)
     seeds = len(chosen.seeds or ())
     without = " without the search," if spec.search_trials else ""
-    smaller = "" if suite_of(spec).prefilter is None else ", or take suite = 'quick-1'"
+    smaller = "" if suite_of(spec).prefilter is None else ", or take suite = 'quick-2'"
     raise AuditError(
         f"a budget of {_duration(seconds)} is too short: even{without} on {seeds} attack"
         f" seed{'' if seeds == 1 else 's'} of {chosen.steps} steps this audit takes about"

@@ -26,7 +26,7 @@ def temporary_beside(path: Path) -> Path:
     Two containers that share a folder may have equal process numbers, so a part of it is random.
     """
     # A name has at most 255 bytes; the whole of a long one would leave no room.
-    name = os.fsdecode(os.fsencode(path.name)[:100])
+    name = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 

@@ -126,7 +126,7 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
 
     @functools.wraps(command)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        LOG.disabled = bool(kwargs.get("quiet"))
+        LOG.disabled = bool(kwargs.get("quiet") or kwargs.get("as_json"))
         try:
             with _ended_like_interrupted():
                 command(*args, **kwargs)

@@ -240,7 +240,7 @@ def run_audit(
     audit = _opened(case, path, mode, unprotected=unprotected, note=note, store=store, **arguments)
     if out is not None:
         _require_same_audit(out, audit)
-    say_read(case, mode)
+    say_read(case, mode, audit.setting.own)
     todo = audit.missing()
     _show_forecast(audit, todo, mode)
     with Display(mode, noun="trial", total=len(audit), todo=todo) as display:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -165,12 +166,13 @@ def evaluate(
         raise SpecError(f"--split = {split!r}: use validation or test")
     from sophon._cli.run_file import load, load_subject
     from sophon._judgement.statistics import interval_of
+    from sophon._models import own_input
     from sophon._records.metrics import kind_of
     from sophon._training.evaluate import evaluate as measure
 
     case = load(run_file, settings, threads)
-    setting = case.setting()
     subject = case.model if model is None else load_subject(case, model)[0]
+    setting = replace(case.setting(), own=own_input(subject))
     images = case.original.test if split == "test" else case.original.validation
     score = measure(setting.place(subject), setting, case.original, images)
     interval = interval_of(score)

@@ -20,6 +20,7 @@ from sophon._data.loading import expanded
 from sophon._models import (
     DIFFUSERS,
     DenoiserSource,
+    OwnInput,
     architecture,
     checkpoint_gradients,
     denoiser_name,
@@ -61,15 +62,17 @@ class Case:
         name = self.network.name
         return DIFFUSERS + Path(name).name if name.startswith(DIFFUSERS) else name
 
-    def read(self) -> list[str]:
-        """Return a line a domain: its role and what was read of it."""
+    def read(self, own: OwnInput | None = None) -> list[str]:
+        """Return a line a domain: its role and what was read of it; `own` is what another model
+        than the run file's says of its input.
+        """
         several = {
             "original": (self.original,),
             "restricted": self.restricted,
             "held-out": self.held_out,
             "benign": self.benign,
         }
-        default, own = self.task.normalisation, own_input(self.model)
+        default, own = self.task.normalisation, own or own_input(self.model)
         return [
             f"{role} {domain_text(domain, self.original, default, own)}"
             for role, domains in several.items()

@@ -15,6 +15,7 @@ from sophon._cli.application import say_json, stopping
 if TYPE_CHECKING:
     from sophon._cli.progress import Mode
     from sophon._cli.run_file import Case
+    from sophon._models import OwnInput
     from sophon._protection.profile import Profiled
     from sophon._protection.protection import Protected, Protection
     from sophon._reporting.comparison import Comparison
@@ -97,9 +98,9 @@ def run_protection(
     return run.result()
 
 
-def say_read(case: Case, mode: Mode) -> None:
-    """Say, before any work, what was read of each domain."""
-    for line in case.read():
+def say_read(case: Case, mode: Mode, own: OwnInput | None = None) -> None:
+    """Say, before any work, what was read of each domain; `own` as in `Case.read`."""
+    for line in case.read(own):
         remark(mode, line)
 
 

@@ -164,7 +164,8 @@ class Domain:
 
 def several(given: Any) -> tuple[Any, ...]:
     """Return what was given as one domain or a sequence of them as a tuple, whatever is in it."""
-    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    alone = isinstance(given, str | Mapping) or not isinstance(given, Iterable)
+    return (given,) if alone else tuple(given)
 
 
 def resolve_normalisation(

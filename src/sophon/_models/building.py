@@ -33,6 +33,7 @@ from sophon._models.weights import (
     read_tensors,
     require_finite,
     require_usual,
+    untied,
 )
 from sophon._specs import ModelSpec, parse_spec
 
@@ -80,7 +81,7 @@ def resolve_model(
         with seeded(0, "weights", spec.name.rpartition("/")[2]):
             model = plan.build(classes) if plan.load is None else plan.load()
     else:
-        content, expected = read_content(file), plan.build(classes).state_dict()
+        content, expected = read_content(file), untied(plan.build(classes))
         tensors = chosen(content, expected, source=str(file), key=spec.weights_key)
         if tensors is None:
             tensors = named_tensors(content, file)

@@ -54,7 +54,8 @@ def heads(model: nn.Module, head: str) -> tuple[str, ...]:
     layer = model.get_submodule(head)
     for part in model.modules():
         classifier = getattr(part, "get_classifier", None)
-        given = classifier() if callable(classifier) else None
+        known = type(part).__module__.startswith("timm.")
+        given = classifier() if known and callable(classifier) else None
         if isinstance(given, tuple | list) and any(one is layer for one in given):
             others = [name for name, one in model.named_modules() if any(one is g for g in given)]
             return (head, *(name for name in others if name != head))

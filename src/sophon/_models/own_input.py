@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sophon._base.errors import CheckpointError, brief
 from sophon._base.files import read_json
 
 
@@ -57,14 +58,21 @@ def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:
 def recorded_input(model: nn.Module, file: Path) -> None:
     """Let `model` state what `file`, the `model.json` of its checkpoint, says that it takes."""
     held = read_json(file)
-    about: dict[str, Any] = held.get("protection") or held.get("pretraining") or {}
-    given = about.get("input") or {}
-    found = {key: given.get(key) for key in ("mean", "std")}
-    if not all(isinstance(v, list) and v and all(map(_is_number, v)) for v in found.values()):
+    about = held.get("protection") or held.get("pretraining")
+    given = about.get("input") if isinstance(about, dict) else None
+    if not isinstance(given, dict) or "mean" not in given:
         return
+    found: dict[str, Any] = {key: given.get(key) for key in ("mean", "std")}
+    for key, value in found.items():
+        usual = isinstance(value, list) and 1 <= len(value) <= 4 and all(map(_is_usual, value))
+        if not usual or (key == "std" and min(value) <= 0):
+            raise CheckpointError(
+                f"{file}: input.{key} = {brief(value)} is not of pixels from 0 to 1, a number a"
+                " channel: restore the file"
+            )
     before = getattr(model, "pretrained_cfg", None) or {}
     model.pretrained_cfg = {**before, **found, "stated": f"its checkpoint's {file.name}"}  # type: ignore[assignment]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _is_usual(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1

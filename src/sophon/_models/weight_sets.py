@@ -14,7 +14,7 @@ from sophon._base.remarks import remark
 # What torch.compile, FSDP and activation checkpointing put into names, at any depth.
 _MARKS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # How copies that were averaged while training are named.
-_AVERAGED = ("ema", "swa", "avg", "averag", "shadow", "teacher", "polyak")
+_AVERAGED = ("ema", "swa", "avg", "averag", "shadow", "teacher", "polyak", "momentum")
 # Under which keys a torch file nests the weights, most usual first.
 NESTS = ("state_dict", "model_state_dict", "model")
 # Heads that inception and googlenet have while they are trained.
@@ -90,16 +90,18 @@ def _rank(path: str) -> int:
 
 
 def _dictionaries(
-    content: Any, path: str = "", depth: int = 0
+    content: Any, path: str = "", depth: int = 0, met: set[int] | None = None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the dictionaries with tensors in `content`, each with the path of keys to it."""
-    if not isinstance(content, Mapping) or depth > _DEEPEST:
+    """Yield the dictionaries with tensors in `content`, each once with a path of keys to it."""
+    met = set() if met is None else met
+    if not isinstance(content, Mapping) or depth > _DEEPEST or id(content) in met:
         return
+    met.add(id(content))
     held = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if held:
         yield path, held
     for key, value in content.items():
-        yield from _dictionaries(value, f"{path}.{key}" if path else str(key), depth + 1)
+        yield from _dictionaries(value, f"{path}.{key}" if path else str(key), depth + 1, met)
 
 
 def _sets(path: str, held: dict[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[_Set]:

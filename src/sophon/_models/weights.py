@@ -77,7 +77,7 @@ def read_content(path: Path) -> Any:
 
 def require_safe_torch(path: Path) -> None:
     """Raise CheckpointError where torch may run code that a torch file holds."""
-    if torch.__version__ < "2.6":
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise CheckpointError(
             f"{path} is refused: torch {torch.__version__} may run code in such a file"
             " (CVE-2025-32434): install torch 2.6 or newer, or give a safetensors file"

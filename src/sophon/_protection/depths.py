@@ -44,9 +44,7 @@ class Place:
 
         part = model.get_submodule(self.module)
         if self.before:
-            return part.register_forward_pre_hook(
-                lambda _, given: keep(given[0] if given else None)
-            )
+            return part.register_forward_pre_hook(lambda _, given: keep(_first_of(given)))
         return part.register_forward_hook(lambda _, given, output: keep(output))
 
 
@@ -81,7 +79,7 @@ def find_depths(
     }
     if not places:
         raise UnsupportedModelError(
-            f"erasure: {type(model).__name__} has no blocks before its head {head!r} to read from:"
+            f"readers: {type(model).__name__} has no blocks before its head {head!r} to read from:"
             " use method = 'sophon', or a network of several modules"
         )
     unknown = [name for name in wanted or () if name not in places]

@@ -46,7 +46,7 @@ def completed(spec: ProtectSpec, setting: Setting, model: nn.Module) -> ProtectS
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
     if erases and spec.hinder is None:
         _require_images(setting)
-    usual = _erasure(setting, model, spec.original_batch_size) if erases else _sophon()
+    usual = _erasure(setting, model, spec) if erases else _sophon()
     return _filled(spec, usual, metric)
 
 
@@ -92,7 +92,7 @@ def _sophon() -> dict[str, Any]:
     }
 
 
-def _erasure(setting: Setting, model: nn.Module, size: int | None) -> dict[str, Any]:
+def _erasure(setting: Setting, model: nn.Module, spec: ProtectSpec) -> dict[str, Any]:
     # A small domain is read in smaller batches, of an even number of images, one of many classes
     # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
@@ -115,9 +115,9 @@ def _erasure(setting: Setting, model: nn.Module, size: int | None) -> dict[str, 
         readers=ReadersSpec(),
         distribution=distribution,
     )
-    size = size or min(_ORIGINAL_BATCH, _count(setting.original))
-    # Readers of original labels need batches of two images a class.
-    read = size >= images_needed(setting.original.class_count)
+    size = spec.original_batch_size or min(_ORIGINAL_BATCH, _count(setting.original))
+    # Against erasure; its readers need batches of two images a class.
+    read = spec.hinder is None and size >= images_needed(setting.original.class_count)
     return {
         "rounds": max(_LEAST, min(_MOST, rounds)),
         "keep": (TaskLossSpec(), DistilSpec(), *([RetentionSpec()] if read else [])),

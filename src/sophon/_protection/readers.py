@@ -260,7 +260,7 @@ class Readers:
             for read in pooled_to(outputs[name], spec.views, last=self.depths[name].last):
                 if not bool(read.isfinite().all()):
                     raise NonFiniteError(
-                        f"what leaves block {name!r} is not finite:"
+                        f"the features at {name!r} are not finite:"
                         " lower the rate of protect.update, or set protect.precision = 'fp32'"
                     )
                 held.append(read_kernels(standardised(read, spec.clip), spec.kinds))

@@ -19,8 +19,12 @@ from sophon._records.metrics import NONE, kind_of, shown
 
 _SHORT = 26
 # What Markdown would take for emphasis, code, a link, an image, the end of a cell or, at first, for
-# a heading or a list; underscores within a word are none.
-_MARKS = re.compile(r"[\\`*|~]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#+=-](?=[#+=-]*(\s|$))")
+# a heading or a list, and pages that show addresses as links for one; underscores within a word are
+# none.
+_MARKS = re.compile(
+    r"[\\`*|~@]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#+=-](?=[#+=-]*(\s|$))"
+    r"|(?<=[A-Za-z]):(?=//)|(?<=\bwww)\."
+)
 # How reports and comparisons begin.
 _WRITTEN_HERE = re.compile(
     rb"\A# (Fine-tuning audit of |Comparison of fine-tuning audits)"

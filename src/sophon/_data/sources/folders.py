@@ -18,11 +18,9 @@ from sophon._data.sources.decoded import read_pictures
 from sophon._data.splits import Contents, Part
 
 _TRAINING = ("train", "training", "trainval")
-# The first of them that is there is for testing, the second for validation.
-_HELD = (
-    *("test", "testing", "eval", "evaluation"),
-    *("val", "valid", "validation", "dev", "development"),
-)
+_TESTS = ("test", "testing", "eval", "evaluation")
+# Validation alone is for testing.
+_HELD = (*_TESTS, "val", "valid", "validation", "dev", "development")
 _LINK = "links that lead nowhere"
 
 
@@ -105,7 +103,12 @@ def _layout(path: Path, *, nested: bool) -> _Layout:
     if train is None or not (held or _precedence(train)[0] == 0):
         alike = f"{_names(named)} look like splits and are taken for classes"
         return _Layout(path, remarks=(alike,) if nested and len(named) > 1 else ())
-    used = [one for one in map(_inner, held) if not nested or _sorted_into_classes(one)][:2]
+    # One folder for testing and one for validation; of several of a kind the plainest.
+    kinds: dict[bool, Path] = {}
+    for one in map(_inner, held):
+        if not nested or _sorted_into_classes(one):
+            kinds.setdefault(_split_of(one) not in _TESTS, one)
+    used = [kinds[kind] for kind in sorted(kinds)]
     roles = [(train, "training"), *zip(used, ("test", "validation"), strict=False)]
     remarks = [", ".join(f"{one.relative_to(path)}/ for {role}" for one, role in roles)]
     tops = {train, *(path / one.relative_to(path).parts[0] for one in used)}
@@ -204,15 +207,24 @@ def sorted_out(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 def files_below(folder: Path) -> list[Path]:
     """Return the files below a folder, hidden ones left out, sorted; links to folders are followed,
-    but for those that lead back to a folder above.
+    but for those that lead back to a folder above, or again to one that was met before.
     """
     found: list[Path] = []
+    walked: set[str] = set()
     real = Path(os.path.realpath(folder))
     above = {str(folder): {str(real), *map(str, real.parents)}}
     for place, folders, names in os.walk(folder, followlinks=True):
         known = above.pop(place)
         reached = {name: os.path.realpath(Path(place, name)) for name in folders}
-        folders[:] = [n for n in folders if _visible(n) and reached[n] not in known]
+        folders[:] = [
+            n
+            for n in folders
+            if _visible(n)
+            and reached[n] not in known
+            # Links to links would lead to one folder on ever more ways.
+            and not (os.path.islink(Path(place, n)) and reached[n] in walked)
+        ]
+        walked |= {reached[n] for n in folders}
         above |= {os.path.join(place, n): known | {reached[n]} for n in folders}
         found += [Path(place, name) for name in names if _visible(name)]
     return sorted(found)

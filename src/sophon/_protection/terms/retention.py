@@ -47,10 +47,11 @@ class RetentionTerm(Keep[RetentionSpec]):
 
     @classmethod
     def check(cls, spec: RetentionSpec, model: nn.Module, around: Surroundings) -> None:
-        """Raise unless the model is whole and has the depths."""
+        """Raise unless the model is whole."""
         if around.ranks.sharded:
             raise UnsupportedModelError(
-                "--shard: a term of kind 'retention' reads whole networks: leave --shard or it out"
+                "--shard: a term of kind 'retention' reads whole networks: leave --shard out, or"
+                " use method = 'sophon'"
             )
 
     @classmethod

@@ -216,15 +216,14 @@ def files_below(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder, followlinks=True):
         known = above.pop(place)
         reached = {name: os.path.realpath(Path(place, name)) for name in folders}
-        folders[:] = [
-            n
-            for n in folders
-            if _visible(n)
-            and reached[n] not in known
+        wanted = []
+        for name in folders:
             # Links to links would lead to one folder on ever more ways.
-            and not (os.path.islink(Path(place, n)) and reached[n] in walked)
-        ]
-        walked |= {reached[n] for n in folders}
+            again = os.path.islink(Path(place, name)) and reached[name] in walked
+            if _visible(name) and reached[name] not in known and not again:
+                wanted.append(name)
+                walked.add(reached[name])
+        folders[:] = wanted
         above |= {os.path.join(place, n): known | {reached[n]} for n in folders}
         found += [Path(place, name) for name in names if _visible(name)]
     return sorted(found)

@@ -410,7 +410,8 @@ def test_what_was_read_is_in_the_record_and_in_the_reports(finished: Path, tmp_p
         assert f"{role} {domain['read']}" in said
         assert "by default" in domain["read"]
         assert all(
-            domain["read"] in (finished / "a" / f"report.{form}").read_text()
+            domain["read"].removeprefix(f"{domain['name']}: ")
+            in (finished / "a" / f"report.{form}").read_text()
             for form in ("md", "html")
         )
     model = finished / "p" / "model.safetensors"

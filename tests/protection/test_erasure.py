@@ -234,7 +234,7 @@ def test_features_that_are_not_finite_name_the_depth() -> None:
     model, term = trained_model(), _term()
     with torch.no_grad():
         model.stage2[0].weight.fill_(torch.inf)
-    with pytest.raises(NonFiniteError, match=r"block 'stage2\.0'.*lower the rate of protect"):
+    with pytest.raises(NonFiniteError, match=r"features at 'stage2\.0'.*lower the rate of protect"):
         term.contribute(model)
 
 

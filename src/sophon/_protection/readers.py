@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sophon._base.errors import NonFiniteError, SpecError
+from sophon._base.errors import NonFiniteError, SpecError, UnsupportedModelError
 from sophon._base.seeding import generator, seeded
 from sophon._data import Domain
 from sophon._models import Bare, batch_statistics, reinitialise
@@ -82,6 +82,15 @@ class Found:
 def images_needed(classes: int) -> int:
     """Return how many images a batch needs: two a class, of as many classes as one can hold."""
     return 2 * min(classes, _MOST_CLASSES)
+
+
+def check_whole(around: Surroundings, kind: str) -> None:
+    """Raise UnsupportedModelError, naming the term's kind, for a network in shards."""
+    if around.ranks.sharded:
+        raise UnsupportedModelError(
+            f"--shard: a term of kind {kind!r} reads whole networks: leave --shard out, or use"
+            " method = 'sophon'"
+        )
 
 
 def check_images(around: Surroundings, images: int, what: str) -> None:

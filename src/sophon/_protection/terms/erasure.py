@@ -8,14 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._base.errors import CheckpointError
 from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
 from sophon._data import check_batch_fits
 from sophon._models import heads
 from sophon._protection.attackers import domain_of
 from sophon._protection.losses import kl_from_uniform
-from sophon._protection.readers import Readers, ReadersSpec, check_images
+from sophon._protection.readers import Readers, ReadersSpec, check_images, check_whole
 from sophon._protection.term import Contribution, Hindrance, State, Surroundings, TermSpec
 from sophon._specs.base import Augmentation, NonNegative
 
@@ -72,11 +72,7 @@ class ErasureTerm(Hindrance[ErasureSpec]):
     @classmethod
     def check(cls, spec: ErasureSpec, model: nn.Module, around: Surroundings) -> None:
         """Raise unless every domain has images and classes enough for the readers."""
-        if around.ranks.sharded:
-            raise UnsupportedModelError(
-                "--shard: a term of kind 'erasure' reads whole networks: leave --shard out, or use"
-                " method = 'sophon'"
-            )
+        check_whole(around, spec.kind)
         for domain in around.setting.restricted:
             what = "protect.hinder: erasure needs batch_size"
             check_batch_fits(domain, spec.batch_size, what)

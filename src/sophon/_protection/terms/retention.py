@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sophon._base.errors import UnsupportedModelError
-from sophon._protection.readers import Readers, ReadersSpec, images_needed
+from sophon._protection.readers import Readers, ReadersSpec, check_whole, images_needed
 from sophon._protection.term import Keep, Surroundings, TermSpec
 from sophon._specs.base import Rate
 
@@ -48,11 +47,7 @@ class RetentionTerm(Keep[RetentionSpec]):
     @classmethod
     def check(cls, spec: RetentionSpec, model: nn.Module, around: Surroundings) -> None:
         """Raise unless the model is whole."""
-        if around.ranks.sharded:
-            raise UnsupportedModelError(
-                "--shard: a term of kind 'retention' reads whole networks: leave --shard out, or"
-                " use method = 'sophon'"
-            )
+        check_whole(around, spec.kind)
 
     @classmethod
     def least_batch(cls, around: Surroundings) -> int:

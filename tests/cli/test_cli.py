@@ -24,6 +24,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from sophon._auditing import controls as _controls
+from sophon._base.remarks import remark
 from sophon._cli import app
 from sophon._cli.application import guarded
 from sophon._cli.controls import _why_missed
@@ -670,6 +671,31 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
         err = refused(tmp_path, *words)
         assert "0 MiB free" in err
         assert "make room" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "make room"), (errno.EACCES, "permission"), (errno.EIO, "damaged")],
+)
+def test_what_a_system_refuses_has_the_remedy_that_fits(
+    number: int, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing() -> None:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    with pytest.raises(typer.Exit):
+        guarded(failing)()
+    err = capsys.readouterr().err
+    assert "some/file" in err
+    assert remedy in err
+
+
+def test_a_quiet_command_silences_no_later_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sophon("report", tmp_path, "--quiet")[0] != 0
+    remark("still heard")
+    assert caplog.messages == ["still heard"]
 
 
 def test_a_folder_of_another_run_is_not_touched(run_file: Path, tmp_path: Path) -> None:

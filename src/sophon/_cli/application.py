@@ -121,14 +121,23 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+@contextmanager
+def _unremarked(quiet: bool) -> Iterator[None]:
+    before, LOG.disabled = LOG.disabled, quiet or LOG.disabled
+    try:
+        yield
+    finally:
+        LOG.disabled = before
+
+
 def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Turn what a user can act on into a line on stderr and an exit code."""
 
     @functools.wraps(command)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        LOG.disabled = bool(kwargs.get("quiet") or kwargs.get("as_json"))
+        quiet = bool(kwargs.get("quiet") or kwargs.get("as_json"))
         try:
-            with _ended_like_interrupted():
+            with _ended_like_interrupted(), _unremarked(quiet):
                 command(*args, **kwargs)
         except SophonError as error:
             if error.told:
@@ -170,11 +179,23 @@ def _resources_wanting(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.errno == errno.EPIPE:
         return None
     where = "" if error.filename is None else f"{error.filename}: "
-    remedy = "make room or choose another place, then repeat the command"
-    return f"{where}{error.strerror or error}: {remedy}"
+    remedy = _REMEDIES.get(error.errno or 0, "check the path or choose another place")
+    return f"{where}{error.strerror or error}: {remedy}, then repeat the command"
 
 
 # What torch, CUDA, its libraries and the system say.
+_ROOM = "make room or choose another place"
+_RIGHTS = "get the permission or choose another place"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: "choose a place that can be written to",
+    errno.EIO: "the disk or the file is damaged, take another copy",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 _NO_MEMORY = ("out of memory", "allocate memory", "enough memory", "alloc_failed")
 
 

@@ -146,10 +146,10 @@ def test_help_has_examples_and_loads_nothing_heavy(command: str) -> None:
 
 def test_help_documents_the_exit_codes() -> None:
     out = sophon("--help")[1]
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
     for code in ("0", "1", "2", "3", "4", "130"):
         assert f"\n    {code} " in out
-        assert f"| {code} |" in readme
+        assert f"| {code} |" in page
 
 
 def test_no_arguments_print_help_and_version_the_version() -> None:

@@ -194,6 +194,9 @@ def test_modules_and_functions_are_short_and_names_plain(path: Path) -> None:
     assert sum(part.startswith("_") and not part.startswith("__") for part in inside) <= 1
 
 
+READ_FIRST = ("index", "my-model", "protect", "loading", "data", "python", "diffusion", "suites")
+
+
 def test_the_readme_shows_the_two_commands() -> None:
     lines = [line.strip().lstrip("$ ") for line in (ROOT / "README.md").read_text().splitlines()]
     for command in ("make demo", "make test"):
@@ -204,12 +207,26 @@ def test_the_readme_run_file_is_valid() -> None:
     from sophon._cli.run_spec import RunSpec
     from sophon._specs import parse_spec
 
-    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    specs = [parse_spec(RunSpec, tomllib.loads(block), where="README.md") for block in blocks]
-    assert [spec.original.source for spec in specs] == ["folder", "npz"]
+    for page, source in (("README.md", "folder"), ("docs/diffusion.md", "npz")):
+        (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        spec = parse_spec(RunSpec, tomllib.loads(block), where=page)
+        assert spec.original.source == source
 
 
-def test_the_readme_names_every_exit_code() -> None:
+def test_the_readme_fits_three_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in READ_FIRST)])
+def test_sentences_are_short(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    prose = " ".join(line for line in text.splitlines() if not line.startswith(("|", "#", "!")))
+    sentences = [s.split() for s in re.split(r"(?<=[.:?;])\s", prose) if len(s.split()) > 2]
+    assert sum(map(len, sentences)) / len(sentences) <= 25
+
+
+def test_every_exit_code_is_explained() -> None:
     from sophon._base import errors as _errors
 
     codes = {
@@ -217,7 +234,7 @@ def test_the_readme_names_every_exit_code() -> None:
         for value in vars(_errors).values()
         if isinstance(value, type) and issubclass(value, _errors.SophonError)
     }
-    table = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/cli.md").read_text(), re.MULTILINE)
     assert codes <= {int(code) for code in table}
 
 

@@ -17,7 +17,7 @@ _MODULES = {
     "_data": "Domain load_domain share_prompts",
     "_models": "resolve_model",
     "_protection.protection": "Protected Protection protect",
-    "_protection.readers": "ReadersSpec",
+    "_protection.readers": "ReadersSpec ReadingSpec",
     "_protection.sampling": "StrategyDistribution",
     "_protection.spec": "Alternate Joint ProtectSpec",
     "_protection.terms.distil": "DistilSpec",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from sophon._data import Domain, load_domain, share_prompts
     from sophon._models import resolve_model
     from sophon._protection.protection import Protected, Protection, protect
-    from sophon._protection.readers import ReadersSpec
+    from sophon._protection.readers import ReadersSpec, ReadingSpec
     from sophon._protection.sampling import StrategyDistribution
     from sophon._protection.spec import Alternate, Joint, ProtectSpec
     from sophon._protection.terms.distil import DistilSpec
@@ -115,6 +115,7 @@ __all__ = [
     "Protected",
     "Protection",
     "ReadersSpec",
+    "ReadingSpec",
     "Rehearsal",
     "RescaleWeights",
     "ResetLastBlocks",

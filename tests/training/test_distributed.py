@@ -28,7 +28,7 @@ from sophon._models.networks import SmallConvNet
 from sophon._protection.spec import ProtectSpec
 from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._records.round import Round
-from sophon._specs import DomainSpec, Strategy
+from sophon._specs import DomainSpec, Strategy, parse_spec
 from sophon._tasks import Classification
 from sophon._training.ranks import Ranks, process_group, take_card
 from sophon._training.sharding import splits
@@ -93,6 +93,41 @@ def test_two_processes_give_what_one_gives(case: str, pair: Pair) -> None:
     for ours, theirs in zip(first[1], rounds, strict=True):
         assert _facts(ours) == _facts(theirs)
     assert rounds[-1].guard == first[1][-1].guard == "met"
+
+
+def test_erasure_and_retention_are_alike_in_two_processes(pair: Pair) -> None:
+    readers = {"views": [2], "depths": ["layers.0", "layers.1"]}
+    given = parse_spec(
+        ProtectSpec,
+        {
+            "rounds": 4,
+            "guard": {"mode": "price", "every": 2, "tolerance_points": 100.0},
+            "original_batch_size": 16,
+            "precision": "fp32",
+            "keep": [{"kind": "distil"}, {"kind": "retention", "readers": readers}],
+            "hinder": [
+                {"kind": "erasure", "batch_size": 24, "readers": {**readers, "networks": 1}},
+                {
+                    "kind": "rehearsal",
+                    "strategies": 2,
+                    "steps": 1,
+                    "horizon": 7,
+                    "pool": 2,
+                    "query_batch_size": 24,
+                    "readers": {**readers, "networks": 1},
+                },
+            ],
+        },
+        where="the test",
+    )
+    first, second = pair.both(pairs.finished, given, "layer")
+    assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
+    weights, rounds = pairs.finished(given, "layer")
+    _require_equal(first[0], weights, within=1e-5)
+    for ours, theirs in zip(first[1], rounds, strict=True):
+        assert _facts(ours) == _facts(theirs)
+        assert ours.readings == pytest.approx(theirs.readings, abs=1e-4)
+    assert rounds[-1].price == first[1][-1].price
 
 
 @pytest.mark.parametrize(

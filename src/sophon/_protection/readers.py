@@ -37,7 +37,7 @@ _BATCHES = 4
 _MOST_CLASSES = 128
 
 
-class ReadersSpec(Spec):
+class ReadingSpec(Spec):
     """Which readers look where.
 
     `depths` names the blocks whose outputs are read, or the head, whose input is (all, unless
@@ -45,7 +45,7 @@ class ReadersSpec(Spec):
     to `views`, so many positions a side. Features are standardised and cut at `clip` deviations:
     else a few outlying ones fool a reader that an attacker's optimizer sees through. The ridge is
     drawn log-uniformly from `penalty`, relative to the mean squared feature and the number of
-    images. Floors are means over `networks` fresh networks.
+    images.
     """
 
     kinds: Annotated[tuple[ReaderKind, ...], Field(strict=False, min_length=1)] = (
@@ -58,7 +58,6 @@ class ReadersSpec(Spec):
     ] = (2, 4)
     clip: Rate = 3.0
     penalty: Annotated[tuple[Rate, Rate], Field(strict=False)] = (3e-4, 3e-2)
-    networks: Annotated[int, Field(ge=1, le=100)] = 4
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -66,6 +65,12 @@ class ReadersSpec(Spec):
         if low > high:
             raise ValueError(f"penalty starts at {low:g} above its end {high:g}")
         return self
+
+
+class ReadersSpec(ReadingSpec):
+    """Readers that go no lower than a floor, the mean over `networks` fresh networks."""
+
+    networks: Annotated[int, Field(ge=1, le=100)] = 4
 
 
 @dataclass(frozen=True)
@@ -225,37 +230,19 @@ def explained(kernels: Tensor, labels: Tensor, classes: int, penalties: Tensor) 
     return torch.where(total > _LEAST, 1 - missed / total.clamp_min(_LEAST), 0 * missed)
 
 
-class Readers:
-    """The readers of one run: where they look, what they find, and what fresh networks show them.
+class Reading:
+    """What one run reads of a network's features at its depths.
 
-    `images` of a batch are read, half of them support; those of tables are augmented as the term's.
     Raises UnsupportedModelError for a network without blocks, SpecError for depths that it has not.
     """
 
-    def __init__(
-        self,
-        spec: ReadersSpec,
-        around: Surroundings,
-        images: int,
-        augmentation: Augmentation = "none",
-    ) -> None:
+    spec: ReadingSpec
+
+    def __init__(self, spec: ReadingSpec, around: Surroundings) -> None:
         self.spec = spec
         self.around = around
-        self.images = images
-        self.augmentation = augmentation
         shape = around.setting.shape(around.setting.restricted[0])
         self.depths = find_depths(around.given, around.setting.head, shape, spec.depths)
-
-    @cached_property
-    def floors(self) -> dict[str, list[Tensor]]:
-        """Each depth's R2s on fresh networks, one a reader, by restricted domain."""
-        # Several terms read alike, and need not ask the fresh networks twice.
-        shared, alike = self.around.shared, ("floors", self.spec, self.images, self.augmentation)
-        if alike not in shared:
-            domains = self.around.setting.restricted
-            shared[alike] = {domain.name: self._floor(domain) for domain in domains}
-        held: dict[str, list[Tensor]] = shared[alike]
-        return held
 
     def scores(
         self, outputs: dict[str, Tensor], labels: Tensor, classes: int, stream: torch.Generator
@@ -279,6 +266,57 @@ class Readers:
         penalties = torch.exp(low + shares * (high - low))
         found = explained(kernels, labels, classes, penalties)
         return list(found.split(len(spec.views) * len(spec.kinds)))
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Hold `model` in train mode with statistics of the batch and give what leaves its blocks.
+
+        Its BatchNorm's running statistics, and its mode, are afterwards what they were.
+        """
+        with self.listening(model) as outputs, batch_statistics(model):
+            yield outputs
+
+    @contextmanager
+    def listening(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Give what leaves the blocks of `model`, which runs as it does."""
+        outputs: dict[str, Tensor] = {}
+        handles = [place.watch(model, outputs, name) for name, place in self.depths.items()]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Readers(Reading):
+    """Readers of restricted labels, with what fresh networks show them.
+
+    `images` of a batch are read, half of them support; those of tables are augmented as the term's.
+    """
+
+    spec: ReadersSpec
+
+    def __init__(
+        self,
+        spec: ReadersSpec,
+        around: Surroundings,
+        images: int,
+        augmentation: Augmentation = "none",
+    ) -> None:
+        super().__init__(spec, around)
+        self.images = images
+        self.augmentation = augmentation
+
+    @cached_property
+    def floors(self) -> dict[str, list[Tensor]]:
+        """Each depth's R2s on fresh networks, one a reader, by restricted domain."""
+        # Several terms read alike, and need not ask the fresh networks twice.
+        shared, alike = self.around.shared, ("floors", self.spec, self.images, self.augmentation)
+        if alike not in shared:
+            domains = self.around.setting.restricted
+            shared[alike] = {domain.name: self._floor(domain) for domain in domains}
+        held: dict[str, list[Tensor]] = shared[alike]
+        return held
 
     def erasure(
         self, outputs: dict[str, Tensor], labels: Tensor, domain: Domain, stream: torch.Generator
@@ -316,26 +354,6 @@ class Readers:
             stream = generator(seed, *names)
             rows.append(self.scores(outputs, labels, domain.class_count, stream))
         return [torch.stack(column).mean(0) for column in zip(*rows, strict=True)]
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Hold `model` in train mode with statistics of the batch and give what leaves its blocks.
-
-        Its BatchNorm's running statistics, and its mode, are afterwards what they were.
-        """
-        with self.listening(model) as outputs, batch_statistics(model):
-            yield outputs
-
-    @contextmanager
-    def listening(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Give what leaves the blocks of `model`, which runs as it does."""
-        outputs: dict[str, Tensor] = {}
-        handles = [place.watch(model, outputs, name) for name, place in self.depths.items()]
-        try:
-            yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _floor(self, domain: Domain) -> list[Tensor]:
         tables = []

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sophon._protection.readers import Readers, ReadersSpec, check_whole, images_needed
+from sophon._protection.readers import Reading, ReadingSpec, check_whole, images_needed
 from sophon._protection.term import Keep, Surroundings, TermSpec
 from sophon._specs.base import Rate
 
@@ -24,7 +24,7 @@ class RetentionSpec(TermSpec):
 
     kind: Literal["retention"] = "retention"
     weight: Rate = 3.0
-    readers: ReadersSpec = ReadersSpec()
+    readers: ReadingSpec = ReadingSpec()
 
 
 class RetentionTerm(Keep[RetentionSpec]):
@@ -40,8 +40,7 @@ class RetentionTerm(Keep[RetentionSpec]):
 
     def __init__(self, spec: RetentionSpec, around: Surroundings) -> None:
         super().__init__(spec, around)
-        # No floors and no tables are asked of these readers.
-        self.readers = Readers(spec.readers, around, images=0)
+        self.readers = Reading(spec.readers, around)
         self.found: dict[str, Tensor] = {}
 
     @classmethod

@@ -95,6 +95,7 @@ def test_two_processes_give_what_one_gives(case: str, pair: Pair) -> None:
     assert rounds[-1].guard == first[1][-1].guard == "met"
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_erasure_and_retention_are_alike_in_two_processes(pair: Pair) -> None:
     readers = {"views": [2], "depths": ["layers.0", "layers.1"]}
     given = parse_spec(

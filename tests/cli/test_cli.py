@@ -162,6 +162,21 @@ def test_no_arguments_print_help_and_version_the_version() -> None:
 # --- Protect ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_model_that_does_not_know_its_task_is_told_before_any_round(
+    knows: bool, run_file: Path, tmp_path: Path
+) -> None:
+    if not knows:
+        torch.manual_seed(0)
+        untrained = SmallConvNet(in_channels=1, classes=26).state_dict()
+        (tmp_path / "letters.safetensors").unlink()
+        save_file(untrained, tmp_path / "letters.safetensors")
+    settings = ("--set", "protect.guard.tolerance_points=99.0", "--set", "protect.rounds=1")
+    code, out, err = sophon("protect", run_file, "--out", tmp_path / "p", *settings)
+    assert code == 0, err
+    assert ("does not know its original task" in out + err) != knows
+
+
 def test_protect_says_what_it_did_and_repeats_it(run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "p"
     code, first, err = sophon("protect", run_file, "--out", out)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from sophon._base.errors import DataError, shortened
 from sophon._data.images import Bytes, Fit, Integers, from_item, resized, stack
 from sophon._data.labelled import Labelled
@@ -51,7 +53,10 @@ def _of_table(dataset: Any, names: list[str] | None, fit: Fit, columns: Columns)
             return f"image {index[position]}"
 
         def picture(position: int) -> Bytes:
-            return from_item(dataset[int(index[position])][image], fit, name(position))
+            held = dataset[int(index[position])][image]
+            if isinstance(held, list):
+                held = np.array(held, dataset.features[image].dtype)
+            return from_item(held, fit, name(position))
 
         return stack(picture, len(index), name)
 
@@ -61,6 +66,8 @@ def _of_table(dataset: Any, names: list[str] | None, fit: Fit, columns: Columns)
 def _undecoded(dataset: Any, columns: Columns) -> tuple[list[str] | None, Any]:
     """Return the class names that a Hugging Face dataset has, if any, and the dataset with its
     images as files; None for another dataset, or one that a function of the caller's changes.
+
+    Raises DataError: a column holds several images or labels each.
     """
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
@@ -72,11 +79,26 @@ def _undecoded(dataset: Any, columns: Columns) -> tuple[list[str] | None, Any]:
         return names, None
     if getattr(dataset, "format", {}).get("type") == "custom":
         return names, None
-    arrays = "numpy" if hasattr(features[image], "shape") else None
-    dataset = dataset.select_columns([image, label]).with_format(arrays)
+    plain = (library.Value, library.ClassLabel)
+    # What is within another column would be decoded.
+    usual = (library.Image, library.Array2D, library.Array3D, library.Value)
+    if not isinstance(features[image], usual) and not _is_file(features[image]):
+        raise DataError(
+            f"{image} is {shortened(features[image])}: give a column of one image file each"
+        )
+    if not isinstance(features[label], plain):
+        raise DataError(
+            f"{label} is {shortened(features[label])}: several labels for one image (multi-label)"
+            " are not supported; give a column of one integer or name each"
+        )
+    dataset = dataset.select_columns([image, label]).with_format(None)
     if isinstance(features[image], library.Image):
         dataset = dataset.cast_column(image, library.Image(decode=False))
     return names, dataset
+
+
+def _is_file(feature: Any) -> bool:
+    return isinstance(feature, Mapping) and set(feature) == {"bytes", "path"}
 
 
 def _items(dataset: Any) -> Iterator[Any]:
@@ -109,8 +131,8 @@ def columns_of(names: Iterable[str], columns: Columns) -> tuple[str, str]:
     found = [next((name for name in names if name in held), None) for names in wanted]
     if len(found) != 2 or found[0] is None or found[1] is None:
         raise DataError(
-            f"items are dictionaries of {shortened(', '.join(map(repr, held)))}; name their image and label, as in"
-            " columns = ('image', 'label'), in a run file image_column and label_column"
+            f"items are dictionaries of {shortened(', '.join(map(repr, held)))}; name their image"
+            " and label: columns = ('image', 'label'), in a run file image_column and label_column"
         )
     return found[0], found[1]
 

@@ -30,7 +30,8 @@ class Domain:
     `classes` are names in label order. `mean` and `std` are per channel, on pixels scaled to
     [0, 1]; None takes the original domain's, or ImageNet's (see `resolve_normalisation`).
     `weight` is the domain's share when a round picks among several restricted ones. `remarks` say
-    what was left out, and what was taken for what, when it was read.
+    what was left out, and what was taken for what, when it was read; `fit` how pictures were
+    resized, where that is known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Domain:
     source: str = "arrays"
     weight: float = 1.0
     remarks: tuple[str, ...] = ()
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         channels = self.image_shape[0]

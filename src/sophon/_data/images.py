@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -201,9 +202,8 @@ UNREADABLE = (
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path} cannot be read as an image ({first_line(error, 1000)}); replace or remove it"
-    )
+    said = re.sub(r" <_io\.BytesIO[^>]*>", "", first_line(error, 1000))
+    return DataError(f"{path} cannot be read as an image ({said}); replace or remove it")
 
 
 def resized(pixels: Bytes, fit: Fit) -> Bytes:

@@ -37,29 +37,25 @@ def contents_of(
     Raises DataError: no split is for training, or labels are no classes.
     """
     every = tuple(names)
-    roles = dict(zip(("training", "test", "validation"), roles_of(every), strict=True))
-    used = {role: name for role, name in roles.items() if name is not None}
-    splits = {name: read(name) for name in used.values()}
+    used = [name for name in roles_of(every) if name is not None]
+    splits = {name: read(name) for name in used}
     labels = {name: _labels(split, name) for name, split in splits.items()}
     bare = [name for name, held in labels.items() if held is None]
-    if used["training"] in bare:
-        raise DataError(f"the images of {used['training']!r} have no labels; give a class for each")
+    if used[0] in bare:
+        raise DataError(f"the images of {used[0]!r} have no labels; give a class for each")
     numbers, classes = _numbered(
         {name: held for name, held in labels.items() if held is not None},
         {name: split.classes for name, split in splits.items()},
     )
     parts = {name: Part(held, splits[name].read) for name, held in numbers.items()}
-    held_out = [parts[name] for name in list(used.values())[1:] if name in parts]
-    test, validation = [*held_out, None, None][:2]
-    said = [f"{name} for {role}" for role, name in used.items() if len(every) > 1]
-    unread = [name for name in every if name not in splits]
-    remarks = (
-        *remarks,
-        *([", ".join(said)] if said else []),
-        *([f"{', '.join(unread)} not read"] if unread else []),
-        *(f"{name} left out, as its images have no labels" for name in bare),
-    )
-    return Contents(parts[used["training"]], test, classes, validation, remarks)
+    roles = zip(parts, ("training", "test", "validation"), strict=False)
+    said = ", ".join(f"{name} for {role}" for name, role in roles)
+    unread = ", ".join(name for name in every if name not in splits)
+    remarks += (said,) if len(every) > 1 else ()
+    remarks += (f"{unread} not read",) if unread else ()
+    remarks += tuple(f"{name} left out, as its images have no labels" for name in bare)
+    test, validation = [*list(parts.values())[1:], None, None][:2]
+    return Contents(parts[used[0]], test, classes, validation, remarks)
 
 
 def class_names(names: Sequence[str] | None, labels: Sequence[Integers]) -> tuple[str, ...]:

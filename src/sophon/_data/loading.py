@@ -189,7 +189,8 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
     )
     splits = vars(cut(contents, how))
     named, weight = spec.name or name, spec.weight
-    return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight)
+    fit = None if spec.image_size is None else _fit(spec)
+    return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight, fit=fit)
 
 
 def _fit(spec: DomainSpec) -> Fit:

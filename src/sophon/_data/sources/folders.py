@@ -37,7 +37,8 @@ def read_folder(path: Path, fit: Fit) -> Contents:
     classes = tuple(folder.name for folder in directories(train))
     if not classes:
         raise DataError(
-            f"{train} holds no folders; put the images of each class into a folder named after it"
+            f"{train} holds no folders; put the images of each class into a folder named after it,"
+            " or name their classes in a labels.csv of file_name and label beside them"
         )
     left_out: Counter[str] = Counter()
     parts = [_part(train, classes, fit, left_out)]

@@ -77,5 +77,6 @@ def _read(path: Path, read: Any) -> Any:
         return read()
     except _DAMAGED as error:
         raise DataError(
-            f"{path} cannot be read as a dataset ({first_line(error, 120)}); save or copy it again"
+            f"{path} cannot be read as a dataset ({first_line(error, 120)}), it may be empty or"
+            " damaged; save or copy it again"
         ) from None

@@ -10,7 +10,6 @@ from sophon._data.sources.folders import files_below
 from sophon._data.split_names import split_of
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_REST = "other files"
 
 
 def shards_of(path: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
@@ -19,23 +18,14 @@ def shards_of(path: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
 
     Raises DataError: there are none, or those of a split lie in several folders.
     """
-    if _RANGE.search(path.name):
-        files = _in_range(path)
-    elif path.is_dir():
-        # Hugging Face's own caches lie beside its files.
-        files = [one for one in files_below(path) if not one.name.startswith("cache-")]
-        files = [one for one in files if one.suffix.lower() in suffixes]
-    else:
-        files = [path] if path.suffix.lower() in suffixes else []
-        if not path.is_file():
-            raise DataError(f"there is no file or folder {path}; correct path")
-    if not files:
-        raise DataError(f"{path} holds no {' or '.join(suffixes)} file; correct path or source")
+    files = _files(path, suffixes)
     splits: dict[str, list[Path]] = {}
     for file in files:
         folders = file.relative_to(path).parts[:-1] if path.is_dir() else ()
         named = (split_of(name) for name in (file.stem, *reversed(folders)))
-        splits.setdefault(next(filter(None, named), _REST), []).append(file)
+        splits.setdefault(next(filter(None, named), ""), []).append(file)
+    if "" in splits:
+        splits["other files" if len(splits) > 1 else "train"] = splits.pop("")
     for split, held in splits.items():
         places = sorted({file.parent for file in held})
         if len(places) > 1:
@@ -44,6 +34,20 @@ def shards_of(path: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
                 " one of the folders in path"
             )
     return splits
+
+
+def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if _RANGE.search(path.name):
+        return _in_range(path)
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}; correct path")
+    # Hugging Face's own caches lie beside its files.
+    below = files_below(path) if path.is_dir() else [path]
+    files = [one for one in below if one.suffix.lower() in suffixes]
+    files = [one for one in files if not one.name.startswith("cache-")]
+    if not files:
+        raise DataError(f"{path} holds no {' or '.join(suffixes)} file; correct path or source")
+    return files
 
 
 def _in_range(path: Path) -> list[Path]:

@@ -52,6 +52,8 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             raise DataError(
                 f"image_column and label_column are for {', '.join(sources)}: remove them"
             )
+        if spec.image_size is None and _fit(spec) != Fit(bit_depth=spec.bit_depth):
+            raise DataError("interpolation and crop_pct need image_size: set it, or remove them")
         if spec.dataset is not None and spec.source in ("npz", *sources):
             raise DataError(
                 f"dataset = {spec.dataset!r} is for torchvision, tree and embedded sources: remove"
@@ -190,6 +192,9 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
     splits = vars(cut(contents, how))
     named, weight = spec.name or name, spec.weight
     fit = None if spec.image_size is None else _fit(spec)
+    if (spec.interpolation, spec.crop_pct) != (Fit.interpolation, Fit.crop_pct):
+        said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}"
+        splits["remarks"] = (said, *splits["remarks"])
     return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight, fit=fit)
 
 

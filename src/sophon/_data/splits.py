@@ -257,7 +257,10 @@ def joined(contents: Contents) -> Contents:
             for place, (_, unread) in zip(places, read, strict=True)
             for one, fault in unread.items()
         }
-        pixels = _in_one_format([p for p, _ in read if p is not None], ("training", "test"))
+        held = [values for values, _ in read if values is not None]
+        if not held:
+            raise UnreadableError(faults, len(index), None)
+        pixels = _in_one_format(held, ("training", "test")[: len(held)])
         mine = np.delete(own, list(faults))
         result = np.empty((len(mine), *pixels[0].shape[1:]), np.uint8)
         for values, where in zip(pixels, (w for w in (mine, ~mine) if w.any()), strict=True):

@@ -13,7 +13,7 @@ from sophon._base.errors import CheckpointError, brief
 from sophon._base.files import read_json
 
 # How Sophon resizes unless told otherwise.
-_USUAL = {"interpolation": "bilinear", "crop_pct": 1.0}
+_USUAL: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0}
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Setting:
     def input(self) -> dict[str, Any]:
         """Return what the model takes: (channels, height, width), and how pixels are normalised."""
         mean, std = self.normalisation(self.original)
-        takes = {"input_size": self.shape(self.original), "mean": mean, "std": std}
+        takes: dict[str, Any] = {"input_size": self.shape(self.original), "mean": mean, "std": std}
         fit = self.original.fit
         # Without these keys: bilinear, and the whole shorter side.
         if fit is not None and (fit.interpolation, fit.crop_pct) != ("bilinear", 1.0):

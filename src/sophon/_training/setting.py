@@ -35,9 +35,6 @@ from sophon._models import (
 from sophon._specs import Augmentation, Interpolation, Precision
 from sophon._tasks import Task
 
-# Kinds of problem in transformers' configurations that no softmax solves.
-_SEVERAL = ("multi_label_classification", "regression")
-
 
 @dataclass(frozen=True)
 class Feed:
@@ -202,7 +199,12 @@ def make_setting(
         shapes.append(task.shape((channels, *domain.image_shape[1:])))
     _check_apart(original, restricted)
     found = find_head(model, (channels, *original.image_shape[1:]), head)
-    _check_outputs(model, found, task, original)
+    if task.classes(original) not in (None, head_classes(model, found)):
+        raise UnsupportedModelError(
+            f"the model's head {found!r} has {head_classes(model, found)} outputs but the original"
+            f" domain {original.name!r} has {original.class_count} classes: give the weights"
+            " trained on this domain"
+        )
     setting = Setting(
         task=task,
         original=original,
@@ -217,30 +219,6 @@ def make_setting(
     _remark_on_normalisation(setting)
     _remark_on_resizing(setting.own, original)
     return setting
-
-
-def _check_outputs(model: nn.Module, head: str, task: Task, original: Domain) -> None:
-    """Raise UnsupportedModelError unless the head has one logit for each class to choose from."""
-    if task.classes(original) is None:
-        return
-    outputs = head_classes(model, head)
-    kind = getattr(getattr(model, "config", None), "problem_type", None)
-    if kind in _SEVERAL:
-        raise UnsupportedModelError(
-            f"the model's config has problem_type = {kind!r}: multi-label"
-            " models and regression are not supported, give a model that chooses one class"
-        )
-    if outputs == 1:
-        raise UnsupportedModelError(
-            f"the model's head {head!r} has one logit (a sigmoid's): give it two, weight and bias"
-            " of the first 0 and of the second its own, which is the same classifier"
-        )
-    if task.classes(original) != outputs:
-        raise UnsupportedModelError(
-            f"the model's head {head!r} has {outputs} outputs but the original domain"
-            f" {original.name!r} has {original.class_count} classes: give the weights trained on"
-            " this domain"
-        )
 
 
 def _remark_on_normalisation(setting: Setting) -> None:

@@ -275,8 +275,13 @@ def test_damaged_tars_are_one_line(tmp_path: Path) -> None:
     refused(path, "webdataset", "cannot be read as a tar file")
     path.write_bytes(gzip.compress(whole))
     refused(path, "webdataset", "gunzip")
-    write_tar(path, range(20), json=lambda _: "{")
-    refused(path, "webdataset", "cannot be read")
+    for text in ("{", "[" * 10**5):
+        write_tar(path, range(20), json=lambda _, text=text: text)  # type: ignore[misc]
+        refused(path, "webdataset", "cannot be read")
+    write_tar(path, range(20), cls=lambda n: "9" * 5000 if n % 2 else "0")
+    refused(path, "webdataset", "some labels are numbers and some are names")
+    (tmp_path / "classnames.txt").write_bytes(b"\xff")
+    refused(path, "webdataset", "classnames.txt is not UTF-8")
 
 
 # --- Tables of labels -----------------------------------------------------------------------------
@@ -335,7 +340,10 @@ def test_a_table_without_labels_leaves_folders_as_they_are(tmp_path: Path) -> No
         ("file_name,label\n00.png,\n", {}, ["a row has file_name '00.png' and label ''"]),
         ("id,breed\n00.png,a\n", {}, ["holds no folders", "labels.csv of file_name and label"]),
         ("id,breed\n00.png,a\n", {"image_column": "id"}, ["'breed, id'", "label_column"]),
-        ("file_name,label\n\x00\xff", {}, ["labels.csv"]),
+        ("file_name,label\n\x00\xff", {}, ["labels.csv cannot be read"]),
+        ("file_name,label\n../00.png,a\n", {}, ["'../00.png' leads elsewhere"]),
+        ("file_name,label\n/00.png,a\n", {}, ["'/00.png' leads elsewhere"]),
+        ("id,breed\n00.png,a,b\n", {"label_column": "x"}, ["'breed, id'"]),
     ],
 )
 def test_tables_at_fault_are_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,11 @@ def as_label(label: Any) -> int | str:
     if value.size != 1 or value.dtype.kind not in "iubU":
         raise DataError(f"a label is {brief(label)}; give one integer or name per image")
     return str(label) if value.dtype.kind == "U" else int(value.reshape(()))
+
+
+def as_written(label: str) -> int | str:
+    """Return a label that was read from text, as a number where it is one."""
+    return int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label
 
 
 def _labels(split: Labelled, name: str) -> list[int | str] | None:

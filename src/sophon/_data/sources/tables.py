@@ -10,7 +10,7 @@ from typing import Any
 from sophon._base.errors import DataError, brief, first_line
 from sophon._data.collecting import Columns
 from sophon._data.images import Fit
-from sophon._data.labelled import Labelled, contents_of
+from sophon._data.labelled import Labelled, as_written, contents_of
 from sophon._data.sources.folders import directories, files_below, is_image, read_later
 from sophon._data.split_names import split_of
 from sophon._data.splits import Contents
@@ -59,7 +59,7 @@ def _table_in(folder: Path, columns: Columns) -> tuple[Path, _Rows] | None:
     for name in _TABLES:
         table = folder / name
         rows = _rows(table) if table.is_file() else []
-        held = set(rows[0]) if rows else set()
+        held = {key for row in rows[:1] for key in row if isinstance(key, str)}
         wanted = _LABELS if columns[1] is None else (columns[1],)
         label = next((one for one in wanted if one in held), None)
         if label is not None and image in held:
@@ -79,7 +79,7 @@ def _rows(table: Path) -> list[dict[str, Any]]:
             if table.suffix == ".csv":
                 return list(csv.DictReader(file))
             rows = [json.loads(line) for line in file if line.strip()]
-    except (ValueError, csv.Error, OSError) as error:
+    except (ValueError, RecursionError, csv.Error, OSError) as error:
         raise DataError(f"{table} cannot be read ({first_line(error, 120)}); repair it") from None
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f'{table}: give a line {{"file_name": "a.png", "label": "cat"}} an image')
@@ -90,13 +90,17 @@ def _entry(table: Path, row: dict[str, Any], image: str, label: str) -> tuple[Pa
     name, held = row.get(image), row.get(label)
     if not isinstance(name, str) or not name or held in (None, ""):
         raise DataError(f"{table}: a row has {image} {brief(name)} and {label} {brief(held)}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(
+            f"{table}: {image} {brief(name)} leads elsewhere; give a path from the table's folder"
+        )
     return table.parent / name, held
 
 
 def _as_numbers(rows: _Rows) -> _Rows:
     """Return labels of a table of text as numbers where all are numbers."""
-    whole = all(label.removeprefix("-").isdecimal() for _, label in rows)
-    return [(file, int(label)) for file, label in rows] if whole else rows
+    numbers = [(file, as_written(label)) for file, label in rows]
+    return numbers if all(isinstance(label, int) for _, label in numbers) else rows
 
 
 def _require_there(table: Path, rows: _Rows) -> None:

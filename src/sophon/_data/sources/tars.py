@@ -11,7 +11,7 @@ from typing import Any
 from sophon._base.errors import DataError, first_line
 from sophon._data.collecting import Columns
 from sophon._data.images import Bytes, Fit, Integers, open_picture, stack, suffixes
-from sophon._data.labelled import Labelled, contents_of
+from sophon._data.labelled import Labelled, as_written, contents_of
 from sophon._data.sources.shards import shards_of
 from sophon._data.splits import Contents
 
@@ -31,7 +31,10 @@ def read_tars(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) -> 
     """
     files = shards_of(path, (".tar",))
     beside = (path if path.is_dir() else path.parent) / "classnames.txt"
-    names = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else None
+    try:
+        names = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else None
+    except ValueError:
+        raise DataError(f"{beside} is not UTF-8 text: save it as such") from None
 
     def split(name: str) -> Labelled:
         samples = [sample for file in files[name] for sample in _samples(file, columns)]
@@ -76,12 +79,12 @@ def _samples(file: Path, columns: Columns) -> list[_Sample]:
                 if member.isfile() and stem:
                     sample = found.setdefault(f"{folder}/{stem}", _Sample(file))
                     _take(sample, tar, member, ending.lower(), columns)
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{file} cannot be read as a tar file ({first_line(error, 120)}); unpack it if it is"
             " compressed (gunzip), else copy it again"
         ) from None
-    return [sample for sample in found.values() if sample.size]
+    return [sample for sample in found.values() if sample.ending]
 
 
 def _take(
@@ -102,4 +105,4 @@ def _take(
         key = next((key for key in keys if isinstance(about, dict) and key in about), None)
         sample.label = about[key] if key and sample.label is None else sample.label
     else:
-        sample.label = int(text) if text.removeprefix("-").isdecimal() else text
+        sample.label = as_written(text)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sophon._base.errors import DataError
-from sophon._data.images import opened
+from sophon._data.images import Fit, opened
 from sophon._data.sources.torchvision_sets import read_torchvision
 from sophon._data.splits import Part
 
@@ -227,7 +227,7 @@ def _drawn(name: str, root: Path, archive: str, *, skipped: tuple[int, int]) -> 
 
     `skipped` of each class are left to another archive of the same set.
     """
-    contents = read_torchvision(name, root, download=False, size=None)
+    contents = read_torchvision(name, root, download=False, fit=Fit())
     assert contents.test is not None
     held: dict[str, Any] = {}
     splits = zip(

@@ -39,7 +39,7 @@ from sophon._data import (
     resolve_normalisation,
     share_prompts,
 )
-from sophon._data.images import suffixes
+from sophon._data.images import Fit, suffixes
 from sophon._data.loading import expanded
 from sophon._data.sources.embedded import digits, letters
 from sophon._data.sources.torchvision_sets import DATASETS
@@ -88,7 +88,7 @@ def test_cifar10_has_its_shapes_and_keeps_its_test_split(shared_data: Path) -> N
 def test_jpeg_archive_decodes_to_its_published_hash(shared_data: Path) -> None:
     from sophon._data.sources.archives import read_archive
 
-    contents = read_archive(shared_data / "cifar10_jpeg.npz", None)
+    contents = read_archive(shared_data / "cifar10_jpeg.npz", Fit())
     assert contents.test is not None
     for name, part in (("train", contents.train), ("test", contents.test)):
         pixels = part.read(np.arange(len(part.labels)))
@@ -931,7 +931,16 @@ def test_different_domains_pass_the_checks() -> None:
 
 
 def test_sources_are_the_documented_ones() -> None:
-    assert list(SOURCES) == ["npz", "folder", "torchvision", "tree", "embedded", "prompts"]
+    assert list(SOURCES) == [
+        "npz",
+        "folder",
+        "datasets",
+        "webdataset",
+        "torchvision",
+        "tree",
+        "embedded",
+        "prompts",
+    ]
 
 
 def test_jpeg_packing_equals_decoding_each_file(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sophon._data import (
     check_distinct,
     load_domain,
 )
-from sophon._data.images import open_picture
+from sophon._data.images import Fit, open_picture
 from sophon._data.sources.torchvision_sets import _picture
 from sophon._specs import DomainSpec
 from sophon._tasks import Classification
@@ -341,7 +341,7 @@ def test_no_format_that_starts_a_program_is_opened(
         refused(tmp_path, "train image", source="npz", path="bad.npz")
     else:
         with pytest.raises(DataError, match=r"sly\.png"):
-            _picture(SimpleNamespace(_samples=[(str(file), 0)]), 0, None)
+            _picture(SimpleNamespace(_samples=[(str(file), 0)]), 0, Fit())
 
 
 def test_a_large_picture_is_read_in_silence(
@@ -349,10 +349,10 @@ def test_a_large_picture_is_read_in_silence(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     write_pictures(tmp_path, 1, "PNG", (12, 12))
-    assert open_picture(tmp_path / "0.png", None).shape == (12, 12, 3)
+    assert open_picture(tmp_path / "0.png", Fit()).shape == (12, 12, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match=r"0\.png"):
-        open_picture(tmp_path / "0.png", None)
+        open_picture(tmp_path / "0.png", Fit())
 
 
 def test_folder_with_32_bit_images(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_datasets_with_bad_items(images: torch.Tensor, targets: torch.Tensor, wo
     ("dataset", "words"),
     [
         ([{"img": 0, "fine_label": 1}], ("'img', 'fine_label'", "columns = ('image', 'label')")),
-        ({"train": [], "test": []}, ("'train', 'test'", "data['train']")),
+        ({"one": [], "two": []}, ("'one, two'", "none is called train")),
         ([(0, 1, 2)], ("item 0 is a tuple of 3", "pairs")),
         ([torch.zeros(2, 6, 6)], ("item 0 is a Tensor", "pairs")),
     ],

@@ -19,6 +19,7 @@ import formats
 from sophon._base.errors import DataError
 from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import load_domain
+from sophon._data.images import Fit
 from sophon._data.sources.conventions import (
     CLASS_ORDERS,
     NORMALISATIONS,
@@ -102,7 +103,7 @@ def test_celeba_is_one_collection_of_faces(
     (tmp_path / listing).parent.mkdir(exist_ok=True)
     kaggle = "image_id,partition\n" + text.replace(" ", ",")
     (tmp_path / listing).write_text(kaggle if listing.endswith("csv") else text)
-    contents = read_tree("CelebA", tmp_path, 16)
+    contents = read_tree("CelebA", tmp_path, Fit(16))
     assert contents.classes == ("face",)
     sizes = [
         None if part is None else len(part.labels)
@@ -129,7 +130,7 @@ def test_ffhq_keeps_its_last_ten_thousand_for_the_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     formats.write_tree(tmp_path, name, monkeypatch)
-    contents = read_tree(name, tmp_path, 16)
+    contents = read_tree(name, tmp_path, Fit(16))
     assert contents.test is not None
     assert (len(contents.train.labels), len(contents.test.labels)) == (12, 4)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sophon._base.errors import CheckpointError, DataError
 from sophon._data import load_domain
+from sophon._data.images import Fit
 from sophon._data.sources import decoded
 from sophon._data.sources.decoded import read_pictures
 from sophon._specs import DomainSpec
@@ -43,17 +44,17 @@ def test_pictures_are_decoded_once_for_each_size(
     files: list[Path], kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SOPHON_CACHE")
-    expected = {size: read_pictures(files, size) for size in (8, 16)}
+    expected = {size: read_pictures(files, Fit(size)) for size in (8, 16)}
     monkeypatch.setenv("SOPHON_CACHE", str(kept))
     for size, pixels in expected.items():
-        assert np.array_equal(read_pictures(files, size), pixels)
+        assert np.array_equal(read_pictures(files, Fit(size)), pixels)
     assert len(list(kept.iterdir())) == 2
     monkeypatch.setattr(decoded, "open_picture", _no_decoder)
     for size, pixels in expected.items():
-        assert np.array_equal(read_pictures(files, size), pixels)
+        assert np.array_equal(read_pictures(files, Fit(size)), pixels)
     monkeypatch.delenv("SOPHON_CACHE")
     with pytest.raises(AssertionError, match="decoded again"):
-        read_pictures(files, 8)
+        read_pictures(files, Fit(8))
 
 
 def test_a_domain_is_the_same_from_decoded_pictures(files: list[Path], kept: Path) -> None:
@@ -64,10 +65,10 @@ def test_a_domain_is_the_same_from_decoded_pictures(files: list[Path], kept: Pat
 
 
 def test_a_changed_file_is_read_anew(files: list[Path], kept: Path) -> None:
-    before = read_pictures(files, 8)
+    before = read_pictures(files, Fit(8))
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(files[3])
     os.utime(files[3], ns=(1, 1))
-    after = read_pictures(files, 8)
+    after = read_pictures(files, Fit(8))
     assert not after[3].any()
     assert np.array_equal(before[4], after[4])
     assert len(list(kept.iterdir())) == 2
@@ -78,7 +79,7 @@ def test_a_file_changed_to_another_of_its_length_is_read_anew(tmp_path: Path, ke
     for value, time in ((3, 1), (200, 2)):
         Image.new("RGB", (4, 4), (value,) * 3).save(path)
         os.utime(path, ns=(time, time))
-        assert int(read_pictures([path], None)[0, 0, 0, 0]) == value
+        assert int(read_pictures([path], Fit())[0, 0, 0, 0]) == value
     assert len(list(kept.iterdir())) == 2
 
 
@@ -92,7 +93,7 @@ def test_files_of_the_same_name_length_and_time_elsewhere_are_others(
         Image.fromarray((pixels + number)[:, :, ::-1]).save(path.with_suffix(".ppm"))
         os.utime(path.with_suffix(".ppm"), ns=(1, 1))
     first, second = (
-        read_pictures([path.with_suffix(".ppm") for path in several], None)
+        read_pictures([path.with_suffix(".ppm") for path in several], Fit())
         for several in (files[:2], others)
     )
     assert not np.array_equal(first, second)
@@ -101,10 +102,10 @@ def test_files_of_the_same_name_length_and_time_elsewhere_are_others(
 
 @pytest.mark.parametrize("rest", [0, 40])
 def test_a_damaged_entry_is_made_anew(rest: int, files: list[Path], kept: Path) -> None:
-    expected = read_pictures(files, 8)
+    expected = read_pictures(files, Fit(8))
     (entry,) = kept.iterdir()
     entry.write_bytes(entry.read_bytes()[:rest])
-    assert np.array_equal(read_pictures(files, 8), expected)
+    assert np.array_equal(read_pictures(files, Fit(8)), expected)
     assert np.array_equal(np.load(entry), expected)
 
 
@@ -113,10 +114,10 @@ def test_nothing_is_kept_of_a_damaged_image_or_without_being_asked(
 ) -> None:
     files[5].write_bytes(b"no image")
     with pytest.raises(DataError, match=r"05\.png"):
-        read_pictures(files, 8)
+        read_pictures(files, Fit(8))
     assert list(kept.iterdir()) == []
     monkeypatch.delenv("SOPHON_CACHE")
-    assert len(read_pictures(files[:3], 8)) == 3
+    assert len(read_pictures(files[:3], Fit(8))) == 3
     assert list(kept.iterdir()) == []
 
 
@@ -126,7 +127,7 @@ def test_a_place_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SOPHON_CACHE", str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match=r"file.*name another folder in SOPHON_CACHE") as told:
-        read_pictures(files, 8)
+        read_pictures(files, Fit(8))
     assert "--out" not in str(told.value)
 
 
@@ -138,7 +139,7 @@ def test_nothing_is_left_where_the_disk_is_full(files: list[Path], kept: Path) -
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"make room or name another.*SOPHON_CACHE"):
-            read_pictures(files, 16)
+            read_pictures(files, Fit(16))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(kept.iterdir()) == []
@@ -148,7 +149,7 @@ def test_nothing_is_left_where_the_disk_is_full(files: list[Path], kept: Path) -
 def test_entries_can_be_read_by_whom_the_user_lets_read(files: list[Path], kept: Path) -> None:
     before = os.umask(0o022)
     try:
-        read_pictures(files, 8)
+        read_pictures(files, Fit(8))
     finally:
         os.umask(before)
     (entry,) = kept.iterdir()

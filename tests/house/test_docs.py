@@ -122,6 +122,20 @@ def test_run_files_of_the_pages_are_valid() -> None:
     assert [term.kind for term in spec.hinder or ()] == ["erasure", "rehearsal"]
 
 
+def test_the_page_of_sources_has_a_domain_of_each() -> None:
+    import tomllib
+
+    from sophon._data import SOURCES
+    from sophon._specs import DomainSpec, parse_spec
+
+    text = (ROOT / "docs/data.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` .*\| (`\[original\]`<br>.*) \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == set(SOURCES)
+    for name, lines in rows:
+        held = tomllib.loads(lines.replace("<br>", "\n").replace("`", ""))
+        assert parse_spec(DomainSpec, held["original"], where="data.md").source == name
+
+
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     nbformat: Any = pytest.importorskip("nbformat", reason="needs the docs extra")
     with warnings.catch_warnings():

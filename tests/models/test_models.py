@@ -23,6 +23,7 @@ from sophon._base.errors import (
     SpecError,
     UnsupportedModelError,
 )
+from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._models.networks import NETWORKS, ResNet20, SmallConvNet
 from sophon._specs import ModelSpec, parse_spec
 
@@ -512,10 +513,28 @@ class _AuxiliaryInTraining(Tiny):
         return torch.stack([out, out]) if self.training else out
 
 
-@pytest.mark.parametrize("model", [_Pair(), _AuxiliaryInTraining(), Tiny(nn.Linear(4, 1))])
+@pytest.mark.parametrize("model", [_Pair(), _AuxiliaryInTraining()])
 def test_outputs_that_are_no_logits_are_refused(model: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match=r"a classifier returns \(2, classes\)"):
         models.check_images(model, IMAGE, what="digits")
+
+
+@pytest.mark.parametrize("head", [nn.Linear(4, 1), nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))])
+def test_a_model_of_one_logit_is_told_how_to_get_two(head: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"one logit each .* head two outputs"):
+        models.check_images(Tiny(head), IMAGE, what="digits")
+
+
+def test_a_model_that_chooses_no_class_is_refused_by_its_configuration() -> None:
+    prepare_torchvision()
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.ViTConfig(
+        **sizes, image_size=32, patch_size=16, problem_type="multi_label_classification"
+    )
+    wrapped = nn.Sequential(transformers.ViTForImageClassification(config))
+    with pytest.raises(UnsupportedModelError, match="'multi_label_classification': multi-label"):
+        models.check_images(wrapped, IMAGE, what="digits")
 
 
 @pytest.mark.parametrize("size", [8, 16, 28, 32])

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from sophon._base.errors import DataError
-from sophon._data.images import Bytes, Images, Integers, from_item, stack
+from sophon._data.collecting import labelled
+from sophon._data.images import Bytes, Fit, Images, Integers
+from sophon._data.labelled import class_names, contents_of
 from sophon._data.splits import Contents, Cut, cut, part_of_array
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What images and labels are called in Hugging Face datasets.
-_USUAL = (("image", "img", "pixel_values"), ("label", "labels", "target"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,8 @@ class Domain:
     `classes` are names in label order. `mean` and `std` are per channel, on pixels scaled to
     [0, 1]; None takes the original domain's, or ImageNet's (see `resolve_normalisation`).
     `weight` is the domain's share when a round picks among several restricted ones. `remarks` say
-    what was left out, and what was taken for what, when it was read.
+    what was left out, and what was taken for what, when it was read; `fit` how pictures were
+    resized, where that is known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Domain:
     source: str = "arrays"
     weight: float = 1.0
     remarks: tuple[str, ...] = ()
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         channels = self.image_shape[0]
@@ -113,7 +115,7 @@ class Domain:
         if test_images is not None and test_labels is not None:
             parts.append(checked(test_images, test_labels, "test"))
         names = class_names(classes, [part_labels for _, part_labels in parts])
-        made = [part_of_array(*part, None) for part in parts]
+        made = [part_of_array(*part, Fit()) for part in parts]
         contents = Contents(made[0], made[1] if len(made) > 1 else None, names)
         splits = cut(contents, Cut(validation, test, split_seed, least_classes=1 if bare else 2))
         return cls(name, **vars(splits), mean=_floats(mean), std=_floats(std))
@@ -122,7 +124,7 @@ class Domain:
     def from_datasets(  # noqa: PLR0913 - one keyword per field of DomainSpec
         cls,
         name: str,
-        train: Dataset[Any],
+        train: Dataset[Any] | Mapping[str, Dataset[Any]],
         test: Dataset[Any] | None = None,
         *,
         image_size: int | None = None,
@@ -133,33 +135,31 @@ class Domain:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         columns: tuple[str, str] | None = None,
+        on_error: Literal["error", "skip"] = "error",
     ) -> Self:
         """Return the domain of torch datasets of (image, label), read once from start to end.
 
         Items may be dictionaries, as of Hugging Face datasets: `columns` are their keys of image
         and label, found where they have usual names; the label's class names are the domain's.
+        Several splits in a dictionary (a DatasetDict) are used as their names say.
+        Hugging Face's image files are opened as those of folders are; `on_error` is of these.
         An image is PIL, uint8, or floating in [0, 1]: tensors (c, h, w) or (h, w), arrays
         (h, w, c) or (h, w). Leave random augmentation and normalisation out of the dataset.
 
-        Raises DataError: as `from_arrays`; also NaN or normalised images, labels that are not
-        integers, and items that are neither.
+        Raises DataError: as `from_arrays`; also NaN or normalised images, labels that are no
+        classes, and items that are neither.
         """
-        images, labels = collect(train, image_size, columns)
-        tested = (None, None) if test is None else collect(test, image_size, columns)
-        classes = classes or names_of(train, columns)
-        return cls.from_arrays(
-            name,
-            images,
-            labels,
-            test_images=tested[0],
-            test_labels=tested[1],
-            validation=validation,
-            test=test_fraction,
-            split_seed=split_seed,
-            classes=classes,
-            mean=mean,
-            std=std,
+        splits = dict(train) if isinstance(train, Mapping) else {"train": train}
+        if test is not None:
+            splits["test"] = test
+        fit = Fit(image_size)
+        contents = contents_of(
+            splits, lambda split: labelled(splits[split], fit, columns or (None, None))
         )
+        if classes is not None:
+            contents = replace(contents, classes=tuple(map(str, classes)))
+        made = cut(contents, Cut(validation, test_fraction, split_seed, on_error=on_error))
+        return cls(name, **vars(made), mean=_floats(mean), std=_floats(std))
 
 
 def several(given: Any) -> tuple[Any, ...]:
@@ -201,101 +201,6 @@ def checked(images: Any, labels: Any, what: str) -> tuple[Bytes, Integers]:
             f"{len(pixels)} {what} images have {len(numbers)} labels; give one per image"
         )
     return pixels, numbers.astype(np.int64)
-
-
-def class_names(names: Sequence[str] | None, labels: Sequence[Integers]) -> tuple[str, ...]:
-    """Return `names`, or the numbers up to the highest label.
-
-    Raises DataError: labels reach beyond the number of images, so they are no class numbers.
-    """
-    if names is not None:
-        return tuple(str(name) for name in names)
-    highest = max((int(part.max()) for part in labels if len(part)), default=0)
-    count = sum(len(part) for part in labels)
-    if highest >= max(count, 2):
-        raise DataError(
-            f"label {highest} is out of range: there are {count} images; number classes from 0"
-        )
-    return tuple(str(number) for number in range(highest + 1))
-
-
-def collect(
-    dataset: Dataset[Any], size: int | None, columns: tuple[str, str] | None = None
-) -> tuple[Bytes, Integers]:
-    """Return every image and label of a dataset, map-style or iterable, of pairs or dictionaries.
-
-    Raises DataError: as `Domain.from_datasets`.
-    """
-    if isinstance(dataset, Mapping):
-        raise DataError(
-            f"a dictionary of {', '.join(map(repr, dataset))} is no dataset; give one of them, as"
-            f" in data[{next(iter(dataset), 'train')!r}]"
-        )
-    if hasattr(dataset, "__len__"):
-        # Map-style datasets need not stop at their end when iterated.
-        items: Iterator[Any] = (dataset[index] for index in range(len(dataset)))
-    else:
-        items = iter(cast(Iterable[Any], dataset))
-    pictures: list[Bytes] = []
-    labels: list[int] = []
-    for item in items:
-        image, label = _pair(item, columns, len(pictures))
-        pictures.append(_numbered(image, size, len(pictures)))
-        labels.append(as_label(label))
-    return stack(pictures, len(pictures)), np.array(labels, dtype=np.int64)
-
-
-def _pair(item: Any, columns: tuple[str, str] | None, index: int) -> tuple[Any, Any]:
-    """Return an item's image and label."""
-    if isinstance(item, Mapping):
-        image, label = _columns(item, columns)
-        return item[image], item[label]
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        held = f" of {len(item)}" if isinstance(item, tuple | list) else ""
-        raise DataError(
-            f"item {index} is a {type(item).__name__}{held}; give (image, label) pairs, or"
-            " dictionaries of both"
-        )
-    return item[0], item[1]
-
-
-def _columns(names: Iterable[str], columns: tuple[str, str] | None) -> tuple[str, str]:
-    """Return which of an item's keys are its image and its label. Raises DataError."""
-    held = list(names)
-    wanted = _USUAL if columns is None else tuple((name,) for name in columns)
-    found = [next((name for name in usual if name in held), None) for usual in wanted]
-    if len(found) != 2 or found[0] is None or found[1] is None:
-        raise DataError(
-            f"items are dictionaries of {', '.join(map(repr, held))}; name their image and label,"
-            " as in columns = ('image', 'label')"
-        )
-    return found[0], found[1]
-
-
-def names_of(dataset: Dataset[Any], columns: tuple[str, str] | None) -> Sequence[str] | None:
-    """Return the class names that a Hugging Face dataset has for its labels, if any."""
-    features = getattr(dataset, "features", None)
-    if not isinstance(features, Mapping):
-        return None
-    return getattr(features[_columns(features, columns)[1]], "names", None)
-
-
-def as_label(label: Any) -> int:
-    """Return a dataset's label as an integer.
-
-    Raises DataError: it is a fraction, text or a vector.
-    """
-    value = np.asarray(label)
-    if value.size != 1 or value.dtype.kind not in "iub":
-        raise DataError(f"a label is {label!r}; give one integer per image")
-    return int(value.reshape(()))
-
-
-def _numbered(image: Any, size: int | None, index: int) -> Bytes:
-    try:
-        return from_item(image, size)
-    except DataError as error:
-        raise DataError(f"item {index}: {error}") from None
 
 
 def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:

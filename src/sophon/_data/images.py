@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sophon._base.errors import DataError, first_line
+from sophon._base.errors import DataError, brief, first_line
 
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
@@ -81,33 +83,76 @@ def to_images(pixels: Bytes, labels: Integers) -> Images:
     return Images(torch.from_numpy(owned), torch.from_numpy(np.array(labels, dtype=np.int64)))
 
 
-def from_picture(picture: Image.Image) -> Bytes:
-    """Return a picture as uint8 (h, w) if it is grey and (h, w, 3) otherwise.
+@dataclass(frozen=True)
+class Fit:
+    """How a picture becomes pixels; the fields are those of `DomainSpec`.
 
-    Transparency is dropped; 16-bit grey keeps its upper 8 bits.
-
-    Raises DataError: the picture holds 32-bit values, which have no fixed range.
+    With a `size` the middle square is resized to it, of a side of `crop_pct` of the shorter one
+    (as timm and torchvision resize to `size / crop_pct` and cut). 16-bit grey keeps the upper 8 of
+    its `bit_depth` bits.
     """
-    if picture.mode.startswith("I;16"):
-        return (np.asarray(picture) >> 8).astype(np.uint8)
-    if picture.mode in ("I", "F"):
-        raise DataError(f"pictures of mode {picture.mode} are not supported; save it with 8 bits")
-    return np.asarray(picture.convert("L" if picture.mode in GREY_MODES else "RGB"))
+
+    size: int | None = None
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+    bit_depth: int = 16
+
+    def squared(self, picture: Image.Image) -> Image.Image:
+        """Return `picture` with its middle square resized with antialiasing; unchanged without a
+        `size`.
+        """
+        size, crop = self.size, self.crop_pct
+        if size is None or (picture.size == (size, size) and crop == 1):
+            return picture
+        width, height = picture.size
+        side = min(width, height) * crop
+        left, top = (width - side) / 2, (height - side) / 2
+        if picture.mode in ("1", "P", "PA"):
+            picture = picture.convert("L" if picture.mode == "1" else "RGB")
+        box = (left, top, left + side, top + side)
+        method = Image.Resampling[self.interpolation.upper()]
+        return picture.resize((size, size), method, box=box)
+
+    def pixels(self, picture: Image.Image) -> Bytes:
+        """Return a picture, squared, as uint8 (h, w) if it is grey and (h, w, 3) otherwise.
+
+        Transparency is dropped. Raises DataError: the picture holds values beyond `bit_depth`, or
+        of 32 bits, which have no fixed range.
+        """
+        if picture.mode.startswith("I;16"):
+            highest = int(np.asarray(picture).max())
+            if highest >= 2**self.bit_depth:
+                raise DataError(
+                    f"the picture has values up to {highest}, above bit_depth = {self.bit_depth}:"
+                    " raise that or leave it out"
+                )
+            # Bicubic edges may go beyond the values of the picture.
+            brightness = np.asarray(self.squared(picture)) >> (self.bit_depth - 8)
+            small: Bytes = np.minimum(brightness, 255).astype(np.uint8)
+            return small
+        if picture.mode in ("I", "F"):
+            raise DataError(
+                f"pictures of mode {picture.mode} are not supported; save it with 8 bits"
+            )
+        squared = self.squared(picture)
+        return np.asarray(squared.convert("L" if squared.mode in GREY_MODES else "RGB"))
 
 
-def squared(picture: Image.Image, size: int | None) -> Image.Image:
-    """Return `picture` with its shorter side resized to `size` (bilinear with antialiasing) and
-    the middle square cut out; unchanged without a `size`.
+class UnreadableError(DataError):
+    """Some images of `count` cannot be read: `faults`, name and reason by their positions.
+
+    `pixels` are those of the others, in their order; None if there are no others.
     """
-    if size is None or picture.size == (size, size):
-        return picture
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    if picture.mode in ("1", "P", "PA"):
-        picture = picture.convert("L" if picture.mode == "1" else "RGB")
-    box = (left, top, left + side, top + side)
-    return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+    def __init__(
+        self, faults: dict[int, tuple[str, DataError]], count: int, pixels: Bytes | None
+    ) -> None:
+        self.faults, self.pixels = faults, pixels
+        held = list(faults.values())
+        names = ", ".join(Path(name).name for name, _ in held[:4])
+        more = ", ..." if len(held) > 4 else ""
+        several = f"{len(held)} of {count} images cannot be used: {names}{more}; the first: "
+        super().__init__(f"{several if len(held) > 1 else ''}{held[0][1]}")
 
 
 @contextmanager
@@ -122,15 +167,15 @@ def opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
             yield picture
 
 
-def open_picture(path: Path, size: int | None) -> Bytes:
-    """Return the image file at `path`, upright as its camera says, squared to `size`.
+def open_picture(path: Path, fit: Fit, data: bytes | None = None) -> Bytes:
+    """Return the image file at `path`, or its `data`, upright as its camera says, as `fit` says.
 
     Raises DataError: the file is damaged or is no image; the message names it.
     """
     try:
-        with opened(path) as picture:
+        with opened(path if data is None else io.BytesIO(data)) as picture:
             # Whole first: a reduced JPEG would be faster but its pixels differ.
-            return from_picture(squared(ImageOps.exif_transpose(picture), size))
+            return fit.pixels(ImageOps.exif_transpose(picture))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except UNREADABLE as error:
@@ -157,39 +202,50 @@ UNREADABLE = (
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path} cannot be read as an image ({first_line(error, 1000)}); replace or remove it"
-    )
+    said = re.sub(r" <_io\.BytesIO[^>]*>", "", first_line(error, 1000))
+    return DataError(f"{path} cannot be read as an image ({said}); replace or remove it")
 
 
-def resized(pixels: Bytes, size: int | None) -> Bytes:
-    """Return an array of images, (n, h, w) or (n, h, w, 3), each squared to `size`."""
-    if size is None or pixels.shape[1:3] == (size, size):
+def resized(pixels: Bytes, fit: Fit) -> Bytes:
+    """Return an array of images, (n, h, w) or (n, h, w, 3), each as `fit` says."""
+    if fit.size is None or (pixels.shape[1:3] == (fit.size, fit.size) and fit.crop_pct == 1):
         return pixels
-    return stack((from_picture(squared(Image.fromarray(one), size)) for one in pixels), len(pixels))
+    return stack(lambda one: fit.pixels(Image.fromarray(pixels[one])), len(pixels))
 
 
 def stack(
-    pictures: Iterable[Bytes], count: int, name: Callable[[int], str] = "image {}".format
+    read: Callable[[int], Bytes], count: int, name: Callable[[int], str] = "image {}".format
 ) -> Bytes:
     """Return `count` pictures of one size as one array: (n, h, w) if all are grey, else RGB.
 
-    `name` tells what to call the picture at a position.
+    `read` returns the picture at a position, `name` tells what to call it.
 
-    Raises DataError: the sizes differ; the message names the first two that do.
+    Raises DataError: the sizes differ; the message names the first two that do. UnreadableError:
+    `read` raised a DataError; all others were read.
     """
     result: Bytes | None = None
-    for position, picture in enumerate(pictures):
+    faults: dict[int, tuple[str, DataError]] = {}
+    first = 0
+    for position in range(count):
+        try:
+            picture = read(position)
+        except DataError as error:
+            faults[position] = (name(position), error)
+            continue
         if result is None:
-            result = np.empty((count, *picture.shape), np.uint8)
+            first, result = position, np.empty((count - len(faults), *picture.shape), np.uint8)
         if picture.shape[:2] != result.shape[1:3]:
             raise DataError(
-                f"images differ in size: {name(0)} is {_size(result[0])}, {name(position)} is "
+                f"images differ in size: {name(first)} is {_size(result[0])}, {name(position)} is "
                 f"{_size(picture)} pixels; set image_size"
             )
         if picture.ndim == 3 and result.ndim == 3:
             result = repeated(result)
-        result[position] = repeated(picture) if picture.ndim < result.ndim - 1 else picture
+        row = position - len(faults)
+        result[row] = repeated(picture) if picture.ndim < result.ndim - 1 else picture
+    if faults:
+        left = None if result is None else result[: count - len(faults)]
+        raise UnreadableError(faults, count, left)
     if result is None:
         raise DataError("no images; give at least one")
     return result
@@ -200,16 +256,24 @@ def repeated(grey: Bytes) -> Bytes:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def from_item(image: Any, size: int | None) -> Bytes:
-    """Return one image of a torch dataset as uint8 (h, w) or (h, w, 3), squared to `size`.
+def from_item(image: Any, fit: Fit, name: str = "the picture") -> Bytes:
+    """Return one image of a dataset as uint8 (h, w) or (h, w, 3), as `fit` says.
 
-    A tensor is (c, h, w) or (h, w), an array (h, w) or (h, w, c); floating values lie in [0, 1].
+    A tensor is (c, h, w) or (h, w), an array (h, w) or (h, w, c); floating values lie in [0, 1]. A
+    file is its bytes, or a mapping of its `bytes` or `path`; errors in it call it `name`.
     """
     if isinstance(image, Image.Image):
-        return from_picture(squared(image, size))
+        return fit.pixels(image)
+    if isinstance(image, Mapping) and (image.get("bytes") or image.get("path")):
+        image = image.get("bytes") or Path(image["path"])
+    if isinstance(image, bytes | Path):
+        data = image if isinstance(image, bytes) else None
+        return open_picture(Path(name) if isinstance(image, bytes) else image, fit, data)
     if isinstance(image, torch.Tensor):
         array = image.detach().cpu().numpy()
         array = array.transpose(1, 2, 0) if array.ndim == 3 else array
+    elif image is None or isinstance(image, str | Mapping):
+        raise DataError(f"{name} is {brief(image)}, no picture: give files, or name its column")
     else:
         array = np.asarray(image)
     array = _as_bytes(array)
@@ -220,7 +284,7 @@ def from_item(image: Any, size: int | None) -> Bytes:
             f"an image has shape {tuple(np.shape(image))}; give (channels, height, width) tensors, "
             "(height, width, channels) arrays or PIL images, grey or RGB"
         )
-    return from_picture(squared(Image.fromarray(np.ascontiguousarray(array)), size))
+    return fit.pixels(Image.fromarray(np.ascontiguousarray(array)))
 
 
 def _as_bytes(array: NDArray[Any]) -> Bytes:

@@ -8,12 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sophon._base.errors import DataError, require_kind, unknown
+from sophon._data.collecting import Columns
 from sophon._data.domain import Domain, check_normalisation
+from sophon._data.images import Fit
 from sophon._data.sources.archives import read_archive
 from sophon._data.sources.conventions import normalisation_of, ordered_classes
 from sophon._data.sources.embedded import read_embedded
 from sophon._data.sources.folders import read_folder, read_images
 from sophon._data.sources.prompts import read_prompts
+from sophon._data.sources.saved_datasets import read_saved
+from sophon._data.sources.tables import read_table
+from sophon._data.sources.tars import read_tars
 from sophon._data.sources.torchvision_sets import read_torchvision
 from sophon._data.sources.trees import read_tree
 from sophon._data.splits import Contents, Cut, cut, joined, unlabelled
@@ -42,7 +47,14 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             raise DataError(
                 f"labels = 'coarse' is for npz archives, not {spec.source!r}: remove it"
             )
-        if spec.dataset is not None and spec.source in ("npz", "folder"):
+        sources = ("folder", "datasets", "webdataset")
+        if _columns(spec) != (None, None) and spec.source not in sources:
+            raise DataError(
+                f"image_column and label_column are for {', '.join(sources)}: remove them"
+            )
+        if spec.image_size is None and _fit(spec) != Fit(bit_depth=spec.bit_depth):
+            raise DataError("interpolation and crop_pct need image_size: set it, or remove them")
+        if spec.dataset is not None and spec.source in ("npz", *sources):
             raise DataError(
                 f"dataset = {spec.dataset!r} is for torchvision, tree and embedded sources: remove"
                 " it"
@@ -55,7 +67,7 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
 def _npz(spec: DomainSpec, base: Path) -> Domain:
     path = _path(spec, base)
     try:
-        contents = read_archive(path, spec.image_size, coarse=spec.labels == "coarse")
+        contents = read_archive(path, _fit(spec), coarse=spec.labels == "coarse")
         return _domain(contents, spec, path.stem)
     except DataError as error:
         # Most faults are found in arrays, which do not know their file.
@@ -64,25 +76,45 @@ def _npz(spec: DomainSpec, base: Path) -> Domain:
 
 
 def _folder(spec: DomainSpec, base: Path) -> Domain:
-    path = _path(spec, base)
-    read = read_images if spec.labels == "none" else read_folder
-    return _domain(read(path, spec.image_size), spec, path.resolve().name)
+    path, fit, columns = _path(spec, base), _fit(spec), _columns(spec)
+    if spec.labels == "none":
+        contents: Contents | None = read_images(path, fit)
+    else:
+        contents = read_table(path, fit, columns)
+        if contents is None and columns != (None, None):
+            raise DataError(
+                f"{path} has no table of images, such as labels.csv: remove image_column and"
+                " label_column, or add one"
+            )
+    return _domain(contents or read_folder(path, fit), spec, path.resolve().name)
+
+
+def _datasets(spec: DomainSpec, base: Path) -> Domain:
+    path, bare = _path(spec, base), spec.labels == "none"
+    contents = read_saved(path, _fit(spec), _columns(spec), bare=bare)
+    return _domain(contents, spec, path.resolve().stem)
+
+
+def _webdataset(spec: DomainSpec, base: Path) -> Domain:
+    path, bare = _path(spec, base), spec.labels == "none"
+    contents = read_tars(path, _fit(spec), _columns(spec), bare=bare)
+    return _domain(contents, spec, path.resolve().stem)
 
 
 def _prompts(spec: DomainSpec, base: Path) -> Domain:
     path = _path(spec, base)
-    return _domain(read_prompts(path, spec.image_size), spec, path.resolve().name)
+    return _domain(read_prompts(path, _fit(spec)), spec, path.resolve().name)
 
 
 def _torchvision(spec: DomainSpec, base: Path) -> Domain:
     name, root = _named(spec, "CIFAR10"), _root(spec, base)
-    contents = read_torchvision(name, root, download=spec.download, size=spec.image_size)
+    contents = read_torchvision(name, root, download=spec.download, fit=_fit(spec))
     return _domain(contents, spec, name)
 
 
 def _tree(spec: DomainSpec, base: Path) -> Domain:
     name = _named(spec, "CINIC10")
-    contents = read_tree(name, _root(spec, base), spec.image_size)
+    contents = read_tree(name, _root(spec, base), _fit(spec))
     if len(contents.classes) == 1 and spec.labels != "none":
         raise DataError(
             f"{name} has no labels: set labels = 'none', for a diffusion model, or take one of"
@@ -93,12 +125,14 @@ def _tree(spec: DomainSpec, base: Path) -> Domain:
 
 def _embedded(spec: DomainSpec, base: Path) -> Domain:
     name = _named(spec, "digits")
-    return _domain(read_embedded(name, spec.image_size), spec, name)
+    return _domain(read_embedded(name, _fit(spec)), spec, name)
 
 
 SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
     "npz": _npz,
     "folder": _folder,
+    "datasets": _datasets,
+    "webdataset": _webdataset,
     "torchvision": _torchvision,
     "tree": _tree,
     "embedded": _embedded,
@@ -139,7 +173,7 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
         contents = joined(contents)
     if spec.labels == "none":
         contents = unlabelled(contents)
-    classes = spec.classes
+    classes: tuple[int | str, ...] | None = spec.classes
     if spec.class_order is not None:
         if classes is not None:
             raise DataError("classes and class_order both choose classes: keep one of them")
@@ -151,12 +185,25 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
         spec.split_seed,
         classes,
         spec.limit,
+        spec.on_error,
         least_classes=1 if free or spec.labels == "none" else 2,
         stratified=not free,
     )
     splits = vars(cut(contents, how))
     named, weight = spec.name or name, spec.weight
-    return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight)
+    fit = None if spec.image_size is None else _fit(spec)
+    if (spec.interpolation, spec.crop_pct) != (Fit.interpolation, Fit.crop_pct):
+        said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}"
+        splits["remarks"] = (said, *splits["remarks"])
+    return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight, fit=fit)
+
+
+def _fit(spec: DomainSpec) -> Fit:
+    return Fit(spec.image_size, spec.interpolation, spec.crop_pct, spec.bit_depth)
+
+
+def _columns(spec: DomainSpec) -> Columns:
+    return spec.image_column, spec.label_column
 
 
 def _normalisation(spec: DomainSpec) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

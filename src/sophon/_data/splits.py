@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, unknown
 from sophon._base.seeding import derive_seed
-from sophon._data.images import Bytes, Images, Integers, repeated, resized, to_images
+from sophon._data.images import (
+    Bytes,
+    Fit,
+    Images,
+    Integers,
+    UnreadableError,
+    repeated,
+    resized,
+    to_images,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,9 @@ class Cut:
     validation: float = 0.1
     test: float = 0.2
     seed: int = 0
-    classes: tuple[int, ...] | None = None
+    classes: tuple[int | str, ...] | None = None
     limit: int | None = None
+    on_error: Literal["error", "skip"] = "error"
     least_classes: int = 2
     stratified: bool = True
 
@@ -105,12 +117,61 @@ def cut(contents: Contents, how: Cut) -> Cutting:
         )
     parts = [(contents.train, positions), chosen, (tested, test)]
     named = ("training", "validation", "test")
-    pixels = _in_one_format([part.read(index) for part, index in parts], named)
+    pixels, parts, said = _read(parts, names, wanted, how)
+    pixels = _in_one_format(pixels, named)
     made = [
         to_images(values, renumbered(part.labels[index], wanted))
         for values, (part, index) in zip(pixels, parts, strict=True)
     ]
-    return Cutting(made[0], made[1], made[2], names, remarks)
+    return Cutting(made[0], made[1], made[2], names, (*remarks, *said, *_dark(pixels[0])))
+
+
+_Chosen = list[tuple[Part, Integers]]
+
+
+def _read(
+    parts: _Chosen, names: tuple[str, ...], wanted: Integers, how: Cut
+) -> tuple[list[Bytes], _Chosen, tuple[str, ...]]:
+    """Return the pixels of the chosen positions of each part, which positions can be read, and a
+    remark on what cannot. Raises DataError where that is not to be skipped, or all there is.
+    """
+    pixels: list[Bytes] = []
+    left: _Chosen = []
+    faults: list[tuple[str, DataError]] = []
+    for part, index in parts:
+        values, unread = readable(part, index)
+        faults += unread.values()
+        left.append((part, np.delete(index, list(unread))))
+        pixels += [] if values is None else [values]
+    if not faults:
+        return pixels, left, ()
+    failed = UnreadableError(dict(enumerate(faults)), sum(len(index) for _, index in parts), None)
+    if how.on_error == "error":
+        raise DataError(f"{failed}, or set on_error = 'skip'")
+    lost = np.setdiff1d(parts[0][0].labels[parts[0][1]], left[0][0].labels[left[0][1]])
+    if len(pixels) < len(parts) or len(lost):
+        name = "a split" if not len(lost) else f"class {names[renumbered(lost, wanted)[0]]!r}"
+        raise DataError(f"without what cannot be read {name} has no images; {failed}")
+    some = ", ".join(Path(name).name for name, _ in faults[:3])
+    said = f"{len(faults)} images skipped that cannot be used ({some}"
+    return pixels, left, (f"{said}{', ...' if len(faults) > 3 else ''})",)
+
+
+def readable(part: Part, index: Integers) -> tuple[Bytes | None, dict[int, tuple[str, DataError]]]:
+    """Return the pixels of the images that can be read, and which cannot: their name and why, by
+    their position in `index`.
+    """
+    try:
+        return part.read(index), {}
+    except UnreadableError as error:
+        return error.pixels, error.faults
+
+
+def _dark(pixels: Bytes) -> Iterator[str]:
+    """Yield a remark where the brightest pixel is that of 12-bit values in 16-bit files."""
+    brightest = int(pixels.max())
+    if 1 < brightest < 64:
+        yield f"no pixel is above {brightest} of 255; 12-bit files need bit_depth = 12"
 
 
 def _remarks(
@@ -189,10 +250,23 @@ def joined(contents: Contents) -> Contents:
         own = index < count
         if own.all() or not own.any():
             return first.read(index) if own.all() else second.read(index - count)
-        read = [first.read(index[own]), second.read(index[~own] - count)]
-        pixels = _in_one_format(read, ("training", "test"))
-        result = np.empty((len(index), *pixels[0].shape[1:]), np.uint8)
-        result[own], result[~own] = pixels
+        read = [readable(first, index[own]), readable(second, index[~own] - count)]
+        places = (np.flatnonzero(own), np.flatnonzero(~own))
+        faults = {
+            int(place[one]): fault
+            for place, (_, unread) in zip(places, read, strict=True)
+            for one, fault in unread.items()
+        }
+        held = [values for values, _ in read if values is not None]
+        if not held:
+            raise UnreadableError(faults, len(index), None)
+        pixels = _in_one_format(held, ("training", "test")[: len(held)])
+        mine = np.delete(own, list(faults))
+        result = np.empty((len(mine), *pixels[0].shape[1:]), np.uint8)
+        for values, where in zip(pixels, (w for w in (mine, ~mine) if w.any()), strict=True):
+            result[where] = values
+        if faults:
+            raise UnreadableError(faults, len(index), result)
         return result
 
     labels = np.concatenate([first.labels, second.labels])
@@ -212,9 +286,9 @@ def unlabelled(contents: Contents) -> Contents:
     )
 
 
-def part_of_array(pixels: Bytes, labels: Integers, size: int | None) -> Part:
+def part_of_array(pixels: Bytes, labels: Integers, fit: Fit) -> Part:
     """Return a part whose images lie in one array, (n, h, w) or (n, h, w, c)."""
-    return Part(labels, lambda index: resized(pixels[index], size))
+    return Part(labels, lambda index: resized(pixels[index], fit))
 
 
 def _check_cut(how: Cut) -> None:
@@ -241,16 +315,20 @@ def _check_labels(contents: Contents) -> None:
             )
 
 
-def _wanted(names: tuple[str, ...], classes: tuple[int, ...] | None) -> Integers:
-    if classes is None:
+def _wanted(names: tuple[str, ...], chosen: tuple[int | str, ...] | None) -> Integers:
+    if chosen is None:
         return np.arange(len(names))
+    for one in chosen:
+        if isinstance(one, str) and one not in names:
+            raise DataError(unknown("class", one, names))
+    classes = [names.index(one) if isinstance(one, str) else one for one in chosen]
     for index in classes:
         if not 0 <= index < len(names):
             raise DataError(
                 f"classes names {index}, which does not exist; there are 0 to {len(names) - 1}"
             )
     if len(set(classes)) != len(classes):
-        raise DataError(f"classes = {list(classes)} repeats a label; name each once")
+        raise DataError(f"classes = {list(chosen)} repeats a label; name each once")
     return np.array(classes, dtype=np.int64)
 
 

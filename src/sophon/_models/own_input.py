@@ -12,16 +12,20 @@ from torch import nn
 from sophon._base.errors import CheckpointError, brief
 from sophon._base.files import read_json
 
+# How Sophon resizes unless told otherwise.
+_USUAL: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0}
+
 
 @dataclass(frozen=True)
 class OwnInput:
-    """How the publisher normalises pixels in [0, 1], per channel, and resizes; `stated` is where it
-    says so.
+    """How the publisher normalises pixels in [0, 1], per channel, and resizes: the middle square, a
+    side of `crop_pct` of the shorter one, by `interpolation`; `stated` is where it says so.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    crop_pct: float
     stated: str
 
 
@@ -37,7 +41,8 @@ def own_input(model: nn.Module) -> OwnInput | None:
     name = ".".join(str(held[key]) for key in ("architecture", "tag") if held.get(key))
     mean, std = (tuple(float(value) for value in held[key]) for key in ("mean", "std"))
     stated = str(held.get("stated", f"pretrained_cfg {name}"))
-    return OwnInput(mean, std, str(held.get("interpolation", "bilinear")), stated)
+    interpolation, crop = (held.get(key) or usual for key, usual in _USUAL.items())
+    return OwnInput(mean, std, str(interpolation), float(crop), stated)
 
 
 def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:
@@ -52,6 +57,7 @@ def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:
         "mean": tuple(held.mean),
         "std": tuple(held.std),
         "interpolation": held.interpolation.value,
+        "crop_pct": held.crop_size[0] / held.resize_size[0],
     }
 
 
@@ -71,6 +77,11 @@ def recorded_input(model: nn.Module, file: Path) -> None:
                 " channel: restore the file"
             )
     before = getattr(model, "pretrained_cfg", None) or {}
+    found |= {key: given.get(key, usual) for key, usual in _USUAL.items()}
+    if not _is_usual(found["crop_pct"]):
+        raise CheckpointError(
+            f"{file}: input.crop_pct = {brief(found['crop_pct'])} is no share: restore the file"
+        )
     model.pretrained_cfg = {**before, **found, "stated": f"its checkpoint's {file.name}"}  # type: ignore[assignment]
 
 

@@ -39,6 +39,10 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+# What transformers' configurations call problems that no softmax solves.
+_OTHER_PROBLEMS = {"multi_label_classification", "regression"}
+
+
 @contextmanager
 def probing(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Run a block with `model` in eval (or train) mode, without gradients; then put all back.
@@ -71,10 +75,22 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
     DataError names the channels or the size it cannot take; UnsupportedModelError an output
     that is no classifier's. `what` names the domain in the message.
     """
+    kinds = {getattr(getattr(one, "config", None), "problem_type", None) for one in model.modules()}
+    for kind in kinds & _OTHER_PROBLEMS:
+        raise UnsupportedModelError(
+            f"the model's config has problem_type = {kind!r}: multi-label models and regression are"
+            " not supported, give a model that chooses one class"
+        )
     images = probe_images(model, image_shape).float()
     for mode in (False, True) if training else (False,):
         output = run_probe(model, image_shape, what=what, training=mode, images=images)
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if shape in ((2,), (2, 1)):
+            raise UnsupportedModelError(
+                f"the model's output for two images is {shape}, one logit each (a sigmoid's): give"
+                " its head two outputs, the first with weight and bias 0, the second with its own,"
+                " which is the same classifier"
+            )
         if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
             raise UnsupportedModelError(
                 f"the model's output for two images is {shape}; a classifier returns "

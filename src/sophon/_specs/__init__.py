@@ -4,6 +4,7 @@
 
 from sophon._specs.base import (
     Augmentation,
+    Interpolation,
     OptimizerName,
     Precision,
     ScheduleName,

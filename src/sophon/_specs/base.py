@@ -17,6 +17,7 @@ OptimizerName = Literal["sgd", "sgd_momentum", "nesterov", "adagrad", "adadelta"
 ScheduleName = Literal["constant", "warmup", "cosine", "warmup_cosine"]
 Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 Precision = Literal["auto", "fp32", "bf16"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 Name = Annotated[str, Field(min_length=1)]
 # What names a file or folder: text, or a pathlib.Path, of which the text is kept.

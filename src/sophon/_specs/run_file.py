@@ -13,6 +13,7 @@ from sophon._specs.base import (
     Channels,
     Count,
     Fraction,
+    Interpolation,
     Name,
     NonNegative,
     Place,
@@ -132,17 +133,28 @@ class ModelSpec(Spec):
 class DomainSpec(Spec):
     """Where a domain's images come from and how they are cut and normalised.
 
-    `source` is `npz`, `folder`, `torchvision`, `tree`, `embedded` or `prompts`; of
-    `torchvision`, `tree` and `embedded` `dataset` says which set, or else `name`, which is the
-    domain's. Images become `image_size` squares (shorter side resized, centre cropped) when it
-    is given. `mean` and `std` are per channel on images scaled to [0, 1]. `labels = "coarse"`
-    takes an archive's coarser labels instead of its own (arrays `coarse_of_fine` and
-    `coarse_names`), `labels = "none"` makes all images one class, as a diffusion model allows,
-    and reads a folder as it comes, flat or nested. `join` joins train and test and cuts a test
-    split anew. `classes` keeps only those labels, renumbered in order; `limit` keeps the first
-    so many training images of each class. `normalisation` names a known mean and std, such as
-    `cifar10`, and `class_order` a known order of classes, `cifar10`, `stl10` or `imagenette`.
+    `source` is `npz`, `folder`, `datasets`, `webdataset`, `torchvision`, `tree`, `embedded` or
+    `prompts`; of `torchvision`, `tree` and `embedded` `dataset` says which set, or else `name`,
+    which is the domain's. `image_column` and `label_column` name what a table or dataset calls
+    images and labels. Images become `image_size` squares when it is given: the middle square, of
+    `crop_pct` of the shorter side, is resized by `interpolation`. 16-bit grey keeps the upper 8 of
+    its `bit_depth` bits. `on_error = "skip"` leaves out image files that cannot be read. `mean`
+    and `std` are per channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's
+    coarser labels instead of its own (arrays `coarse_of_fine` and `coarse_names`), `labels =
+    "none"` makes all images one class, as a diffusion model allows, and reads a folder as it comes,
+    flat or nested. `join` joins train and test and cuts a test split anew. `classes` keeps only
+    those labels, numbers or names, renumbered in order; `limit` keeps the first so many training
+    images of each class. `normalisation` names a known mean and std, such as `cifar10`, and
+    `class_order` a known order of classes, `cifar10`, `stl10` or `imagenette`.
     """
+
+    released: ClassVar = frozenset(
+        {
+            *("source", "name", "dataset", "path", "root", "download", "image_size", "mean", "std"),
+            *("normalisation", "validation", "test", "split_seed", "labels", "join", "classes"),
+            *("class_order", "limit", "weight"),
+        }
+    )
 
     source: str
     name: Name | None = None
@@ -150,7 +162,13 @@ class DomainSpec(Spec):
     path: Place | None = None
     root: Place | None = None
     download: bool = False
+    image_column: Name | None = None
+    label_column: Name | None = None
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    interpolation: Interpolation = "bilinear"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    bit_depth: Annotated[int, Field(ge=9, le=16)] = 16
+    on_error: Literal["error", "skip"] = "error"
     mean: Channels | None = None
     std: Channels | None = None
     normalisation: Name | None = None
@@ -159,7 +177,7 @@ class DomainSpec(Spec):
     split_seed: Seed = 0
     labels: Literal["own", "coarse", "none"] = "own"
     join: bool = False
-    classes: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] | None = None
+    classes: Annotated[tuple[Count | Name, ...], Field(strict=False, min_length=2)] | None = None
     class_order: Name | None = None
     limit: Positive | None = None
     weight: Rate = 1.0

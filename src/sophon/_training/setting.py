@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from sophon._models import (
     own_input,
     require_network,
 )
-from sophon._specs import Augmentation, Precision
+from sophon._specs import Augmentation, Interpolation, Precision
 from sophon._tasks import Task
 
 
@@ -109,7 +109,12 @@ class Setting:
     def input(self) -> dict[str, Any]:
         """Return what the model takes: (channels, height, width), and how pixels are normalised."""
         mean, std = self.normalisation(self.original)
-        return {"input_size": self.shape(self.original), "mean": mean, "std": std}
+        takes: dict[str, Any] = {"input_size": self.shape(self.original), "mean": mean, "std": std}
+        fit = self.original.fit
+        # Without these keys: bilinear, and the whole shorter side.
+        if fit is not None and (fit.interpolation, fit.crop_pct) != ("bilinear", 1.0):
+            takes |= {"interpolation": fit.interpolation, "crop_pct": fit.crop_pct}
+        return takes
 
     def class_names(self) -> list[str] | None:
         """Return which class each output of the head is; None where outputs are no classes."""
@@ -212,6 +217,7 @@ def make_setting(
         own=own_input(model),
     )
     _remark_on_normalisation(setting)
+    _remark_on_resizing(setting.own, original)
     return setting
 
 
@@ -226,6 +232,21 @@ def _remark_on_normalisation(setting: Setting) -> None:
             f"warning: {setting.original.name!r} is normalised with {_numbers(used)}; the network's"
             f" own is {_numbers(own)} ({setting.own.stated}), the default where a domain gives none"
         )
+
+
+def _remark_on_resizing(own: OwnInput | None, original: Domain) -> None:
+    """Say where images are resized otherwise than the network's library states."""
+    fit = original.fit
+    if own is None or fit is None or own.interpolation not in get_args(Interpolation):
+        return
+    # Published numbers are rounded.
+    if own.interpolation == fit.interpolation and abs(own.crop_pct - fit.crop_pct) < 0.01:
+        return
+    remark(
+        f"warning: {original.name!r} is resized with interpolation = {fit.interpolation!r} and"
+        f" crop_pct = {fit.crop_pct:.4g}; the network's own are {own.interpolation!r} and"
+        f" {own.crop_pct:.4g} ({own.stated}): set them for a new run"
+    )
 
 
 def _numbers(normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> str:

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sophon._base.errors import DataError
-from sophon._data.domain import checked, class_names
+from sophon._data.domain import checked
 from sophon._data.images import (
     UNREADABLE,
     Bytes,
+    Fit,
     Integers,
-    from_picture,
     opened,
-    squared,
     stack,
 )
+from sophon._data.labelled import class_names
 from sophon._data.splits import Contents, Part, part_of_array
 
 # What damaged headers make numpy and zipfile raise.
@@ -44,8 +44,8 @@ FORMAT = (
 )
 
 
-def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Contents:
-    """Return the contents of an npz file; images are squared to `size` when they are read.
+def read_archive(path: Path, fit: Fit, *, coarse: bool = False) -> Contents:
+    """Return the contents of an npz file; images become what `fit` says when they are read.
 
     With `coarse` every label is replaced by its group: `coarse_of_fine` (labels,) has the groups,
     `coarse_names` their names.
@@ -60,9 +60,9 @@ def read_archive(path: Path, size: int | None, *, coarse: bool = False) -> Conte
     arrays = _arrays(path)
     if coarse:
         _coarsen(arrays)
-    train = _part(arrays, "train", size)
+    train = _part(arrays, "train", fit)
     held = {split: _there(arrays, split) for split in ("test", "val")}
-    parts = {split: _part(arrays, split, size) if there else None for split, there in held.items()}
+    parts = {split: _part(arrays, split, fit) if there else None for split, there in held.items()}
     labels = [part.labels for part in (train, *parts.values()) if part is not None]
     names = class_names(_names(arrays), labels)
     return Contents(train, parts["test"], names, parts["val"], _unread(arrays))
@@ -157,14 +157,14 @@ def _array(arrays: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
     return arrays[name]
 
 
-def _part(arrays: dict[str, NDArray[Any]], split: str, size: int | None) -> Part:
+def _part(arrays: dict[str, NDArray[Any]], split: str, fit: Fit) -> Part:
     if f"x_{split}_jpeg" in arrays and f"x_{split}" not in arrays:
-        return _packed_part(arrays, split, size)
+        return _packed_part(arrays, split, fit)
     pixels, labels = checked(_array(arrays, f"x_{split}"), _array(arrays, f"y_{split}"), split)
-    return part_of_array(pixels, labels, size)
+    return part_of_array(pixels, labels, fit)
 
 
-def _packed_part(arrays: dict[str, NDArray[Any]], split: str, size: int | None) -> Part:
+def _packed_part(arrays: dict[str, NDArray[Any]], split: str, fit: Fit) -> Part:
     packed, offsets = arrays[f"x_{split}_jpeg"], _array(arrays, f"x_{split}_offsets")
     if packed.dtype != np.uint8 or packed.ndim != 1:
         raise DataError(f"x_{split}_jpeg is {packed.dtype} {packed.shape}; give uint8 (bytes,)")
@@ -182,21 +182,22 @@ def _packed_part(arrays: dict[str, NDArray[Any]], split: str, size: int | None) 
     )[1]
 
     def read(index: Integers) -> Bytes:
-        pictures = (
-            _decoded(
-                packed[offsets[one] : offsets[one + 1]].tobytes(), f"{split} image {one}", size
-            )
-            for one in index
-        )
-        return stack(pictures, len(index))
+        def name(position: int) -> str:
+            return f"{split} image {index[position]}"
+
+        def picture(position: int) -> Bytes:
+            one = index[position]
+            return _decoded(packed[offsets[one] : offsets[one + 1]].tobytes(), name(position), fit)
+
+        return stack(picture, len(index), name)
 
     return Part(labels, read)
 
 
-def _decoded(data: bytes, what: str, size: int | None) -> Bytes:
+def _decoded(data: bytes, what: str, fit: Fit) -> Bytes:
     try:
         with opened(io.BytesIO(data)) as picture:
-            return from_picture(squared(picture, size))
+            return fit.pixels(picture)
     except UNREADABLE:
         raise DataError(f"{what} is not a whole JPEG file; write the archive again") from None
 

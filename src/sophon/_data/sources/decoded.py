@@ -10,49 +10,55 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 
 from sophon._base.errors import CheckpointError
 from sophon._base.files import require_writable, temporary_beside
-from sophon._data.images import Bytes, open_picture, stack
+from sophon._data.images import Bytes, Fit, open_picture, stack
 
 # Raise this when the same file gives other pixels.
 _VERSION = 1
 _REMEDY = "name another folder in SOPHON_CACHE, or unset it"
 
 
-def read_pictures(files: list[Path], size: int | None) -> Bytes:
-    """Return image files as one array, each squared to `size`: (n, h, w) if all are grey, else RGB.
+def read_pictures(files: list[Path], fit: Fit) -> Bytes:
+    """Return image files as one array, each as `fit` says: (n, h, w) if all are grey, else RGB.
 
     Raises CheckpointError: the folder of decoded pictures cannot be written. DataError: a
     damaged image, or sizes that differ.
     """
     folder = os.environ.get("SOPHON_CACHE")
     if not folder:
-        return _decoded(files, size)
-    entry = Path(folder) / f"{_name(files, size)}.npy"
+        return _decoded(files, fit)
+    entry = Path(folder) / f"{_name(files, fit)}.npy"
     try:
         held: Bytes = np.load(entry, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
         require_writable(entry.parent, remedy=_REMEDY)
-        held = _decoded(files, size)
+        held = _decoded(files, fit)
         _keep(entry, held)
     return held
 
 
-def _decoded(files: list[Path], size: int | None) -> Bytes:
-    pictures = (open_picture(path, size) for path in files)
-    return stack(pictures, len(files), lambda position: str(files[position]))
+def _decoded(files: list[Path], fit: Fit) -> Bytes:
+    return stack(
+        lambda position: open_picture(files[position], fit),
+        len(files),
+        lambda position: str(files[position]),
+    )
 
 
-def _name(files: list[Path], size: int | None) -> str:
+def _name(files: list[Path], fit: Fit) -> str:
+    # The size alone stood here before there was more to say.
+    how = fit.size if fit == Fit(fit.size) else list(astuple(fit))
     about = []
     for path in files:
         status = path.stat()
         about.append([str(path.absolute()), status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps([_VERSION, size, about]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_VERSION, how, about]).encode()).hexdigest()
 
 
 def _keep(entry: Path, pixels: Bytes) -> None:

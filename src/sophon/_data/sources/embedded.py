@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sophon._base.errors import DataError, unknown
 from sophon._base.seeding import derive_seed
 from sophon._base.torchvision_patch import library
-from sophon._data.images import Bytes, Integers, from_picture
+from sophon._data.images import Bytes, Fit, Integers
 from sophon._data.splits import Contents, part_of_array
 
 SIDE = 16
@@ -35,7 +35,7 @@ FONTS = tuple(
 )
 
 
-def read_embedded(name: str, size: int | None) -> Contents:
+def read_embedded(name: str, fit: Fit) -> Contents:
     """Return the contents of an embedded domain: `digits` or `letters`, grey, 16x16.
 
     `digits` are scikit-learn's 1,797 handwritten digits (8x8, enlarged). `letters` are the
@@ -48,7 +48,7 @@ def read_embedded(name: str, size: int | None) -> Contents:
         raise DataError(unknown("embedded domain", name, EMBEDDED))
     make, classes = EMBEDDED[name]
     pixels, labels = make()
-    return Contents(part_of_array(pixels, labels, size), None, classes)
+    return Contents(part_of_array(pixels, labels, fit), None, classes)
 
 
 @cache
@@ -108,7 +108,7 @@ def _varied(glyph: Image.Image, random: np.random.Generator) -> Bytes:
         tuple(float(value) for value in (a, b, c, d, e, f)),
         Image.Resampling.BILINEAR,
     )
-    return from_picture(turned.resize((SIDE, SIDE), Image.Resampling.BOX))
+    return Fit().pixels(turned.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 EMBEDDED: dict[str, tuple[Callable[[], tuple[Bytes, Integers]], tuple[str, ...]]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,25 +12,21 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sophon._base.errors import DataError
-from sophon._data.images import Bytes, Integers, suffixes
+from sophon._data.images import Bytes, Fit, Integers, suffixes
 from sophon._data.sources.decoded import read_pictures
+from sophon._data.split_names import TESTS, TRAINING, precedence, split_of
 from sophon._data.splits import Contents, Part
 
-_TRAINING = ("train", "training", "trainval")
-_TESTS = ("test", "testing", "eval", "evaluation")
-# Validation alone is for testing.
-_HELD = (*_TESTS, "val", "valid", "validation", "dev", "development")
 _LINK = "links that lead nowhere"
 
 
-def read_folder(path: Path, size: int | None) -> Contents:
+def read_folder(path: Path, fit: Fit) -> Contents:
     """Return the contents of a directory with one directory of images per class.
 
     Classes are in sorted order. With `train/` below `path`, its classes are for training and those
     of `test/` (else `val/`) for the test split; where there are both, `val/` is for validation.
     Other usual names do as well, in any case and as a word of a longer name (`seg_train`).
-    Images keep their size unless `size` is given;
-    then the shorter side is resized (bilinear, antialiased) and the middle cut out. All become RGB
+    Images become what `fit` says. All become RGB
     unless all are grey. Links to folders are followed. Hidden files are ignored, and files that are
     no images are left out as long as they are not the majority; `remarks` say so.
 
@@ -39,24 +34,25 @@ def read_folder(path: Path, size: int | None) -> Contents:
     """
     layout = _layout(path, nested=True)
     train = layout.train
-    classes = tuple(folder.name for folder in _directories(train))
+    classes = tuple(folder.name for folder in directories(train))
     if not classes:
         raise DataError(
-            f"{train} holds no folders; put the images of each class into a folder named after it"
+            f"{train} holds no folders; put the images of each class into a folder named after it,"
+            " or name their classes in a labels.csv of file_name and label beside them"
         )
     left_out: Counter[str] = Counter()
-    parts = [_part(train, classes, size, left_out)]
+    parts = [_part(train, classes, fit, left_out)]
     for other in layout.held:
-        unknown = sorted({folder.name for folder in _directories(other)} - set(classes))
+        unknown = sorted({folder.name for folder in directories(other)} - set(classes))
         if unknown:
             raise DataError(f"{other} has class {unknown[0]!r} which {train} has not; rename it")
-        parts.append(_part(other, classes, size, left_out))
+        parts.append(_part(other, classes, fit, left_out))
     test, validation = [*parts[1:], None, None][:2]
     remarks = (*layout.remarks, *_splits_within(train, classes), *_counted(left_out))
     return Contents(parts[0], test, classes, validation, remarks)
 
 
-def read_images(path: Path, size: int | None) -> Contents:
+def read_images(path: Path, fit: Fit) -> Contents:
     """Return the contents of a directory of images without classes, flat or nested as it may be.
 
     With images below `train/`, those are for training and those of `test/` and `val/` as in
@@ -70,7 +66,7 @@ def read_images(path: Path, size: int | None) -> Contents:
     for folder in (layout.train, *layout.held):
         files, others = sorted_out(folder)
         left_out += others
-        parts.append(read_later(files, size))
+        parts.append(read_later(files, fit))
     test, validation = [*parts[1:], None, None][:2]
     remarks = (*layout.remarks, *_counted(left_out))
     return Contents(parts[0], test, ("image",), validation, remarks)
@@ -94,20 +90,22 @@ def _layout(path: Path, *, nested: bool) -> _Layout:
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; correct path")
-    folders = _directories(path)
-    named = sorted((one for one in folders if _split_of(one)), key=_precedence)
-    held = [one for one in named if _split_of(one) not in _TRAINING]
-    train = next(
-        (one for one in named if one not in held and (_directories(one) or not nested)), None
+    folders = directories(path)
+    named = sorted(
+        (one for one in folders if split_of(one.name)), key=lambda one: precedence(one.name)
     )
-    if train is None or not (held or _precedence(train)[0] == 0):
+    held = [one for one in named if split_of(one.name) not in TRAINING]
+    train = next(
+        (one for one in named if one not in held and (directories(one) or not nested)), None
+    )
+    if train is None or not (held or precedence(train.name)[0] == 0):
         alike = f"{_names(named)} look like splits and are taken for classes"
         return _Layout(path, remarks=(alike,) if nested and len(named) > 1 else ())
     # One folder for testing and one for validation; of several of a kind the plainest.
     kinds: dict[bool, Path] = {}
     for one in map(_inner, held):
         if not nested or _sorted_into_classes(one):
-            kinds.setdefault(_split_of(one) not in _TESTS, one)
+            kinds.setdefault(split_of(one.name) not in TESTS, one)
     used = [kinds[kind] for kind in sorted(kinds)]
     roles = [(train, "training"), *zip(used, ("test", "validation"), strict=False)]
     remarks = [", ".join(f"{one.relative_to(path)}/ for {role}" for one, role in roles)]
@@ -118,31 +116,17 @@ def _layout(path: Path, *, nested: bool) -> _Layout:
     return _Layout(_inner(train), used, tuple(remarks))
 
 
-def _split_of(folder: Path) -> str:
-    """Return the split that a folder's name speaks of (`val` for `seg_Val2017`), or nothing."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", folder.name)
-    spoken = {word.lower().removesuffix("set") for word in words}
-    return next((name for name in (*_TRAINING, *_HELD) if name in spoken), "")
-
-
-def _precedence(folder: Path) -> tuple[int, int, str]:
-    """Return the order of folders of splits: those named for nothing else first."""
-    split = _split_of(folder)
-    longer = folder.name.lower() != split
-    return int(longer), (*_TRAINING, *_HELD).index(split), folder.name
-
-
 def _inner(folder: Path) -> Path:
     """Return the folder of a split's own name that is all that it holds, as archives unpack."""
-    below = _directories(folder)
-    same = len(below) == 1 and _split_of(below[0]) == _split_of(folder)
+    below = directories(folder)
+    same = len(below) == 1 and split_of(below[0].name) == split_of(folder.name)
     return _inner(below[0]) if same else folder
 
 
 def _splits_within(train: Path, classes: tuple[str, ...]) -> Iterator[str]:
     """Yield a remark where the folders of a class are splits: all of its images are one class."""
     for name in classes:
-        named = [one for one in _directories(train / name) if _split_of(one)]
+        named = [one for one in directories(train / name) if split_of(one.name)]
         if len(named) > 1:
             yield f"{_names(named)} in {name} look like splits; their images are not kept apart"
             return
@@ -150,9 +134,9 @@ def _splits_within(train: Path, classes: tuple[str, ...]) -> Iterator[str]:
 
 def _sorted_into_classes(path: Path) -> bool:
     """Return whether `path` is a split. Raises DataError if its images are not in folders."""
-    if _directories(path):
+    if directories(path):
         return True
-    flat = sum(_is_image(one) for one in path.iterdir())
+    flat = sum(is_image(one) for one in path.iterdir())
     if flat:
         raise DataError(
             f"{path} holds {flat} images and no folders of classes; put each into a folder"
@@ -161,25 +145,25 @@ def _sorted_into_classes(path: Path) -> bool:
     return False
 
 
-def read_later(files: list[Path], size: int | None, labels: ArrayLike = 0) -> Part:
+def read_later(files: list[Path], fit: Fit, labels: ArrayLike = 0) -> Part:
     """Return a part of image files that are read when they are asked for."""
 
     def read(index: Integers) -> Bytes:
-        return read_pictures([files[one] for one in index], size)
+        return read_pictures([files[one] for one in index], fit)
 
     return Part(np.array(np.broadcast_to(labels, len(files)), np.int64), read)
 
 
-def _part(root: Path, classes: tuple[str, ...], size: int | None, left_out: Counter[str]) -> Part:
+def _part(root: Path, classes: tuple[str, ...], fit: Fit, left_out: Counter[str]) -> Part:
     """Return the images of the classes that are below `root`; what else there is, is counted."""
-    left_out["images in no class's folder"] += sum(_is_image(one) for one in root.iterdir())
+    left_out["images in no class's folder"] += sum(is_image(one) for one in root.iterdir())
     found = {}
     for label, name in enumerate(classes):
         if (root / name).is_dir():
             found[label], others = sorted_out(root / name)
             left_out.update(others)
     labels = [label for label, files in found.items() for _ in files]
-    return read_later([path for files in found.values() for path in files], size, labels)
+    return read_later([path for files in found.values() for path in files], fit, labels)
 
 
 def sorted_out(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -190,7 +174,7 @@ def sorted_out(folder: Path) -> tuple[list[Path], Counter[str]]:
     images: list[Path] = []
     others: list[Path] = []
     for path in files_below(folder):
-        (images if _is_image(path) else others).append(path)
+        (images if is_image(path) else others).append(path)
     kinds = Counter(
         path.suffix.lower() or "no suffix" if path.is_file() else _LINK for path in others
     )
@@ -245,11 +229,13 @@ def _names(folders: list[Path]) -> str:
     return ", ".join(f"{one.name}/" for one in folders[:4]) + more
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Return whether a file has the suffix of an image and is not hidden."""
     return path.suffix.lower() in suffixes() and _visible(path.name) and path.is_file()
 
 
-def _directories(path: Path) -> list[Path]:
+def directories(path: Path) -> list[Path]:
+    """Return the folders in `path`, sorted; none where there is no such folder."""
     if not path.is_dir():
         return []
     return sorted(one for one in path.iterdir() if one.is_dir() and _visible(one.name))

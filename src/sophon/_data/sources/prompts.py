@@ -11,14 +11,14 @@ import torch
 
 from sophon._base.errors import DataError
 from sophon._data.domain import Domain
-from sophon._data.images import Images
+from sophon._data.images import Fit, Images
 from sophon._data.sources.folders import read_later, sorted_out
 from sophon._data.splits import Contents
 
 TABLE = "metadata.jsonl"
 
 
-def read_prompts(path: Path, size: int | None) -> Contents:
+def read_prompts(path: Path, fit: Fit) -> Contents:
     """Return the contents of a folder of images whose prompts stand in `metadata.jsonl`.
 
     A line is a JSON object with `file_name`, relative to the folder, and `text`, the prompt (the
@@ -47,7 +47,7 @@ def read_prompts(path: Path, size: int | None) -> Contents:
         raise DataError(f"{table} has no prompt for {bare[0].name} ({len(bare)} images lack one)")
     prompts = tuple(dict.fromkeys(text for _, text in rows))
     labels = [prompts.index(text) for _, text in rows]
-    return Contents(read_later(files, size, labels), None, prompts)
+    return Contents(read_later(files, fit, labels), None, prompts)
 
 
 def _row(line: str, number: int, table: Path) -> tuple[str, str]:

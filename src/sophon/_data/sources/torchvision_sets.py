@@ -11,7 +11,7 @@ import numpy as np
 
 from sophon._base.errors import DataError, first_line, unknown
 from sophon._base.torchvision_patch import prepare_torchvision
-from sophon._data.images import UNREADABLE, Bytes, Integers, from_item, opened, stack
+from sophon._data.images import UNREADABLE, Bytes, Fit, Integers, from_item, opened, stack
 from sophon._data.sources.conventions import SETS
 from sophon._data.sources.downloads import expected_files, fault, summary
 from sophon._data.splits import Contents, Part
@@ -50,7 +50,7 @@ def _entry(held: dict[str, Any]) -> Entry:
 DATASETS = {name: _entry(held) for name, held in SETS["torchvision"].items()}
 
 
-def read_torchvision(name: str, root: Path, *, download: bool, size: int | None) -> Contents:
+def read_torchvision(name: str, root: Path, *, download: bool, fit: Fit) -> Contents:
     """Return the contents of a torchvision dataset kept under `root`.
 
     `name` is a key of `DATASETS`. `Imagenette:160px` chooses a size (else 320px), and
@@ -69,7 +69,7 @@ def read_torchvision(name: str, root: Path, *, download: bool, size: int | None)
     train = _opened(key, "train", variant, root, download)
     test = _opened(key, "test", variant, root, download)
     attribute = _attribute(train, variant or "Male") if key == "CelebA" else None
-    parts = [_part(dataset, entry, size, attribute) for dataset in (train, test)]
+    parts = [_part(dataset, entry, fit, attribute) for dataset in (train, test)]
     _check_whole(key, variant, root, parts)
     return Contents(parts[0], parts[1], _class_names(train, entry, attribute, parts))
 
@@ -132,7 +132,7 @@ def _attribute(dataset: Any, name: str) -> tuple[int, str]:
     return names.index(name), name
 
 
-def _part(dataset: Any, entry: Entry, size: int | None, attribute: tuple[int, str] | None) -> Part:
+def _part(dataset: Any, entry: Entry, fit: Fit, attribute: tuple[int, str] | None) -> Part:
     held = getattr(dataset, entry.labels)
     if entry.labels == "_samples":
         held = [label for _, label in held]
@@ -141,19 +141,22 @@ def _part(dataset: Any, entry: Entry, size: int | None, attribute: tuple[int, st
         labels = labels[:, attribute[0]]
 
     def read(index: Integers) -> Bytes:
-        pictures = (_picture(dataset, int(one), size) for one in index)
-        return stack(pictures, len(index), lambda position: f"image {index[position]}")
+        return stack(
+            lambda position: _picture(dataset, int(index[position]), fit),
+            len(index),
+            lambda position: f"image {index[position]}",
+        )
 
     return Part(labels.astype(np.int64), read)
 
 
-def _picture(dataset: Any, index: int, size: int | None) -> Bytes:
+def _picture(dataset: Any, index: int, fit: Fit) -> Bytes:
     try:
         path = _file(dataset, index)
         if path is None:
-            return from_item(dataset[index][0], size)
+            return from_item(dataset[index][0], fit)
         with opened(path) as picture:
-            return from_item(picture.convert("RGB"), size)
+            return from_item(picture.convert("RGB"), fit)
     except UNREADABLE as error:
         raise DataError(
             f"image {index} of {type(dataset).__name__} cannot be read ({error}); download it again"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sophon._base.errors import DataError, unknown
-from sophon._data.images import shorter_side
+from sophon._data.images import Fit, shorter_side
 from sophon._data.sources.conventions import CLASS_ORDERS, SETS
 from sophon._data.sources.folders import files_below, read_later
 from sophon._data.splits import Contents
@@ -93,7 +93,7 @@ def _tree(name: str, held: dict[str, Any]) -> Tree:
 TREES = {name: _tree(name, dict(held)) for name, held in SETS["trees"].items()}
 
 
-def read_tree(name: str, root: Path, size: int | None) -> Contents:
+def read_tree(name: str, root: Path, fit: Fit) -> Contents:
     """Return the contents of the data set `name`, a key of `TREES`, that lies below `root`.
 
     `Imagenette:160px` and `FFHQ:1024px` choose a size. `root` is the folder that holds the parts,
@@ -111,8 +111,8 @@ def read_tree(name: str, root: Path, size: int | None) -> Contents:
         known = ", ".join(f"{key}:{one}" for one in tree.variants) or key
         raise DataError(f"unknown variant {name!r}; known: {known}")
     if tree.sort is None:
-        return _with_classes(key, tree, variant, _base(tree, variant, root), size)
-    return _without_classes(key, tree, variant, root, size)
+        return _with_classes(key, tree, variant, _base(tree, variant, root), fit)
+    return _without_classes(key, tree, variant, root, fit)
 
 
 def _base(tree: Tree, variant: str, root: Path) -> Path:
@@ -128,7 +128,7 @@ def _base(tree: Tree, variant: str, root: Path) -> Path:
     return next((root / one for one in tree.variants.values() if (root / one).is_dir()), root)
 
 
-def _with_classes(key: str, tree: Tree, variant: str, base: Path, size: int | None) -> Contents:
+def _with_classes(key: str, tree: Tree, variant: str, base: Path, fit: Fit) -> Contents:
     parts = {}
     for split, below in tree.splits.items():
         files: list[Path] = []
@@ -143,12 +143,12 @@ def _with_classes(key: str, tree: Tree, variant: str, base: Path, size: int | No
         _require_whole(key, variant, split, base / below, files)
         if variant:
             _require_size(f"{key}:{variant}", tree, base / below, files)
-        parts[split] = read_later(files, size, labels)
+        parts[split] = read_later(files, fit, labels)
     classes = tuple(tree.classes.values())
     return Contents(parts["train"], parts.get("test"), classes, parts.get("validation"))
 
 
-def _without_classes(key: str, tree: Tree, variant: str, root: Path, size: int | None) -> Contents:
+def _without_classes(key: str, tree: Tree, variant: str, root: Path, fit: Fit) -> Contents:
     below = tree.variants[variant] if variant else tree.splits["train"]
     files = _pictures(root / below)
     if not files:
@@ -156,7 +156,7 @@ def _without_classes(key: str, tree: Tree, variant: str, root: Path, size: int |
     _require_whole(key, variant, "train", root / below, files)
     assert tree.sort is not None
     dealt = {name: held for name, held in tree.sort(root, files).items() if held}
-    parts = {name: read_later(held, size) for name, held in dealt.items()}
+    parts = {name: read_later(held, fit) for name, held in dealt.items()}
     return Contents(parts["train"], parts.get("test"), ("face",), parts.get("validation"))
 
 

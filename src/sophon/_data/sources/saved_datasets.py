@@ -1,0 +1,82 @@
+"""The `datasets` source: Hugging Face datasets on the disk, saved ones or their tables' files."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from sophon._base.errors import DataError, first_line
+from sophon._base.torchvision_patch import library
+from sophon._data.collecting import Columns, columns_of, labelled
+from sophon._data.images import Fit
+from sophon._data.labelled import contents_of
+from sophon._data.sources.shards import shards_of
+from sophon._data.splits import Contents
+
+# What damaged tables and descriptions make the libraries raise; Arrow's errors are among them.
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
+
+
+def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) -> Contents:
+    """Return the contents of a folder that `save_to_disk` wrote, or of files of Parquet or Arrow.
+
+    `columns` are those of image and label. `bare` images need no labels and are of one class.
+    Nothing is downloaded, no loading script is run and no cache is written.
+
+    Raises DataError: there are none, they are damaged, or columns hold no images or labels.
+    """
+    datasets = library(
+        "datasets",
+        "source = 'datasets' needs it",
+        "pip install 'sophon-protect[datasets]'",
+        DataError,
+    )
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        held = _read(path, lambda: datasets.load_from_disk(str(path.absolute())))
+        splits = dict(held) if isinstance(held, dict) else {"train": held}
+    else:
+        files = shards_of(path, (".parquet", ".arrow"))
+        splits = {name: _joined(datasets, held) for name, held in files.items()}
+
+    def split(name: str) -> Any:
+        dataset = splits[name]
+        if bare:
+            image, _ = columns_of({**dataset.features, "label": None}, (columns[0], "label"))
+            dataset = dataset.select_columns([image])
+            dataset = dataset.add_column("label", [0] * len(dataset))
+        try:
+            return labelled(dataset, fit, (columns[0], None) if bare else columns)
+        except DataError as error:
+            raise DataError(f"{path}, {name}: {error}") from None
+
+    return contents_of(splits, split)
+
+
+def _joined(datasets: Any, files: list[Path]) -> Any:
+    """Return the rows of several tables as one dataset."""
+    tables = [_read(file, lambda file=file: datasets.Dataset(_table(file))) for file in files]
+    return _read(files[0].parent, lambda: datasets.concatenate_datasets(tables))
+
+
+def _table(file: Path) -> Any:
+    """Return the table in a file; of Arrow's formats as they come, of images nothing is decoded."""
+    if file.suffix.lower() == ".parquet":
+        parquet = importlib.import_module("pyarrow.parquet")
+        return parquet.read_table(file.absolute(), memory_map=True, partitioning=None)
+    arrow = importlib.import_module("pyarrow")
+    held = arrow.memory_map(str(file))
+    try:
+        return arrow.ipc.open_stream(held).read_all()
+    except arrow.ArrowInvalid:
+        return arrow.ipc.open_file(held).read_all()
+
+
+def _read(path: Path, read: Any) -> Any:
+    try:
+        return read()
+    except _DAMAGED as error:
+        raise DataError(
+            f"{path} cannot be read as a dataset ({first_line(error, 120)}), it may be empty or"
+            " damaged; save or copy it again"
+        ) from None

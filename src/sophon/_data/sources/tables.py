@@ -1,0 +1,112 @@
+"""Images whose classes stand in a table beside them: `metadata.csv`, `.jsonl`, `labels.csv`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from sophon._base.errors import DataError, brief, first_line
+from sophon._data.collecting import Columns
+from sophon._data.images import Fit
+from sophon._data.labelled import Labelled, as_written, contents_of
+from sophon._data.sources.folders import directories, files_below, is_image, read_later
+from sophon._data.split_names import split_of
+from sophon._data.splits import Contents
+
+_TABLES = ("metadata.csv", "metadata.jsonl", "labels.csv")
+_LABELS = ("label", "labels", "target")
+# Rows of a table: image file and label.
+_Rows = list[tuple[Path, Any]]
+
+
+def read_table(path: Path, fit: Fit, columns: Columns) -> Contents | None:
+    """Return the contents of a folder with a table of `file_name` and `label`, or of folders of
+    splits with one each; None where no table has both columns. `columns` name others.
+
+    Paths are relative to the table. Where all start with a folder of a split's name they are of
+    that split. Images without a row are left out.
+
+    Raises DataError: a row that cannot be read, or without an image.
+    """
+    named = [one for one in directories(path) if split_of(one.name)]
+    tables = {one.name: held for one in (path, *named) if (held := _table_in(one, columns))}
+    if not tables:
+        return None
+    splits: dict[str, _Rows] = {}
+    for place, (table, rows) in tables.items():
+        _require_there(table, rows)
+        for file, label in rows:
+            below = file.relative_to(path).parts[:-1]
+            within = below[0] if below and split_of(below[0]) else None
+            splits.setdefault(within or place, []).append((file, label))
+    known = {file for rows in splits.values() for file, _ in rows}
+    bare = sum(is_image(file) and file not in known for file in files_below(path))
+    said = [f"labels from {', '.join(sorted({table.name for table, _ in tables.values()}))}"]
+    said += [f"{bare} images without a label left out"] if bare else []
+
+    def split(name: str) -> Labelled:
+        files, labels = zip(*splits[name], strict=True)
+        return Labelled(labels, read_later(list(files), fit).read)
+
+    return contents_of(splits, split, tuple(said))
+
+
+def _table_in(folder: Path, columns: Columns) -> tuple[Path, _Rows] | None:
+    """Return the first table in a folder that has labels, and its rows."""
+    image = columns[0] or "file_name"
+    for name in _TABLES:
+        table = folder / name
+        rows = _rows(table) if table.is_file() else []
+        held = {key for row in rows[:1] for key in row if isinstance(key, str)}
+        wanted = _LABELS if columns[1] is None else (columns[1],)
+        label = next((one for one in wanted if one in held), None)
+        if label is not None and image in held:
+            found = [_entry(table, row, image, label) for row in rows]
+            return table, _as_numbers(found) if table.suffix == ".csv" else found
+        if held and columns != (None, None):
+            raise DataError(
+                f"{table} has columns {brief(', '.join(sorted(held)))}: name the file's in"
+                " image_column and the class's in label_column"
+            )
+    return None
+
+
+def _rows(table: Path) -> list[dict[str, Any]]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            if table.suffix == ".csv":
+                return list(csv.DictReader(file))
+            rows = [json.loads(line) for line in file if line.strip()]
+    except (ValueError, RecursionError, csv.Error, OSError) as error:
+        raise DataError(f"{table} cannot be read ({first_line(error, 120)}); repair it") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f'{table}: give a line {{"file_name": "a.png", "label": "cat"}} an image')
+    return rows
+
+
+def _entry(table: Path, row: dict[str, Any], image: str, label: str) -> tuple[Path, Any]:
+    name, held = row.get(image), row.get(label)
+    if not isinstance(name, str) or not name or held in (None, ""):
+        raise DataError(f"{table}: a row has {image} {brief(name)} and {label} {brief(held)}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(
+            f"{table}: {image} {brief(name)} leads elsewhere; give a path from the table's folder"
+        )
+    return table.parent / name, held
+
+
+def _as_numbers(rows: _Rows) -> _Rows:
+    """Return labels of a table of text as numbers where all are numbers."""
+    numbers = [(file, as_written(label)) for file, label in rows]
+    return numbers if all(isinstance(label, int) for _, label in numbers) else rows
+
+
+def _require_there(table: Path, rows: _Rows) -> None:
+    absent = [file.name for file, _ in rows if not file.is_file()]
+    if absent:
+        raise DataError(
+            f"{table}: {len(absent)} of {len(rows)} images are not there, for instance {absent[0]};"
+            " add them or remove the rows"
+        )

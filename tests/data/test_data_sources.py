@@ -1,0 +1,360 @@
+"""Data sets as others write them: Hugging Face's, WebDataset's, images with a table of labels."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import socket
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from sophon._base.errors import DataError
+from sophon._data import Domain, load_domain
+from sophon._specs import DomainSpec
+
+NAMES = datasets.ClassLabel(names=["cat", "dog"])
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("something goes online")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+def load(path: Path, source: str, **fields: Any) -> Domain:
+    return load_domain(DomainSpec(source=source, path=path, **fields))
+
+
+def refused(path: Path, source: str, *words: str, **fields: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        load(path, source, **fields)
+    said = str(caught.value)
+    assert all(word in said for word in words), said
+    assert "\n" not in said
+    assert len(said.replace(str(path), "")) < 300
+
+
+def pixels(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+
+
+def png(number: int) -> bytes:
+    held = io.BytesIO()
+    Image.fromarray(pixels(number)).save(held, "PNG")
+    return held.getvalue()
+
+
+def expected(count: int = 20) -> Domain:
+    images = np.stack([pixels(number) for number in range(count)])
+    return Domain.from_arrays("a", images, np.arange(count) % 2)
+
+
+def table(
+    count: int = 20, labels: list[Any] | None = None, kind: Any = NAMES, names: str = "image label"
+) -> datasets.Dataset:
+    image, label = names.split()
+    features = datasets.Features({image: datasets.Image(), label: kind})
+    files = [{"bytes": png(number), "path": None} for number in range(count)]
+    held = [number % 2 for number in range(count)] if labels is None else labels
+    return datasets.Dataset.from_dict({image: files, label: held}, features=features)
+
+
+# --- Hugging Face datasets ------------------------------------------------------------------------
+
+
+def saved(path: Path) -> Path:
+    table().save_to_disk(path)
+    return path
+
+
+def parquet(path: Path) -> Path:
+    (path / "data").mkdir(parents=True)
+    table().select(range(12)).to_parquet(path / "data" / "train-00000-of-00002.parquet")
+    table().select(range(12, 20)).to_parquet(path / "data" / "train-00001-of-00002.parquet")
+    return path
+
+
+def arrow(path: Path) -> Path:
+    saved(path)
+    (file,) = path.glob("*.arrow")
+    return file
+
+
+@pytest.mark.parametrize("write", [saved, parquet, arrow])
+def test_a_dataset_on_the_disk_is_its_images(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    path = write(tmp_path / "pets")
+    before = sorted(tmp_path.rglob("*"))
+    domain = load(path, "datasets")
+    assert domain.classes == ("cat", "dog")
+    assert domain.fingerprint() == expected().fingerprint()
+    assert load(path, "datasets", labels="none").classes == ("image",)
+    assert load(path, "datasets", classes=["dog", "cat"]).classes == ("dog", "cat")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_splits_are_what_their_names_say_and_one_without_labels_is_left_out(
+    tmp_path: Path,
+) -> None:
+    splits = datasets.DatasetDict(
+        train=table(), dev=table(8), test=table(6, [-1] * 6), unsupervised=table(4)
+    )
+    splits.save_to_disk(tmp_path / "d")
+    domain = load(tmp_path / "d", "datasets")
+    assert (len(domain.train), len(domain.validation), len(domain.test)) == (18, 2, 8)
+    assert domain.remarks[:3] == (
+        "train for training, dev for test",
+        "unsupervised not read",
+        "test left out, as its images have no labels",
+    )
+    assert Domain.from_datasets("a", splits).fingerprint() == domain.fingerprint()
+    splits["test"] = table(6)
+    domain = Domain.from_datasets("a", splits)
+    assert (len(domain.train), len(domain.validation), len(domain.test)) == (20, 8, 6)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda held: held,
+        lambda held: held.to_iterable_dataset(),
+        lambda held: held.with_format("torch"),
+        lambda held: held.select(range(19, -1, -1)).select(range(19, -1, -1)),
+        lambda held: held.with_transform(lambda rows: rows),
+    ],
+)
+def test_datasets_in_memory_have_the_same_images(form: Callable[[Any], Any]) -> None:
+    domain = Domain.from_datasets("a", form(table(names="photo kind")), columns=("photo", "kind"))
+    assert domain.fingerprint() == expected().fingerprint()
+
+
+def test_labels_may_be_names_and_images_arrays(tmp_path: Path) -> None:
+    names = ["heron", "ibis"] * 10
+    table(20, names, datasets.Value("string"), "photo kind").save_to_disk(tmp_path / "d")
+    domain = load(tmp_path / "d", "datasets", image_column="photo", label_column="kind")
+    assert domain.classes == ("heron", "ibis")
+    assert domain.fingerprint() == expected().fingerprint()
+    grey = np.arange(20 * 64, dtype=np.uint8).reshape(20, 8, 8)
+    features = datasets.Features(
+        {"image": datasets.Array2D((8, 8), "uint8"), "label": datasets.Value("int32")}
+    )
+    held = datasets.Dataset.from_dict({"image": grey, "label": [0, 1] * 10}, features=features)
+    wanted = Domain.from_arrays("a", grey, np.arange(20) % 2)
+    assert Domain.from_datasets("a", held).fingerprint() == wanted.fingerprint()
+
+
+def test_no_picture_is_opened_by_the_librarys_own_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    postscript = io.BytesIO()
+    Image.fromarray(pixels(0)).save(postscript, "EPS")
+    files = [{"bytes": postscript.getvalue(), "path": None}] + [
+        {"bytes": png(number), "path": None} for number in range(1, 20)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "label": NAMES})
+    held = datasets.Dataset.from_dict({"image": files, "label": [0, 1] * 10}, features=features)
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="image 0 cannot be read as an image"):
+        Domain.from_datasets("a", held)
+    domain = Domain.from_datasets("a", held, on_error="skip")
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 19
+    assert "1 images skipped that cannot be used (image 0)" in domain.remarks
+
+
+LISTS = datasets.Sequence(datasets.ClassLabel(names=["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (table(20, [0.5, 1.0] * 10, datasets.Value("float32")), ["label is 0.5", "one integer"]),
+        (table(20, [[0, 1], [1]] * 10, LISTS), ["multi-label", "one integer or name"]),
+        (table(20, [None] * 20, datasets.Value("int64")), ["have no labels"]),
+        (table(20, [None, "a"] * 10, datasets.Value("string")), ["a label is None"]),
+        (table(0), ["empty"]),
+        (table().remove_columns("image"), ["'label'", "image_column"]),
+        (table(names="one two"), ["'one', 'two'", "label_column"]),
+        (
+            datasets.Dataset.from_dict({"image": [[1.5]] * 20, "label": [0, 1] * 10}),
+            ["image is List", "one image file each"],
+        ),
+    ],
+)
+def test_a_dataset_that_is_no_classification_of_images_is_one_line(
+    tmp_path: Path, held: datasets.Dataset, words: list[str]
+) -> None:
+    held.save_to_disk(tmp_path / "d")
+    refused(tmp_path / "d", "datasets", *words)
+
+
+def test_a_list_of_images_in_a_row_is_refused() -> None:
+    features = datasets.Features({"image": datasets.Sequence(datasets.Image()), "label": NAMES})
+    files = [[{"bytes": png(0), "path": None}]] * 20
+    held = datasets.Dataset.from_dict({"image": files, "label": [0, 1] * 10}, features=features)
+    with pytest.raises(DataError, match="image is List"):
+        Domain.from_datasets("a", held)
+
+
+def test_damaged_and_absent_datasets_are_one_line(tmp_path: Path) -> None:
+    refused(tmp_path / "no", "datasets", "no file or folder")
+    refused(tmp_path, "datasets", "holds no .parquet or .arrow")
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"PAR1 and no more")
+    refused(file, "datasets", "a.parquet cannot be read")
+    (cut := arrow(tmp_path / "d")).write_bytes(cut.read_bytes()[:3000])
+    refused(tmp_path / "d", "datasets", "cannot be read as a dataset")
+    (tmp_path / "d" / "state.json").write_text("{")
+    refused(tmp_path / "d", "datasets", "cannot be read as a dataset")
+    for name in ("one", "two"):
+        (tmp_path / "e" / name).mkdir(parents=True)
+        table().to_parquet(tmp_path / "e" / name / "train.parquet")
+    refused(tmp_path / "e", "datasets", "files of train lie in one/ and two/")
+
+
+# --- WebDataset -----------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, numbers: range, **endings: Callable[[int], str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            files = {"png": png(number)} | {e: f(number).encode() for e, f in endings.items()}
+            for ending, data in files.items():
+                member = tarfile.TarInfo(f"a/{number:05}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_tars_hold_images_and_labels(tmp_path: Path) -> None:
+    for shard in range(2):
+        numbers = range(shard * 10, shard * 10 + 10)
+        write_tar(tmp_path / f"pets-{shard:03}.tar", numbers, cls=lambda n: str(n % 2))
+    for path in (tmp_path, tmp_path / "pets-{000..001}.tar"):
+        domain = load(path, "webdataset")
+        assert domain.fingerprint() == expected().fingerprint()
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    assert load(tmp_path, "webdataset").classes == ("cat", "dog")
+    words = ("2 of 4 files are missing", "pets-002.tar")
+    refused(tmp_path / "pets-{000..003}.tar", "webdataset", *words)
+
+
+def test_tars_of_splits_hold_labels_in_json(tmp_path: Path) -> None:
+    def label(number: int) -> str:
+        return json.dumps({"label": ["ibis", "heron"][number % 2], "kind": number % 2})
+
+    write_tar(tmp_path / "train" / "0.tar", range(20), json=label)
+    write_tar(tmp_path / "test" / "0.tar", range(20, 26), json=label)
+    domain = load(tmp_path, "webdataset")
+    assert domain.classes == ("heron", "ibis")
+    assert domain.test.labels.tolist() == [1, 0] * 3
+    named = load(tmp_path, "webdataset", label_column="kind")
+    assert named.test.labels.tolist() == [0, 1] * 3
+
+
+def test_damaged_tars_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, range(20), txt=lambda _: "a caption")
+    refused(path, "webdataset", "no labels")
+    assert load(path, "webdataset", labels="none").classes == ("image",)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    refused(path, "webdataset", "cannot be read as a tar file")
+    path.write_bytes(gzip.compress(whole))
+    refused(path, "webdataset", "gunzip")
+    for text in ("{", "[" * 10**5):
+        write_tar(path, range(20), json=lambda _, text=text: text)  # type: ignore[misc]
+        refused(path, "webdataset", "cannot be read")
+    write_tar(path, range(20), cls=lambda n: "9" * 5000 if n % 2 else "0")
+    refused(path, "webdataset", "some labels are numbers and some are names")
+    (tmp_path / "classnames.txt").write_bytes(b"\xff")
+    refused(path, "webdataset", "classnames.txt is not UTF-8")
+
+
+# --- Tables of labels -----------------------------------------------------------------------------
+
+
+def write_flat(folder: Path, numbers: range, name: str, line: str, head: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"{number:02}.png").write_bytes(png(number))
+    rows = [line % (f"{number:02}.png", number % 2) for number in numbers]
+    (folder / name).write_text("\n".join([*([head] if head else []), *rows]) + "\n")
+
+
+TABLES = {
+    "labels.csv": ("%s,%s", "file_name,label"),
+    "metadata.csv": ("3,%s,%s", "id,file_name,label"),
+    "metadata.jsonl": ('{"file_name": "%s", "label": %s}', ""),
+}
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_a_table_says_which_class_an_image_is_of(tmp_path: Path, name: str) -> None:
+    write_flat(tmp_path / "flat", range(20), name, *TABLES[name])
+    (tmp_path / "flat" / "extra.png").write_bytes(png(50))
+    domain = load(tmp_path / "flat", "folder")
+    assert domain.fingerprint() == expected().fingerprint()
+    said = (f"labels from {name}", "1 images without a label left out")
+    assert domain.remarks[:2] == said
+
+
+def test_tables_may_lie_in_splits_or_name_them(tmp_path: Path) -> None:
+    write_flat(tmp_path / "a" / "train", range(20), "labels.csv", *TABLES["labels.csv"])
+    write_flat(tmp_path / "a" / "validation", range(8), "metadata.csv", *TABLES["metadata.csv"])
+    first = load(tmp_path / "a", "folder")
+    assert (len(first.train), len(first.validation), len(first.test)) == (18, 2, 8)
+    (tmp_path / "a" / "train" / "labels.csv").unlink()
+    (tmp_path / "a" / "validation" / "metadata.csv").unlink()
+    rows = [f"train/{n:02}.png,{n % 2}" for n in range(20)]
+    rows += [f"validation/{n:02}.png,{n % 2}" for n in range(8)]
+    (tmp_path / "a" / "labels.csv").write_text("\n".join(["image,breed", *rows]))
+    named = load(tmp_path / "a", "folder", image_column="image", label_column="breed")
+    assert named.fingerprint() == first.fingerprint()
+
+
+def test_a_table_without_labels_leaves_folders_as_they_are(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        write_flat(tmp_path / name, range(number, 20, 2), "metadata.csv", "%s,%s", "file_name,text")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a/00.png", "text": "a bird"}')
+    assert load(tmp_path, "folder").classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "words"),
+    [
+        ("file_name,label\nno.png,a\n", {}, ["1 of 1 images are not there", "no.png"]),
+        ("file_name,label\n00.png,\n", {}, ["a row has file_name '00.png' and label ''"]),
+        ("id,breed\n00.png,a\n", {}, ["holds no folders", "labels.csv of file_name and label"]),
+        ("id,breed\n00.png,a\n", {"image_column": "id"}, ["'breed, id'", "label_column"]),
+        ("file_name,label\n\x00\xff", {}, ["labels.csv cannot be read"]),
+        ("file_name,label\n../00.png,a\n", {}, ["'../00.png' leads elsewhere"]),
+        ("file_name,label\n/00.png,a\n", {}, ["'/00.png' leads elsewhere"]),
+        ("id,breed\n00.png,a,b\n", {"label_column": "x"}, ["'breed, id'"]),
+    ],
+)
+def test_tables_at_fault_are_one_line(
+    tmp_path: Path, text: str, fields: dict[str, Any], words: list[str]
+) -> None:
+    write_flat(tmp_path / "f", range(4), "labels.csv", "%s%s")
+    (tmp_path / "f" / "labels.csv").write_bytes(text.encode("latin-1"))
+    refused(tmp_path / "f", "folder", *words, **fields)
+
+
+def test_columns_are_of_tables(tmp_path: Path) -> None:
+    refused(tmp_path, "npz", "remove them", label_column="label")
+    (tmp_path / "a").mkdir()
+    refused(tmp_path, "folder", "no table of images", label_column="label")

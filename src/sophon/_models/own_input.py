@@ -11,33 +11,37 @@ from torch import nn
 
 from sophon._base.errors import CheckpointError, brief
 from sophon._base.files import read_json
+from sophon._models.transformers import input_beside
 
 
 @dataclass(frozen=True)
 class OwnInput:
     """How the publisher normalises pixels in [0, 1], per channel, and resizes; `stated` is where it
-    says so.
+    says so. `reversed`: blue comes first.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
     stated: str
+    reversed: bool = False
 
 
 def own_input(model: nn.Module) -> OwnInput | None:
     """Return what timm's `pretrained_cfg` of a network says of its images, or None without one.
 
-    Networks of torchvision that Sophon builds have it too (`torchvision_input`), and those of its
-    own checkpoints, as they were trained (`recorded_input`).
+    Networks of torchvision that Sophon builds have it too (`torchvision_input`), those of
+    transformers from their image processor, and those of its own checkpoints, as they were trained
+    (`recorded_input`).
     """
-    held = getattr(model, "pretrained_cfg", None)
+    held = getattr(model, "pretrained_cfg", None) or input_beside(model)
     if not isinstance(held, Mapping) or not (held.get("mean") and held.get("std")):
         return None
     name = ".".join(str(held[key]) for key in ("architecture", "tag") if held.get(key))
     mean, std = (tuple(float(value) for value in held[key]) for key in ("mean", "std"))
     stated = str(held.get("stated", f"pretrained_cfg {name}"))
-    return OwnInput(mean, std, str(held.get("interpolation", "bilinear")), stated)
+    interpolation = str(held.get("interpolation", "bilinear"))
+    return OwnInput(mean, std, interpolation, stated, bool(held.get("reversed")))
 
 
 def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:

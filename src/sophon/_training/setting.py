@@ -226,6 +226,11 @@ def _remark_on_normalisation(setting: Setting) -> None:
             f"warning: {setting.original.name!r} is normalised with {_numbers(used)}; the network's"
             f" own is {_numbers(own)} ({setting.own.stated}), the default where a domain gives none"
         )
+    if setting.own.reversed:
+        remark(
+            f"warning: the network was made for images with blue first ({setting.own.stated}); it"
+            " is given red first, as all are"
+        )
 
 
 def _numbers(normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> str:

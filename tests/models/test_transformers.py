@@ -1,0 +1,266 @@
+"""Image classifiers of transformers: folders, live networks, attacks on them, and export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sophon
+from classifiers import NETWORKS, classifier, saved
+from sophon import _models as models
+from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._models.own_input import own_input
+from sophon._models.transformers import transformers
+from sophon._protection.depths import find_depths
+from sophon._reporting.export import export
+from sophon._training.loop import attacker_copy
+from sophon._training.rescaling import rescale_weights
+from sophon._training.setting import Setting, make_setting
+
+HALVES = (0.5, 0.5, 0.5)
+
+
+def domain(name: str, side: int = 16, seed: int = 0, classes: int = 5) -> sophon.Domain:
+    labels = np.arange(30 * classes) % classes
+    pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), side, side, 3))
+    pixels[:, : side // 2] = pixels[:, : side // 2] // 4 + (labels * 36)[:, None, None, None]
+    return sophon.Domain.from_arrays(name, pixels.astype(np.uint8), labels)
+
+
+def setting(model: nn.Module, side: int = 16, **fields: Any) -> Setting:
+    return make_setting(
+        model,
+        task=sophon.Classification(),
+        original=domain("keep", side, **fields),
+        restricted=(domain("refuse", side, 1, classes=3),),
+        device="cpu",
+    )
+
+
+def resolved(folder: Path, **fields: Any) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    return sophon.resolve_model(sophon.ModelSpec(name=f"transformers:{folder}", **fields))
+
+
+@torch.no_grad()
+def answers(model: nn.Module, side: int = 16) -> torch.Tensor:
+    images = torch.randn((4, 3, side, side), generator=torch.Generator().manual_seed(1))
+    held = model.eval()(images)
+    logits: torch.Tensor = held.logits
+    return logits
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_folder_is_the_network_that_was_saved(kind: str, tmp_path: Path) -> None:
+    live = classifier(kind)
+    side, head = NETWORKS[kind][1:]
+    model, fresh = resolved(saved(tmp_path / "net", live))
+    assert type(model) is type(live)
+    assert torch.equal(answers(model, side), answers(live, side))
+    assert not torch.equal(answers(fresh(), side), answers(live, side))
+    assert models.find_head(model, (3, side, side)) == head
+    assert models.code_differences(model, live) == ()
+    # Wherever it lies, it is the same network.
+    moved = (tmp_path / "net").rename(tmp_path / "elsewhere")
+    again = resolved(moved)[0]
+    assert models.network_identity(again) == models.network_identity(live)
+    assert models.weights_sha256(again) == models.weights_sha256(live)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_preparation_of_an_attacker_works(kind: str, tmp_path: Path) -> None:
+    side, head = NETWORKS[kind][1:]
+    model, fresh = resolved(saved(tmp_path, classifier(kind)))
+    found = setting(model, side)
+    parts = models.blocks(model, head)
+    assert len(parts) >= 3
+    named = [name for part in parts for name in part]
+    covered = {n for n, _ in model.named_parameters() if n.startswith(tuple(f"{p}." for p in named))}
+    own = {n for n, _ in model.named_parameters() if not n.startswith(f"{head}.")}
+    assert covered == own
+    assert set(find_depths(model, head, (3, side, side), None)) >= {part[0] for part in parts}
+    refuse = found.restricted[0]
+    feed = found.feed(refuse, refuse.train, batch_size=8)
+    for preparation in (sophon.FreshHead(), sophon.RidgeHead(), sophon.ResetLastBlocks(blocks=2)):
+        copied = resolved(tmp_path)[0]
+        strategy = sophon.Strategy(
+            preparations=(preparation,), lora_rank=2, batch_size=8, steps=4, learning_rate=0.1
+        )
+        bare = models.bare_parameters(fresh())
+        attacker_copy(
+            copied, strategy, found, classes=3, feed=feed, stream=(0, ("test",)), bare=bare
+        )
+        assert answers(copied, side).shape == (4, 3)
+        assert models.merged_lora(copied).config.num_labels == 3
+        merged = dict(models.merged_lora(copied).named_parameters())
+        last = [n for n, _ in model.get_submodule(parts[-1][0]).named_parameters()][-1]
+        last = f"{parts[-1][0]}.{last}"
+        reset = isinstance(preparation, sophon.ResetLastBlocks)
+        assert torch.equal(merged[last], model.get_parameter(last)) != reset or "bias" in last
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_rescaled_weights_keep_what_the_network_says(kind: str) -> None:
+    side = NETWORKS[kind][1]
+    model = classifier(kind)
+    before, weights = answers(model, side), models.weights_sha256(model)
+    factors = {name: 1.0 for name, _ in model.named_parameters()}
+    rescale_weights(model, 2.0, (3, side, side), factors)
+    assert torch.allclose(answers(model, side), before, atol=0.02, rtol=0.05)
+    changed = [name for name, factor in factors.items() if factor != 1]
+    assert bool(changed) == (models.weights_sha256(model) != weights)
+
+
+def test_the_image_processor_says_how_images_are_normalised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = classifier("vit")
+    own = own_input(resolved(saved(tmp_path / "a", live))[0])
+    assert own is not None
+    assert (own.mean, own.std, own.interpolation) == (HALVES, HALVES, "bilinear")
+    assert own.stated == "its preprocessor_config.json"
+    found = setting(resolved(tmp_path / "a")[0])
+    assert found.input()["mean"] == HALVES
+    assert not caplog.messages
+    # A network that its user loaded says so, too.
+    loaded = transformers().ViTForImageClassification.from_pretrained(tmp_path / "a")
+    assert own_input(loaded) == own
+    assert own_input(live) is None
+    given = sophon.Domain.from_arrays(
+        "keep", np.zeros((60, 16, 16, 3), np.uint8), np.arange(60) % 5, mean=[0.4], std=[0.3]
+    )
+    make_setting(
+        resolved(tmp_path / "a")[0], task=sophon.Classification(), original=given, device="cpu"
+    )
+    assert "warning: 'keep' is normalised with mean 0.4" in caplog.text
+    assert "its preprocessor_config.json" in caplog.text
+
+
+def test_a_processor_without_normalisation_and_with_blue_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(tmp_path, classifier("mobilevit"), "MobileViTImageProcessor")
+    found = setting(resolved(folder)[0], 32)
+    assert found.input()["mean"] == (0.0,)
+    assert found.input()["std"] == (1.0,)
+    assert "warning: the network was made for images with blue first" in caplog.text
+
+
+def test_weights_of_earlier_names_other_classes_and_pickles_are_loaded(tmp_path: Path) -> None:
+    live = classifier("vit")
+    folder = saved(tmp_path / "net", live)
+    assert load_file(folder / "model.safetensors").keys() != live.state_dict().keys()
+    other = tmp_path / "other.safetensors"
+    save_file({k: v + 1 for k, v in load_file(folder / "model.safetensors").items()}, other)
+    model = resolved(folder, weights=str(other))[0]
+    assert torch.equal(model.get_parameter("classifier.bias"), live.classifier.bias + 1)
+    model, fresh = resolved(folder, classes=3)
+    assert answers(model).shape == answers(fresh()).shape == (4, 3)
+    assert model.config.num_labels == 3
+    seven = saved(tmp_path / "seven", classifier("vit", 7)) / "model.safetensors"
+    assert answers(resolved(folder, weights=str(seven))[0]).shape == (4, 7)
+    torch.save(live.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(answers(resolved(folder)[0]), answers(live))
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+def removed(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+DETR = {"model_type": "detr", "architectures": ["DetrForObjectDetection"]}
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (removed("config.json"), "no folder with a config.json"),
+    "no weights": (removed("model.safetensors"), "folder without model.safetensors"),
+    "text": (edited(**BERT), "describes BertForSequenceClassification, which is no image"),
+    "detection": (edited(**DETR), "describes DetrForObjectDetection, which is no image"),
+    "no head": (edited(architectures=["ViTModel"]), "describes ViTModel, which is no image"),
+    "timm": (edited(model_type="timm_wrapper", architectures=None), "a timm network is timm:NAME"),
+    "unknown": (edited(model_type="nosuch", architectures=None), "describes 'nosuch'"),
+    "odd type": (edited(model_type=["vit"]), "describes"),
+    "one logit": (edited(id2label={"0": "yes"}), "num_labels = 1"),
+    "several labels": (edited(problem_type="multi_label_classification"), "multi_label"),
+    "own code": (edited(auto_map={"AutoConfig": "evil.Config"}), "auto_map brings code"),
+    "quantised": (edited(quantization_config={"load_in_8bit": True}), "quantization_config brings"),
+    "wrong value": (edited(hidden_size="wide"), "config.json cannot be built"),
+    "other sizes": (edited(hidden_size=32), "is of another architecture"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "processor": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"image_processor_type": "X"}'),
+        "preprocessor_config.json cannot be used",
+    ),
+    "processor's code": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"auto_map": {"A": "b.C"}}'),
+        "auto_map brings code, which is never run",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_a_folder_is_said(case: str, tmp_path: Path) -> None:
+    edit, said = BAD[case]
+    edit(saved(tmp_path, classifier("vit")))
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=said) as caught:
+        resolved(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 2
+    assert max(map(len, lines)) <= 300 + len(str(tmp_path))
+
+
+def test_kernels_and_names_that_a_configuration_brings_are_not_used(tmp_path: Path) -> None:
+    folder = saved(tmp_path, classifier("vit", label2id={"backbone": 0, "_b": 1}))
+    edited(_attn_implementation="some/kernel", attn_implementation="some/kernel")(folder)
+    model = resolved(folder)[0]
+    assert model.config._attn_implementation in ("eager", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pretrained": True}, "brings its own weights"),
+        ({"arguments": {"depth": 2}}, "takes none"),
+        ({"weights_key": "ema"}, "set model.weights too"),
+    ],
+)
+def test_settings_that_a_folder_does_not_take(
+    fields: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        resolved(saved(tmp_path, classifier("vit")), **fields)
+
+
+def test_a_missing_folder_and_a_missing_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match="nowhere' is no folder with a config"):
+        resolved(tmp_path / "nowhere")
+    folder = saved(tmp_path, classifier("vit"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UnsupportedModelError, match=r"pip install 'sophon-protect\[transformers\]'"):
+        resolved(folder)
+
+
+def test_what_is_no_classifier_or_has_other_classes_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="has 5 outputs but the original"):
+        setting(classifier("vit"), classes=4)
+    with pytest.raises(UnsupportedModelError, match="with AutoModelForImageClassification"):
+        setting(classifier("vit").vit)
+    with pytest.raises(sophon.DataError, match="set image_size"):
+        setting(classifier("vit"), 24)

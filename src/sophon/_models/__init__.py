@@ -66,6 +66,7 @@ from sophon._models.transformers import (
     TRANSFORMERS,
     of_transformers,
     save_classifier,
+    stated_classes,
     write_classifier,
 )
 from sophon._models.weights import (

@@ -6,6 +6,7 @@ is built or read, never asked of the hub, and runs no code that a folder brings.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError, first_line, shortened
+from sophon._base.errors import (
+    CheckpointError,
+    UnsupportedModelError,
+    brief,
+    first_line,
+    shortened,
+)
 from sophon._base.files import read_json, write_text
 from sophon._base.torchvision_patch import library
 
@@ -24,13 +31,6 @@ TRANSFORMERS = "transformers:"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 # What makes the library fetch code or other weights, or compute with others than it is given.
 _ELSEWHERE = ("auto_map", "quantization_config", "backbone", "use_timm_backbone")
-# Where a folder was, in which type it was saved, and which kernels ran there: not what it computes.
-_CIRCUMSTANCES = ("dtype", "torch_dtype", "transformers_version")
-# What wrong values make the library raise.
-_UNUSABLE = (
-    *(OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError),
-    *(ImportError, AssertionError),
-)
 _RESAMPLED = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -49,6 +49,12 @@ def of_transformers(model: nn.Module) -> bool:
     return any(
         b.__name__ == "PreTrainedModel" and b.__module__.startswith("transformers.") for b in bases
     )
+
+
+def stated_classes(model: Any) -> list[str]:
+    """Return what a network of transformers calls its outputs, in order; of another nothing."""
+    held = model.config.id2label if of_transformers(model) else {}
+    return [str(held[index]) for index in sorted(held)]
 
 
 def logits(outputs: Any) -> Any:
@@ -87,11 +93,12 @@ class ClassifierFolder:
     def _config(self) -> Any:
         known = transformers().CONFIG_MAPPING
         try:
-            return known[self.settings["model_type"]].from_dict(dict(self.settings))
-        except _UNUSABLE as error:
-            raise self._unusable(error) from None
+            held = {key: v for key, v in self.settings.items() if key != "model_type"}
+            return known[self.settings["model_type"]].from_dict(held)
+        except _unusable() as error:
+            raise self._unbuilt(error) from None
 
-    def _unusable(self, error: Exception) -> UnsupportedModelError:
+    def _unbuilt(self, error: Exception) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.path / CONFIG} cannot be built ({first_line(error)}): restore it"
         )
@@ -105,8 +112,8 @@ class ClassifierFolder:
             config.num_labels = classes
         try:
             model: nn.Module = self.kind(config)
-        except _UNUSABLE as error:
-            raise self._unusable(error) from None
+        except _unusable() as error:
+            raise self._unbuilt(error) from None
         model.pretrained_cfg = processor_input(self.path)  # type: ignore[assignment]
         return model
 
@@ -118,16 +125,19 @@ class ClassifierFolder:
         usual = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
         if not usual or self.build(None).state_dict().keys() <= content.keys():
             return content
+        config = self._config()
+        # Nothing is rounded to the type in which the configuration was saved.
+        config.dtype = None
         try:
             with _quiet():
                 model, found = self.kind.from_pretrained(
                     None,
-                    config=self._config(),
+                    config=config,
                     state_dict=dict(content),
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
                 )
-        except _UNUSABLE:
+        except _unusable():
             return content
         other = {name for name, *_ in found["mismatched_keys"]}
         lost = {*found["missing_keys"], *other}
@@ -146,7 +156,7 @@ def _usual(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     return {
         key: _usual(value, file) if isinstance(value, dict) and key != "label2id" else value
         for key, value in settings.items()
-        if not (key.startswith("_") or key.endswith("_implementation") or key in _CIRCUMSTANCES)
+        if not (key.startswith("_") or key.endswith("_implementation"))
     }
 
 
@@ -155,18 +165,29 @@ def _kind(settings: dict[str, Any], file: Path) -> Any:
     held = transformers()
     kinds, known = held.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, held.CONFIG_MAPPING
     model_type, named = settings.get("model_type"), settings.get("architectures")
-    config = known[model_type] if model_type in known and model_type != "timm_wrapper" else None
-    kind: Any = kinds.get(config, None)
+    usual = isinstance(model_type, str) and model_type in known and model_type != "timm_wrapper"
+    config = known[model_type] if usual else None
+    kind: Any = kinds[config] if config is not None and config in kinds else None
     # Of several the first has one head.
     kind = kind[0] if isinstance(kind, tuple) else kind
     if kind is None or (named and named != [kind.__name__]):
         wanted = "a timm network is timm:NAME" if kind is None else kind.__name__
-        described = named[0] if isinstance(named, list) and named else f"{model_type!r}"
+        described = named[0] if isinstance(named, list) and named else model_type
         raise UnsupportedModelError(
-            f"{file} describes {shortened(described)}, which is no image classifier of"
+            f"{file} describes {brief(described)}, which is no image classifier of"
             f" transformers with one head: save one of AutoModelForImageClassification ({wanted})"
         )
     return kind
+
+
+def _unusable() -> tuple[type[Exception], ...]:
+    """Return what wrong values make the library raise; newer ones check types."""
+    errors = importlib.import_module("huggingface_hub.errors")
+    return (
+        *(OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError),
+        *(ArithmeticError, ImportError, AssertionError),
+        getattr(errors, "StrictDataclassError", ValueError),
+    )
 
 
 @contextmanager
@@ -212,7 +233,7 @@ def processor_input(folder: Path) -> dict[str, Any] | None:
             "processor": held,
             "stated": f"its {PROCESSOR}",
         }
-    except _UNUSABLE as error:
+    except _unusable() as error:
         raise CheckpointError(
             f"{file} cannot be used ({first_line(error)}): restore it, or delete it and set mean"
             " and std of the domains"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,6 @@ from sophon._base.errors import CheckpointError, UnsupportedModelError
 from sophon._models.own_input import own_input
 from sophon._models.transformers import transformers
 from sophon._protection.depths import find_depths
-from sophon._reporting.export import export
 from sophon._training.loop import attacker_copy
 from sophon._training.rescaling import rescale_weights
 from sophon._training.setting import Setting, make_setting
@@ -353,3 +353,33 @@ def test_a_folder_is_protected_audited_exported_and_loaded_by_its_library(tmp_pa
     # The library's own names of weights are read again.
     score = sophon_command("evaluate", run, "--set", "model.name=transformers:exported", "--json")
     assert json.loads(score.splitlines()[-1])["total"] > 0
+
+
+def test_the_page_on_protecting_takes_a_live_network_and_its_export_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "protect.md").read_text()
+    part = page.partition("## A classifier of transformers")[2].partition("\n## ")[0]
+    protecting, loading = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    saved(Path("my-vit"), classifier("vit"))
+    library = transformers()
+    names: dict[str, Any] = {
+        "sophon": sophon,
+        "photos": domain("keep"),
+        "faces": domain("refuse", seed=1, classes=3),
+        "AutoModelForImageClassification": library.AutoModelForImageClassification,
+        "AutoImageProcessor": library.AutoImageProcessor,
+    }
+    short = "rounds=1, guard=sophon.Guard(tolerance_points=100.0)"
+    exec(protecting.replace("rounds=1000", short), names)
+    given, made = names["model"], names["protected"].model
+    assert torch.equal(answers(given), answers(classifier("vit")))
+    sophon_command("export", Path("runs/p1"), "--to", Path("my-model"))
+    exec(loading, names)
+    assert torch.equal(answers(names["model"]), answers(made))
+    assert tuple(names["processor"].image_mean) == HALVES
+    # An audit starts a fresh one from the configuration: class tokens have no reset of their own.
+    fresh = models.fresh_copy(made, None, seed=0, names=("test",))
+    assert models.code_differences(fresh, made) == ()
+    assert not torch.equal(answers(fresh), answers(made))

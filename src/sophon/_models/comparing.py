@@ -21,7 +21,7 @@ from sophon._models.weights import tensor_bytes
 # head leaves as it was.
 _LOADED = {
     *("name_or_path", "_name_or_path", "pretrained_cfg", "default_cfg"),
-    *("_diffusers_version", "transformers_version"),
+    *("_diffusers_version", "transformers_version", "_use_kernels", "_weight_conversions"),
 }
 # In which type a configuration of transformers was saved, as a type or as its name.
 _SAVED = ("dtype", "torch_dtype")

@@ -6,10 +6,11 @@ is built or read, never asked of the hub, and runs no code that a folder brings.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def of_transformers(model: nn.Module) -> bool:
     return any(
         b.__name__ == "PreTrainedModel" and b.__module__.startswith("transformers.") for b in bases
     )
+
+
+def from_configuration(model: Any) -> Callable[[], nn.Module] | None:
+    """Return what builds a network of transformers anew, with random weights; None for another."""
+    if not (of_transformers(model) and type(model).__module__.startswith("transformers.")):
+        return None
+    return lambda: type(model)(copy.deepcopy(model.config))
 
 
 def stated_classes(model: Any) -> list[str]:
@@ -281,7 +289,7 @@ def save_classifier(
         if held.get(key):
             held[key] = {side: width if side == "width" else height for side in held[key]}
     mean, std = (list(takes[key]) for key in ("mean", "std"))
-    held |= {"do_normalize": True, "do_flip_channel_order": False}
+    held |= {"do_normalize": True, "do_flip_channel_order": False, "resample": 2, "crop_pct": 1.0}
     held |= {
         "image_mean": mean * (channels // len(mean)),
         "image_std": std * (channels // len(std)),

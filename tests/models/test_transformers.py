@@ -104,10 +104,10 @@ def test_every_preparation_of_an_attacker_works(kind: str, tmp_path: Path) -> No
         assert answers(copied, side).shape == (4, 3)
         assert models.merged_lora(copied).config.num_labels == 3
         merged = dict(models.merged_lora(copied).named_parameters())
-        last = [n for n, _ in model.get_submodule(parts[-1][0]).named_parameters()][-1]
-        last = f"{parts[-1][0]}.{last}"
+        parameters = model.get_submodule(parts[-1][0]).named_parameters()
+        last = f"{parts[-1][0]}.{next(name for name, p in parameters if p.dim() > 1)}"
         reset = isinstance(preparation, sophon.ResetLastBlocks)
-        assert torch.equal(merged[last], model.get_parameter(last)) != reset or "bias" in last
+        assert torch.equal(merged[last], model.get_parameter(last)) != reset
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -317,6 +317,7 @@ def archive(file: Path, made: sophon.Domain, names: list[str]) -> None:
     np.savez(file, class_names=np.array(names), **arrays)
 
 
+@pytest.mark.slow
 def test_a_folder_is_protected_audited_exported_and_loaded_by_its_library(tmp_path: Path) -> None:
     names = ["ant", "bee", "cat", "dog", "eel"]
     saved(tmp_path / "net", classifier("vit"))

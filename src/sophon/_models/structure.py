@@ -62,10 +62,13 @@ def _opened(
 
 
 def _is_container(part: nn.Module) -> bool:
-    """Return whether a module only holds others, one after another, as encoders of transformers."""
-    kind = type(part)
-    encoder = kind.__module__.startswith("transformers.") and kind.__name__.endswith("Encoder")
-    return encoder or isinstance(part, nn.Sequential | nn.ModuleList)
+    """Return whether a module runs what it holds in order: an encoder of transformers does with
+    one list, but takes from several in turn.
+    """
+    lists, kind = (nn.Sequential, nn.ModuleList), type(part)
+    if kind.__module__.startswith("transformers.") and kind.__name__.endswith("Encoder"):
+        return sum(isinstance(child, lists) for child in part.children()) == 1
+    return isinstance(part, lists)
 
 
 def _in_order(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -87,15 +87,11 @@ class ClassifierFolder:
             )
         self.settings = _usual(read_json(file), file)
         self.kind = _kind(self.settings, file)
-        count = self._config().num_labels
-        if count < 2 or self.settings.get("problem_type") not in (
-            None,
-            "single_label_classification",
-        ):
+        count, problem = self._config().num_labels, self.settings.get("problem_type")
+        if count < 2 or problem not in (None, "single_label_classification"):
             raise UnsupportedModelError(
-                f"{file}: num_labels = {count}, problem_type ="
-                f" {shortened(self.settings.get('problem_type'))}: give a classifier of one label"
-                " out of at least 2"
+                f"{file}: num_labels = {count}, problem_type = {brief(problem)}: give a classifier"
+                " of one label out of at least 2"
             )
 
     def _config(self) -> Any:

@@ -245,8 +245,8 @@ def export(
     """Write a folder to publish, its model card with the verdict.
 
     It holds config.json and model.safetensors, or of a diffusion model the pipeline's parts, and
-    README.md, which says how to load it; nothing is uploaded. A network of timm, torchvision or
-    diffusers loads without sophon, one of sophon's own with it.
+    README.md, which says how to load it; nothing is uploaded. A network of timm, torchvision,
+    transformers or diffusers loads without sophon, one of sophon's own with it.
     """
     from sophon._cli.run_file import require_place
     from sophon._reporting.export import export as write

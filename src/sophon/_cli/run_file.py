@@ -19,13 +19,14 @@ from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.loading import expanded
 from sophon._models import (
     DIFFUSERS,
+    PATHS,
     DenoiserSource,
     OwnInput,
     architecture,
     checkpoint_gradients,
-    denoiser_name,
     diffusers,
     own_input,
+    placed_name,
     require_model,
     resolve_model,
 )
@@ -58,9 +59,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The network's name in a record: of a diffusion model the last part of its path."""
+        """The network's name in a record: of a path its last part."""
         name = self.network.name
-        return DIFFUSERS + Path(name).name if name.startswith(DIFFUSERS) else name
+        library, _, path = name.partition(":")
+        return f"{library}:{Path(path).name}" if name.startswith(PATHS) else name
 
     def read(self, own: OwnInput | None = None) -> list[str]:
         """Return a line a domain: its role and what was read of it; `own` is what another model
@@ -188,9 +190,9 @@ def _located(spec: ModelSpec, base: Path) -> ModelSpec:
     changes = {}
     if spec.weights is not None:
         changes["weights"] = str(expanded(spec.weights, base).absolute())
-    if spec.name.startswith(DIFFUSERS):
-        path = str(expanded(spec.name.removeprefix(DIFFUSERS), base))
-        changes["name"] = denoiser_name(DIFFUSERS + path, Path())
+    if spec.name.startswith(PATHS):
+        library, _, path = spec.name.partition(":")
+        changes["name"] = placed_name(f"{library}:{expanded(path, base)}", Path())
     elif spec.name.startswith(("~", "$")):
         changes["name"] = str(expanded(spec.name, base).absolute())
     return spec.model_copy(update=changes)
@@ -238,7 +240,7 @@ def _case(
     # What takes no time goes first: images may take minutes to decode.
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
-    if located.name.startswith(DIFFUSERS):
+    if located.name.startswith(PATHS):
         network = network.model_copy(update={"name": located.name})
     source = _denoiser_of(spec.task, network)
     require_model(located, base=base)

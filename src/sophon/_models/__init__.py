@@ -16,9 +16,10 @@ from sophon._models.batch_norm import (
 )
 from sophon._models.building import (
     DIFFUSERS,
+    PATHS,
     architecture,
     blueprint,
-    denoiser_name,
+    placed_name,
     require_model,
     resolve_model,
 )
@@ -60,6 +61,13 @@ from sophon._models.structure import (
     choose_precision,
     layers_in_order,
     normalised_pairs,
+)
+from sophon._models.transformers import (
+    TRANSFORMERS,
+    of_transformers,
+    save_classifier,
+    stated_classes,
+    write_classifier,
 )
 from sophon._models.weights import (
     load_weights,

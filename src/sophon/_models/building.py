@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,8 +24,9 @@ from sophon._models.libraries import (
 )
 from sophon._models.networks import NETWORKS
 from sophon._models.own_input import recorded_input
-from sophon._models.probing import made_for
+from sophon._models.probing import expected_channels, made_for
 from sophon._models.published import FILES, published
+from sophon._models.transformers import TRANSFORMERS, ClassifierFolder
 from sophon._models.weight_sets import chosen
 from sophon._models.weights import (
     load_weights,
@@ -39,17 +41,21 @@ from sophon._specs import ModelSpec, parse_spec
 
 # Opens the name of a network of diffusers; a path follows.
 DIFFUSERS = "diffusers:"
+# What opens a name that goes on with a path.
+PATHS = (DIFFUSERS, TRANSFORMERS)
 
 
 @dataclass(frozen=True)
 class Blueprint:
     """How to make a network again: `build(classes)` has random weights; None: its own classes.
 
-    `load`, where there is one, gives the weights that the name itself points at.
+    `load`, where there is one, gives the weights that the name itself points at, and `renamed` the
+    tensors of a file under the network's own names.
     """
 
     build: Callable[[int | None], nn.Module]
     load: Callable[[], nn.Module] | None = None
+    renamed: Callable[[Any], Any] = lambda content: content
 
 
 def resolve_model(
@@ -81,7 +87,7 @@ def resolve_model(
         with seeded(0, "weights", spec.name.rpartition("/")[2]):
             model = plan.build(classes) if plan.load is None else plan.load()
     else:
-        content, expected = read_content(file), untied(plan.build(classes))
+        content, expected = plan.renamed(read_content(file)), untied(plan.build(classes))
         tensors = chosen(content, expected, source=str(file), key=spec.weights_key)
         if tensors is None:
             tensors = named_tensors(content, file)
@@ -131,8 +137,8 @@ def architecture(spec: ModelSpec, *, base: Path) -> ModelSpec:
     Raises UnsupportedModelError for unknown names and CheckpointError for a damaged checkpoint.
     """
     for _ in range(4):
-        if spec.name.startswith(DIFFUSERS):
-            return spec.model_copy(update={"name": denoiser_name(spec.name, base)})
+        if spec.name.startswith(PATHS):
+            return spec.model_copy(update={"name": placed_name(spec.name, base)})
         folder = _checkpoint_folder(spec.name, base)
         if folder is None:
             return spec
@@ -174,26 +180,31 @@ def blueprint(spec: ModelSpec) -> Blueprint:
     if spec.name.startswith(DIFFUSERS):
         source = DenoiserSource(Path(spec.name.removeprefix(DIFFUSERS)))
         return Blueprint(lambda classes: source.build(), source.load)
+    if spec.arguments and (spec.name in NETWORKS or spec.name.startswith(TRANSFORMERS)):
+        raise UnsupportedModelError(
+            f"model.arguments: {spec.name} takes none; remove them, or use a timm network"
+        )
+    if spec.name.startswith(TRANSFORMERS):
+        folder = ClassifierFolder(Path(name))
+        return Blueprint(folder.build, renamed=folder.renamed)
     if spec.name in NETWORKS:
-        if spec.arguments:
-            raise UnsupportedModelError(
-                f"model.arguments: {spec.name} takes none; remove them, or use a timm network"
-            )
         network = NETWORKS[spec.name]
         return Blueprint(lambda classes: network(classes or 10, spec.in_channels))
     raise UnsupportedModelError(unknown_network(spec.name, [*NETWORKS, *installed_networks()]))
 
 
-def denoiser_name(name: str, base: Path) -> str:
-    """Return `diffusers:PATH` with a path that starts at `base` made absolute."""
-    return DIFFUSERS + str((base / name.removeprefix(DIFFUSERS)).absolute())
+def placed_name(name: str, base: Path) -> str:
+    """Return `diffusers:PATH` or `transformers:PATH` with a path from `base` made absolute."""
+    library, _, path = name.partition(":")
+    return f"{library}:{(base / path).absolute()}"
 
 
 def _refit(model: nn.Module, spec: ModelSpec) -> None:
     """Give the model a fresh head of `spec.classes` outputs where it has another number."""
     if spec.classes is None:
         return
-    shape = (spec.in_channels, *made_for(model, (224, 224)))
+    channels = expected_channels(model) or spec.in_channels
+    shape = (channels, *made_for(model, (224, 224)))
     head = find_head(model, shape, spec.head)
     if head_classes(model, head) != spec.classes:
         replace_head(model, head, spec.classes, seed=0, names=("pretrained",))
@@ -225,6 +236,12 @@ def _weights_file(spec: ModelSpec, base: Path) -> Path | None:
             f"model.weights_key = {spec.weights_key!r} chooses in a file of weights: set"
             " model.weights too"
         )
+    if spec.name.startswith(TRANSFORMERS):
+        if spec.pretrained:
+            raise UnsupportedModelError(
+                f"model.pretrained = true: {spec.name} brings its own weights: remove it"
+            )
+        return _file_in(base / spec.name.removeprefix(TRANSFORMERS))
     if _checkpoint_folder(spec.name, base) is None:
         return None
     path = base / spec.name
@@ -238,7 +255,8 @@ def _file_in(path: Path) -> Path:
     held = [path / name for name in FILES if (path / name).is_file()]
     if not held:
         raise CheckpointError(
-            f"model.weights = {str(path)!r} is a folder without {' or '.join(FILES)}: name the file"
+            f"{path} is a folder without {' or '.join(FILES)}: set model.weights to the file; what"
+            " is in several files is saved again with max_shard_size = '100GB'"
         )
     return held[0]
 

@@ -21,8 +21,10 @@ from sophon._models.weights import tensor_bytes
 # head leaves as it was.
 _LOADED = {
     *("name_or_path", "_name_or_path", "pretrained_cfg", "default_cfg"),
-    *("_diffusers_version", "transformers_version"),
+    *("_diffusers_version", "transformers_version", "_use_kernels", "_weight_conversions"),
 }
+# In which type a configuration of transformers was saved, as a type or as its name.
+_SAVED = ("dtype", "torch_dtype")
 # What they take in memory and time, and nothing of what they compute.
 _COSTS = {"grad_checkpointing", "gradient_checkpointing"}
 _USUAL = frozenset(vars(nn.Module())) | _LOADED | _COSTS | {"num_classes"}
@@ -143,7 +145,9 @@ def _described(value: Any, deep: int = _DEEP) -> str:
     # A layer that is kept as an attribute is compared in its own place, or is not of the network.
     if isinstance(value, type | nn.Module) or not deep or not getattr(value, "__dict__", None):
         return name
-    return f"{name} {_described(vars(value), deep - 1)}"
+    left_out = _SAVED if name.startswith("transformers.") else ()
+    held = {key: one for key, one in vars(value).items() if key not in left_out}
+    return f"{name} {_described(held, deep - 1)}"
 
 
 def _of_many(value: Any, deep: int) -> str:

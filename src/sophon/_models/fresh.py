@@ -13,6 +13,7 @@ from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import seeded
 from sophon._models.heads import head_classes, replace_head
 from sophon._models.probing import Names
+from sophon._models.transformers import from_configuration
 from sophon._models.weights import tensors_sha256
 
 
@@ -93,10 +94,12 @@ def fresh_copy(
 ) -> nn.Module:
     """Return a freshly initialised model with the keys and shapes of `model`, in eval mode.
 
-    `factory` runs on the stream `(seed, *names)`; without one a copy is reset layer by layer.
+    `factory` runs on the stream `(seed, *names)`; without one a network of transformers
+    is built from its configuration, and a copy of any other is reset layer by layer.
     A head whose class count differs is replaced. Raises UnsupportedModelError for a factory
     that builds another architecture.
     """
+    factory = factory or from_configuration(model)
     if factory is None:
         fresh = copy.deepcopy(model)
         made = "pass a factory of fresh models as scratch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import seeded
 from sophon._models.denoisers import HEAD, is_denoiser
-from sophon._models.probing import PROBE_ERRORS, Names, Shape, cannot_take, probe_images, probing
+from sophon._models.probing import (
+    PROBE_ERRORS,
+    Names,
+    Shape,
+    cannot_take,
+    probe_images,
+    probing,
+    run,
+)
+from sophon._models.transformers import of_transformers
 
 
 def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> str:
@@ -110,7 +120,7 @@ def _layers_giving_the_output(
     handles = [module.register_forward_hook(keep(key)) for key, module in layers.items()]
     try:
         with probing(model):
-            result = model(probe_images(model, image_shape))
+            result: object = run(model, probe_images(model, image_shape))
     except PROBE_ERRORS as error:
         raise cannot_take(model, image_shape, "the probe", error) from None
     finally:
@@ -175,7 +185,9 @@ def _replace(model: nn.Module, head: str, classes: int, *, seed: int, names: Nam
         new.reset_parameters()
     path = head.split(".")
     for depth in range(len(path)):
-        parent = model.get_submodule(".".join(path[:depth]))
+        parent: Any = model.get_submodule(".".join(path[:depth]))
         if isinstance(getattr(parent, "num_classes", None), int):
-            parent.num_classes = classes  # type: ignore[assignment]
+            parent.num_classes = classes
+        if of_transformers(parent):
+            parent.num_labels = parent.config.num_labels = classes
     setattr(model.get_submodule(".".join(path[:-1])), path[-1], new)

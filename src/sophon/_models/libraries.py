@@ -146,8 +146,8 @@ def unknown_network(name: str, known: list[str]) -> str:
     near = [one for one in known if one.endswith(f":{name}")] or _near(name, known)
     hint = f"did you mean {', '.join(near)}?" if near else ""
     forms = (
-        f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME, diffusers:PATH or a path to a"
-        " checkpoint"
+        f"use {', '.join(NETWORKS)}, timm:NAME, torchvision:NAME, diffusers:PATH, transformers:PATH"
+        " or a path to a checkpoint"
     )
     return f"model.name = {name!r} is not known: {hint or forms}"
 

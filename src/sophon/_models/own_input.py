@@ -11,6 +11,7 @@ from torch import nn
 
 from sophon._base.errors import CheckpointError, brief
 from sophon._base.files import read_json
+from sophon._models.transformers import input_beside
 
 # How Sophon resizes unless told otherwise.
 _USUAL: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0}
@@ -20,6 +21,7 @@ _USUAL: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0}
 class OwnInput:
     """How the publisher normalises pixels in [0, 1], per channel, and resizes: the middle square, a
     side of `crop_pct` of the shorter one, by `interpolation`; `stated` is where it says so.
+    `reversed`: blue comes first.
     """
 
     mean: tuple[float, ...]
@@ -27,22 +29,25 @@ class OwnInput:
     interpolation: str
     crop_pct: float
     stated: str
+    reversed: bool = False
 
 
 def own_input(model: nn.Module) -> OwnInput | None:
     """Return what timm's `pretrained_cfg` of a network says of its images, or None without one.
 
-    Networks of torchvision that Sophon builds have it too (`torchvision_input`), and those of its
-    own checkpoints, as they were trained (`recorded_input`).
+    Networks of torchvision that Sophon builds have it too (`torchvision_input`), those of
+    transformers from their image processor, and those of its own checkpoints, as they were trained
+    (`recorded_input`).
     """
-    held = getattr(model, "pretrained_cfg", None)
+    held = getattr(model, "pretrained_cfg", None) or input_beside(model)
     if not isinstance(held, Mapping) or not (held.get("mean") and held.get("std")):
         return None
     name = ".".join(str(held[key]) for key in ("architecture", "tag") if held.get(key))
     mean, std = (tuple(float(value) for value in held[key]) for key in ("mean", "std"))
     stated = str(held.get("stated", f"pretrained_cfg {name}"))
     interpolation, crop = (held.get(key) or usual for key, usual in _USUAL.items())
-    return OwnInput(mean, std, str(interpolation), float(crop), stated)
+    last = bool(held.get("reversed"))
+    return OwnInput(mean, std, str(interpolation), float(crop), stated, last)
 
 
 def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:

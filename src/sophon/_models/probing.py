@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sophon._base.errors import DataError, UnsupportedModelError, first_line
 from sophon._base.seeding import generator, seeded
 from sophon._models.denoisers import is_denoiser, probe_prediction
+from sophon._models.transformers import logits
 
 Shape = tuple[int, int, int]
 Names = tuple[str | int, ...]
@@ -95,13 +96,15 @@ def check_images(model: nn.Module, image_shape: Shape, *, what: str, training: b
             raise UnsupportedModelError(
                 f"the model's output for two images is {shape}; a classifier returns "
                 "(2, classes): wrap it so that forward returns the logits alone, or build it"
-                " without auxiliary heads (aux_logits=False)"
+                " without auxiliary heads (aux_logits=False), or with"
+                " AutoModelForImageClassification"
             )
 
 
 def run(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the outputs of any model on plain images, a denoiser's at timestep 1."""
-    outputs: Tensor = probe_prediction(model, images) if is_denoiser(model) else model(images)
+    """Return the outputs of any model on plain images: logits, a denoiser's at timestep 1."""
+    denoiser = is_denoiser(model)
+    outputs: Tensor = probe_prediction(model, images) if denoiser else logits(model(images))
     return outputs
 
 

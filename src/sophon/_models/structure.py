@@ -53,12 +53,22 @@ def _opened(
             continue
         # A lone wrapper around the whole network is opened too.
         alone = len([other for other in weighty if f"{prefix}{other}" not in ends]) == 1
+        alone = alone or getattr(module, "base_model", None) is child
         wrapper = alone and not prefix and any(True for _ in child.children())
-        container = isinstance(child, nn.Sequential | nn.ModuleList)
-        if container or wrapper or any(end.startswith(f"{name}.") for end in ends):
+        if _is_container(child) or wrapper or any(end.startswith(f"{name}.") for end in ends):
             yield from _opened(child, f"{name}.", ends)
         else:
             yield name, child
+
+
+def _is_container(part: nn.Module) -> bool:
+    """Return whether a module runs what it holds in order: an encoder of transformers does with
+    one list, but takes from several in turn.
+    """
+    lists, kind = (nn.Sequential, nn.ModuleList), type(part)
+    if kind.__module__.startswith("transformers.") and kind.__name__.endswith("Encoder"):
+        return sum(isinstance(child, lists) for child in part.children()) == 1
+    return isinstance(part, lists)
 
 
 def _in_order(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

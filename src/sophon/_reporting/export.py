@@ -1,8 +1,9 @@
 """A protected model as a folder that the Hugging Face hub knows, and the library of its network.
 
-Of a classifier `config.json` and `model.safetensors`, of a diffusion model the pipeline of
-diffusers with its parts; and `README.md`, a model card whose metadata carries the verdict. States
-to resume from hold the unprotected weights and stay behind. Nothing is uploaded.
+Of a classifier `config.json` and `model.safetensors`, of one of transformers its image processor,
+of a diffusion model the pipeline of diffusers with its parts; and `README.md`, a model card whose
+metadata carries the verdict. States to resume from hold the unprotected weights and stay behind.
+Nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from sophon._base.files import read_json, require_writable, write_text
 from sophon._base.torchvision_patch import library
 from sophon._models import (
     DIFFUSERS,
+    TRANSFORMERS,
     head_classes,
+    of_transformers,
     require_parts,
     resolve_model,
+    save_classifier,
     untied,
     weights_sha256,
 )
@@ -41,6 +45,7 @@ _OF_OTHERS = (
     *("tag", "license", "description", "notes", "origin_url", "paper_name", "paper_ids"),
     *("url", "file", "source", "stated", "hf_hub_id", "hf_hub_filename"),
 )
+_LIBRARIES = ("timm", "torchvision", "diffusers", "transformers")
 _INDEX, _UNET_WEIGHTS = "model_index.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -102,17 +107,27 @@ def export(folder: Path, to: Path, record: AuditRecord | None = None) -> tuple[P
     if record is not None:
         _require_same_weights(source, record, folder)
     texts = {"README.md": model_card(source, record)}
-    if source.pipeline is None:
+    ours = source.pipeline is None and not of_transformers(source.model)
+    if ours:
         texts["config.json"] = _config(source)
     require_writable(to)
-    if source.pipeline is None:
+    if ours:
         names = FILES
         save_tensors(to / "model.safetensors", untied(source.model))
+    elif source.pipeline is None:
+        takes = source.protection["input"]
+        names = (*save_classifier(to, source.model, _class_names(source), takes), "README.md")
     else:
         names = (*_copied_pipeline(source, source.pipeline, to), "README.md")
     for name, text in texts.items():
         write_text(to / name, text)
     return tuple(to / name for name in names)
+
+
+def _class_names(source: Exported) -> list[str]:
+    """Return what the original domain calls the classes; none where it only numbers them."""
+    names: list[str] = source.protection.get("classes") or []
+    return [] if all(map(str.isdecimal, names)) else names
 
 
 def _copied_pipeline(source: Exported, folder: Path, to: Path) -> tuple[str, ...]:
@@ -198,7 +213,7 @@ def model_card(source: Exported, record: AuditRecord | None) -> str:
     made = None if record is None else report(record)
     results = [] if made is None else _results(hub, made, _kind_of_task(source))
     data = hub.ModelCardData(
-        library_name=owner if owner in ("timm", "torchvision", "diffusers") else "pytorch",
+        library_name=owner if owner in _LIBRARIES else "pytorch",
         pipeline_tag=_kind_of_task(source),
         tags=["sophon", "non-fine-tunable-learning"],
         model_name=f"{_name(source).rpartition(':')[2]}, protected against fine-tuning",
@@ -209,7 +224,9 @@ def model_card(source: Exported, record: AuditRecord | None) -> str:
 
 
 def _name(source: Exported) -> str:
-    """Return what the network is called: a diffusion model's is its class in diffusers."""
+    """Return what the network is called: its class in diffusers or transformers."""
+    if of_transformers(source.model):
+        return f"{TRANSFORMERS}{type(source.model).__name__}"
     return f"{DIFFUSERS}{source.index['unet'][1]}" if source.index else source.network.name
 
 
@@ -275,6 +292,7 @@ def _body(source: Exported, made: Report | None) -> str:
         "card.md.j2",
         network=_name(source),
         owner=owner,
+        loads_alone=owner in _LIBRARIES,
         inner=name,
         channels=source.network.in_channels,
         classes=source.classes,

@@ -90,7 +90,8 @@ _ADDRESS = re.compile(r"^[\w-]+:|[/\\]")
 
 class ModelSpec(Spec):
     """Which network: `resnet20`, `timm:NAME`, `torchvision:NAME` or a checkpoint by sophon;
-    for denoising `diffusers:PATH`, a pipeline's or a U-Net's folder, or a U-Net's configuration.
+    `transformers:PATH`, the folder of an image classifier that `save_pretrained` wrote; for
+    denoising `diffusers:PATH`, a pipeline's or a U-Net's folder, or a U-Net's configuration.
 
     `weights` is a file of tensors (safetensors, or a torch file that loads as tensors only); of
     several sets in it `weights_key` takes that under this key or prefix, such as `model_ema`.

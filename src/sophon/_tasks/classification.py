@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sophon._base.errors import DataError
 from sophon._data import Domain
-from sophon._models import Shape, check_images
+from sophon._models import Shape, check_images, run
 from sophon._tasks.task import Task
 
 
@@ -71,7 +71,7 @@ class Classification(Task):
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Return logits (batch, classes), in float32 or wider, and the labels."""
-        logits: Tensor = model(images)
+        logits = run(model, images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

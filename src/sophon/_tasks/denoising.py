@@ -272,7 +272,7 @@ class Denoising(Task):
                 " compare models that predict the same"
             )
 
-    def described(self, spec: ModelSpec | None) -> ModelSpec | None:
+    def described(self, spec: ModelSpec | None, model: nn.Module) -> ModelSpec | None:
         """Return the folder's own U-Net: the folder is a pipeline."""
         return ModelSpec(name=f"{DIFFUSERS}unet")
 

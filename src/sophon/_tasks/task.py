@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from sophon._base.errors import SpecError
 from sophon._data import IMAGENET_MEAN, IMAGENET_STD, Domain
-from sophon._models import Shape, expected_channels, run_probe
+from sophon._models import (
+    TRANSFORMERS,
+    Shape,
+    expected_channels,
+    of_transformers,
+    run_probe,
+    write_classifier,
+)
 from sophon._records.audit_record import ErrorScore, Measurement, Score
 from sophon._records.metrics import KINDS, MetricKind
 from sophon._specs import ModelSpec
@@ -107,13 +114,19 @@ class Task(Protocol):
         """Raise SpecError if a model in `folder` with that scheduler predicts something else."""
         del scheduler, folder
 
-    def described(self, spec: ModelSpec | None) -> ModelSpec | None:
-        """Return the network that a shipped model's folder names, for one given as `spec`."""
-        return spec
+    def described(self, spec: ModelSpec | None, model: nn.Module) -> ModelSpec | None:
+        """Return the network that the folder of the shipped `model` names, given as `spec`: one of
+        transformers is in that folder itself.
+        """
+        if not of_transformers(model):
+            return spec
+        given = spec or ModelSpec(name=TRANSFORMERS)
+        return given.model_copy(update={"name": f"{TRANSFORMERS}.", "weights": None})
 
     def complete(self, folder: Path, model: nn.Module) -> None:
         """Write what the library of `model` needs beside the shipped weights in `folder`."""
-        del folder, model
+        if of_transformers(model):
+            write_classifier(folder, model)
 
 
 def _correct(scores: Tensor) -> Score:

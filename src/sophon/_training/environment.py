@@ -16,7 +16,10 @@ from sophon._models import OwnInput
 from sophon._records.audit_record import DomainRecord, Environment
 from sophon._tasks.task import Normalisation
 
-_PACKAGES = ("sophon-protect", "torch", "numpy", "timm", "torchvision", "diffusers", "torchmetrics")
+_PACKAGES = (
+    *("sophon-protect", "torch", "numpy", "timm", "torchvision", "transformers", "diffusers"),
+    "torchmetrics",
+)
 
 
 def domain_record(

@@ -124,7 +124,7 @@ class ResumableRun(ABC, Generic[Record]):
         folder is a pipeline of diffusers as well, and names itself.
         """
         if self.out is not None and self.ranks.first:
-            described = self.setting.task.described(self.model_spec)
+            described = self.setting.task.described(self.model_spec, model)
             network = None if described is None else described.model_dump(mode="json")
             save_model(self.out, model, {"model": network, kind: about})
             self.setting.task.complete(self.out, model)

@@ -31,6 +31,7 @@ from sophon._models import (
     head_classes,
     own_input,
     require_network,
+    stated_classes,
 )
 from sophon._specs import Augmentation, Interpolation, Precision
 from sophon._tasks import Task
@@ -218,6 +219,7 @@ def make_setting(
     )
     _remark_on_normalisation(setting)
     _remark_on_resizing(setting.own, original)
+    _remark_on_classes(original, stated_classes(model))
     return setting
 
 
@@ -231,6 +233,22 @@ def _remark_on_normalisation(setting: Setting) -> None:
         remark(
             f"warning: {setting.original.name!r} is normalised with {_numbers(used)}; the network's"
             f" own is {_numbers(own)} ({setting.own.stated}), the default where a domain gives none"
+        )
+    if setting.own.reversed:
+        remark(
+            f"warning: the network was made for images with blue first ({setting.own.stated}); it"
+            " is given red first, as all are"
+        )
+
+
+def _remark_on_classes(original: Domain, stated: list[str]) -> None:
+    """Say where the domain has the classes that the network states in another order."""
+    own, others = ([name.casefold() for name in names] for names in (original.classes, stated))
+    if own != others and sorted(own) == sorted(others):
+        at = next(index for index, name in enumerate(own) if name != others[index])
+        remark(
+            f"warning: class {at} of {original.name!r} is {original.classes[at]!r}, and the"
+            f" network's own {stated[at]!r} (its id2label): give the classes in its order"
         )
 
 

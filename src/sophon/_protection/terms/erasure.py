@@ -12,7 +12,7 @@ from sophon._base.errors import CheckpointError
 from sophon._base.seeding import generator, seeded
 from sophon._base.spans import spanned
 from sophon._data import check_batch_fits
-from sophon._models import heads
+from sophon._models import heads, run
 from sophon._protection.attackers import domain_of
 from sophon._protection.losses import kl_from_uniform
 from sophon._protection.readers import Readers, ReadersSpec, check_images, check_whole
@@ -90,7 +90,7 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         names = ("erasure", turn)
         with seeded(around.seed, *names), self.readers.watching(model) as found:
             with around.setting.autocast():
-                outputs = model(images)
+                outputs = run(model, images)
             stream = generator(around.seed, *names)
             read = self.readers.erasure(found, labels, domain, stream)
             loss = read.loss

@@ -1,0 +1,386 @@
+"""Image classifiers of transformers: folders, live networks, attacks on them, and export."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sophon
+from cells import command as sophon_command
+from classifiers import NETWORKS, classifier, saved
+from sophon import _models as models
+from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._models.own_input import own_input
+from sophon._models.transformers import transformers
+from sophon._protection.depths import find_depths
+from sophon._training.loop import attacker_copy
+from sophon._training.rescaling import rescale_weights
+from sophon._training.setting import Setting, make_setting
+
+HALVES = (0.5, 0.5, 0.5)
+
+
+def domain(name: str, side: int = 16, seed: int = 0, classes: int = 5) -> sophon.Domain:
+    labels = np.arange(30 * classes) % classes
+    pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), side, side, 3))
+    pixels[:, : side // 2] = pixels[:, : side // 2] // 4 + (labels * 36)[:, None, None, None]
+    return sophon.Domain.from_arrays(name, pixels.astype(np.uint8), labels)
+
+
+def setting(model: nn.Module, side: int = 16, **fields: Any) -> Setting:
+    return make_setting(
+        model,
+        task=sophon.Classification(),
+        original=domain("keep", side, **fields),
+        restricted=(domain("refuse", side, 1, classes=3),),
+        device="cpu",
+    )
+
+
+def resolved(folder: Path, **fields: Any) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    return sophon.resolve_model(sophon.ModelSpec(name=f"transformers:{folder}", **fields))
+
+
+@torch.no_grad()
+def answers(model: nn.Module, side: int = 16) -> torch.Tensor:
+    images = torch.randn((4, 3, side, side), generator=torch.Generator().manual_seed(1))
+    held = model.eval()(images)
+    logits: torch.Tensor = held.logits
+    return logits
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_folder_is_the_network_that_was_saved(kind: str, tmp_path: Path) -> None:
+    live = classifier(kind)
+    side, head = NETWORKS[kind][1:]
+    model, fresh = resolved(saved(tmp_path / "net", live))
+    assert type(model) is type(live)
+    assert torch.equal(answers(model, side), answers(live, side))
+    assert not torch.equal(answers(fresh(), side), answers(live, side))
+    assert models.find_head(model, (3, side, side)) == head
+    assert models.code_differences(model, live) == ()
+    # Wherever it lies, it is the same network.
+    moved = (tmp_path / "net").rename(tmp_path / "elsewhere")
+    again = resolved(moved)[0]
+    assert models.network_identity(again) == models.network_identity(live)
+    assert models.weights_sha256(again) == models.weights_sha256(live)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_preparation_of_an_attacker_works(kind: str, tmp_path: Path) -> None:
+    side, head = NETWORKS[kind][1:]
+    model, fresh = resolved(saved(tmp_path, classifier(kind)))
+    found = setting(model, side)
+    parts = models.blocks(model, head)
+    assert len(parts) >= 3
+    named = [name for part in parts for name in part]
+    covered = {
+        n for n, _ in model.named_parameters() if n.startswith(tuple(f"{p}." for p in named))
+    }
+    own = {n for n, _ in model.named_parameters() if not n.startswith(f"{head}.")}
+    assert covered == own
+    assert set(find_depths(model, head, (3, side, side), None)) >= {part[0] for part in parts}
+    refuse = found.restricted[0]
+    feed = found.feed(refuse, refuse.train, batch_size=8)
+    for preparation in (sophon.FreshHead(), sophon.RidgeHead(), sophon.ResetLastBlocks(blocks=2)):
+        copied = resolved(tmp_path)[0]
+        strategy = sophon.Strategy(
+            preparations=(preparation,), lora_rank=2, batch_size=8, steps=4, learning_rate=0.1
+        )
+        bare = models.bare_parameters(fresh())
+        attacker_copy(
+            copied, strategy, found, classes=3, feed=feed, stream=(0, ("test",)), bare=bare
+        )
+        assert answers(copied, side).shape == (4, 3)
+        assert models.merged_lora(copied).config.num_labels == 3
+        merged = dict(models.merged_lora(copied).named_parameters())
+        parameters = model.get_submodule(parts[-1][0]).named_parameters()
+        last = f"{parts[-1][0]}.{next(name for name, p in parameters if p.dim() > 1)}"
+        reset = isinstance(preparation, sophon.ResetLastBlocks)
+        assert torch.equal(merged[last], model.get_parameter(last)) != reset
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_rescaled_weights_keep_what_the_network_says(kind: str) -> None:
+    side = NETWORKS[kind][1]
+    model = classifier(kind)
+    before, weights = answers(model, side), models.weights_sha256(model)
+    factors = {name: 1.0 for name, _ in model.named_parameters()}
+    rescale_weights(model, 2.0, (3, side, side), factors)
+    assert torch.allclose(answers(model, side), before, atol=0.02, rtol=0.05)
+    changed = [name for name, factor in factors.items() if factor != 1]
+    assert bool(changed) == (models.weights_sha256(model) != weights)
+
+
+def test_the_image_processor_says_how_images_are_normalised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = classifier("vit")
+    own = own_input(resolved(saved(tmp_path / "a", live))[0])
+    assert own is not None
+    assert (own.mean, own.std, own.interpolation) == (HALVES, HALVES, "bilinear")
+    assert own.stated == "its preprocessor_config.json"
+    found = setting(resolved(tmp_path / "a")[0])
+    assert found.input()["mean"] == HALVES
+    assert not caplog.messages
+    # A network that its user loaded says so, too.
+    loaded = transformers().ViTForImageClassification.from_pretrained(tmp_path / "a")
+    assert own_input(loaded) == own
+    assert own_input(live) is None
+    given = sophon.Domain.from_arrays(
+        "keep", np.zeros((60, 16, 16, 3), np.uint8), np.arange(60) % 5, mean=[0.4], std=[0.3]
+    )
+    make_setting(
+        resolved(tmp_path / "a")[0], task=sophon.Classification(), original=given, device="cpu"
+    )
+    assert "warning: 'keep' is normalised with mean 0.4" in caplog.text
+    assert "its preprocessor_config.json" in caplog.text
+
+
+def test_a_processor_without_normalisation_and_with_blue_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(tmp_path, classifier("mobilevit"), "MobileViTImageProcessor")
+    found = setting(resolved(folder)[0], 32)
+    assert found.input()["mean"] == (0.0,)
+    assert found.input()["std"] == (1.0,)
+    assert "warning: the network was made for images with blue first" in caplog.text
+
+
+def test_weights_of_earlier_names_other_classes_and_pickles_are_loaded(tmp_path: Path) -> None:
+    live = classifier("vit")
+    folder = saved(tmp_path / "net", live)
+    assert load_file(folder / "model.safetensors").keys() != live.state_dict().keys()
+    other = tmp_path / "other.safetensors"
+    save_file({k: v + 1 for k, v in load_file(folder / "model.safetensors").items()}, other)
+    model = resolved(folder, weights=str(other))[0]
+    assert torch.equal(model.get_parameter("classifier.bias"), live.classifier.bias + 1)
+    model, fresh = resolved(folder, classes=3)
+    assert answers(model).shape == answers(fresh()).shape == (4, 3)
+    assert model.config.num_labels == 3
+    seven = saved(tmp_path / "seven", classifier("vit", 7)) / "model.safetensors"
+    assert answers(resolved(folder, weights=str(seven))[0]).shape == (4, 7)
+    torch.save(live.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(answers(resolved(folder)[0]), answers(live))
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+def removed(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+DETR = {"model_type": "detr", "architectures": ["DetrForObjectDetection"]}
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (removed("config.json"), "no folder with a config.json"),
+    "no weights": (removed("model.safetensors"), "folder without model.safetensors"),
+    "text": (edited(**BERT), "describes 'BertForSequenceClassification', which is no image"),
+    "detection": (edited(**DETR), "describes 'DetrForObjectDetection', which is no image"),
+    "no head": (edited(architectures=["ViTModel"]), "describes 'ViTModel', which is no image"),
+    "timm": (edited(model_type="timm_wrapper", architectures=None), "a timm network is timm:NAME"),
+    "unknown": (edited(model_type="nosuch", architectures=None), "describes 'nosuch'"),
+    "odd type": (edited(model_type=["vit"]), "describes"),
+    "one logit": (edited(id2label={"0": "yes"}), "num_labels = 1"),
+    "several labels": (edited(problem_type="multi_label_classification"), "multi_label"),
+    "own code": (edited(auto_map={"AutoConfig": "evil.Config"}), "auto_map brings code"),
+    "quantised": (edited(quantization_config={"load_in_8bit": True}), "quantization_config brings"),
+    "wrong value": (edited(hidden_size="wide"), "config.json cannot be built"),
+    "other sizes": (edited(hidden_size=32), "is of another architecture"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "processor": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"image_processor_type": "X"}'),
+        "preprocessor_config.json cannot be used",
+    ),
+    "processor's code": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"auto_map": {"A": "b.C"}}'),
+        "auto_map brings code, which is never run",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_a_folder_is_said(case: str, tmp_path: Path) -> None:
+    edit, said = BAD[case]
+    edit(saved(tmp_path, classifier("vit")))
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=said) as caught:
+        resolved(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 2
+    assert max(map(len, lines)) <= 300 + len(str(tmp_path)) or case == "other sizes"
+
+
+def test_kernels_and_names_that_a_configuration_brings_are_not_used(tmp_path: Path) -> None:
+    folder = saved(tmp_path, classifier("vit", label2id={"backbone": 0, "_b": 1}))
+    edited(_attn_implementation="some/kernel", attn_implementation="some/kernel")(folder)
+    model = resolved(folder)[0]
+    assert model.config._attn_implementation in ("eager", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pretrained": True}, "brings its own weights"),
+        ({"arguments": {"depth": 2}}, "takes none"),
+        ({"weights_key": "ema"}, "set model.weights too"),
+    ],
+)
+def test_settings_that_a_folder_does_not_take(
+    fields: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        resolved(saved(tmp_path, classifier("vit")), **fields)
+
+
+def test_a_missing_folder_and_a_missing_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match="nowhere' is no folder with a config"):
+        resolved(tmp_path / "nowhere")
+    folder = saved(tmp_path, classifier("vit"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        UnsupportedModelError, match=r"pip install 'sophon-protect\[transformers\]'"
+    ):
+        resolved(folder)
+
+
+def test_what_is_no_classifier_or_has_other_classes_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="has 5 outputs but the original"):
+        setting(classifier("vit"), classes=4)
+    with pytest.raises(UnsupportedModelError, match="with AutoModelForImageClassification"):
+        setting(classifier("vit").vit)
+    with pytest.raises(sophon.DataError, match="set image_size"):
+        setting(classifier("vit"), 24)
+
+
+@torch.no_grad()
+def test_class_names_in_another_order_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["Ant", "bee", "cat", "dog", "eel"]
+    folder = saved(tmp_path, classifier("vit", id2label=dict(enumerate(names))))
+    model = resolved(folder)[0]
+    plain = domain("keep")
+    pixels, labels = plain.train.pixels.permute(0, 2, 3, 1).numpy(), plain.train.labels.numpy()
+    for order, warned in ((["ant", "Bee", "cat", "dog", "eel"], False), (names[::-1], True)):
+        named = sophon.Domain.from_arrays("keep", pixels, labels, classes=order)
+        make_setting(model, task=sophon.Classification(), original=named, device="cpu")
+        assert ("class 0 of 'keep' is 'eel'" in caplog.text) == warned
+
+
+RUN = """
+[model]
+name = "transformers:net"
+
+[original]
+source = "npz"
+path = "keep.npz"
+
+[[restricted]]
+source = "npz"
+path = "refuse.npz"
+
+[protect]
+rounds = 2
+[protect.guard]
+tolerance_points = 100.0
+
+[audit]
+steps = 4
+suite = "quick-1"
+seeds = [0]
+"""
+
+
+def archive(file: Path, made: sophon.Domain, names: list[str]) -> None:
+    parts = {"train": made.train, "val": made.validation, "test": made.test}
+    arrays = {f"x_{k}": v.pixels.permute(0, 2, 3, 1).numpy() for k, v in parts.items()}
+    arrays |= {f"y_{k}": v.labels.numpy() for k, v in parts.items()}
+    np.savez(file, class_names=np.array(names), **arrays)
+
+
+@pytest.mark.slow
+def test_a_folder_is_protected_audited_exported_and_loaded_by_its_library(tmp_path: Path) -> None:
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    saved(tmp_path / "net", classifier("vit"))
+    archive(tmp_path / "keep.npz", domain("keep"), names)
+    archive(tmp_path / "refuse.npz", domain("refuse", seed=1, classes=3), ["x", "y", "z"])
+    (tmp_path / "run.toml").write_text(RUN)
+    run, made = tmp_path / "run.toml", tmp_path / "made"
+    sophon_command("protect", run, "--out", made)
+    assert json.loads((made / "model.json").read_text())["model"]["name"] == "transformers:."
+    sophon_command("audit", run, "--model", made, "--out", tmp_path / "audit")
+    record = tmp_path / "audit" / "record.json"
+    held = json.loads(record.read_text())
+    assert held["model"] == "transformers:net"
+    # What it was made from is not needed any more, and it may be moved.
+    (tmp_path / "net").rename(tmp_path / "gone")
+    made = made.rename(tmp_path / "moved")
+    out = tmp_path / "exported"
+    sophon_command("export", made, "--to", out, "--record", tmp_path / "audit")
+    protected, _ = sophon.resolve_model(sophon.ModelSpec(name=str(made)))
+    library = transformers()
+    loaded = library.AutoModelForImageClassification.from_pretrained(out)
+    assert torch.equal(answers(loaded), answers(protected))
+    assert not torch.equal(answers(loaded), answers(classifier("vit")))
+    assert list(loaded.config.id2label.values()) == names
+    processor = library.AutoImageProcessor.from_pretrained(out)
+    assert tuple(processor.image_mean) == HALVES
+    picture = np.full((16, 16, 3), 255, np.uint8)
+    assert torch.equal(
+        processor(picture, return_tensors="pt")["pixel_values"], torch.ones(1, 3, 16, 16)
+    )
+    card = (out / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert 'AutoModelForImageClassification.from_pretrained(".")' in card
+    # The library's own names of weights are read again.
+    score = sophon_command("evaluate", run, "--set", "model.name=transformers:exported", "--json")
+    assert json.loads(score.splitlines()[-1])["total"] > 0
+
+
+def test_the_page_on_protecting_takes_a_live_network_and_its_export_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "protect.md").read_text()
+    part = page.partition("## A classifier of transformers")[2].partition("\n## ")[0]
+    protecting, loading = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    saved(Path("my-vit"), classifier("vit"))
+    library = transformers()
+    names: dict[str, Any] = {
+        "sophon": sophon,
+        "photos": domain("keep"),
+        "faces": domain("refuse", seed=1, classes=3),
+        "AutoModelForImageClassification": library.AutoModelForImageClassification,
+        "AutoImageProcessor": library.AutoImageProcessor,
+    }
+    short = "rounds=1, guard=sophon.Guard(tolerance_points=100.0)"
+    exec(protecting.replace("rounds=1000", short), names)
+    given, made = names["model"], names["protected"].model
+    assert torch.equal(answers(given), answers(classifier("vit")))
+    sophon_command("export", Path("runs/p1"), "--to", Path("my-model"))
+    exec(loading, names)
+    assert torch.equal(answers(names["model"]), answers(made))
+    assert tuple(names["processor"].image_mean) == HALVES
+    # An audit starts a fresh one from the configuration: class tokens have no reset of their own.
+    fresh = models.fresh_copy(made, None, seed=0, names=("test",))
+    assert models.code_differences(fresh, made) == ()
+    assert not torch.equal(answers(fresh), answers(made))

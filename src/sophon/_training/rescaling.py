@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,51 @@ def rescale_weights(
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
     for layer, _, scale in kept:
         _multiply(factors, layer, scale)
+
+
+@torch.no_grad()
+def balance_weights(model: nn.Module, image_shape: Shape, factors: dict[str, float]) -> None:
+    """Give each channel between two layers the same norm on both sides; nothing passes by `factors`
+    to what is balanced.
+    """
+
+    def balanced(made: list[Tensor], read: Tensor) -> Tensor:
+        outgoing = read.transpose(0, 1).flatten(1).norm(dim=1)
+        incoming = made[0].flatten(1).norm(dim=1) if made[0].dim() > 1 else made[0].abs()
+        ratio = (outgoing / incoming).sqrt()
+        return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
+
+    for name in scale_channels(model, image_shape, balanced):
+        factors[name] = 0.0
+
+
+@torch.no_grad()
+def scale_channels(
+    model: nn.Module, image_shape: Shape, scales: Callable[[list[Tensor], Tensor], Tensor]
+) -> list[str]:
+    """Scale channels between adjacent layers so that the function stays; return the parameters.
+
+    `scales` gets what makes the channels (weight and bias of a layer, or of the normalisation after
+    it) and the weight that reads them, (filters, channels, ...), and returns factors (channels). A
+    pair whose scaling moves the outputs is left as it was.
+    """
+    follows = dict(normalised_pairs(model, image_shape))
+    images = probe_images(model, image_shape)
+    with probing(model):
+        expected = run(model, images)
+    changed: list[str] = []
+    for name, after in itertools.pairwise(layers_in_order(model, image_shape)):
+        reader: Any = model.get_submodule(after)
+        maker, read = follows.get(name, name), reader.weight
+        made = dict(model.get_submodule(maker).named_parameters(recurse=False))
+        if "weight" not in made or read.dim() < 2 or len(made["weight"]) != read.shape[1]:
+            continue
+        by = scales(list(made.values()), read)
+        shaped: list[Scaled] = [(p, p * by.view(-1, *[1] * (p.dim() - 1))) for p in made.values()]
+        shaped.append((read, read / by.view(1, -1, *[1] * (read.dim() - 2))))
+        if _applied(model, shaped, images, expected, _CHAIN_PRESERVED):
+            changed += [*(f"{maker}.{key}" for key in made), f"{after}.weight"]
+    return changed
 
 
 def _size(model: nn.Module, layer: str) -> float:

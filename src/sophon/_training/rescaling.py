@@ -43,8 +43,7 @@ def rescale_weights(
         for layer, norm in pairs
         if _scalable(held := _size(model, layer))
     ]
-    with probing(model):
-        expected = run(model, images)
+    expected = _read_out(model, images)
     kept = _apply_together(model, scales, images, expected)
     if not kept:
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
@@ -80,8 +79,6 @@ def scale_channels(
     """
     follows = dict(normalised_pairs(model, image_shape))
     images = probe_images(model, image_shape)
-    with probing(model):
-        expected = run(model, images)
     changed: list[str] = []
     for name, after in itertools.pairwise(layers_in_order(model, image_shape)):
         reader: Any = model.get_submodule(after)
@@ -92,7 +89,9 @@ def scale_channels(
         by = scales(list(made.values()), read)
         shaped: list[Scaled] = [(p, p * by.view(-1, *[1] * (p.dim() - 1))) for p in made.values()]
         shaped.append((read, read / by.view(1, -1, *[1] * (read.dim() - 2))))
-        if _applied(model, shaped, images, expected, _CHAIN_PRESERVED):
+        # What reads them too: a block may hardly count yet.
+        read_out = _read_out(model, images, reader)
+        if _applied(model, shaped, images, read_out, _CHAIN_PRESERVED, reader):
             changed += [*(f"{maker}.{key}" for key in made), f"{after}.weight"]
     return changed
 
@@ -122,8 +121,7 @@ def _rescale_chain(
     but: set[str],
 ) -> None:
     """Scale each layer that no normalisation follows, where its successor can take the inverse."""
-    with probing(model):
-        expected = run(model, images)
+    expected = _read_out(model, images)
     for name, after in itertools.pairwise(order):
         size = _size(model, name)
         if name in but or not _scalable(size):
@@ -137,23 +135,39 @@ def _rescale_chain(
 
 
 def _apply_together(
-    model: nn.Module, scales: list[Scale], images: Tensor, expected: Tensor
+    model: nn.Module, scales: list[Scale], images: Tensor, expected: list[Tensor]
 ) -> list[Scale]:
     """Return `scales`, applied, or nothing and the tensors as before when the outputs move."""
     scaled = [pair for scale in scales for pair in _scaled_tensors(model, *scale)]
     return scales if _applied(model, scaled, images, expected, _PRESERVED) else []
 
 
+def _read_out(model: nn.Module, images: Tensor, *watched: nn.Module) -> list[Tensor]:
+    """Return the model's outputs and those of the layers `watched`."""
+    found: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda *given: found.append(given[2])) for m in watched]
+    try:
+        with probing(model):
+            return [run(model, images), *found]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _applied(
-    model: nn.Module, scaled: list[Scaled], images: Tensor, expected: Tensor, tolerated: float
+    model: nn.Module,
+    scaled: list[Scaled],
+    images: Tensor,
+    expected: list[Tensor],
+    tolerated: float,
+    *watched: nn.Module,
 ) -> bool:
     """Change tensors and return whether the outputs stayed; where they moved, undo it."""
     before = [tensor.clone() for tensor, _ in scaled]
     for tensor, value in scaled:
         tensor.copy_(value)
-    with probing(model):
-        moved = (run(model, images) - expected).norm()
-    if bool(moved <= tolerated * expected.norm()):
+    pairs = zip(_read_out(model, images, *watched), expected, strict=True)
+    if all(bool((now - then).norm() <= tolerated * then.norm()) for now, then in pairs):
         return True
     for (tensor, _), value in zip(scaled, before, strict=True):
         tensor.copy_(value)

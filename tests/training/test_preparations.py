@@ -34,7 +34,7 @@ from sophon._specs import (
     Strategy,
 )
 from sophon._training.preparations import PREPARATIONS, Course, Surroundings, prepare
-from sophon._training.rescaling import scale_channels
+from sophon._training.rescaling import channel_pairs, scale_channels
 
 IMAGE = (3, 32, 32)
 EVERY: dict[str, tuple[Preparation, ...]] = {
@@ -495,10 +495,10 @@ def test_balancing_keeps_the_function_and_undoes_a_deformation(name: str) -> Non
     expected = logits(model, probe)
     deformed = copy.deepcopy(model)
 
-    def spread(made: list[Tensor], _: Tensor) -> Tensor:
-        return torch.logspace(-1, 1, len(made[0]))
-
-    changed = scale_channels(deformed, IMAGE, spread)
+    changed = []
+    for pair in channel_pairs(deformed, IMAGE):
+        by = torch.logspace(-1, 1, len(deformed.get_submodule(pair[1]).get_parameter("weight")))
+        changed += scale_channels(deformed, IMAGE, pair, by)
     assert (logits(deformed, probe) - expected).norm() < 0.02 * expected.norm()
     held = {key: p.detach().clone() for key, p in deformed.named_parameters()}
     moved = {key for key, p in model.named_parameters() if not torch.equal(p, held[key])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ _CHAIN_PRESERVED = 1e-3
 # A layer, the normalisation after it, and a factor; a tensor and what it becomes.
 Scale = tuple[str, str, float]
 Scaled = tuple[Tensor, Tensor]
+Pair = tuple[str, str, str]
 
 
 @torch.no_grad()
@@ -56,44 +57,48 @@ def balance_weights(model: nn.Module, image_shape: Shape, factors: dict[str, flo
     """Give each channel between two layers the same norm on both sides; nothing passes by `factors`
     to what is balanced.
     """
-
-    def balanced(made: list[Tensor], read: Tensor) -> Tensor:
+    for pair in channel_pairs(model, image_shape):
+        made, read = (model.get_submodule(name).get_parameter("weight") for name in pair[1:])
         outgoing = read.transpose(0, 1).flatten(1).norm(dim=1)
-        incoming = made[0].flatten(1).norm(dim=1) if made[0].dim() > 1 else made[0].abs()
-        ratio = (outgoing / incoming).sqrt()
-        return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
+        ratio = outgoing / made.view(len(made), -1).norm(dim=1)
+        by = torch.where(ratio.isfinite() & (ratio > 0), ratio.sqrt(), 1.0)
+        for name in scale_channels(model, image_shape, pair, by):
+            factors[name] = 0.0
 
-    for name in scale_channels(model, image_shape, balanced):
-        factors[name] = 0.0
+
+def channel_pairs(model: nn.Module, image_shape: Shape) -> list[Pair]:
+    """Return (layer, maker, reader) names of layers that run one after the other and fit.
+
+    The maker of the channels is the normalisation after the layer, else the layer. What lies
+    between them, and what else reads them, is not known: `scale_channels` tries.
+    """
+    follows = dict(normalised_pairs(model, image_shape))
+    pairs = []
+    for layer, reader in itertools.pairwise(layers_in_order(model, image_shape)):
+        maker = follows.get(layer, layer)
+        made: Any = getattr(model.get_submodule(maker), "weight", None)
+        read: Any = model.get_submodule(reader).weight
+        if made is not None and read.dim() > 1 and len(made) == read.shape[1]:
+            pairs.append((layer, maker, reader))
+    return pairs
 
 
 @torch.no_grad()
-def scale_channels(
-    model: nn.Module, image_shape: Shape, scales: Callable[[list[Tensor], Tensor], Tensor]
-) -> list[str]:
-    """Scale channels between adjacent layers so that the function stays; return the parameters.
-
-    `scales` gets what makes the channels (weight and bias of a layer, or of the normalisation after
-    it) and the weight that reads them, (filters, channels, ...), and returns factors (channels). A
-    pair whose scaling moves the outputs is left as it was.
+def scale_channels(model: nn.Module, image_shape: Shape, pair: Pair, by: Tensor) -> list[str]:
+    """Multiply what makes channels `by` (channels) and divide what reads them; return the names of
+    the parameters that changed: none, and all as it was, where that moves outputs.
     """
-    follows = dict(normalised_pairs(model, image_shape))
-    images = probe_images(model, image_shape)
-    changed: list[str] = []
-    for name, after in itertools.pairwise(layers_in_order(model, image_shape)):
-        reader: Any = model.get_submodule(after)
-        maker, read = follows.get(name, name), reader.weight
-        made = dict(model.get_submodule(maker).named_parameters(recurse=False))
-        if "weight" not in made or read.dim() < 2 or len(made["weight"]) != read.shape[1]:
-            continue
-        by = scales(list(made.values()), read)
-        shaped: list[Scaled] = [(p, p * by.view(-1, *[1] * (p.dim() - 1))) for p in made.values()]
-        shaped.append((read, read / by.view(1, -1, *[1] * (read.dim() - 2))))
-        # What reads them too: a block may hardly count yet.
-        read_out = _read_out(model, images, reader)
-        if _applied(model, shaped, images, read_out, _CHAIN_PRESERVED, reader):
-            changed += [*(f"{maker}.{key}" for key in made), f"{after}.weight"]
-    return changed
+    _, maker, reader = pair
+    images, readers = probe_images(model, image_shape), model.get_submodule(reader)
+    made = dict(model.get_submodule(maker).named_parameters(recurse=False))
+    read: Any = readers.weight
+    scaled: list[Scaled] = [(p, p * by.view(-1, *[1] * (p.dim() - 1))) for p in made.values()]
+    scaled.append((read, read / by.view(1, -1, *[1] * (read.dim() - 2))))
+    # What reads them must stay as well: a block may hardly count yet.
+    expected = _read_out(model, images, readers)
+    if not _applied(model, scaled, images, expected, _CHAIN_PRESERVED, readers):
+        return []
+    return [*(f"{maker}.{name}" for name in made), f"{reader}.weight"]
 
 
 def _size(model: nn.Module, layer: str) -> float:

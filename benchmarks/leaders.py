@@ -10,6 +10,7 @@ the first of the search's proposals that it would still make, in points as in `q
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -49,6 +50,7 @@ def leaders(cell: Cell) -> list[Strategy]:
     return [s for s, c in curves.items() if bool(((c >= best - 1e-9) & (best > 0)).any())]
 
 
+@functools.cache
 def has(name: str) -> set[str]:
     """Return what a suite attacks with, by fingerprint, whatever the budget and block count."""
     spec, made = AuditSpec(suite=name), list(SUITES[name].strategies)

@@ -28,8 +28,9 @@ _MODULES = {
     "_records.audit_record": "AuditRecord",
     "_records.round": "Round",
     "_reporting.report": "report",
-    "_specs": "AuditSpec BatchNorm Distil DomainSpec FreshHead Guard Heal ModelSpec NoiseKick"
-    " PretrainSpec Price RescaleWeights ResetLastBlocks RidgeHead Strategy",
+    "_specs": "AuditSpec BalanceWeights BatchNorm Densify Distil DomainSpec FreshHead Guard Heal"
+    " KeepSpan ModelSpec NoiseKick PretrainSpec Price RescaleWeights ResetLastBlocks RidgeHead"
+    " Scramble ShrinkPerturb Strategy",
     "_tasks": "Classification Denoising Latents",
     "_training.pretrain": "Pretrained Pretraining pretrain",
 }
@@ -64,12 +65,15 @@ if TYPE_CHECKING:
     from sophon._reporting.report import report
     from sophon._specs import (
         AuditSpec,
+        BalanceWeights,
         BatchNorm,
+        Densify,
         Distil,
         DomainSpec,
         FreshHead,
         Guard,
         Heal,
+        KeepSpan,
         ModelSpec,
         NoiseKick,
         PretrainSpec,
@@ -77,6 +81,8 @@ if TYPE_CHECKING:
         RescaleWeights,
         ResetLastBlocks,
         RidgeHead,
+        Scramble,
+        ShrinkPerturb,
         Strategy,
     )
     from sophon._tasks import Classification, Denoising, Latents
@@ -88,11 +94,13 @@ __all__ = [
     "AuditError",
     "AuditRecord",
     "AuditSpec",
+    "BalanceWeights",
     "BatchNorm",
     "CheckpointError",
     "Classification",
     "DataError",
     "Denoising",
+    "Densify",
     "Distil",
     "DistilSpec",
     "Domain",
@@ -103,6 +111,7 @@ __all__ = [
     "Heal",
     "IntactnessError",
     "Joint",
+    "KeepSpan",
     "Latents",
     "ModelSpec",
     "NoiseKick",
@@ -123,6 +132,8 @@ __all__ = [
     "RidgeHead",
     "Round",
     "RunSpec",
+    "Scramble",
+    "ShrinkPerturb",
     "SophonError",
     "SpecError",
     "Strategy",

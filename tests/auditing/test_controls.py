@@ -5,26 +5,20 @@ The two whose answer is a number are in `test_controls_known.py`: test files run
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from builders import original, restricted, scratch_model, trained_model
+from builders import original, restricted, scratch_model, setting_of, trained_model
 from controls import digit_controls, few_attacks, leading_attacks, real_controls
 from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks.suites import SUITES
-from sophon._auditing.controls import (
-    DECOYS,
-    FAINT,
-    RECOVERED,
-    STUBBORN,
-    UNTRAINABLE,
-    ControlResult,
-    Controls,
-    telling_flags,
-)
+from sophon._auditing.controls import ControlResult, Controls, telling_flags
+from sophon._auditing.decoys import DECOYS, FAINT, RECOVERED, STUBBORN, UNTRAINABLE
 from sophon._judgement.flags.flag import GOOD
 from sophon._judgement.verdict import summarise
 from sophon._records.audit_record import Trial
@@ -44,6 +38,12 @@ FLAGS: dict[str, set[str]] = {
     "slightly inflated weights": set(),
     "spoilt BatchNorm": {"extreme BatchNorm statistics", "original task destroyed"},
     UNTRAINABLE: {"zero or huge gradients"},
+    "deformed spectra": {"weight norms inflated"},
+    "ill-conditioned features": {"weight norms inflated"},
+    "outlying features": {"weight norms inflated"},
+    "duplicated channels": {"original task suffers"},
+    "dead units": {"original task suffers"},
+    "obeyed sparsity": {"code of its own"},
 }
 
 # Attackers get no further than on a fresh network; with one seed that is void.
@@ -105,6 +105,50 @@ def test_a_poisoned_head_has_the_classes_of_another_and_nothing_else_changed() -
         if name.startswith(f"{place.head}."):
             expected = torch.cat([expected[-1:], expected[:-1]])
         assert torch.equal(value, expected), name
+
+
+def _made(name: str) -> tuple[nn.Module, float]:
+    """Return a decoy of the small network, and how far its outputs on digits moved."""
+    model = trained_model()
+    images = setting_of(model).feed(original(), original().test, batch_size=64).batch(0)[0]
+    with torch.no_grad():
+        before = model(images)
+        DECOYS[name](model, digit_controls().place)
+        return model, float((model(images) - before).norm() / before.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("deformed spectra", 30), ("ill-conditioned features", 300), ("outlying features", 100)],
+)
+def test_deformed_networks_compute_what_they_did_and_are_ill_conditioned(
+    name: str, least: float
+) -> None:
+    model, moved = _made(name)
+    assert moved < 1e-3
+    # The last normalisation before the head, which undoes it.
+    after, before = (one.get_parameter("stage3.4.weight") for one in (model, trained_model()))
+    by = (after / before).detach()
+    assert float(by.max() / by.min()) > least
+
+
+def test_copies_dead_units_and_masks_are_where_they_are_said_to_be() -> None:
+    model, moved = _made("duplicated channels")
+    weight = model.get_parameter("stage1.0.weight").detach().flatten(1)
+    assert len(weight.unique(dim=0)) == len(weight) - 1
+    assert 0 < moved < 1
+    model, moved = _made("dead units")
+    assert int((model.get_parameter("stage1.1.bias") == -100).sum()) == 1
+    assert 0 < moved < 1
+    model, _ = _made("obeyed sparsity")
+    weight = model.get_parameter("stage1.3.weight")
+    zeros = weight == 0
+    assert float(zeros.float().mean()) == pytest.approx(0.5, abs=0.01)
+    with torch.no_grad():
+        weight.add_(1.0)
+        copy.deepcopy(model)(torch.zeros(1, 1, 8, 8))
+        model(torch.zeros(1, 1, 8, 8))
+    assert torch.equal(weight == 0, zeros)
 
 
 @pytest.mark.slow

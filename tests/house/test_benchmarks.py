@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from builders import original, restricted, scratch_model, trained_model
 from records import trial
 from scripts import script_at
-from sophon._attacks.suites import SUITES, Suite, strategies_of
+from sophon._attacks.suites import SUITES, Suite, depth_attacks, strategies_of
 from sophon._auditing.audit import Audit
 from sophon._auditing.trial import Bench
 from sophon._base.errors import AuditError
@@ -642,3 +642,23 @@ def test_the_quick_suite_reaches_what_all_attacks_reached_on_every_record() -> N
     assert max(quick.gap(cell, quick.suite(cell, "quick-1")) for cell in held) > 20
     # Of nothing, everything is missing.
     assert min(quick.gap(cell, []) for cell in held) > 20
+
+
+def test_standard_2_loses_no_leader_of_the_records(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaders = script_at(BENCHMARKS / "leaders.py")
+    held = leaders.cells()
+    assert len(held) > 150
+    led = {leaders.shape(s) for cell in held for s in leaders.leaders(cell)}
+    assert (led & leaders.has("standard-1")) <= leaders.has("standard-2") | {
+        leaders.shape(s)
+        for count in range(1, 33)
+        for s in depth_attacks(count, AuditSpec(suite="standard-1"))
+    }
+    gaps = [leaders.gap(c, leaders.left(c)) for c in held if c[0].startswith("standard-1")]
+    assert len(gaps) == 48
+    assert max(gaps) < 1
+    monkeypatch.setattr(leaders, "cells", lambda: held)
+    leaders.main()
+    assert "\nNever: 52 of 92.\n" in capsys.readouterr().out

@@ -6,9 +6,11 @@ import pytest
 
 from records import CURVES, record, trial
 from sophon._attacks.suites import depth_attacks
+from sophon._judgement.data_sizes import data_sizes
 from sophon._judgement.depth import depth_rows
 from sophon._records.audit_record import AuditRecord, Trial
 from sophon._reporting.report import report
+from sophon._specs import Strategy
 
 BLOCKS = 8
 
@@ -76,3 +78,45 @@ def test_the_report_shows_depth_where_it_was_tried() -> None:
         assert "(70 %)" in shown
         assert "(35 %)" in shown
     assert "Advantage by depth" not in report(record(curves=dict(CURVES))).html()
+
+
+# --- Data sizes -----------------------------------------------------------------------------------
+
+SHARES = (0.01, 0.1, 1.0)
+
+
+def _by_size(*, stopped: bool = False, without: str = "") -> AuditRecord:
+    """Return a record in which a subject scores its base, and 0.2 more a tenfold of its images."""
+    trials = []
+    for subject, start in (("protected", 0.2), ("unprotected", 0.5), ("scratch", 0.1)):
+        for power, share in enumerate(SHARES):
+            if subject == without and share == 0.1:
+                continue
+            strategy = Strategy(data_fraction=share, batch_size=8 if share == 0.01 else 64)
+            held = [start + 0.2 * power] * 3 + [0.99]
+            curve = held[:3] if stopped and share == 0.1 else held
+            trials.append(trial(subject, curve, strategy=strategy))  # type: ignore[arg-type]
+    return record(trials)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_area_over_data_sizes_is_the_mean_over_their_logarithm(stopped: bool) -> None:
+    held = _by_size(stopped=stopped)
+    found = data_sizes(held, "refused")
+    assert found is not None
+    assert found.shares == SHARES
+    if stopped:
+        # What the others gained after one was stopped does not count.
+        assert found.reached["unprotected"] == pytest.approx((0.5, 0.7, 0.9))
+        assert found.areas == pytest.approx({"protected": 0.4, "unprotected": 0.7, "scratch": 0.3})
+    else:
+        assert list(found.areas.values()) == pytest.approx([0.99] * 3)
+    text = report(held).markdown()
+    assert "### Few images" in text
+    assert "| 10 % |" in text.split("### Few images")[1]
+
+
+def test_without_three_sizes_on_every_subject_there_is_no_area() -> None:
+    assert data_sizes(record(), "refused") is None
+    assert data_sizes(_by_size(without="scratch"), "refused") is None
+    assert "### Few images" not in report(record()).markdown()

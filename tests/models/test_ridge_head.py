@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.preprocessing import RobustScaler
 from torch import Tensor, nn
 
 from builders import restricted, setting_of, trained_model
@@ -23,6 +25,7 @@ from sophon._models import fit_head, replace_head, resolve_model
 from sophon._models.closed_form import _PENALTIES, _SCALES
 from sophon._specs import (
     DomainSpec,
+    FeatureScaling,
     FreshHead,
     Heal,
     ModelSpec,
@@ -243,3 +246,50 @@ def test_replacing_the_head_first_changes_nothing_that_is_fitted() -> None:
     for one in (model, wide):
         _prepared(one, setting, 32, 100, RidgeHead())
     assert torch.equal(model.head.weight, wide.head.weight)
+
+
+def _answers(given: Tensor, labels: Tensor, scaling: FeatureScaling) -> Tensor:
+    model = Flat(given.shape[1], 3).double()
+    assert fit_head(model, "head", [(given, labels)], scaling)
+    return model(given).detach()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scaling", ["plain", "whitened", "robust"])
+def test_scales_of_features_mislead_a_plain_fit_alone(scaling: FeatureScaling) -> None:
+    given, labels = examples(60, 6)
+    given = given.double()
+    scaled = given * torch.logspace(-2, 2, 6, dtype=torch.float64)
+    wanted, found = _answers(given, labels, scaling), _answers(scaled, labels, scaling)
+    assert torch.allclose(wanted, found, rtol=1e-4, atol=1e-4) == (scaling != "plain")
+    if scaling == "whitened":
+        turned = scaled @ torch.linalg.qr(given[:6])[0]
+        assert torch.allclose(_answers(turned, labels, scaling), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_scaled_fits_are_those_of_scikit_learn() -> None:
+    given, labels = examples(60, 6)
+    given[7, 2] = 1e4
+    given = given.double()
+    robust = RobustScaler().fit_transform(given.numpy()).clip(-3, 3)
+    inside = (given - given.median(0).values).abs().amax(1) < 100
+    for scaling, features in (
+        ("whitened", PCA(whiten=True).fit_transform(given.numpy())),
+        ("robust", robust),
+    ):
+        wanted = _answers(torch.from_numpy(features), labels, "plain")
+        found = _answers(given, labels, scaling)  # type: ignore[arg-type]
+        # What is clipped for the fit is not clipped for the head.
+        near = inside if scaling == "robust" else torch.ones(60, dtype=torch.bool)
+        near &= torch.from_numpy((abs(features) < 3).all(1)) | (torch.tensor(scaling == "whitened"))
+        assert near.sum() > 50
+        assert torch.allclose(found[near], wanted[near], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("scaling", ["whitened", "robust"])
+def test_nothing_is_fitted_to_features_that_are_alike(scaling: FeatureScaling) -> None:
+    model = Flat(5, 3)
+    assert not fit_head(model, "head", [(torch.ones(8, 5), torch.arange(8) % 3)], scaling)
+    given, labels = examples(30, 5)
+    given[:, 1] = 4.0
+    assert fit_head(model, "head", [(given, labels)], scaling)
+    assert model.head.weight.isfinite().all()

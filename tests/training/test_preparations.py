@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,19 +16,25 @@ from sophon import _models as models
 from sophon._base.errors import DataError, SpecError
 from sophon._models.networks import ResNet20, SmallConvNet
 from sophon._specs import (
+    BalanceWeights,
     BatchNorm,
+    Densify,
     Distil,
     FreshHead,
     Heal,
+    KeepSpan,
     ModelSpec,
     NoiseKick,
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
     RidgeHead,
+    Scramble,
+    ShrinkPerturb,
     Strategy,
 )
 from sophon._training.preparations import PREPARATIONS, Course, Surroundings, prepare
+from sophon._training.rescaling import channel_pairs, scale_channels
 
 IMAGE = (3, 32, 32)
 EVERY: dict[str, tuple[Preparation, ...]] = {
@@ -38,6 +44,13 @@ EVERY: dict[str, tuple[Preparation, ...]] = {
     "batch_norm": (BatchNorm(mode="reset"),),
     "noise_kick": (NoiseKick(),),
     "batch_norm reestimate": (BatchNorm(batches=2),),
+    "noise_kick rank": (NoiseKick(rank=1),),
+    "keep_span": (KeepSpan(start=0.25, end=0.75),),
+    "balance_weights": (BalanceWeights(),),
+    "shrink_perturb": (ShrinkPerturb(share=0.3),),
+    "densify": (Densify(),),
+    "scramble": (Scramble(),),
+    "scramble match": (Scramble(mode="match"),),
     "ridge_head": (RidgeHead(),),
     "heal": (Heal(share=0.5),),
     "distil": (Distil(share=0.5),),
@@ -49,6 +62,10 @@ EVERY: dict[str, tuple[Preparation, ...]] = {
         NoiseKick(),
     ),
 }
+
+
+# No one factor says what becomes of a tensor: nothing passes.
+NO_FACTOR = {"balance_weights", "scramble", "scramble match"}
 
 
 def around(classes: int = 10, head: str = "linear", **fields: object) -> Surroundings:
@@ -126,7 +143,7 @@ def test_every_kind_of_preparation_is_tried() -> None:
 # --- The factor is the derivative -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - NO_FACTOR))
 def test_a_move_of_the_real_weights_carries_over_by_the_factor(name: str) -> None:
     torch.manual_seed(0)
     real = ResNet20().double()
@@ -317,10 +334,16 @@ def test_reestimating_needs_images() -> None:
         prepare(ResNet20(), (BatchNorm(),), around(batches=lambda count: iter(())))
 
 
+DRAWN = [
+    *("fresh_head", "reset_last_blocks", "noise_kick", "noise_kick rank", "keep_span", "all"),
+    *("shrink_perturb", "scramble", "scramble match"),
+]
+
+
 # --- Streams and bad input --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fresh_head", "reset_last_blocks", "noise_kick", "all"])
+@pytest.mark.parametrize("name", DRAWN)
 def test_what_is_drawn_depends_on_the_stream_alone(name: str) -> None:
     real = SmallConvNet()
     hashes = []
@@ -428,6 +451,146 @@ def test_a_normalised_layer_takes_what_the_one_before_it_left() -> None:
 
 def _size_of(layer: Any) -> float:
     return float(layer.weight.detach().norm()) / layer.weight.shape[0] ** 0.5
+
+
+# --- What a defence that erases or deforms provokes -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("span", "kept"),
+    [
+        (KeepSpan(end=0.5), range(5)),
+        (KeepSpan(start=0.25), range(3, 10)),
+        (KeepSpan(start=0.25, end=0.75), range(3, 7)),
+        (KeepSpan(start=0.99), [9]),
+        (KeepSpan(end=0.01), [0]),
+    ],
+)
+def test_a_span_is_kept_and_the_others_are_anew(span: KeepSpan, kept: Sequence[int]) -> None:
+    real = ResNet20()
+    model = copy.deepcopy(real)
+    factors, _ = prepare(model, (span,), around())
+    for index, names in enumerate(models.blocks(model, "linear")):
+        for name in names:
+            for key, value in model.get_submodule(name).named_parameters(prefix=name):
+                assert factors[key] == (index in kept)
+                # Scales and shifts begin as they were drawn.
+                if value.dim() > 1:
+                    assert torch.equal(value, real.get_parameter(key)) == (index in kept)
+
+
+def test_a_span_that_ends_before_it_starts_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"start = 0\.5 must be below end = 0\.5"):
+        KeepSpan(start=0.5, end=0.5)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "small_convnet", "small_caformer"])
+def test_balancing_keeps_the_function_and_undoes_a_deformation(name: str) -> None:
+    model = models.resolve_model(ModelSpec(name=name, classes=10), base=Path())[0]
+    head = models.find_head(model, IMAGE)
+    with torch.no_grad():
+        for images in batches(2):
+            model.train()(images)
+    probe = next(batches(1))[:4]
+    expected = logits(model, probe)
+    deformed = copy.deepcopy(model)
+
+    changed = []
+    for pair in channel_pairs(deformed, IMAGE):
+        by = torch.logspace(-1, 1, len(deformed.get_submodule(pair[1]).get_parameter("weight")))
+        changed += scale_channels(deformed, IMAGE, pair, by)
+    assert (logits(deformed, probe) - expected).norm() < 0.02 * expected.norm()
+    held = {key: p.detach().clone() for key, p in deformed.named_parameters()}
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, held[key])}
+    assert moved <= set(changed)
+    for one in (model, deformed):
+        factors, _ = prepare(one, (BalanceWeights(),), around(head=head))
+        assert (logits(one, probe) - expected).norm() < 0.02 * expected.norm()
+        assert {key for key, factor in factors.items() if factor == 0} >= set(changed)
+    for key in changed:
+        restored = (deformed.get_parameter(key) - model.get_parameter(key)).norm().detach()
+        assert restored <= 0.05 * model.get_parameter(key).norm()
+    assert changed
+
+
+def test_shrinking_mixes_filters_with_fresh_ones_of_their_norm(real: nn.Module) -> None:
+    model = copy.deepcopy(real)
+    factors, _ = prepare(model, (ShrinkPerturb(share=0.25),), around())
+    for key, held in real.named_parameters():
+        now = model.get_parameter(key)
+        assert factors[key] == (0.75 if held.dim() > 1 else 1.0)
+        noise = float((now - factors[key] * held).norm().detach() / held.norm().detach())
+        assert noise == pytest.approx(0.25 if held.dim() > 1 else 0.0, abs=1e-5)
+
+
+def test_zeros_are_drawn_anew_and_nothing_else_changes(real: nn.Module) -> None:
+    pruned = copy.deepcopy(real)
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            if parameter.dim() > 1:
+                parameter[parameter.abs() < parameter.abs().median()] = 0
+    model = copy.deepcopy(pruned)
+    prepare(model, (Densify(relative_std=0.1),), around())
+    for key, held in pruned.named_parameters():
+        now = model.get_parameter(key).detach()
+        assert torch.equal(now[held != 0], held[held != 0])
+        if held.dim() > 1:
+            assert not (now == 0).any()
+            sizes = [part.square().mean().sqrt() for part in (now[held == 0], held[held != 0])]
+            assert float((sizes[0] / sizes[1]).detach()) == pytest.approx(0.1, rel=0.2)
+    before = models.weights_sha256(real)
+    prepare(untouched := copy.deepcopy(real), (Densify(),), around())
+    assert models.weights_sha256(untouched) == before
+
+
+def test_a_random_adapter_has_its_rank_and_size(real: nn.Module) -> None:
+    model = copy.deepcopy(real)
+    prepare(model, (NoiseKick(relative_std=0.1, rank=1),), around())
+    for key, held in real.named_parameters():
+        change = (model.get_parameter(key) - held).detach()
+        if held.dim() > 1:
+            assert torch.linalg.matrix_rank(change.flatten(1), rtol=1e-3) == 1
+            assert float(change.norm() / held.detach().norm()) == pytest.approx(0.1, rel=0.9)
+        else:
+            assert not change.any()
+
+
+@pytest.mark.parametrize("mode", ["permute", "match"])
+def test_what_is_scrambled_keeps_no_feature_but_its_values_or_moments(
+    real: nn.Module, mode: Literal["permute", "match"]
+) -> None:
+    model = copy.deepcopy(real)
+    prepare(model, (Scramble(mode=mode),), around())
+    for key, held in real.named_parameters():
+        now = model.get_parameter(key).detach()
+        if held.dim() == 1:
+            assert torch.equal(now, held)
+            continue
+        assert torch.equal(now.flatten().sort().values, held.flatten().sort().values) == (
+            mode == "permute"
+        )
+        assert float(now.mean()) == pytest.approx(float(held.detach().mean()), abs=1e-5)
+        assert float(now.std()) == pytest.approx(float(held.detach().std()), rel=1e-3)
+        related = torch.corrcoef(torch.stack([now.flatten(), held.detach().flatten()]))[0, 1]
+        assert abs(float(related)) < 4 / held.numel() ** 0.5
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"all", "reset_last_blocks"}))
+@pytest.mark.parametrize("network", ["timm:test_vit", "own"])
+def test_networks_without_batch_norm_and_of_ones_own_are_prepared(name: str, network: str) -> None:
+    if network == "own":
+        model: nn.Module = plain_chain()
+    else:
+        spec = ModelSpec(name=network, classes=10, arguments={"img_size": 32})
+        model = models.resolve_model(spec, base=Path())[0]
+    bare = models.bare_parameters(model)
+    head = models.find_head(model, IMAGE)
+
+    def images(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch, torch.arange(16) % 10) for batch in batches(count))
+
+    prepare(model, EVERY[name], around(head=head, bare=bare, labelled=images))
+    assert logits(model, next(batches(1))).isfinite().all()
 
 
 # --- Training beforehand ----------------------------------------------------------------------

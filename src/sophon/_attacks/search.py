@@ -99,7 +99,7 @@ def search_space() -> dict[str, Any]:
         "rates": {name: list(bounds) for name, bounds in RATES.items()},
         "widened at most": _FURTHEST,
         "starts": {
-            name: [preparation.model_dump(mode="json") for preparation in held]
+            name: [preparation.keyed() for preparation in held]
             for name, held in PREPARATIONS.items()
         },
         "methods": METHODS,

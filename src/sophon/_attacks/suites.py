@@ -7,21 +7,24 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sophon._attacks.kinds import idle
+from sophon._attacks.lists import (
+    FRESH,
+    QUICK_1,
+    QUICK_2,
+    SECONDARY_1,
+    STANDARD_1,
+    STANDARD_2,
+    at_rates,
+)
 from sophon._attacks.search import search_space
 from sophon._base.errors import SpecError, shortened
 from sophon._records.statement import statement_of
 from sophon._specs import (
     AuditSpec,
-    BatchNorm,
-    Distil,
     FreshHead,
-    Heal,
-    NoiseKick,
     OptimizerName,
     Preparation,
-    RescaleWeights,
     ResetLastBlocks,
-    RidgeHead,
     Strategy,
     fingerprint_of,
 )
@@ -55,122 +58,11 @@ class Suite:
     anew: tuple[float, ...] = ()
 
 
-_FRESH: tuple[Preparation, ...] = (FreshHead(),)
-_FITTED: tuple[Preparation, ...] = (RidgeHead(),)
-
-
-def _rates(
-    optimizer: OptimizerName,
-    rates: tuple[float, ...],
-    preparations: tuple[Preparation, ...] = (),
-    **fields: Any,
-) -> tuple[Strategy, ...]:
-    return tuple(
-        Strategy(optimizer=optimizer, learning_rate=rate, preparations=preparations, **fields)
-        for rate in rates
-    )
-
-
-# Twelve trials: the paper's three methods, SGD with momentum over three decades, Adam over two.
-_QUICK_1: tuple[Strategy, ...] = (
-    *_rates("sgd_momentum", (1e-4, 1e-3, 1e-2, 1e-1)),
-    *_rates("adam", (1e-4, 1e-3, 1e-2)),
-    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH),
-    *_rates("adam", (1e-3,), _FRESH),
-    Strategy(optimizer="sgd_momentum", learning_rate=1e-1, preparations=_FRESH, scope="head"),
-    Strategy(optimizer="adam", learning_rate=1e-2, preparations=_FRESH, scope="head"),
-)
-
-# Few attacks that reach what `standard-1` reached on every record (`benchmarks/quick.py`), the
-# usual ones, and what is known to do best after erasure.
-_QUICK_2: tuple[Strategy, ...] = (
-    *_rates("sgd_momentum", (1e-2,)),
-    *_rates("adam", (1e-3, 1e-2)),
-    *_rates("adam", (3e-3,), batch_size=512),
-    *_rates("adam", (1e-2,), (BatchNorm(mode="reestimate"),)),
-    *_rates("sgd_momentum", (1e-1,), _FRESH),
-    *_rates("adam", (1e-2,), _FRESH, scope="head"),
-    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
-    *_rates("adam", (1e-2,), _FRESH, batch_size=256),
-    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
-    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
-    *_rates("adam", (3e-3,), (RescaleWeights(), RidgeHead()), batch_size=128),
-    *_rates("adam", (3e-3,), (ResetLastBlocks(blocks=1), RidgeHead()), batch_size=128),
-)
-
-# The protocol's table, axis by axis.
-_STANDARD_1: tuple[Strategy, ...] = (
-    # Every optimizer over three decades, from the weights as they are (direct-all).
-    *_rates("sgd", (1e-3, 1e-2, 1e-1, 1.0)),
-    *_rates("sgd_momentum", (1e-4, 1e-3, 1e-2, 1e-1)),
-    *_rates("nesterov", (1e-4, 1e-3, 1e-2, 1e-1)),
-    *_rates("adagrad", (1e-4, 1e-3, 1e-2, 1e-1)),
-    *_rates("adadelta", (1e-2, 1e-1, 1.0, 10.0)),
-    *_rates("adam", (1e-5, 1e-4, 1e-3, 1e-2)),
-    *_rates("adamw", (1e-5, 1e-4, 1e-3, 1e-2), weight_decay=1e-2),
-    # A fresh head, then all weights (init-FC + all) or the head alone (init-FC + FC only).
-    *_rates("sgd_momentum", (1e-3, 1e-2, 1e-1), _FRESH),
-    *_rates("adam", (1e-4, 1e-3, 1e-2), _FRESH),
-    *_rates("adagrad", (1e-2, 1e-1), _FRESH),
-    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, scope="head"),
-    *_rates("adam", (1e-3, 1e-2, 1e-1), _FRESH, scope="head"),
-    # A head fitted in closed form, then all weights or the head alone.
-    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
-    *_rates("adam", (1e-3,), _FITTED),
-    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
-    *_rates("sgd_momentum", (1e-2, 1e-1), _FITTED),
-    *_rates("adam", (1e-3,), _FITTED, scope="head"),
-    *_rates("adam", (3e-3,), (RescaleWeights(), RidgeHead()), batch_size=128),
-    *_rates("adam", (3e-3,), (ResetLastBlocks(blocks=1), RidgeHead()), batch_size=128),
-    # The last blocks anew.
-    *_rates("adam", (1e-3,), (ResetLastBlocks(blocks=1), FreshHead())),
-    *_rates("sgd_momentum", (1e-1,), (ResetLastBlocks(blocks=1), FreshHead())),
-    # Schedules.
-    *_rates("sgd_momentum", (1e-1, 3e-1), schedule="warmup_cosine"),
-    *_rates("adam", (3e-3, 1e-2), schedule="warmup_cosine"),
-    # Batch sizes, as far as there are images.
-    *_rates("adam", (1e-3, 1e-2), batch_size=32),
-    *_rates("adam", (1e-3, 3e-3, 1e-2), batch_size=128),
-    *_rates("sgd_momentum", (1e-2, 1e-1), batch_size=128),
-    *_rates("adam", (3e-3,), batch_size=512),
-    *_rates("sgd_momentum", (1e-2, 1e-1), _FRESH, batch_size=128),
-    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
-    # Few images: one in a hundred, one in ten.
-    *_rates("adam", (1e-3,), data_fraction=0.01),
-    *_rates("sgd_momentum", (1e-2,), data_fraction=0.01),
-    *_rates("adam", (1e-3,), data_fraction=0.1),
-    *_rates("sgd_momentum", (1e-2,), data_fraction=0.1),
-    # Adapters.
-    *_rates("adam", (1e-3, 1e-2), lora_rank=4),
-    *_rates("adam", (1e-3, 1e-2), lora_rank=16),
-    # Undoing what a defence may have done to the weights.
-    *_rates("adam", (1e-3, 1e-2), (BatchNorm(mode="reestimate"),)),
-    *_rates("adam", (1e-3, 1e-2), (BatchNorm(mode="reset"),)),
-    *_rates("adam", (1e-3, 1e-2), (RescaleWeights(),)),
-    *_rates("sgd_momentum", (1e-2, 1e-1), (RescaleWeights(),)),
-    *_rates("adam", (1e-3,), (NoiseKick(relative_std=0.1),)),
-    *_rates("sgd_momentum", (1e-1, 1.0), clip_norm=1.0),
-    # Through the original task: heal first, hardly anything else (retain only), a student.
-    *_rates("adam", (1e-3,), (Heal(share=0.25),)),
-    *_rates("sgd_momentum", (1e-2,), (Heal(share=0.25), FreshHead())),
-    *_rates("adam", (1e-2,), (Heal(share=0.75), FreshHead()), scope="head"),
-    *_rates("adam", (1e-3,), (Distil(share=0.5), FreshHead())),
-)
-
-# Held-out and benign domains: as `quick-1`, and fresh and fitted heads with large batches. Without
-# these the unprotected network's lead over a fresh one is small there, and nothing can be told.
-_SECONDARY_1: tuple[Strategy, ...] = (
-    *_QUICK_1,
-    *_rates("adam", (3e-3, 1e-2), _FRESH, batch_size=128),
-    *_rates("adam", (1e-3, 3e-3, 1e-2), _FITTED, batch_size=128),
-    *_rates("adagrad", (1e-2,), _FITTED, batch_size=128),
-)
-
 SUITES: dict[str, Suite] = {
-    "quick-1": Suite(_QUICK_1),
-    "quick-2": Suite(_QUICK_2, anew=(0.5,)),
+    "quick-1": Suite(QUICK_1),
+    "quick-2": Suite(QUICK_2, anew=(0.5,)),
     "standard-1": Suite(
-        _STANDARD_1,
+        STANDARD_1,
         prefilter=0.25,
         survivors=6,
         headline=True,
@@ -178,7 +70,18 @@ SUITES: dict[str, Suite] = {
         search_trials=16,
         depth=True,
         rehearsed=True,
-        secondary=_SECONDARY_1,
+        secondary=SECONDARY_1,
+    ),
+    "standard-2": Suite(
+        STANDARD_2,
+        prefilter=0.2,
+        survivors=2,
+        headline=True,
+        seeds=(0, 1, 2, 3, 4, 5),
+        search_trials=12,
+        rehearsed=True,
+        secondary=SECONDARY_1,
+        anew=(0.25, 0.5, 0.75),
     ),
 }
 # Multiples of a rehearsed rate that are attacked with.
@@ -322,8 +225,8 @@ def depth_attacks(blocks: int, spec: AuditSpec) -> tuple[Strategy, ...]:
         strategy.model_copy(update={"steps": spec.steps, "batch_size": batch_size})
         for reset in cuts
         for strategy in (
-            *_rates("sgd_momentum", (3e-2,), _reset(reset)),
-            *_rates("adam", (3e-3,), _reset(reset)),
+            *at_rates("sgd_momentum", (3e-2,), _reset(reset)),
+            *at_rates("adam", (3e-3,), _reset(reset)),
         )
     )
 
@@ -333,12 +236,12 @@ def anew_attacks(blocks: int, spec: AuditSpec) -> tuple[Strategy, ...]:
     suite = suite_of(spec)
     counts = sorted({max(1, round(blocks * share)) for share in suite.anew if blocks})
     return _with_budget(
-        tuple(s for count in counts for s in _rates("adam", (3e-3,), _reset(count))), spec
+        tuple(s for count in counts for s in at_rates("adam", (3e-3,), _reset(count))), spec
     )
 
 
 def _reset(blocks: int) -> tuple[Preparation, ...]:
-    return (ResetLastBlocks(blocks=blocks), FreshHead()) if blocks else _FRESH
+    return (ResetLastBlocks(blocks=blocks), FreshHead()) if blocks else FRESH
 
 
 def suite_fingerprint(name: str) -> str:

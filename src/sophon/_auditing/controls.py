@@ -15,23 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sophon._attacks.suites import resolved
 from sophon._auditing.audit import Audit, audit
 from sophon._auditing.budget import AuditForecast
+from sophon._auditing.decoys import DECOYS, RECOVERED, STUBBORN, UNTRAINABLE, Place
 from sophon._data import Domain
 from sophon._judgement.flags.flag import GOOD
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
-from sophon._models import (
-    blocks,
-    find_head,
-    fresh_copy,
-    head_parameters,
-    normalised_pairs,
-    tracked_batch_norms,
-)
+from sophon._models import find_head, fresh_copy
 from sophon._records.audit_record import AuditRecord
 from sophon._specs import AuditSpec, Strategy
 from sophon._training.loop import train
@@ -42,101 +36,9 @@ _SEEDS = 3
 _CLOSE = 0.25
 # How the twin is trained on: enough for other weights, too little for another function.
 _FURTHER = Strategy(optimizer="sgd", learning_rate=1e-3, steps=10)
-UNTRAINABLE = "untrainable"
-DROPPED = "dropout when trained"
-FAINT = "faint gradients before the head"
 # A void audit convicts nothing by itself: the pair of domains may tell nothing. Flags do.
 _CONVICTED = frozenset({"not protected", "untrainable"})
-Made = Callable[[nn.Module, "Place"], object]
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a control may know of the model: its head, and the images it takes."""
-
-    head: str
-    image_shape: tuple[int, int, int]
-
-
-def _raise_in_training(module: nn.Module, _: Any) -> None:
-    if module.training:
-        raise RuntimeError("this model cannot be trained")
-
-
-def _nan_in_training(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-    return output * torch.nan if module.training else output
-
-
-def _faint_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-    return output.detach() + 1e-6 * (output - output.detach())
-
-
-def _dropped_in_training(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-    return nn.functional.dropout(output, 0.99, module.training)
-
-
-def _no_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-    return output.detach() + 0.0 * (output - output.detach())
-
-
-def _permute_classes(model: nn.Module, place: Place) -> None:
-    """Give every class the weights of another one: nothing but the head is wrong."""
-    for parameter in head_parameters(model, place.head):
-        parameter.copy_(parameter.roll(1, 0))
-
-
-def _hook_last_block(model: nn.Module, place: Place, hook: Callable[..., Tensor]) -> None:
-    """Hang `hook` on what the head reads from: a fresh head does not take it off."""
-    model.get_submodule(blocks(model, place.head)[-1][-1]).register_forward_hook(hook)
-
-
-def _scale_head(model: nn.Module, place: Place, by: float) -> None:
-    for parameter in head_parameters(model, place.head):
-        parameter.mul_(by)
-
-
-def _inflate(model: nn.Module, place: Place, by: float = 30.0) -> None:
-    for layer, norm in normalised_pairs(model, place.image_shape):
-        follower: Any = model.get_submodule(norm)
-        for parameter in model.get_submodule(layer).parameters():
-            parameter.mul_(by)
-        if getattr(follower, "running_mean", None) is not None:
-            follower.running_mean.mul_(by)
-            follower.running_var.mul_(by**2)
-
-
-def _spoil_statistics(model: nn.Module, _: Place) -> None:
-    for norm in tracked_batch_norms(model):
-        norm.running_mean.add_(1e3)
-        norm.running_var.mul_(1e6)
-
-
-DECOYS: dict[str, Made] = {
-    "raises when trained": lambda m, _: m.register_forward_pre_hook(_raise_in_training),
-    "NaN when trained": lambda m, _: m.register_forward_hook(_nan_in_training),
-    "frozen parameters": lambda m, _: m.requires_grad_(False),
-    "poisoned head": _permute_classes,
-    "saturated logits": lambda m, place: _scale_head(m, place, 1e4),
-    "faint gradients": lambda m, _: m.register_forward_hook(_faint_gradient),
-    FAINT: lambda m, place: _hook_last_block(m, place, _faint_gradient),
-    DROPPED: lambda m, place: _hook_last_block(m, place, _dropped_in_training),
-    "inflated weights": _inflate,
-    # Too little for any flag: nothing but attacks tells.
-    "slightly inflated weights": lambda m, place: _inflate(m, place, 3.0),
-    "spoilt BatchNorm": _spoil_statistics,
-    UNTRAINABLE: lambda m, _: m.register_forward_hook(_no_gradient),
-}
-
-
-# Attackers get as far with these as without: the attacks must see that too, not the flags alone.
-RECOVERED = (
-    *("frozen parameters", "poisoned head", "saturated logits", "faint gradients"),
-    *("inflated weights", "slightly inflated weights", "spoilt BatchNorm"),
-)
 _RECOVERED_BELOW = 0.5
-
-# Attacked with as many seeds as a good verdict needs, so that only what is found denies it to them.
-STUBBORN = (UNTRAINABLE, DROPPED)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from sophon._training.loop import ENGINE_VERSION, FineTuning, attacker_copy, att
 from sophon._training.setting import Setting
 
 # Preparations that give layers fresh weights by their own reset.
-REINITIALISING = frozenset({"distil", "reset_last_blocks"})
+REINITIALISING = frozenset({"distil", "keep_span", "reset_last_blocks", "shrink_perturb"})
 # Images that BatchNorm statistics are measured anew on, at each evaluation.
 _REESTIMATE_ON = 256
 

@@ -37,7 +37,7 @@ from sophon._models.denoisers import (
     require_parts,
     write_pipeline,
 )
-from sophon._models.fresh import Bare, bare_parameters, fresh_copy, reinitialise
+from sophon._models.fresh import Bare, bare_parameters, fresh_copy, reinitialise, shrink_towards
 from sophon._models.gradient_checkpointing import checkpoint_gradients
 from sophon._models.heads import find_head, head_classes, head_parameters, heads, replace_head
 from sophon._models.hooks import drop_foreign_hooks, foreign_hooks

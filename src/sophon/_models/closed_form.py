@@ -12,6 +12,7 @@ from sophon._base.errors import UnsupportedModelError
 from sophon._models.batch_norm import batch_norm_reestimated
 from sophon._models.heads import heads
 from sophon._models.probing import keeping_modes
+from sophon._specs import FeatureScaling
 
 # Penalties that are tried, relative to the mean of the features' squared singular values.
 _PENALTIES = torch.logspace(-4, 4, 33, dtype=torch.float64)
@@ -19,14 +20,22 @@ _PENALTIES = torch.logspace(-4, 4, 33, dtype=torch.float64)
 _SCALES = torch.logspace(-1, 2, 61, dtype=torch.float64)
 # Below this share of the largest singular value, or of the features, all is rounding.
 _RANK = 1e-6
+# Quartile distances that a feature may be off its median.
+_CLIPPED = 3.0
 
 
 @torch.no_grad()
-def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
+def fit_head(
+    model: nn.Module,
+    head: str,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    scaling: FeatureScaling = "plain",
+) -> bool:
     """Fit the layer that `head` names to `batches` of images and labels; nothing else changes.
 
     Ridge regression to one-hot labels; the penalty is the one with the least squared error on
     images left out one at a time, and the outputs are scaled to the least cross-entropy on these.
+    What it is fitted to is scaled first; its weights take the features as they are.
     BatchNorm runs as in training, all else as in evaluation. False, and the head as it was, where
     nothing can be fitted: outputs that are not finite, or alike for every image. Raises
     UnsupportedModelError for a head whose input has no feature dimension to regress on.
@@ -44,7 +53,7 @@ def fit_head(model: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor
         if not bool(features.isfinite().all()):
             return False
         layer: Any = model.get_submodule(name)
-        fitted = _ridge(features, torch.cat(labels).cpu(), layer.weight.shape[0])
+        fitted = _scaled_ridge(features, torch.cat(labels).cpu(), layer.weight.shape[0], scaling)
         if fitted is None:
             return False
         fits.append((layer, fitted))
@@ -90,6 +99,36 @@ def _flat(layer: nn.Module, given: Tensor, head: str) -> Tensor:
         f"ridge_head: what reaches {head!r} has the shape {tuple(given.shape)}; (batch, features)"
         " is needed"
     )
+
+
+def _scaled_ridge(
+    features: Tensor, labels: Tensor, classes: int, scaling: FeatureScaling
+) -> tuple[Tensor, Tensor] | None:
+    """Return weight and bias as `_ridge` does, fitted to features scaled first."""
+    if scaling == "plain" or bool((features == features[:1]).all()):
+        return _ridge(features, labels, classes)
+    centre, change = _whitening(features) if scaling == "whitened" else _quartiles(features)
+    most = _CLIPPED if scaling == "robust" else torch.inf
+    fitted = _ridge(((features - centre) @ change).clamp(-most, most), labels, classes)
+    if fitted is None:
+        return None
+    weight = fitted[0] @ change.T
+    return weight, fitted[1] - weight @ centre
+
+
+def _whitening(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is subtracted, (features), and what multiplies, (features, directions)."""
+    centre = features.mean(0)
+    centred = features - centre
+    left, squares = _left_singular(centred)
+    return centre, centred.T @ (left / squares) * len(features) ** 0.5
+
+
+def _quartiles(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same by each feature's quartiles; by its spread where these are one."""
+    low, centre, high = features.quantile(torch.tensor([0.25, 0.5, 0.75]).to(features), dim=0)
+    size = torch.where(high > low, high - low, features.std(0))
+    return centre, torch.diag(torch.where(size > 0, 1 / size, 0.0))
 
 
 def _ridge(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:

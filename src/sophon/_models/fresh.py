@@ -121,3 +121,16 @@ def fresh_copy(
     if next(fresh.parameters()).dtype != like.dtype:
         fresh = fresh.to(like.dtype)
     return fresh.to(like.device).eval()
+
+
+@torch.no_grad()
+def shrink_towards(model: nn.Module, fresh: nn.Module, share: float) -> list[str]:
+    """Make matrices and filters of `model` (1 - share) of themselves and `share` of those of
+    `fresh`, each at the given one's norm; return their names. Scales, shifts and statistics stay.
+    """
+    mixed = [name for name, held in model.named_parameters() if held.dim() > 1]
+    for name in mixed:
+        held, new = model.get_parameter(name), fresh.get_parameter(name)
+        scale = held.norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
+        held.mul_(1 - share).add_(new * scale, alpha=share)
+    return mixed

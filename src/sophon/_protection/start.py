@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from sophon._models import reinitialise
+from sophon._models import reinitialise, shrink_towards
 from sophon._protection.spec import ProtectSpec
 
 
@@ -28,9 +28,5 @@ def starting_weights(model: nn.Module, spec: ProtectSpec) -> nn.Module:
     reinitialise(fresh, seed=spec.seed, names=("start",), otherwise=kept)
     if spec.start == "fresh":
         return fresh.requires_grad_(True)
-    share = spec.shrink or 0.0
-    for held, new in zip(start.parameters(), fresh.parameters(), strict=True):
-        if held.dim() > 1:
-            scale = held.norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
-            held.mul_(1 - share).add_(new * scale, alpha=share)
+    shrink_towards(start, fresh, spec.shrink or 0.0)
     return start

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from sophon._base.errors import require_kind
+from sophon._judgement.data_sizes import data_sizes
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.parts import alone, domains_of, trials_of
 from sophon._judgement.statistics import interval_of
@@ -134,7 +135,7 @@ def _section(record: AuditRecord, summary: DomainSummary) -> dict[str, Any]:
         s: tables.best_by_attack(t for t in trials if t.subject == s) for s in summary.subjects
     }
     read = stated(record.protection).readers.get(name)
-    rows = depth_rows(record, name)
+    rows, sizes = depth_rows(record, name), data_sizes(record, name)
     return {
         "summary": summary,
         "facts": tables.facts(summary),
@@ -142,6 +143,7 @@ def _section(record: AuditRecord, summary: DomainSummary) -> dict[str, Any]:
         "envelopes": tables.envelopes(summary),
         "distribution": tables.distribution(summary, bests),
         "depth": tables.depth(rows, summary.kind),
+        "data_sizes": None if sizes is None else tables.data_sizes(sizes, summary.kind),
         "readers": None if read is None else tables.readers(read),
         "quarters": tables.quarters(record, summary),
         "pictures": tables.pictures(record, name),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from sophon._judgement.advantage import Estimate
+from sophon._judgement.data_sizes import DataSizes
 from sophon._judgement.depth import DepthRow
 from sophon._judgement.parts import SUBJECTS
 from sophon._judgement.pictures import moment, pictures_of, when
@@ -160,6 +161,21 @@ def depth(rows: Sequence[DepthRow], kind: MetricKind) -> Table | None:
         " attacks, nor the measure, of the advantage removed."
     )
     return table(("blocks kept", *SUBJECTS), cells, note)
+
+
+def data_sizes(found: DataSizes, kind: MetricKind) -> Table:
+    """Return the best score by share of the training images, and the mean over their logarithm."""
+    names = [name for name in SUBJECTS if name in found.reached]
+    rows = [
+        (f"{100 * share:.3g} %", *(kind.shown(found.reached[name][i]) for name in names))
+        for i, share in enumerate(found.shares)
+    ]
+    rows.append(("area", *(kind.shown(found.areas[name]) for name in names)))
+    note = (
+        f"Best validation score within {found.steps} steps of one attack, the first seed; area is"
+        " the mean over the logarithm of the share."
+    )
+    return table(("images", *names), rows, note)
 
 
 # --- Pictures and timesteps of a diffusion model --------------------------------------------------

@@ -22,15 +22,21 @@ from sophon._specs.run_file import (
     TaskSpec,
 )
 from sophon._specs.strategies import (
+    BalanceWeights,
     BatchNorm,
+    Densify,
     Distil,
+    FeatureScaling,
     FreshHead,
     Heal,
+    KeepSpan,
     NoiseKick,
     Preparation,
     RescaleWeights,
     ResetLastBlocks,
     RidgeHead,
+    Scramble,
+    ShrinkPerturb,
     Strategy,
     shared_fields,
 )

@@ -20,6 +20,8 @@ from sophon._specs.base import (
     Spec,
 )
 
+FeatureScaling = Literal["plain", "whitened", "robust"]
+
 # --- Preparations: what an attacker does to the copied weights before the first step -----------
 
 
@@ -35,12 +37,14 @@ class RidgeHead(Spec):
     probing, then fine-tuning (arXiv 2202.10054).
 
     Images are passed forward once, which counts as a third of a step a batch, for at most `share`
-    of the steps.
+    of the steps. `features`: as they are, decorrelated at unit variance (`whitened`), or each by
+    its quartiles and clipped at three of them (`robust`); the head takes them as they are.
     """
 
     released: ClassVar = frozenset({"kind", "share"})
     kind: Literal["ridge_head"] = "ridge_head"
     share: Fraction = 0.05
+    features: FeatureScaling = "plain"
 
 
 class ResetLastBlocks(Spec):
@@ -49,6 +53,23 @@ class ResetLastBlocks(Spec):
     released: ClassVar = frozenset({"kind", "blocks"})
     kind: Literal["reset_last_blocks"] = "reset_last_blocks"
     blocks: Positive = 1
+
+
+class KeepSpan(Spec):
+    """Keep the blocks between two shares of the depth, `start` and `end`, and re-initialise the
+    others: at least one is kept (arXiv 1411.1792).
+    """
+
+    released: ClassVar = frozenset({"kind", "start", "end"})
+    kind: Literal["keep_span"] = "keep_span"
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    end: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.start >= self.end:
+            raise ValueError(f"start = {self.start:g} must be below end = {self.end:g}")
+        return self
 
 
 class RescaleWeights(Spec):
@@ -64,6 +85,15 @@ class RescaleWeights(Spec):
     norm: Rate = 1.0
 
 
+class BalanceWeights(Spec):
+    """Give each channel between two layers filters of one norm on both sides (arXiv 1906.04721),
+    where the function allows it. The function is preserved.
+    """
+
+    released: ClassVar = frozenset({"kind"})
+    kind: Literal["balance_weights"] = "balance_weights"
+
+
 class BatchNorm(Spec):
     """Put BatchNorm back: `reset` re-initialises it, `reestimate` measures its statistics anew."""
 
@@ -74,11 +104,44 @@ class BatchNorm(Spec):
 
 
 class NoiseKick(Spec):
-    """Add Gaussian noise with `relative_std` times each weight tensor's root mean square."""
+    """Add Gaussian noise with `relative_std` times each weight tensor's root mean square; with
+    `rank` that of a random adapter of this rank, to matrices and filters alone.
+    """
 
     released: ClassVar = frozenset({"kind", "relative_std"})
     kind: Literal["noise_kick"] = "noise_kick"
     relative_std: Rate = 0.02
+    rank: Positive | None = None
+
+
+class ShrinkPerturb(Spec):
+    """Mix matrices and filters with fresh ones of the same norm, which get `share`: shrink and
+    perturb (arXiv 1910.08475).
+    """
+
+    released: ClassVar = frozenset({"kind", "share"})
+    kind: Literal["shrink_perturb"] = "shrink_perturb"
+    share: Fraction = 0.5
+
+
+class Densify(Spec):
+    """Draw the zeros of matrices and filters anew, at `relative_std` times the root mean square of
+    the other weights: a mask is gone. A tensor without zeros, or of nothing else, stays.
+    """
+
+    released: ClassVar = frozenset({"kind", "relative_std"})
+    kind: Literal["densify"] = "densify"
+    relative_std: Rate = 0.1
+
+
+class Scramble(Spec):
+    """Keep of matrices and filters what is no feature: their values in another order (`permute`),
+    or Gaussian ones of their mean and standard deviation (`match`).
+    """
+
+    released: ClassVar = frozenset({"kind", "mode"})
+    kind: Literal["scramble"] = "scramble"
+    mode: Literal["permute", "match"] = "permute"
 
 
 class Heal(Spec):
@@ -109,9 +172,14 @@ Preparation = Annotated[
     FreshHead
     | RidgeHead
     | ResetLastBlocks
+    | KeepSpan
     | RescaleWeights
+    | BalanceWeights
     | BatchNorm
     | NoiseKick
+    | ShrinkPerturb
+    | Densify
+    | Scramble
     | Heal
     | Distil,
     Field(discriminator="kind"),

@@ -3,7 +3,8 @@
 A preparation maps each real parameter w to c * w + constant. The factor c is what carries a
 change of the real weights over to the prepared ones: 1 where they are kept, 0 where they are
 re-initialised, c where they are rescaled. Factors multiply along the list. Training beforehand
-(heal) is a constant too, to first order, and so is a head that is fitted (ridge_head).
+(heal) is a constant too, to first order, and so is a head that is fitted (ridge_head). Where no one
+factor says what becomes of a tensor (balance_weights, scramble), nothing passes: 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sophon._base.errors import DataError, SpecError
@@ -32,6 +32,7 @@ from sophon._models import (
     reestimate_batch_norm,
     reinitialise,
     replace_head,
+    shrink_towards,
     tracked_batch_norms,
 )
 from sophon._specs import (
@@ -39,12 +40,14 @@ from sophon._specs import (
     Distil,
     FreshHead,
     Heal,
-    NoiseKick,
+    KeepSpan,
     Preparation,
     ResetLastBlocks,
     RidgeHead,
+    ShrinkPerturb,
 )
-from sophon._training.rescaling import rescale_weights
+from sophon._training.perturbing import densify, noise_kick, scramble
+from sophon._training.rescaling import balance_weights, rescale_weights
 
 # Passes forward that cost as much as a step, which goes back as well.
 _PASSES_A_STEP = 3
@@ -201,7 +204,7 @@ def _ridge_head(model: nn.Module, preparation: RidgeHead, surroundings: Surround
             if sum(seen) >= _MOST_IMAGES:
                 return
 
-    fit_head(model, surroundings.head, batches())
+    fit_head(model, surroundings.head, batches(), preparation.features)
     return max(1, math.ceil(len(seen) / _PASSES_A_STEP))
 
 
@@ -214,7 +217,20 @@ def _reset_last_blocks(
             f"reset_last_blocks: blocks = {preparation.blocks}, and the model has {len(found)}; "
             f"choose 1 to {len(found)}"
         )
-    for names in found[-preparation.blocks :]:
+    _reset_blocks(model, found[-preparation.blocks :], surroundings)
+
+
+def _keep_span(model: nn.Module, preparation: KeepSpan, surroundings: Surroundings) -> None:
+    found = blocks(model, surroundings.head)
+    start = min(math.ceil(preparation.start * len(found)), len(found) - 1)
+    end = max(math.floor(preparation.end * len(found)), start + 1)
+    _reset_blocks(model, [*found[:start], *found[end:]], surroundings)
+
+
+def _reset_blocks(
+    model: nn.Module, chosen: list[tuple[str, ...]], surroundings: Surroundings
+) -> None:
+    for names in chosen:
         for name in names:
             stream = (*surroundings.names, name)
             reinitialise(
@@ -239,13 +255,13 @@ def _batch_norm(model: nn.Module, preparation: BatchNorm, surroundings: Surround
             raise DataError("batch_norm: the restricted domain gave no batch to re-estimate from")
 
 
-@torch.no_grad()
-def _noise_kick(model: nn.Module, preparation: NoiseKick, surroundings: Surroundings) -> None:
-    source = generator(surroundings.seed, *surroundings.names)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=source).to(parameter)
-        size = parameter.square().mean().sqrt()
-        parameter.add_(noise * (preparation.relative_std * size))
+def _shrink_perturb(
+    model: nn.Module, preparation: ShrinkPerturb, surroundings: Surroundings
+) -> None:
+    fresh = copy.deepcopy(model)
+    reinitialise(fresh, seed=surroundings.seed, names=surroundings.names, bare=surroundings.bare)
+    for name in shrink_towards(model, fresh, preparation.share):
+        surroundings.factors[name] *= 1 - preparation.share
 
 
 # Each returns the steps it spent, if any.
@@ -253,9 +269,14 @@ PREPARATIONS: dict[str, Callable[[nn.Module, Any, Surroundings], int | None]] = 
     "fresh_head": _fresh_head,
     "ridge_head": _ridge_head,
     "reset_last_blocks": _reset_last_blocks,
+    "keep_span": _keep_span,
     "rescale_weights": lambda m, p, s: rescale_weights(m, p.norm, s.image_shape, s.factors),
+    "balance_weights": lambda m, p, s: balance_weights(m, s.image_shape, s.factors),
     "batch_norm": _batch_norm,
-    "noise_kick": _noise_kick,
+    "noise_kick": lambda m, p, s: noise_kick(m, p, generator(s.seed, *s.names)),
+    "shrink_perturb": _shrink_perturb,
+    "densify": lambda m, p, s: densify(m, p, generator(s.seed, *s.names)),
+    "scramble": lambda m, p, s: scramble(m, p, generator(s.seed, *s.names), s.factors),
     "heal": lambda m, p, s: _train(m, p, s, None),
     "distil": _distil,
 }

@@ -19,6 +19,7 @@ _CHAIN_PRESERVED = 1e-3
 # A layer, the normalisation after it, and a factor; a tensor and what it becomes.
 Scale = tuple[str, str, float]
 Scaled = tuple[Tensor, Tensor]
+Pair = tuple[str, str, str]
 
 
 @torch.no_grad()
@@ -43,13 +44,61 @@ def rescale_weights(
         for layer, norm in pairs
         if _scalable(held := _size(model, layer))
     ]
-    with probing(model):
-        expected = run(model, images)
+    expected = _read_out(model, images)
     kept = _apply_together(model, scales, images, expected)
     if not kept:
         kept = [scale for scale in scales if _apply_together(model, [scale], images, expected)]
     for layer, _, scale in kept:
         _multiply(factors, layer, scale)
+
+
+@torch.no_grad()
+def balance_weights(model: nn.Module, image_shape: Shape, factors: dict[str, float]) -> None:
+    """Give each channel between two layers the same norm on both sides; nothing passes by `factors`
+    to what is balanced.
+    """
+    for pair in channel_pairs(model, image_shape):
+        made, read = (model.get_submodule(name).get_parameter("weight") for name in pair[1:])
+        outgoing = read.transpose(0, 1).flatten(1).norm(dim=1)
+        ratio = outgoing / made.view(len(made), -1).norm(dim=1)
+        by = torch.where(ratio.isfinite() & (ratio > 0), ratio.sqrt(), 1.0)
+        for name in scale_channels(model, image_shape, pair, by):
+            factors[name] = 0.0
+
+
+def channel_pairs(model: nn.Module, image_shape: Shape) -> list[Pair]:
+    """Return (layer, maker, reader) names of layers that run one after the other and fit.
+
+    The maker of the channels is the normalisation after the layer, else the layer. What lies
+    between them, and what else reads them, is not known: `scale_channels` tries.
+    """
+    follows = dict(normalised_pairs(model, image_shape))
+    pairs = []
+    for layer, reader in itertools.pairwise(layers_in_order(model, image_shape)):
+        maker = follows.get(layer, layer)
+        made: Any = getattr(model.get_submodule(maker), "weight", None)
+        read: Any = model.get_submodule(reader).weight
+        if made is not None and read.dim() > 1 and len(made) == read.shape[1]:
+            pairs.append((layer, maker, reader))
+    return pairs
+
+
+@torch.no_grad()
+def scale_channels(model: nn.Module, image_shape: Shape, pair: Pair, by: Tensor) -> list[str]:
+    """Multiply what makes channels `by` (channels) and divide what reads them; return the names of
+    the parameters that changed: none, and all as it was, where that moves outputs.
+    """
+    _, maker, reader = pair
+    images, readers = probe_images(model, image_shape), model.get_submodule(reader)
+    made = dict(model.get_submodule(maker).named_parameters(recurse=False))
+    read: Any = readers.weight
+    scaled: list[Scaled] = [(p, p * by.view(-1, *[1] * (p.dim() - 1))) for p in made.values()]
+    scaled.append((read, read / by.view(1, -1, *[1] * (read.dim() - 2))))
+    # What reads them must stay as well: a block may hardly count yet.
+    expected = _read_out(model, images, readers)
+    if not _applied(model, scaled, images, expected, _CHAIN_PRESERVED, readers):
+        return []
+    return [*(f"{maker}.{name}" for name in made), f"{reader}.weight"]
 
 
 def _size(model: nn.Module, layer: str) -> float:
@@ -77,8 +126,7 @@ def _rescale_chain(
     but: set[str],
 ) -> None:
     """Scale each layer that no normalisation follows, where its successor can take the inverse."""
-    with probing(model):
-        expected = run(model, images)
+    expected = _read_out(model, images)
     for name, after in itertools.pairwise(order):
         size = _size(model, name)
         if name in but or not _scalable(size):
@@ -92,23 +140,39 @@ def _rescale_chain(
 
 
 def _apply_together(
-    model: nn.Module, scales: list[Scale], images: Tensor, expected: Tensor
+    model: nn.Module, scales: list[Scale], images: Tensor, expected: list[Tensor]
 ) -> list[Scale]:
     """Return `scales`, applied, or nothing and the tensors as before when the outputs move."""
     scaled = [pair for scale in scales for pair in _scaled_tensors(model, *scale)]
     return scales if _applied(model, scaled, images, expected, _PRESERVED) else []
 
 
+def _read_out(model: nn.Module, images: Tensor, *watched: nn.Module) -> list[Tensor]:
+    """Return the model's outputs and those of the layers `watched`."""
+    found: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda *given: found.append(given[2])) for m in watched]
+    try:
+        with probing(model):
+            return [run(model, images), *found]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _applied(
-    model: nn.Module, scaled: list[Scaled], images: Tensor, expected: Tensor, tolerated: float
+    model: nn.Module,
+    scaled: list[Scaled],
+    images: Tensor,
+    expected: list[Tensor],
+    tolerated: float,
+    *watched: nn.Module,
 ) -> bool:
     """Change tensors and return whether the outputs stayed; where they moved, undo it."""
     before = [tensor.clone() for tensor, _ in scaled]
     for tensor, value in scaled:
         tensor.copy_(value)
-    with probing(model):
-        moved = (run(model, images) - expected).norm()
-    if bool(moved <= tolerated * expected.norm()):
+    pairs = zip(_read_out(model, images, *watched), expected, strict=True)
+    if all(bool((now - then).norm() <= tolerated * then.norm()) for now, then in pairs):
         return True
     for (tensor, _), value in zip(scaled, before, strict=True):
         tensor.copy_(value)

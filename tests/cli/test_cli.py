@@ -28,15 +28,14 @@ from sophon._base.remarks import remark
 from sophon._cli import app
 from sophon._cli.application import guarded
 from sophon._cli.controls import _why_missed
-from sophon._cli.demo import prepare
+from sophon._cli.demo import RUN as DEMO
 from sophon._cli.progress import Display, duration
-from sophon._cli.run_file import load
-from sophon._cli.running import show_protected
+from sophon._cli.run_file import load, load_pretraining
+from sophon._cli.running import run_pretraining, show_protected
 from sophon._models.networks import SmallConvNet
 from sophon._protection.protection import Protected
 from sophon._records.audit_record import Score
 from sophon._records.round import Round
-from sophon._specs import Strategy
 
 RUN = """
 [model]
@@ -79,9 +78,12 @@ batch_size = 8
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    training = Strategy(optimizer="adam", learning_rate=3e-3, batch_size=64, steps=60)
-    prepare(folder, training=training)
-    return folder / "letters.safetensors"
+    (folder / "run.toml").write_text(DEMO)
+    case = load_pretraining(
+        folder / "run.toml", ["pretrain.steps=60", "pretrain.every=60"], untrained=True
+    )
+    run_pretraining(case, folder / "start", "quiet")
+    return folder / "start" / "model.safetensors"
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 # The import adds them to the application.
-from sophon._cli import auditing, commands, reading
+from sophon._cli import auditing, commands, reading, starting
 from sophon._cli.application import app
 
-__all__ = ["app", "auditing", "commands", "main", "reading"]
+__all__ = ["app", "auditing", "commands", "main", "reading", "starting"]
 
 
 def main() -> None:

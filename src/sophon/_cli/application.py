@@ -45,6 +45,7 @@ Exit codes:
 \b
 Examples:
   sophon demo
+  sophon try --model timm:resnet18 --weights w.safetensors --keep photos --refuse faces
   sophon protect run.toml --out runs/p1
   sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1
   sophon report runs/a1 --html report.html
@@ -52,7 +53,7 @@ Examples:
 
 # As a user meets them.
 _ORDER = (
-    *("demo", "pretrain", "protect", "audit", "report"),
+    *("demo", "try", "init", "pretrain", "protect", "audit", "report"),
     *("compare", "evaluate", "inspect", "export"),
 )
 
@@ -156,12 +157,14 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     return guarded
 
 
-def command(*examples: str) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
+def command(
+    *examples: str, name: str | None = None
+) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
     """Make a function a command, `guarded`, whose help ends with the examples."""
     epilog = "\b\nExamples:\n" + "".join(f"  {example}\n" for example in examples)
 
     def added(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
-        return app.command(epilog=epilog)(guarded(function))
+        return app.command(name, epilog=epilog)(guarded(function))
 
     return added
 

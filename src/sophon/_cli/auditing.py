@@ -14,6 +14,8 @@ from sophon._cli.controls import CONTROLS, run_controls
 from sophon._cli.running import mode_of, remark, say_read, show_verdict
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sophon._auditing.audit import Audit
     from sophon._cli.progress import Mode
     from sophon._cli.run_file import Case
@@ -110,7 +112,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     seconds = None if budget is None else parse_duration(budget)
     _require_places(run_file, settings, model, (out, store or out))
     # Another model before protection, or none, stands in for the run file's.
-    case = load(run_file, settings, threads, network_only=unprotected is not None)
+    case = load(run_file, settings, threads, untrained=unprotected is not None)
     if controls and not case.task.kind.classifies:
         raise SpecError("--controls makes classifiers that only look protected: not for denoising")
     if controls:
@@ -129,7 +131,7 @@ def _require_places(
 ) -> None:
     """Raise SpecError or CheckpointError for an --out or --store that must stay as it is."""
     from sophon._base.files import require_unused
-    from sophon._cli.run_file import require_outside, require_place
+    from sophon._cli.run_file import read_run, require_outside, require_place
     from sophon._reporting.rendering import require_replaceable
 
     for folder in folders:
@@ -142,7 +144,7 @@ def _require_places(
         )
     for folder in dict.fromkeys(folders):
         require_unused(folder, *_OURS)
-        require_outside(folder, run_file, settings)
+        require_outside(folder, read_run(run_file, settings), run_file.parent)
     for page in ("report.html", "report.md"):
         require_replaceable(out / page)
 
@@ -256,7 +258,6 @@ def _opened(
     case: Case, path: Path, mode: Mode, *, unprotected: Path | None, note: str, **arguments: Any
 ) -> Audit:
     """Return the audit of a checkpoint, and warn of one that is not protected."""
-    from sophon._auditing.audit import Audit
     from sophon._cli.run_file import load_subject, weights_file
     from sophon._models import weights_sha256
     from sophon._training.checkpoints import file_sha256
@@ -267,9 +268,31 @@ def _opened(
     if unprotected is not None and str(unprotected) != "none":
         before = load_subject(case, unprotected)[0]
         files["unprotected"] = file_sha256(weights_file(unprotected))
-    audit = Audit(
+    about = {"protection": protection, "note": note, "files": files}
+    given = None if str(unprotected) == "none" else before
+    audit = audit_of(case, protected, given, about, **arguments)
+    if weights_sha256(protected) == weights_sha256(before):
+        remark(
+            mode,
+            f"warning: {path} has the weights of the model before protection: name the protected"
+            " ones with --model, and those in the run file or with --unprotected",
+        )
+    return audit
+
+
+def audit_of(
+    case: Case,
+    protected: nn.Module,
+    unprotected: nn.Module | None,
+    about: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Audit:
+    """Return the audit of a run's model; `about` and `arguments` are more of `Audit`'s."""
+    from sophon._auditing.audit import Audit
+
+    return Audit(
         protected,
-        unprotected=None if str(unprotected) == "none" else before,
+        unprotected=unprotected,
         original=case.original,
         restricted=case.restricted,
         held_out=case.held_out,
@@ -278,22 +301,9 @@ def _opened(
         spec=case.spec.audit,
         scratch=case.scratch,
         head=case.network.head,
-        about={
-            "model": case.name,
-            "command": cli.command_line(),
-            "protection": protection,
-            "note": note,
-            "files": files,
-        },
+        about={"model": case.name, "command": cli.command_line(), **(about or {})},
         **arguments,
     )
-    if weights_sha256(protected) == weights_sha256(before):
-        remark(
-            mode,
-            f"warning: {path} has the weights of the model before protection: name the protected"
-            " ones with --model, and those in the run file or with --unprotected",
-        )
-    return audit
 
 
 def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:

@@ -14,7 +14,6 @@ import typer
 from sophon._base.errors import SpecError
 from sophon._cli import application as cli
 from sophon._cli import running
-from sophon._cli.auditing import run_audit, write_audit
 
 # What only reads and prints may run in several processes.
 _SHARED = ("protect", "report", "compare", "inspect")
@@ -83,7 +82,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
 
     Under torchrun many processes share the work.
     """
-    from sophon._cli.run_file import load, require_outside, require_place
+    from sophon._cli.run_file import load, read_run, require_outside, require_place
     from sophon._protection.profile import require_rounds
     from sophon._training.ranks import process_group
 
@@ -97,7 +96,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
                 )
             if out is not None and not dry_run:
                 require_place(out)
-                require_outside(out, run_file, settings)
+                require_outside(out, read_run(run_file, settings), run_file.parent)
             if tensorboard is not None:
                 require_place(tensorboard)
             case = load(run_file, settings, threads)
@@ -199,24 +198,13 @@ def demo(
     threads: cli.Threads = None,
 ) -> None:
     """Protect, audit and report a toy model on embedded images."""
-    from sophon._records.metrics import shown
+    from sophon._base.files import require_writable, write_new_text
+    from sophon._cli.demo import RUN, WHAT_IT_SHOWS
+    from sophon._cli.run_file import require_place
+    from sophon._cli.starting import first_look
 
     mode = running.mode_of(quiet, as_json)
-    running.remark(mode, "Preparing letters, digits and a small network for letters.")
-    from sophon._cli.demo import WHAT_IT_SHOWS, prepare
-    from sophon._cli.run_file import load, require_place
-
     require_place(out)
-    start = prepare(out)
-    done = "trained" if start.trained else "found"
-    running.remark(mode, f"{done}: letters validation {shown(start.score)}")
-    case = load(start.run, settings, threads)
-    result = running.run_protection(case, out / "protected", mode)
-    if mode != "quiet":
-        running.show_protected(result, out / "protected", mode)
-    checkpoint = out / "protected" / "model.safetensors"
-    record = run_audit(case, checkpoint, mode, store=out / "audit", note=WHAT_IT_SHOWS)
-    made = write_audit(record, out / "audit")
-    if mode in ("bar", "lines"):
-        typer.echo(WHAT_IT_SHOWS)
-    running.show_verdict(made, mode, {"report": (out / "audit" / "report.html").absolute()})
+    require_writable(out)
+    write_new_text(out / "run.toml", RUN)
+    first_look(out / "run.toml", out, settings, mode, threads, note=WHAT_IT_SHOWS)

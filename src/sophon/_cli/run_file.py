@@ -201,30 +201,49 @@ def load(
     settings: list[str] | None,
     threads: int | None = None,
     *,
-    network_only: bool = False,
+    untrained: bool = False,
 ) -> Case:
-    """Return the run in `path`, its model and its domains loaded.
+    """Return the run in `path`, its model and its domains loaded; see `load_spec`.
 
-    Paths in it start at its folder. With `network_only` nobody uses the model's own weights: if
-    their file is not there, the model has random ones.
-
-    Raises DataError, UnsupportedModelError or CheckpointError.
+    Paths in it start at its folder.
     """
-    spec = read_run(path, settings)
-    weights = _located(spec.model, path.parent).weights
-    if network_only and weights is not None and not Path(weights).is_file():
-        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
+    return load_spec(read_run(path, settings), path.parent, threads, untrained=untrained)
+
+
+def load_spec(
+    spec: RunSpec, base: Path, threads: int | None = None, *, untrained: bool = False
+) -> Case:
+    """Return a run whose paths start at `base`, its model and its domains loaded.
+
+    With `untrained` nobody uses the model's own weights: if their file is not there, the model has
+    random ones. Raises DataError, UnsupportedModelError or CheckpointError.
+    """
     several = {"restricted": spec.restricted, "held_out": spec.held_out, "benign": spec.benign}
-    return _case(spec, path.parent, several, threads)
+    return _case(_without_weights(spec, base) if untrained else spec, base, several, threads)
 
 
-def load_pretraining(path: Path, settings: list[str] | None, threads: int | None = None) -> Case:
+def load_pretraining(
+    path: Path,
+    settings: list[str] | None,
+    threads: int | None = None,
+    *,
+    untrained: bool = False,
+) -> Case:
     """Return the run in `path` for pre-training: no domain but the original one is loaded.
 
-    Raises as `load`.
+    `untrained` and what is raised are as of `load_spec`.
     """
     spec = parse_pretraining(_text_of(path), settings, where=str(path))
+    spec = _without_weights(spec, path.parent) if untrained else spec
     return _case(spec, path.parent, {"restricted": ()}, threads)
+
+
+def _without_weights(spec: AnyRun, base: Path) -> AnyRun:
+    """Return a run without weights where their file is not there."""
+    weights = _located(spec.model, base).weights
+    if weights is None or Path(weights).is_file():
+        return spec
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
 
 
 def _case(
@@ -296,13 +315,12 @@ def require_place(folder: Path) -> None:
         raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
 
 
-def require_outside(folder: Path, run_file: Path, settings: list[str] | None) -> None:
+def require_outside(folder: Path, spec: RunSpec, base: Path) -> None:
     """Raise CheckpointError if `folder` lies in images that the run reads: it would be a class."""
-    spec = read_run(run_file, settings)
     for domain in (spec.original, *spec.restricted, *spec.held_out, *spec.benign):
         if domain.source != "folder" or domain.path is None:
             continue
-        images = expanded(domain.path, run_file.parent).resolve()
+        images = expanded(domain.path, base).resolve()
         if images == folder.resolve() or images in folder.resolve().parents:
             raise CheckpointError(
                 f"{folder} lies in the images of a domain, {domain.path}: write elsewhere, where"

@@ -19,6 +19,7 @@ from sophon._models.building import (
     architecture,
     blueprint,
     denoiser_name,
+    input_side,
     require_model,
     resolve_model,
 )

@@ -209,6 +209,35 @@ def test_dry_run_resolves_forecasts_and_writes_nothing(run_file: Path, tmp_path:
     assert held["total_s"] > 0
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("audit", "--model", "letters.safetensors"), "trials, "),
+        (("pretrain", "--set", "pretrain.steps=90"), "90 steps of "),
+    ],
+)
+def test_every_dry_run_validates_forecasts_and_writes_nothing(
+    run_file: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    given = [tmp_path / word if word.endswith("tensors") else word for word in words]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    code, out, _ = sophon(given[0], run_file, "--dry-run", *given[1:])
+    assert code == 0
+    *resolved, last = out.splitlines()
+    assert last.startswith("forecast: ")
+    assert said in last
+    assert last.endswith("nothing was written")
+    assert resolved[-1].startswith("# ")
+    held = json.loads(sophon(given[0], run_file, "--dry-run", *given[1:], "--json")[1])
+    assert held["total_s"] > 0
+    assert held["domains"] == [line[2:] for line in resolved if line.startswith("# ")]
+    code, _, err = sophon(given[0], run_file, "--dry-run", *given[1:], "--set", "original.limit=1")
+    assert code == 2
+    assert len(err.splitlines()) <= 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "--out is missing" in sophon(given[0], run_file, *given[1:])[2]
+
+
 def test_the_resolved_run_is_toml_that_runs_again(run_file: Path, tmp_path: Path) -> None:
     out = sophon("protect", run_file, "--dry-run")[1]
     again = tmp_path / "again.toml"

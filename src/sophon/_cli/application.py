@@ -93,6 +93,17 @@ Settings = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the last line, the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and no bars.")]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing.")
+]
+
+
+def required_out(out: Path | None, example: str) -> Path:
+    """Return the folder to write to. Raises SpecError where a run that writes has none."""
+    if out is None:
+        raise SpecError(f"--out is missing: name a folder to write to, such as --out {example}")
+    return out
+
 
 def counted(text: str | int) -> int:
     """Return a whole number from 1 on. Raises typer.BadParameter, naming what was given."""

@@ -19,7 +19,6 @@ from sophon._cli import running
 _SHARED = ("protect", "report", "compare", "inspect")
 
 _OUT = cli.option("--out", "FOLDER", "Where to write; resumes there.")
-Out = Annotated[Path, _OUT]
 Profile = Annotated[
     int | None,
     cli.option(
@@ -67,10 +66,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     settings: cli.Settings = None,
     quiet: cli.Quiet = False,
     as_json: cli.Json = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing."),
-    ] = False,
+    dry_run: cli.DryRun = False,
     tensorboard: Annotated[
         Path | None, cli.option("--tensorboard", "FOLDER", "Log every round for TensorBoard.")
     ] = None,
@@ -90,11 +86,8 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     with process_group() as ranks:
         with ranks.agreeing():
             _require_one_process(ranks.world, profile, dry_run=dry_run)
-            if out is None and not dry_run:
-                raise SpecError(
-                    "--out is missing: name a folder to write to, such as --out runs/p1"
-                )
-            if out is not None and not dry_run:
+            if not dry_run:
+                out = cli.required_out(out, "runs/p1")
                 require_place(out)
                 require_outside(out, read_run(run_file, settings), run_file.parent)
             if tensorboard is not None:
@@ -124,16 +117,18 @@ def _require_one_process(world: int, profile: int | None, *, dry_run: bool) -> N
 
 
 @cli.command(
+    "sophon pretrain run.toml --dry-run",
     "sophon pretrain run.toml --out runs/base",
     "sophon pretrain run.toml --out runs/base --set pretrain.steps=5000",
 )
 def pretrain(
     run_file: cli.RunFile,
-    out: Out,
+    out: Annotated[Path | None, _OUT] = None,
     settings: cli.Settings = None,
     quiet: cli.Quiet = False,
     as_json: cli.Json = False,
     threads: cli.Threads = None,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Train the model of RUN.TOML on its original domain; repeat the command to resume.
 
@@ -142,6 +137,11 @@ def pretrain(
     from sophon._cli.run_file import load_pretraining, require_place
 
     mode = running.mode_of(quiet, as_json)
+    if dry_run:
+        case = load_pretraining(run_file, settings, threads)
+        running.show_pretraining_forecast(case, as_json=as_json)
+        return
+    out = cli.required_out(out, "runs/base")
     require_place(out)
     case = load_pretraining(run_file, settings, threads)
     running.show_pretrained(running.run_pretraining(case, out, mode), out, mode)

@@ -51,11 +51,16 @@ def say_forecast(
         more = {} if todo is None else {"to_run": todo, "given_up": list(given_up)}
         say_json("forecast", **numbers, **more)
         return
+    left = "" if todo is None else f"; {todo} trials are still to be run"
+    typer.echo(f"forecast: {forecast_text(expected, about=about)}{left}", err=True)
+
+
+def forecast_text(expected: AuditForecast, *, about: bool = True) -> str:
+    """Return what a line says of an audit to come; `about` where its trials are not certain."""
     seconds = expected.seconds
     time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
-    left = "" if todo is None else f"; {todo} trials are still to be run"
-    work = f"{'about ' if about else ''}{expected.trials} trials, {expected.steps} steps"
-    typer.echo(f"forecast: {work}, {time} in all{left}", err=True)
+    several = f"{'about ' if about else ''}{expected.trials} trials"
+    return f"{several}, {expected.steps} steps, {time} in all"
 
 
 class Display(AbstractContextManager["Display"]):

@@ -197,3 +197,20 @@ def pretrain(*model: Any, **arguments: Any) -> Pretrained:
     for _ in run:
         pass
     return run.result()
+
+
+def forecast(
+    model: nn.Module, *, spec: PretrainSpec | None = None, **arguments: Any
+) -> tuple[float, float]:
+    """Return the seconds of a step and of the whole of pre-training, from four steps and a check of
+    the validation split; nothing is kept. Arguments and errors are those of `Pretraining`.
+    """
+    whole = Pretraining(model, spec=spec, **arguments)
+    few = whole.spec.model_copy(update={"steps": 4, "every": 2})
+    run = Pretraining(model, spec=few, **arguments)
+    start = time.perf_counter()
+    evaluate(run.model, run.setting, run.setting.original, run.setting.original.validation)
+    check_s = time.perf_counter() - start
+    # The first stage pays for what is only set up once.
+    step_s = max(0.0, ([stage.wall_s for stage in run][-1] - check_s) / few.every)
+    return step_s, whole.spec.steps * step_s + len(whole) * check_s

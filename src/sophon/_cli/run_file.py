@@ -14,6 +14,7 @@ from torch import nn
 from sophon._attacks.suites import attack_named, resolved, strategies_of
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._base.files import nearest_present, read_json
+from sophon._cli.extras import require_extras
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.loading import expanded
@@ -32,7 +33,7 @@ from sophon._models import (
 from sophon._specs import DomainSpec, ModelSpec, TaskSpec, parse_spec, parse_toml
 from sophon._specs.parsing import MOST_BYTES
 from sophon._tasks import Classification, Denoising, Latents, Task
-from sophon._training.checkpoints import require_recorded
+from sophon._training.checkpoints import require_model_in, require_recorded
 from sophon._training.environment import domain_text
 from sophon._training.setting import Setting, make_setting
 
@@ -255,6 +256,7 @@ def _case(
     if threads is not None:
         torch.set_num_threads(threads)
     # What takes no time goes first: images may take minutes to decode.
+    require_extras(spec, (spec.original, *(s for chosen in wanted.values() for s in chosen)))
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
     if located.name.startswith(DIFFUSERS):
@@ -351,13 +353,13 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
     ours = path.is_file() or (path / "model.safetensors").is_file()
     if path.is_dir() and not ours and case.network.name.startswith(DIFFUSERS):
         return _load_denoiser(case, path), None
+    if not ours and (path.is_dir() or file.name == "model.safetensors"):
+        require_model_in(file.parent, "name a checkpoint")
     description = file.parent / "model.json"
     held: dict[str, Any] = {}
     if file.name == "model.safetensors" and description.is_file():
         held = read_json(description)
         require_recorded(file, held)
-    if not ours and path.is_dir():
-        raise CheckpointError(f"{path} holds no model.safetensors: name a checkpoint")
     if held.get("model"):
         spec = ModelSpec(
             name=str(file.absolute()),

@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ _STATE_SIZES = 3 * 4
 class Pretrained:
     """What pre-training returns: the model, its stages, its score on the validation split."""
 
-    model: nn.Module
-    stages: tuple[Stage, ...]
+    model: nn.Module = field(repr=False)
+    stages: tuple[Stage, ...] = field(repr=False)
     score: Measurement
     folder: Path | None
 

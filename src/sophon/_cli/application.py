@@ -12,13 +12,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 import typer.core
 
+from sophon._base.counting import watching
 from sophon._base.errors import SophonError, SpecError
 from sophon._base.remarks import LOG
 
@@ -142,6 +143,12 @@ def _unremarked(quiet: bool) -> Iterator[None]:
         LOG.disabled = before
 
 
+def _shown(noun: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+    from sophon._cli.progress import Display
+
+    return Display.late("bar" if sys.stderr.isatty() else "lines", noun, total)
+
+
 def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Turn what a user can act on into a line on stderr and an exit code."""
 
@@ -149,7 +156,7 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         quiet = bool(kwargs.get("quiet") or kwargs.get("as_json"))
         try:
-            with _ended_like_interrupted(), _unremarked(quiet):
+            with _ended_like_interrupted(), _unremarked(quiet), watching(None if quiet else _shown):
                 command(*args, **kwargs)
         except SophonError as error:
             if error.told:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from sophon._base.counting import counted
 from sophon._base.errors import DataError, first_line
 
 Bytes = NDArray[np.uint8]
@@ -179,7 +180,7 @@ def stack(
     Raises DataError: the sizes differ; the message names the first two that do.
     """
     result: Bytes | None = None
-    for position, picture in enumerate(pictures):
+    for position, picture in enumerate(counted(pictures, "image", count)):
         if result is None:
             result = np.empty((count, *picture.shape), np.uint8)
         if picture.shape[:2] != result.shape[1:3]:

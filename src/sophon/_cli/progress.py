@@ -105,8 +105,9 @@ class Display(AbstractContextManager["Display"]):
     @classmethod
     @contextmanager
     def late(cls, mode: Mode, noun: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show a loop once it has taken `LATE_S` seconds, unless a display is open already; the value
-        is called after each of its steps.
+        """Show a loop once it has taken `LATE_S` seconds, unless a display is open already.
+
+        The value is called after each of its steps.
         """
         display = cls(mode, noun=noun, total=total, todo=total)
         with ExitStack() as opened:

@@ -103,7 +103,7 @@ class Jobs:
         place = _setting("model.weights", str(weights))
         if cell.unet_file is not None:
             place = _setting("model.name", f"diffusers:{cell.unet_file}")
-        case = load(cell.run_file, [*self.of_cells, place], self.threads, network_only=True)
+        case = load(cell.run_file, [*self.of_cells, place], self.threads, untrained=True)
         show_forecast(case, as_json=False)
 
     def show_row(self, cell: Cell) -> None:

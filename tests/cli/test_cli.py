@@ -28,15 +28,14 @@ from sophon._base.remarks import remark
 from sophon._cli import app
 from sophon._cli.application import guarded
 from sophon._cli.controls import _why_missed
-from sophon._cli.demo import prepare
+from sophon._cli.demo import RUN as DEMO
 from sophon._cli.progress import Display, duration
-from sophon._cli.run_file import load
-from sophon._cli.running import show_protected
+from sophon._cli.run_file import load, load_pretraining
+from sophon._cli.running import run_pretraining, show_protected
 from sophon._models.networks import SmallConvNet
 from sophon._protection.protection import Protected
 from sophon._records.audit_record import Score
 from sophon._records.round import Round
-from sophon._specs import Strategy
 
 RUN = """
 [model]
@@ -79,9 +78,12 @@ batch_size = 8
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    training = Strategy(optimizer="adam", learning_rate=3e-3, batch_size=64, steps=60)
-    prepare(folder, training=training)
-    return folder / "letters.safetensors"
+    (folder / "run.toml").write_text(DEMO)
+    case = load_pretraining(
+        folder / "run.toml", ["pretrain.steps=60", "pretrain.every=60"], untrained=True
+    )
+    run_pretraining(case, folder / "start", "quiet")
+    return Path(shutil.copy(folder / "start/model.safetensors", folder / "letters.safetensors"))
 
 
 @pytest.fixture
@@ -220,6 +222,35 @@ def test_dry_run_resolves_forecasts_and_writes_nothing(run_file: Path, tmp_path:
     held = json.loads(out)
     assert held["spec"]["protect"]["rounds"] == 3
     assert held["total_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("audit", "--model", "letters.safetensors"), "trials, "),
+        (("pretrain", "--set", "pretrain.steps=90"), "90 steps of "),
+    ],
+)
+def test_every_dry_run_validates_forecasts_and_writes_nothing(
+    run_file: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    given = [tmp_path / word if word.endswith("tensors") else word for word in words]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    code, out, _ = sophon(given[0], run_file, "--dry-run", *given[1:])
+    assert code == 0
+    *resolved, last = out.splitlines()
+    assert last.startswith("forecast: ")
+    assert said in last
+    assert last.endswith("nothing was written")
+    assert resolved[-1].startswith("# ")
+    held = json.loads(sophon(given[0], run_file, "--dry-run", *given[1:], "--json")[1])
+    assert held["total_s"] > 0
+    assert held["domains"] == [line[2:] for line in resolved if line.startswith("# ")]
+    code, _, err = sophon(given[0], run_file, "--dry-run", *given[1:], "--set", "original.limit=1")
+    assert code == 2
+    assert len(err.splitlines()) <= 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "--out is missing" in sophon(given[0], run_file, *given[1:])[2]
 
 
 def test_the_resolved_run_is_toml_that_runs_again(run_file: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_command_line_page_has_every_command(site: Path) -> None:
 
     text = text_of(site / "cli.html")
     commands = get_command(app).commands
-    assert len(commands) == 9
+    assert len(commands) == 11
     assert [name for name in commands if f"Usage: sophon {name}" not in text] == []
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from records import STEPS, record, trial
 from sophon._judgement.statistics import Cost, bands, cost_of
-from sophon._judgement.survival import Recovery, logrank, ratio_interval, recovery
+from sophon._judgement.survival import Recovery, _median, logrank, ratio_interval, recovery
 from sophon._judgement.verdict import summarise
 from sophon._reporting.report import report
 
@@ -188,3 +191,46 @@ def test_bands_cover_as_the_bootstrap_does(seeds: int, least: float) -> None:
         held += band.low <= 0.5 <= band.high
     # Of few seeds a bootstrap covers less than 95 %, and the report says so.
     assert least <= held / 150 <= 0.99
+
+
+def test_medians_and_p_values_are_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    stream = np.random.default_rng(3)
+    compared = 0
+    for _ in range(200):
+        held, data = [], []
+        for size in stream.integers(2, 7, 2):
+            steps = stream.choice([5, 20, 80, 200], size)
+            lost = stream.random(size) < 0.4
+            costs = tuple(
+                Cost(None if gone else int(step), int(step))
+                for step, gone in zip(steps, lost, strict=True)
+            )
+            data.append(stats.CensoredData.right_censored(steps.astype(float), lost))
+            survival = stats.ecdf(data[-1]).sf
+            reached = survival.quantiles[survival.probabilities <= 0.5 + 1e-12]
+            # SciPy's has a step at every time, also where seeds were only lost.
+            median = int(reached[0]) if len(reached) and not lost.all() else None
+            held.append(Recovery(0.5, costs, _median(costs), 200))
+            assert held[-1].median == median
+        with np.errstate(all="ignore"):
+            expected = float(stats.logrank(*data).pvalue)
+        found = logrank(*held)
+        if found is not None and math.isfinite(expected):
+            assert found == pytest.approx(expected, abs=1e-12)
+            compared += 1
+    assert compared > 100
+
+
+def test_a_report_does_not_pay_for_scipys_statistics(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(
+        record([trial("protected", [0.1] * len(STEPS))]).model_dump_json()
+    )
+    code = (
+        "import sys; from pathlib import Path; from sophon._cli.reading import read_record;"
+        "from sophon._reporting.report import report;"
+        "report(read_record(Path('record.json'))).write_html(Path('report.html'));"
+        "assert 'torch' not in sys.modules; assert 'scipy.stats' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "report.html").is_file()

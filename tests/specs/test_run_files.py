@@ -9,28 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mutants import DEEP, LINES, VALUES, read, run_file
 from sophon._base.errors import SpecError
 from sophon._cli.demo import RUN
 from sophon._cli.run_file import _text_of, parse_run
-
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*-sampled.toml"))
-DEEP = 3000
-VALUES = (
-    *("9" * 5000, "9" * 30, "1e400", "1e-320", "-inf", "nan", "-1", "0", "0x" + "f" * 300),
-    *("true", '""', "[]", "{}", "[[[[1]]]]", '"x"', "2020-01-01", "[1, 2]", "{a = 1}", '"\\u0000"'),
-    *("'''", '"joint"', '[{kind = "erasure"}]', '{kind = "heal"}', "{sgd = [1e-320, 0.1]}"),
-    *('[[{kind = "fresh_head"}, {kind = "heal"}]]', f'"{"y" * 100_000}"', "[" * DEEP + "]" * DEEP),
-    *("{a = " * DEEP + "1" + "}" * DEEP, "[" + "1," * 50_000 + "]", '"C:\\Users\\me"'),
-)
-LINES = (
-    *("[x" + ".y" * DEEP + "]", "a" + ".b" * DEEP + " = 1", '"a".' * DEEP + "b = 1", "[protect]"),
-    *(
-        "\n".join(f"k{n} = 1" for n in range(DEEP)),
-        "[model.arguments]\nx = [[1]]",
-        '"' + '\\"' * DEEP,
-    ),
-    *('[[protect.hinder]]\nkind = "rehearsal"\nsteps = -1', '[protect.update]\nkind = "joint"'),
-)
 
 
 def refusal(text: str, *settings: str) -> str:
@@ -45,33 +27,23 @@ def refusal(text: str, *settings: str) -> str:
     return message
 
 
-def mutated(chance: random.Random) -> str:
-    texts = [RUN, *(path.read_text() for path in RECIPES)]
-    lines = chance.choice(texts).splitlines()
-    for _ in range(chance.randint(1, 3)):
-        at, how = chance.randrange(len(lines)), chance.random()
-        key, equals, _ = lines[at].partition("=")
-        if how < 0.5 and equals:
-            lines[at] = f"{key}= {chance.choice(VALUES)}"
-        elif how < 0.7:
-            lines.insert(at, chance.choice([*LINES, *lines]))
-        elif how < 0.8:
-            lines[at] = lines[at].replace("[[", "[").replace("]]", "]")
-        else:
-            where = chance.randrange(len(lines[at]) + 1)
-            wrong = chance.choice("[]{}=\"'.,\\#\0é9-")
-            lines[at] = lines[at][:where] + wrong + lines[at][where + 1 :]
-    return "\n".join(lines)
-
-
 def test_a_mutated_run_file_is_read_or_refused_in_a_line() -> None:
     refused = 0
     for seed in range(400):
-        text = mutated(random.Random(seed))
+        text = run_file(random.Random(seed))
         with contextlib.suppress(pytest.fail.Exception):  # it is as good as before
             refusal(text)
             refused += 1
     assert refused > 200
+
+
+@pytest.mark.parametrize(("kind", "least"), [("records", 30), ("weights", 40), ("archives", 40)])
+def test_mutated_files_are_read_or_refused_in_two_lines(
+    tmp_path: Path, kind: str, least: int
+) -> None:
+    said = [read(kind, seed, tmp_path) for seed in range(60)]
+    assert sum(map(bool, said)) >= least
+    assert not all(said)
 
 
 @pytest.mark.parametrize("line", LINES[:3])

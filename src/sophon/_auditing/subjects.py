@@ -10,6 +10,7 @@ from torch import nn
 
 from sophon._auditing.trial import Start
 from sophon._auditing.vitals import measure_vitals
+from sophon._base.counting import counted
 from sophon._base.errors import AuditError
 from sophon._data import Domain
 from sophon._models import (
@@ -145,7 +146,8 @@ class Subjects:
                 code=code if name == "protected" else (),
                 similarity=alike if name == "protected" else None,
             )
-            for name, start in ((name, self.start(name, self.seed)) for name in self.names)
+            for name in counted(self.names, "model", len(self.names))
+            for start in (self.start(name, self.seed),)
         )
 
 

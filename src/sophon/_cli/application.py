@@ -12,13 +12,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 import typer.core
 
+from sophon._base.counting import watching
 from sophon._base.errors import SophonError, SpecError
 from sophon._base.remarks import LOG
 
@@ -45,6 +46,7 @@ Exit codes:
 \b
 Examples:
   sophon demo
+  sophon try --model timm:resnet18 --weights w.safetensors --keep photos --refuse faces
   sophon protect run.toml --out runs/p1
   sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1
   sophon report runs/a1 --html report.html
@@ -52,7 +54,7 @@ Examples:
 
 # As a user meets them.
 _ORDER = (
-    *("demo", "pretrain", "protect", "audit", "report"),
+    *("demo", "try", "init", "pretrain", "protect", "audit", "report"),
     *("compare", "evaluate", "inspect", "export"),
 )
 
@@ -92,6 +94,17 @@ Settings = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the last line, the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and no bars.")]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing.")
+]
+
+
+def required_out(out: Path | None, example: str) -> Path:
+    """Return the folder to write to. Raises SpecError where a run that writes has none."""
+    if out is None:
+        raise SpecError(f"--out is missing: name a folder to write to, such as --out {example}")
+    return out
+
 
 def counted(text: str | int) -> int:
     """Return a whole number from 1 on. Raises typer.BadParameter, naming what was given."""
@@ -130,6 +143,12 @@ def _unremarked(quiet: bool) -> Iterator[None]:
         LOG.disabled = before
 
 
+def _shown(noun: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+    from sophon._cli.progress import Display
+
+    return Display.late("bar" if sys.stderr.isatty() else "lines", noun, total)
+
+
 def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Turn what a user can act on into a line on stderr and an exit code."""
 
@@ -137,7 +156,7 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         quiet = bool(kwargs.get("quiet") or kwargs.get("as_json"))
         try:
-            with _ended_like_interrupted(), _unremarked(quiet):
+            with _ended_like_interrupted(), _unremarked(quiet), watching(None if quiet else _shown):
                 command(*args, **kwargs)
         except SophonError as error:
             if error.told:
@@ -156,12 +175,14 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     return guarded
 
 
-def command(*examples: str) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
+def command(
+    *examples: str, name: str | None = None
+) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
     """Make a function a command, `guarded`, whose help ends with the examples."""
     epilog = "\b\nExamples:\n" + "".join(f"  {example}\n" for example in examples)
 
     def added(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
-        return app.command(epilog=epilog)(guarded(function))
+        return app.command(name, epilog=epilog)(guarded(function))
 
     return added
 

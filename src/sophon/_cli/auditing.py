@@ -11,9 +11,11 @@ import typer
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._cli import application as cli
 from sophon._cli.controls import CONTROLS, run_controls
-from sophon._cli.running import mode_of, remark, say_read, show_verdict
+from sophon._cli.running import mode_of, remark, say_read, show_resolved, show_verdict
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sophon._auditing.audit import Audit
     from sophon._cli.progress import Mode
     from sophon._cli.run_file import Case
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 _OURS = ("record.json", CONTROLS, "trials", "budgets")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
-Out = Annotated[Path, cli.option("--out", "FOLDER", "Where record and reports go.")]
+Out = Annotated[Path | None, cli.option("--out", "FOLDER", "Where record and reports go.")]
 Protected = Annotated[
     Path | None, cli.option("--model", "FILE", "The protected checkpoint: its file or folder.")
 ]
@@ -67,6 +69,7 @@ Address = Annotated[
 
 
 @cli.command(
+    "sophon audit run.toml --model runs/p1 --dry-run",
     "sophon audit run.toml --model runs/p1/model.safetensors --out runs/a1",
     "sophon audit run.toml --model runs/p1 --out runs/a2 --store runs/a1",
     "sophon audit run.toml --model runs/p1 --out runs/a3 --budget 1h30m --workers 4",
@@ -76,7 +79,7 @@ Address = Annotated[
 )
 def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     run_file: cli.RunFile,
-    out: Out,
+    out: Out = None,
     model: Protected = None,
     unprotected: Unprotected = None,
     store: Store = None,
@@ -89,6 +92,7 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     quiet: cli.Quiet = False,
     as_json: cli.Json = False,
     threads: cli.Threads = None,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Attack a protected checkpoint and report what it withstood.
 
@@ -100,28 +104,50 @@ def audit(  # noqa: PLR0913, PLR0917 - one parameter an option
     mode = mode_of(quiet, as_json)
     if not run_file.is_file():
         raise SpecError(f"{run_file} does not exist: name the run file")
-    placed: dict[str, Any] = {
-        "store": store or out,
-        "workers": workers,
-        "executor": executor,
-        "address": address,
-    }
+    workers_of: dict[str, Any] = {"workers": workers, "executor": executor, "address": address}
     _require_consistent(controls, {"--model": model, "--unprotected": unprotected}, budget)
     seconds = None if budget is None else parse_duration(budget)
-    _require_places(run_file, settings, model, (out, store or out))
+    if dry_run and controls:
+        raise SpecError("--dry-run forecasts an audit, and --controls are several: leave one out")
+    if not dry_run:
+        out = cli.required_out(out, "runs/a1")
+        _require_places(run_file, settings, model, (out, store or out))
     # Another model before protection, or none, stands in for the run file's.
-    case = load(run_file, settings, threads, network_only=unprotected is not None)
+    case = load(run_file, settings, threads, untrained=unprotected is not None)
     if controls and not case.task.kind.classifies:
         raise SpecError("--controls makes classifiers that only look protected: not for denoising")
-    if controls:
-        run_controls(case, out, mode, **placed)
+    wanted: dict[str, Any] = {"unprotected": unprotected, "budget_s": seconds, **workers_of}
+    if out is None or dry_run:
+        _show_dry(case, Path(model or ""), as_json=as_json, **wanted)
+    elif controls:
+        run_controls(case, out, mode, store=store or out, **workers_of)
     elif model is not None:
         _require_same_model(out, model)
-        record = run_audit(
-            case, model, mode, unprotected=unprotected, budget_s=seconds, out=out, **placed
-        )
+        record = run_audit(case, model, mode, out=out, store=store or out, **wanted)
         made = write_audit(record, out)
         show_verdict(made, mode, {"report": out / "report.html"})
+
+
+def _show_dry(case: Case, model: Path, *, as_json: bool, **wanted: Any) -> None:
+    """Print the resolved run and what its audit is expected to take, without a store."""
+    from sophon._cli.progress import forecast_text
+
+    audit = _opened(case, model, "quiet" if as_json else "lines", note="", **wanted)
+    expected = audit.forecast()
+    show_resolved(
+        case,
+        {"audit": audit.spec},
+        {
+            "trials": expected.trials,
+            "steps": expected.steps,
+            "total_s": expected.seconds,
+            "given_up": list(audit.given_up),
+        },
+        f"{forecast_text(expected, about=audit.plan.staged)}, as four attacks of at most 12 steps"
+        " on a fresh network took; stored trials are not counted",
+        as_json=as_json,
+        own=audit.setting.own,
+    )
 
 
 def _require_places(
@@ -129,7 +155,7 @@ def _require_places(
 ) -> None:
     """Raise SpecError or CheckpointError for an --out or --store that must stay as it is."""
     from sophon._base.files import require_unused
-    from sophon._cli.run_file import require_outside, require_place
+    from sophon._cli.run_file import read_run, require_outside, require_place
     from sophon._reporting.rendering import require_replaceable
 
     for folder in folders:
@@ -142,7 +168,7 @@ def _require_places(
         )
     for folder in dict.fromkeys(folders):
         require_unused(folder, *_OURS)
-        require_outside(folder, run_file, settings)
+        require_outside(folder, read_run(run_file, settings), run_file.parent)
     for page in ("report.html", "report.md"):
         require_replaceable(out / page)
 
@@ -256,7 +282,6 @@ def _opened(
     case: Case, path: Path, mode: Mode, *, unprotected: Path | None, note: str, **arguments: Any
 ) -> Audit:
     """Return the audit of a checkpoint, and warn of one that is not protected."""
-    from sophon._auditing.audit import Audit
     from sophon._cli.run_file import load_subject, weights_file
     from sophon._models import weights_sha256
     from sophon._training.checkpoints import file_sha256
@@ -267,9 +292,31 @@ def _opened(
     if unprotected is not None and str(unprotected) != "none":
         before = load_subject(case, unprotected)[0]
         files["unprotected"] = file_sha256(weights_file(unprotected))
-    audit = Audit(
+    about = {"protection": protection, "note": note, "files": files}
+    given = None if str(unprotected) == "none" else before
+    audit = audit_of(case, protected, given, about, **arguments)
+    if weights_sha256(protected) == weights_sha256(before):
+        remark(
+            mode,
+            f"warning: {path} has the weights of the model before protection: name the protected"
+            " ones with --model, and those in the run file or with --unprotected",
+        )
+    return audit
+
+
+def audit_of(
+    case: Case,
+    protected: nn.Module,
+    unprotected: nn.Module | None,
+    about: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Audit:
+    """Return the audit of a run's model; `about` and `arguments` are more of `Audit`'s."""
+    from sophon._auditing.audit import Audit
+
+    return Audit(
         protected,
-        unprotected=None if str(unprotected) == "none" else before,
+        unprotected=unprotected,
         original=case.original,
         restricted=case.restricted,
         held_out=case.held_out,
@@ -278,22 +325,9 @@ def _opened(
         spec=case.spec.audit,
         scratch=case.scratch,
         head=case.network.head,
-        about={
-            "model": case.name,
-            "command": cli.command_line(),
-            "protection": protection,
-            "note": note,
-            "files": files,
-        },
+        about={"model": case.name, "command": cli.command_line(), **(about or {})},
         **arguments,
     )
-    if weights_sha256(protected) == weights_sha256(before):
-        remark(
-            mode,
-            f"warning: {path} has the weights of the model before protection: name the protected"
-            " ones with --model, and those in the run file or with --unprotected",
-        )
-    return audit
 
 
 def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:

@@ -14,13 +14,11 @@ import typer
 from sophon._base.errors import SpecError
 from sophon._cli import application as cli
 from sophon._cli import running
-from sophon._cli.auditing import run_audit, write_audit
 
 # What only reads and prints may run in several processes.
 _SHARED = ("protect", "report", "compare", "inspect")
 
 _OUT = cli.option("--out", "FOLDER", "Where to write; resumes there.")
-Out = Annotated[Path, _OUT]
 Profile = Annotated[
     int | None,
     cli.option(
@@ -68,10 +66,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     settings: cli.Settings = None,
     quiet: cli.Quiet = False,
     as_json: cli.Json = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the resolved run and a forecast; write nothing."),
-    ] = False,
+    dry_run: cli.DryRun = False,
     tensorboard: Annotated[
         Path | None, cli.option("--tensorboard", "FOLDER", "Log every round for TensorBoard.")
     ] = None,
@@ -83,7 +78,7 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
 
     Under torchrun many processes share the work.
     """
-    from sophon._cli.run_file import load, require_outside, require_place
+    from sophon._cli.run_file import load, read_run, require_outside, require_place
     from sophon._protection.profile import require_rounds
     from sophon._training.ranks import process_group
 
@@ -91,13 +86,10 @@ def protect(  # noqa: PLR0913, PLR0917 - one parameter an option
     with process_group() as ranks:
         with ranks.agreeing():
             _require_one_process(ranks.world, profile, dry_run=dry_run)
-            if out is None and not dry_run:
-                raise SpecError(
-                    "--out is missing: name a folder to write to, such as --out runs/p1"
-                )
-            if out is not None and not dry_run:
+            if not dry_run:
+                out = cli.required_out(out, "runs/p1")
                 require_place(out)
-                require_outside(out, run_file, settings)
+                require_outside(out, read_run(run_file, settings), run_file.parent)
             if tensorboard is not None:
                 require_place(tensorboard)
             case = load(run_file, settings, threads)
@@ -125,16 +117,18 @@ def _require_one_process(world: int, profile: int | None, *, dry_run: bool) -> N
 
 
 @cli.command(
+    "sophon pretrain run.toml --dry-run",
     "sophon pretrain run.toml --out runs/base",
     "sophon pretrain run.toml --out runs/base --set pretrain.steps=5000",
 )
 def pretrain(
     run_file: cli.RunFile,
-    out: Out,
+    out: Annotated[Path | None, _OUT] = None,
     settings: cli.Settings = None,
     quiet: cli.Quiet = False,
     as_json: cli.Json = False,
     threads: cli.Threads = None,
+    dry_run: cli.DryRun = False,
 ) -> None:
     """Train the model of RUN.TOML on its original domain; repeat the command to resume.
 
@@ -143,6 +137,11 @@ def pretrain(
     from sophon._cli.run_file import load_pretraining, require_place
 
     mode = running.mode_of(quiet, as_json)
+    if dry_run:
+        case = load_pretraining(run_file, settings, threads)
+        running.show_pretraining_forecast(case, as_json=as_json)
+        return
+    out = cli.required_out(out, "runs/base")
     require_place(out)
     case = load_pretraining(run_file, settings, threads)
     running.show_pretrained(running.run_pretraining(case, out, mode), out, mode)
@@ -199,24 +198,13 @@ def demo(
     threads: cli.Threads = None,
 ) -> None:
     """Protect, audit and report a toy model on embedded images."""
-    from sophon._records.metrics import shown
+    from sophon._base.files import require_writable, write_new_text
+    from sophon._cli.demo import RUN, WHAT_IT_SHOWS
+    from sophon._cli.run_file import require_place
+    from sophon._cli.starting import first_look
 
     mode = running.mode_of(quiet, as_json)
-    running.remark(mode, "Preparing letters, digits and a small network for letters.")
-    from sophon._cli.demo import WHAT_IT_SHOWS, prepare
-    from sophon._cli.run_file import load, require_place
-
     require_place(out)
-    start = prepare(out)
-    done = "trained" if start.trained else "found"
-    running.remark(mode, f"{done}: letters validation {shown(start.score)}")
-    case = load(start.run, settings, threads)
-    result = running.run_protection(case, out / "protected", mode)
-    if mode != "quiet":
-        running.show_protected(result, out / "protected", mode)
-    checkpoint = out / "protected" / "model.safetensors"
-    record = run_audit(case, checkpoint, mode, store=out / "audit", note=WHAT_IT_SHOWS)
-    made = write_audit(record, out / "audit")
-    if mode in ("bar", "lines"):
-        typer.echo(WHAT_IT_SHOWS)
-    running.show_verdict(made, mode, {"report": (out / "audit" / "report.html").absolute()})
+    require_writable(out)
+    write_new_text(out / "run.toml", RUN)
+    first_look(out / "run.toml", out, settings, mode, threads, note=WHAT_IT_SHOWS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import typer
 from rich.console import Console
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0
+# Loops that are over sooner are not shown.
+LATE_S = 2.0
 
 
 def duration(seconds: float) -> str:
@@ -51,11 +53,16 @@ def say_forecast(
         more = {} if todo is None else {"to_run": todo, "given_up": list(given_up)}
         say_json("forecast", **numbers, **more)
         return
+    left = "" if todo is None else f"; {todo} trials are still to be run"
+    typer.echo(f"forecast: {forecast_text(expected, about=about)}{left}", err=True)
+
+
+def forecast_text(expected: AuditForecast, *, about: bool = True) -> str:
+    """Return what a line says of an audit to come; `about` where its trials are not certain."""
     seconds = expected.seconds
     time = "a time that cannot be measured" if seconds is None else f"about {duration(seconds)}"
-    left = "" if todo is None else f"; {todo} trials are still to be run"
-    work = f"{'about ' if about else ''}{expected.trials} trials, {expected.steps} steps"
-    typer.echo(f"forecast: {work}, {time} in all{left}", err=True)
+    several = f"{'about ' if about else ''}{expected.trials} trials"
+    return f"{several}, {expected.steps} steps, {time} in all"
 
 
 class Display(AbstractContextManager["Display"]):
@@ -64,6 +71,8 @@ class Display(AbstractContextManager["Display"]):
     JSON goes to stdout, for programs; bars and lines go to stderr, so that stdout holds the
     result alone.
     """
+
+    displays: ClassVar[int] = 0
 
     def __init__(self, mode: Mode, *, noun: str, total: int, todo: int) -> None:
         self.mode = mode
@@ -75,8 +84,11 @@ class Display(AbstractContextManager["Display"]):
         self.started = time.monotonic()
         self.last_line = self.started
         self.bar: Progress | None = None
+        self.shown = False
 
     def __enter__(self) -> Self:
+        self.shown = True
+        Display.displays += 1
         if self.mode == "bar":
             columns = (TextColumn(self.noun + "s"), BarColumn(24), MofNCompleteColumn())
             console = Console(stderr=True)
@@ -86,8 +98,31 @@ class Display(AbstractContextManager["Display"]):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        Display.displays -= 1
         if self.bar is not None:
             self.bar.stop()
+
+    @classmethod
+    @contextmanager
+    def late(cls, mode: Mode, noun: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show a loop once it has taken `LATE_S` seconds, unless a display is open already.
+
+        The value is called after each of its steps.
+        """
+        display = cls(mode, noun=noun, total=total, todo=total)
+        with ExitStack() as opened:
+
+            def step() -> None:
+                taken = time.monotonic() - display.started
+                if not display.shown and taken > LATE_S and not cls.displays:
+                    opened.enter_context(display)
+                    display.start_at(display.seen)
+                if display.shown:
+                    display.step({}, "")
+                else:
+                    display.seen, display.ran = display.seen + 1, display.ran + 1
+
+            yield step
 
     def start_at(self, done: int) -> None:
         """Count `done` steps as finished by an earlier run."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sophon._base.errors import CheckpointError, SpecError, first_line
+from sophon._base.errors import CheckpointError, SpecError, first_line, shortened
 from sophon._cli.application import Json, Quiet, command, option, say_json
 from sophon._cli.controls import CONTROLS, show_controls
 from sophon._cli.running import mode_of, say, show_comparison, show_verdict
@@ -46,7 +46,9 @@ def read_record(path: Path) -> AuditRecord:
             held = (gzip.GzipFile(fileobj=opened) if packed else opened).read(_MOST_BYTES + 1)
         if len(held) > _MOST_BYTES:
             raise CheckpointError(f"{file} has more than {_MOST_BYTES >> 20} MiB: no record has")
-        return AuditRecord.model_validate_json(held.decode("utf-8"))
+        record = AuditRecord.model_validate_json(held.decode("utf-8"))
+        _require_as_written(record, file)
+        return record
     except FileNotFoundError:
         if (path / CONTROLS).is_file():
             raise CheckpointError(
@@ -76,6 +78,26 @@ def read_record(path: Path) -> AuditRecord:
             f"{file} is not a whole audit record of this version{_why(error)}: repeat the audit, or"
             " name the record.json that it wrote"
         ) from None
+
+
+def _require_as_written(record: AuditRecord, file: Path) -> None:
+    """Raise CheckpointError where the suite or the settings of a record are not those it ran with.
+
+    Records from before suites had fingerprints are taken as they are.
+    """
+    from sophon._attacks.suites import SUITES, suite_fingerprint
+
+    if not record.suite_fingerprint:
+        return
+    name, fault = record.spec.suite, ""
+    if name not in SUITES:
+        fault = f"its suite {shortened(name)!r} is unknown here: use the version that wrote it"
+    elif suite_fingerprint(name) != record.suite_fingerprint:
+        fault = f"its attacks were not those of suite {name!r}: restore the file"
+    elif record.spec.fingerprint() != record.spec_fingerprint:
+        fault = "its settings are not those that it ran with: restore the file"
+    if fault:
+        raise CheckpointError(f"{file} is not as the audit wrote it; {fault}, or repeat the audit")
 
 
 def _why(error: ValueError) -> str:
@@ -252,7 +274,9 @@ def export(
     from sophon._reporting.export import export as write
 
     require_place(to)
-    files = write(protected, to, None if record is None else read_record(record))
+    audited = None if record is None else read_record(record)
+    with _as_written(protected):
+        files = write(protected, to, audited)
     if as_json:
         say_json("summary", files=[str(file) for file in files])
         return

@@ -14,6 +14,7 @@ from torch import nn
 from sophon._attacks.suites import attack_named, resolved, strategies_of
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._base.files import nearest_present, read_json
+from sophon._cli.extras import require_extras
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.loading import expanded
@@ -33,7 +34,7 @@ from sophon._models import (
 from sophon._specs import DomainSpec, ModelSpec, TaskSpec, parse_spec, parse_toml
 from sophon._specs.parsing import MOST_BYTES
 from sophon._tasks import Classification, Denoising, Latents, Task
-from sophon._training.checkpoints import require_recorded
+from sophon._training.checkpoints import require_model_in, require_recorded
 from sophon._training.environment import domain_text
 from sophon._training.setting import Setting, make_setting
 
@@ -203,30 +204,49 @@ def load(
     settings: list[str] | None,
     threads: int | None = None,
     *,
-    network_only: bool = False,
+    untrained: bool = False,
 ) -> Case:
-    """Return the run in `path`, its model and its domains loaded.
+    """Return the run in `path`, its model and its domains loaded; see `load_spec`.
 
-    Paths in it start at its folder. With `network_only` nobody uses the model's own weights: if
-    their file is not there, the model has random ones.
-
-    Raises DataError, UnsupportedModelError or CheckpointError.
+    Paths in it start at its folder.
     """
-    spec = read_run(path, settings)
-    weights = _located(spec.model, path.parent).weights
-    if network_only and weights is not None and not Path(weights).is_file():
-        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
+    return load_spec(read_run(path, settings), path.parent, threads, untrained=untrained)
+
+
+def load_spec(
+    spec: RunSpec, base: Path, threads: int | None = None, *, untrained: bool = False
+) -> Case:
+    """Return a run whose paths start at `base`, its model and its domains loaded.
+
+    With `untrained` nobody uses the model's own weights: if their file is not there, the model has
+    random ones. Raises DataError, UnsupportedModelError or CheckpointError.
+    """
     several = {"restricted": spec.restricted, "held_out": spec.held_out, "benign": spec.benign}
-    return _case(spec, path.parent, several, threads)
+    return _case(_without_weights(spec, base) if untrained else spec, base, several, threads)
 
 
-def load_pretraining(path: Path, settings: list[str] | None, threads: int | None = None) -> Case:
+def load_pretraining(
+    path: Path,
+    settings: list[str] | None,
+    threads: int | None = None,
+    *,
+    untrained: bool = False,
+) -> Case:
     """Return the run in `path` for pre-training: no domain but the original one is loaded.
 
-    Raises as `load`.
+    `untrained` and what is raised are as of `load_spec`.
     """
     spec = parse_pretraining(_text_of(path), settings, where=str(path))
+    spec = _without_weights(spec, path.parent) if untrained else spec
     return _case(spec, path.parent, {"restricted": ()}, threads)
+
+
+def _without_weights(spec: AnyRun, base: Path) -> AnyRun:
+    """Return a run without weights where their file is not there."""
+    weights = _located(spec.model, base).weights
+    if weights is None or Path(weights).is_file():
+        return spec
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None})})
 
 
 def _case(
@@ -238,6 +258,7 @@ def _case(
     if threads is not None:
         torch.set_num_threads(threads)
     # What takes no time goes first: images may take minutes to decode.
+    require_extras(spec, (spec.original, *(s for chosen in wanted.values() for s in chosen)))
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
     if located.name.startswith(PATHS):
@@ -298,13 +319,12 @@ def require_place(folder: Path) -> None:
         raise CheckpointError(f"cannot write to {folder}: {nearest} is read-only; choose another")
 
 
-def require_outside(folder: Path, run_file: Path, settings: list[str] | None) -> None:
+def require_outside(folder: Path, spec: RunSpec, base: Path) -> None:
     """Raise CheckpointError if `folder` lies in images that the run reads: it would be a class."""
-    spec = read_run(run_file, settings)
     for domain in (spec.original, *spec.restricted, *spec.held_out, *spec.benign):
         if domain.source != "folder" or domain.path is None:
             continue
-        images = expanded(domain.path, run_file.parent).resolve()
+        images = expanded(domain.path, base).resolve()
         if images == folder.resolve() or images in folder.resolve().parents:
             raise CheckpointError(
                 f"{folder} lies in the images of a domain, {domain.path}: write elsewhere, where"
@@ -335,13 +355,13 @@ def load_subject(case: Case, path: Path) -> tuple[nn.Module, dict[str, Any] | No
     ours = path.is_file() or (path / "model.safetensors").is_file()
     if path.is_dir() and not ours and case.network.name.startswith(DIFFUSERS):
         return _load_denoiser(case, path), None
+    if not ours and (path.is_dir() or file.name == "model.safetensors"):
+        require_model_in(file.parent, "name a checkpoint")
     description = file.parent / "model.json"
     held: dict[str, Any] = {}
     if file.name == "model.safetensors" and description.is_file():
         held = read_json(description)
         require_recorded(file, held)
-    if not ours and path.is_dir():
-        raise CheckpointError(f"{path} holds no model.safetensors: name a checkpoint")
     if held.get("model"):
         spec = ModelSpec(
             name=str(file.absolute()),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sophon._protection.protection import Protected, Protection
     from sophon._reporting.comparison import Comparison
     from sophon._reporting.report import Report
+    from sophon._specs.base import Spec
     from sophon._training.pretrain import Pretrained
 
 
@@ -258,7 +259,7 @@ def say(lines: Iterable[str]) -> None:
 
 def show_forecast(case: Case, *, as_json: bool) -> None:
     """Print the resolved run and what it is expected to take."""
-    from sophon._cli.progress import duration, lines
+    from sophon._cli.progress import duration
     from sophon._protection.forecast import forecast
 
     expected = forecast(
@@ -269,24 +270,56 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
         spec=case.spec.protect,
         head=case.network.head,
     )
+    peak = expected.peak_bytes
+    show_resolved(
+        case,
+        {"protect": expected.spec},
+        {"round_s": expected.round_s, "total_s": expected.total_s, "peak_bytes": peak},
+        f"{expected.spec.rounds} rounds of {expected.round_s:.2g} s,"
+        f" {duration(expected.total_s)} in all"
+        + ("" if peak is None else f"; about {peak / 2**20:.0f} MiB of memory"),
+        as_json=as_json,
+    )
+
+
+def show_pretraining_forecast(case: Case, *, as_json: bool) -> None:
+    """Print the resolved run and what pre-training is expected to take."""
+    from sophon._cli.progress import duration
+    from sophon._training.pretrain import forecast
+
+    spec = case.spec.pretrain
+    step_s, total_s = forecast(
+        case.model, original=case.original, task=case.task, spec=spec, model_spec=case.network
+    )
+    show_resolved(
+        case,
+        {},
+        {"step_s": step_s, "total_s": total_s},
+        f"{spec.steps} steps of {step_s:.2g} s, {duration(total_s)} in all",
+        as_json=as_json,
+    )
+
+
+def show_resolved(
+    case: Case,
+    completed: dict[str, Spec],
+    expected: dict[str, Any],
+    said: str,
+    *,
+    as_json: bool,
+    own: OwnInput | None = None,
+) -> None:
+    """Print a run with its `completed` tables, what was read of its domains, and a forecast, as
+    values and as it is said; `own` as in `Case.read`.
+    """
+    from sophon._cli.progress import lines
+
     resolved = case.spec.model_dump(mode="json")
-    resolved["protect"] = expected.spec.model_dump(mode="json")
+    resolved |= {name: table.model_dump(mode="json") for name, table in completed.items()}
     if as_json:
-        say_json(
-            "forecast",
-            spec=resolved,
-            round_s=expected.round_s,
-            total_s=expected.total_s,
-            peak_bytes=expected.peak_bytes,
-            domains=case.read(),
-        )
+        say_json("forecast", spec=resolved, **expected, domains=case.read(own))
         return
     say(lines(resolved))
     # As comments: what is printed is a run file but for its last line.
-    say(f"# {line}" for line in case.read())
-    peak = expected.peak_bytes
-    memory = "" if peak is None else f"; about {peak / 2**20:.0f} MiB of memory"
-    typer.echo(
-        f"forecast: {expected.spec.rounds} rounds of {expected.round_s:.2g} s,"
-        f" {duration(expected.total_s)} in all{memory}; nothing was written"
-    )
+    say(f"# {line}" for line in case.read(own))
+    typer.echo(f"forecast: {said}; nothing was written")

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from sophon._base.counting import counted
 from sophon._base.errors import DataError, brief, first_line
 
 Bytes = NDArray[np.uint8]
@@ -226,7 +227,7 @@ def stack(
     result: Bytes | None = None
     faults: dict[int, tuple[str, DataError]] = {}
     first = 0
-    for position in range(count):
+    for position in counted(range(count), "image", count):
         try:
             picture = read(position)
         except DataError as error:

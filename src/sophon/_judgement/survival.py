@@ -1,12 +1,12 @@
 """Cost to recover as survival data: an attack seed that never got there is censored, not dropped.
 
-Kaplan-Meier and log-rank are SciPy's.
+Kaplan-Meier and log-rank are written out: to import SciPy's takes longer than the rest of a report.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,16 +68,19 @@ def logrank(first: Recovery, second: Recovery) -> float | None:
 
     None with fewer than two seeds each and where nobody got there; 1 where all cost the same.
     """
-    from scipy.stats import logrank as test
-
     if min(len(first.costs), len(second.costs)) < 2:
         return None
     if all(cost.steps is None for cost in (*first.costs, *second.costs)):
         return None
-    with np.errstate(all="ignore"):
-        value = float(test(_censored(first.costs), _censored(second.costs)).pvalue)
+    excess = variance = 0.0
+    for time, at_risk, ended in _events((*first.costs, *second.costs)):
+        own, of_own = _at(first.costs, time)
+        excess += of_own - ended * own / at_risk
+        if at_risk > 1:
+            shares = own * (at_risk - own) / at_risk**2
+            variance += ended * shares * (at_risk - ended) / (at_risk - 1)
     # Without any spread there is no variance to divide by.
-    return value if math.isfinite(value) else 1.0
+    return math.erfc(abs(excess) / math.sqrt(2 * variance)) if variance > 0 else 1.0
 
 
 def ratio_interval(protected: Recovery, other: Recovery) -> Interval | None:
@@ -105,17 +108,21 @@ def _resampled(held: Recovery, stream: np.random.Generator) -> NDArray[np.float6
 
 
 def _median(costs: Sequence[Cost]) -> int | None:
-    from scipy.stats import ecdf
+    surviving = 1.0
+    for time, at_risk, ended in _events(costs):
+        surviving *= 1 - ended / at_risk
+        if surviving <= 0.5 + 1e-12:
+            return time
+    return None
 
-    if not costs or all(cost.steps is None for cost in costs):
-        return None
-    survival = ecdf(_censored(costs)).sf
-    reached = survival.quantiles[survival.probabilities <= 0.5 + 1e-12]
-    return int(reached[0]) if len(reached) else None
+
+def _events(costs: Sequence[Cost]) -> Iterator[tuple[int, int, int]]:
+    """Yield each number of steps at which a seed got there, with what `_at` says of it."""
+    for time in sorted({cost.steps for cost in costs if cost.steps is not None}):
+        yield time, *_at(costs, time)
 
 
-def _censored(costs: Sequence[Cost]) -> object:
-    from scipy.stats import CensoredData
-
-    steps = [float(cost.horizon if cost.steps is None else cost.steps) for cost in costs]
-    return CensoredData.right_censored(steps, [cost.steps is None for cost in costs])
+def _at(costs: Sequence[Cost], time: int) -> tuple[int, int]:
+    """Return how many seeds had not got there before `time` steps, and how many did then."""
+    lasted = [cost.horizon if cost.steps is None else cost.steps for cost in costs]
+    return sum(one >= time for one in lasted), sum(cost.steps == time for cost in costs)

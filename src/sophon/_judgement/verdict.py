@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from sophon._base.counting import counted
 from sophon._base.errors import AuditError
 from sophon._judgement.advantage import advantage_of
 from sophon._judgement.flags.all import raised
@@ -86,7 +87,8 @@ def judge(record: AuditRecord) -> Judgement:
     if not record.restricted:
         raise AuditError("the record names no restricted domain: nothing can be judged")
     allowed = tuple(_summarise(record, domain) for domain in record.benign)
-    restricted = tuple(_summarise(record, domain, allowed) for domain in record.restricted)
+    domains = counted(record.restricted, "domain", len(record.restricted))
+    restricted = tuple(_summarise(record, domain, allowed) for domain in domains)
     return Judgement(record, restricted, allowed)
 
 

@@ -19,6 +19,7 @@ from sophon._models.building import (
     PATHS,
     architecture,
     blueprint,
+    input_side,
     placed_name,
     require_model,
     resolve_model,

@@ -110,6 +110,16 @@ def resolve_model(
     return _ready(model, spec), fresh
 
 
+def input_side(spec: ModelSpec, usual: int) -> int:
+    """Return the side of the square images, in pixels, that a network by name is built for, where
+    it takes no other ones, or the `usual` one.
+    """
+    model = blueprint(spec).build(None)
+    fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
+    side = made_for(model, (usual, usual))[0] if fixed else getattr(model, "image_size", usual)
+    return int(side)
+
+
 def _ready(model: nn.Module, spec: ModelSpec) -> nn.Module:
     return (checkpoint_gradients(model) if spec.gradient_checkpointing else model).eval()
 

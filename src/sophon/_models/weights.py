@@ -48,6 +48,14 @@ def read_content(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: set the path of the weights")
     try:
+        with path.open("rb"):
+            # The library says of a file that may not be read that there is none.
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): get the permission, or name another file"
+        ) from None
+    try:
         if path.suffix == ".safetensors":
             return load_file(path)
         require_safe_torch(path)

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class Protected:
     is the round after which the guard met the shipped weights.
     """
 
-    model: nn.Module
-    rounds: tuple[Round, ...]
+    model: nn.Module = field(repr=False)
+    rounds: tuple[Round, ...] = field(repr=False)
     before: Measurement
     after: Measurement
     shipped_round: int

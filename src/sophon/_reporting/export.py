@@ -37,7 +37,7 @@ from sophon._records.audit_record import AuditRecord
 from sophon._reporting.rendering import render
 from sophon._reporting.report import Report, report
 from sophon._specs import ModelSpec, parse_spec
-from sophon._training.checkpoints import require_recorded, save_tensors
+from sophon._training.checkpoints import require_model_in, require_recorded, save_tensors
 
 FILES: tuple[str, ...] = ("config.json", "model.safetensors", "README.md")
 # What timm says of the weights that it publishes for a network; these are not they.
@@ -74,8 +74,7 @@ def load_protected(folder: Path) -> Exported:
     Raises CheckpointError where there is none, it was changed or parts of a pipeline are missing.
     """
     file = folder / "model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} holds no model.safetensors: name a finished protection")
+    require_model_in(folder, "name a finished protection")
     held = read_json(folder / "model.json")
     require_recorded(file, held)
     if not held.get("model"):

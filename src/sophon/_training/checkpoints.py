@@ -167,6 +167,20 @@ def require_recorded(file: Path, held: dict[str, Any]) -> str:
     return digest
 
 
+def require_model_in(folder: Path, remedy: str) -> None:
+    """Raise CheckpointError with the `remedy` unless a folder holds a model; of a run that is not
+    finished it says so.
+    """
+    if (folder / "model.safetensors").is_file():
+        return
+    if (folder / "run.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds a run that is not finished: repeat the command that began it, and see"
+            f" `sophon inspect {folder}`"
+        )
+    raise CheckpointError(f"{folder} holds no model.safetensors: {remedy}")
+
+
 def _states(root: Path) -> list[Path]:
     return sorted(root.glob(f"{STATE_PREFIX}*"), reverse=True)
 

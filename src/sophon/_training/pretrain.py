@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ _STATE_SIZES = 3 * 4
 class Pretrained:
     """What pre-training returns: the model, its stages, its score on the validation split."""
 
-    model: nn.Module
-    stages: tuple[Stage, ...]
+    model: nn.Module = field(repr=False)
+    stages: tuple[Stage, ...] = field(repr=False)
     score: Measurement
     folder: Path | None
 
@@ -197,3 +197,20 @@ def pretrain(*model: Any, **arguments: Any) -> Pretrained:
     for _ in run:
         pass
     return run.result()
+
+
+def forecast(
+    model: nn.Module, *, spec: PretrainSpec | None = None, **arguments: Any
+) -> tuple[float, float]:
+    """Return the seconds of a step and of the whole of pre-training, from four steps and a check of
+    the validation split; nothing is kept. Arguments and errors are those of `Pretraining`.
+    """
+    whole = Pretraining(model, spec=spec, **arguments)
+    few = whole.spec.model_copy(update={"steps": 4, "every": 2})
+    run = Pretraining(model, spec=few, **arguments)
+    start = time.perf_counter()
+    evaluate(run.model, run.setting, run.setting.original, run.setting.original.validation)
+    check_s = time.perf_counter() - start
+    # The first stage pays for what is only set up once.
+    step_s = max(0.0, ([stage.wall_s for stage in run][-1] - check_s) / few.every)
+    return step_s, whole.spec.steps * step_s + len(whole) * check_s

@@ -31,7 +31,12 @@ def read_prompts(path: Path, fit: Fit) -> Contents:
     table = path / TABLE
     if not table.is_file():
         raise DataError(f"there is no file {table}; it gives each image's file_name and text")
-    lines = table.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{table} is not UTF-8 text (byte {error.start}): save it as such"
+        ) from None
     rows = [_row(line, number, table) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{table} has no lines; give each image's file_name and text")
@@ -54,7 +59,7 @@ def _row(line: str, number: int, table: Path) -> tuple[str, str]:
     try:
         held = json.loads(line)
         name, text = held["file_name"], held["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             f'{table} line {number}: give {{"file_name": "a.png", "text": "a prompt"}}'
         ) from None

@@ -1,0 +1,125 @@
+"""From two folders to a run file, and to a first report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from sophon._cli import app
+from sophon._cli.run_file import read_run
+
+CLASSES, EACH = 2, 40
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with stripes to keep and patches to refuse, each told by its angle."""
+    root = tmp_path_factory.mktemp("folders")
+    stream = np.random.default_rng(0)
+    for name, period in (("photos", 6), ("faces", 11)):
+        for label in range(CLASSES):
+            (root / name / f"class{label}").mkdir(parents=True)
+            for number in range(EACH):
+                across, down = np.meshgrid(np.arange(40), np.arange(32))
+                wave = np.sin(6.28 * (down if label else across) / period + stream.uniform(0, 6))
+                pixels = 127 + 90 * wave[..., None] + stream.normal(0, 10, (32, 40, 3))
+                picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                picture.save(root / name / f"class{label}" / f"{number}.jpg")
+    return root
+
+
+def sophon(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def options(folders: Path, *more: object) -> tuple[object, ...]:
+    return ("--keep", folders / "photos", "--refuse", folders / "faces", *more)
+
+
+def test_init_writes_a_run_file_that_is_read_and_never_replaces_one(
+    folders: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "run.toml"
+    words = options(folders, "--allow", folders / "faces", "--out", out)
+    made = sophon("init", "--model", "timm:resnet18", *words)
+    assert made.exit_code == 0, made.stderr
+    spec = read_run(out, None)
+    assert (spec.model.name, spec.original.image_size) == ("timm:resnet18", 64)
+    assert (out.parent / str(spec.original.path)).resolve() == folders / "photos"
+    assert len(spec.benign) == 1
+    assert spec.audit.suite == "quick-2"
+    before = out.read_text()
+    again = sophon("init", "--model", "resnet20", *words)
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+    assert out.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "timm:vit_tiny_patch16_224"), "224"),
+        (("--model", "torchvision:vit_b_32"), "224"),
+        (("--model", "resnet20", "--image-size", "32"), "32"),
+    ],
+)
+def test_images_get_the_size_that_the_network_takes(
+    folders: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    made = sophon("init", *words, *options(folders, "--out", tmp_path / "run.toml"))
+    assert made.exit_code == 0, made.stderr
+    assert f"image_size = {said}" in (tmp_path / "run.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "timm:resnet81"), "did you mean"),
+        (("--model", "resnet20", "--weights", "none.pth"), "none.pth"),
+        (("--model", "resnet20", "--allow", "nowhere"), "--allow: there is no folder nowhere"),
+        (("--model", "resnet20", "--refuse", "FLAT"), "--refuse: "),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_a_file_is_written(
+    folders: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    flat = str(folders / "photos" / "class0")
+    chosen = [flat if word == "FLAT" else word for word in words]
+    for command in ("init", "try"):
+        made = sophon(command, *options(folders, "--out", tmp_path / "new"), *chosen)
+        assert made.exit_code == 2
+        assert said in made.stderr
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "look"
+    words = ["try", "--model", "small_convnet", "--image-size", "12"]
+    words += ["--out", str(out), "--budget", "10s"]
+    for setting in ("pretrain.steps=30", "protect.guard.tolerance_points=90", "audit.steps=2"):
+        words += ["--set", setting]
+    words += ["--set", "protect.rounds=20", "--set", "audit.evaluations=2"]
+    first = sophon(*words, *options(folders))
+    assert first.exit_code == 0, first.stderr
+    assert "forecast: " in first.stderr
+    assert "trained: photos validation" in first.stderr
+    assert str(out / "audit" / "report.html") in first.stdout
+    assert (out / "audit" / "report.html").is_file()
+    spec = read_run(out / "run.toml", None)
+    assert spec.protect.rounds is not None
+    assert spec.protect.rounds >= 20
+    held = (out / "run.toml").read_bytes(), (out / "start" / "model.safetensors").stat().st_mtime
+    again = sophon(*words, *options(folders))
+    assert again.exit_code == 0, again.stderr
+    assert "is complete" in again.stderr
+    assert "trained" not in again.stderr
+    assert (out / "run.toml").read_bytes() == held[0]
+    assert (out / "start" / "model.safetensors").stat().st_mtime == held[1]
+    other = sophon(*words, "--keep", folders / "faces", "--refuse", folders / "photos")
+    assert other.exit_code == 2
+    assert "other options (original, restricted)" in other.stderr

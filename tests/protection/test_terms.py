@@ -22,6 +22,7 @@ from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_r2, plain_standardised
 from sophon._base.errors import DataError, SpecError
 from sophon._cli.run_spec import RunSpec
+from sophon._data import Domain
 from sophon._protection.forecast import forecast
 from sophon._protection.losses import SUPPRESSIONS
 from sophon._protection.protection import Protection, protect
@@ -32,6 +33,7 @@ from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
 from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
+from sophon._protection.terms.retention import RetentionTerm
 from sophon._records.statement import statement_of
 from sophon._specs import Guard, Strategy, parse_spec
 from sophon._tasks import Denoising
@@ -42,7 +44,7 @@ KINDS = [*TERMS, "toy"]
 QUICK: dict[str, dict[str, Any]] = {
     "task": {},
     "distil": {},
-    "retention": {"readers": {"views": [2], "kinds": ["linear"]}},
+    "retention": {"batch_size": 24, "readers": {"views": [2], "kinds": ["linear"]}},
     "toy": {"batch_size": 8},
     "erasure": {
         "batch_size": 24,
@@ -136,8 +138,7 @@ def _kept(kind: str, model: nn.Module, **settings: Any) -> tuple[Tensor, Tensor,
     assert isinstance(term, Keep)
     domain = original()
     images, labels = around.setting.feed(domain, domain.train, batch_size=32).batch(0)
-    with term.watching(model):
-        outputs = _train(model, images)
+    outputs = _train(model, images)
     drawn = torch.Generator().get_state()
     return term.loss(outputs, labels, images, labels, drawn), images, labels
 
@@ -164,8 +165,13 @@ def _retention(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     """Two depths of maps, read at two positions a side, against the given model's."""
     depths = ("stage1.3", "stage3.3")
     readers = {**QUICK["retention"]["readers"], "depths": depths, "penalty": (0.01, 0.01)}
-    loss, images, labels = _kept("retention", model, readers=readers)
-    found = _gradients(loss, model)
+    settings = {"kind": "retention", **QUICK["retention"], "readers": readers}
+    term: Any = RetentionTerm(parse_term(settings, Keep), _around())
+    model.zero_grad()
+    term.besides(model, 0, 1.0)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    images, labels = term.feed.batch(0)
 
     def read(network: nn.Module) -> list[Tensor]:
         first = network.pool(network.stage1(images))  # type: ignore[operator]
@@ -173,7 +179,7 @@ def _retention(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         return [_linear_r2(maps, labels) for maps in (first, last)]
 
     with torch.no_grad():
-        given = read(trained_model().eval())
+        given = read(trained_model().train())
     missed = [(a - b).clamp_min(0) for a, b in zip(given, read(model.train()), strict=True)]
     return found, torch.stack(missed).mean()
 
@@ -404,27 +410,27 @@ def test_retention_costs_what_features_lost() -> None:
     assert float(run.keep.learn(run.model)) > 0.01
 
 
-def test_retention_is_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sophon._protection.protection.plain", lambda: False)
-    for kind, shared in (("distil", True), ("retention", False)):
-        run = _run(_spec(kind))
-        object.__setattr__(run.around, "independent", True)
-        run._assemble()
-        assert run.keep.split is shared
-
-
-def test_retention_is_usual_where_a_batch_holds_two_images_a_class() -> None:
-    def kept(size: int | None) -> list[str]:
-        run = _run(ProtectSpec(rounds=1, original_batch_size=size, precision="fp32"))
+def test_retention_is_usual_where_there_are_two_images_a_class() -> None:
+    def kept(domain: Domain, **settings: Any) -> list[str]:
+        given = {"rounds": 1, "precision": "fp32", **settings}
+        spec = parse_spec(ProtectSpec, given, where="the test")
+        run = Protection(
+            trained_model(), original=domain, restricted=[restricted()], spec=spec, device="cpu"
+        )
         return [term.kind for term in run.spec.keep or ()]
 
-    assert kept(None) == kept(10) == ["task", "distil", "retention"]
-    assert kept(9) == ["task", "distil"]
-    spec = _spec("retention", original_batch_size=9)
-    with pytest.raises(
-        SpecError, match=r"original_batch_size = 9: .*'retention' needs at least 10"
-    ):
-        _run(spec)
+    whole = original()
+    assert kept(whole) == ["task", "distil", "retention"]
+    assert kept(whole, hinder=[{"kind": "erasure", **QUICK["erasure"]}]) == ["task", "distil"]
+    labels = np.asarray(whole.train.labels)
+    few = np.concatenate([np.flatnonzero(labels == label)[:3] for label in range(5)])
+    pixels = np.asarray(whole.train.pixels[:, 0])
+    assert kept(Domain.from_arrays("few", pixels[few], labels[few])) == ["task", "distil"]
+
+
+def test_retention_needs_two_images_a_class() -> None:
+    with pytest.raises(SpecError, match=r"protect.keep: retention's batch_size = 8 .* at least 10"):
+        _run(_spec("retention", keep=[{"kind": "retention", "batch_size": 8}]))
 
 
 # --- Refusals -------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def _facts(round_: Round) -> dict[str, Any]:
         "suppression_gradient_norm",
         "reinforcement_gradient_norm",
     )
-    rounded = {name: pytest.approx(getattr(round_, name), rel=1e-4) for name in numbers}
+    rounded = {name: pytest.approx(getattr(round_, name), rel=1e-4, abs=1e-6) for name in numbers}
     return {"strategies": round_.strategies, "domains": round_.domains, **rounded}
 
 

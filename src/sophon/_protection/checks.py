@@ -42,13 +42,6 @@ def check_protection(model: nn.Module, spec: ProtectSpec, around: Surroundings) 
                     f" of {', '.join(fitting)}"
                 )
             kind.check(term, model, around)
-            least = kind.least_batch(around) if issubclass(kind, Keep) else 1
-            if size < least:
-                raise SpecError(
-                    f"protect.original_batch_size = {size}: a keep term of kind {term.kind!r} needs"
-                    f" at least {least} for the classes of {setting.original.name!r}; raise it, or"
-                    " leave the term out"
-                )
     _check_tolerance(spec.guard or Guard(), metric)
     check_batch_fits(setting.original, size, "protect.original_batch_size")
     if size == 1:

@@ -115,15 +115,17 @@ def _erasure(setting: Setting, model: nn.Module, spec: ProtectSpec) -> dict[str,
         readers=ReadersSpec(),
         distribution=distribution,
     )
-    size = spec.original_batch_size or min(_ORIGINAL_BATCH, _count(setting.original))
+    keep = [TaskLossSpec(), DistilSpec()]
+    held = min(max(_BATCH, images_needed(setting.original.class_count)), _count(setting.original))
     # Against erasure; its readers need batches of two images a class.
-    read = spec.hinder is None and size >= images_needed(setting.original.class_count)
+    if spec.hinder is None and held >= max(8, images_needed(setting.original.class_count)):
+        keep.append(RetentionSpec(batch_size=held // 2 * 2))
     return {
         "rounds": max(_LEAST, min(_MOST, rounds)),
-        "keep": (TaskLossSpec(), DistilSpec(), *([RetentionSpec()] if read else [])),
+        "keep": tuple(keep),
         "hinder": (ErasureSpec(batch_size=batch), rehearsal),
         "update": Joint(),
-        "original_batch_size": size,
+        "original_batch_size": min(_ORIGINAL_BATCH, _count(setting.original)),
         "original_augmentation": "crop",
     }
 

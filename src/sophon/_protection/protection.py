@@ -150,8 +150,7 @@ class Protection(ResumableRun[Round]):
         spread(self.model, self.setting.head, ranks)
         enough = (spec.original_batch_size or 1) >= ranks.world
         keep: list[Any] = [TERMS[term.kind](term, self.around) for term in spec.keep or ()]
-        apart = self.around.independent and all(term.rows_apart for term in keep)
-        split = apart and enough and not ranks.sharded and not plain()
+        split = self.around.independent and enough and not ranks.sharded and not plain()
         hinder: list[Any] = [TERMS[term.kind](term, self.around) for term in spec.hinder or ()]
         self.keep = KeepSide(keep, self.setting, spec, ranks, split)
         self.hinder: list[Hindrance[Any]] = hinder

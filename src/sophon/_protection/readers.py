@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,13 +98,13 @@ def check_whole(around: Surroundings, kind: str) -> None:
         )
 
 
-def check_images(around: Surroundings, images: int, what: str) -> None:
+def check_images(domains: Iterable[Domain], images: int, what: str) -> None:
     """Raise SpecError, naming `what` says how many, for fewer images than a domain needs."""
-    for domain in around.setting.restricted:
+    for domain in domains:
         needed = images_needed(domain.class_count)
         if images < needed:
             raise SpecError(
-                f"protect.hinder: {what} = {images} has fewer than two images for each of the"
+                f"{what} = {images} has fewer than two images for each of the"
                 f" {domain.class_count} classes of {domain.name!r}: use at least {needed}"
             )
 

@@ -7,7 +7,6 @@ the generic tests, settings and an oracle (`docs/extend.md`); the engine knows n
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -134,31 +133,24 @@ class Term(Generic[AnyTermSpec]):
 
 
 class Keep(Term[AnyTermSpec]):
-    """A term that keeps the original task: a loss on a batch of original images.
-
-    `rows_apart` says whether the loss is the mean over images, each on its own, so that processes
-    may share a batch.
+    """A term that keeps the original task: a loss on the batch of original images that keep terms
+    share, the mean over images, each on its own; or one on a batch of the term's own.
     """
-
-    rows_apart: ClassVar[bool] = True
-
-    @classmethod
-    def least_batch(cls, around: Surroundings) -> int:
-        """Return how many original images a batch has at least."""
-        return 1
-
-    def watching(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Return what is held while the model's outputs are computed."""
-        return nullcontext()
 
     def loss(
         self, outputs: Tensor, targets: Tensor, images: Tensor, labels: Tensor, drawn: Tensor
     ) -> Tensor:
-        """Return a scalar loss of the model's `outputs`, batch first.
+        """Return a scalar loss of the model's `outputs`, batch first; 0 of a term that has none.
 
         `drawn` is the state of the generator that the task drew from, before it did.
         """
-        raise NotImplementedError
+        return 0 * outputs.sum()
+
+    def besides(self, model: nn.Module, step: int, factor: float) -> Tensor | None:
+        """Return the loss of a step on a batch of the term's own, the same in every process, after
+        adding its gradient times `factor` to those of the parameters; None: there is none.
+        """
+        return None
 
 
 class Hindrance(Term[AnyTermSpec]):

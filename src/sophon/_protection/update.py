@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ class KeepSide:
             norm.eval()
         with sharing(model, self.ranks) if self.split else nullcontext():
             loss = self._loss(model)
+        loss = loss + self._besides(model)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if self.split:
             self.ranks.add(gradients)
@@ -82,10 +83,7 @@ class KeepSide:
         with seeded(seed, "reinforcement", step):
             stream = generator(seed, "reinforcement", "task", step)
             drawn = stream.get_state()
-            with ExitStack() as stack:
-                for term in self.terms:
-                    stack.enter_context(term.watching(model))
-                stack.enter_context(self.setting.autocast())
+            with self.setting.autocast():
                 outputs, targets = task.outputs(model, images, labels, stream)
             parts = [
                 term.spec.weight * term.loss(outputs, targets, images, labels, drawn)
@@ -94,6 +92,20 @@ class KeepSide:
             loss = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
             loss.backward()
         return loss.detach()
+
+    def _besides(self, model: nn.Module) -> float | Tensor:
+        """Add the gradients of what terms ask of batches of their own; return its weighed loss.
+
+        Where processes add up shares, each gives its part of what all of them computed.
+        """
+        total: float | Tensor = 0.0
+        for term in self.terms:
+            weight = term.spec.weight
+            share = weight / self.ranks.world if self.split else weight
+            asked = term.besides(model, self.steps, share)
+            if asked is not None:
+                total = total + weight * asked
+        return total
 
 
 class Updating:

@@ -76,7 +76,9 @@ class ErasureTerm(Hindrance[ErasureSpec]):
         for domain in around.setting.restricted:
             what = "protect.hinder: erasure needs batch_size"
             check_batch_fits(domain, spec.batch_size, what)
-        check_images(around, spec.batch_size, "erasure's batch_size")
+        check_images(
+            around.setting.restricted, spec.batch_size, "protect.hinder: erasure's batch_size"
+        )
 
     @spanned("erasure")
     def contribute(self, model: nn.Module) -> Contribution:

@@ -124,7 +124,11 @@ class RehearsalTerm(Hindrance[Rehearsal]):
         """Raise unless every attacker can be prepared, fed and shared among the processes."""
         check_rehearsal(spec, model, around)
         if spec.readers is not None:
-            check_images(around, spec.query_batch_size, "a rehearsal's query_batch_size")
+            check_images(
+                around.setting.restricted,
+                spec.query_batch_size,
+                "protect.hinder: a rehearsal's query_batch_size",
+            )
 
     @classmethod
     def turns(cls, spec: Rehearsal, updates: int) -> int:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from sophon._protection.readers import Reading, ReadingSpec, check_whole, images_needed
+from sophon._base.seeding import generator, seeded
+from sophon._base.spans import spanned
+from sophon._data import check_batch_fits
+from sophon._models import run
+from sophon._protection.readers import Reading, ReadingSpec, check_images, check_whole
 from sophon._protection.term import Keep, Surroundings, TermSpec
-from sophon._specs.base import Rate
+from sophon._specs.base import Augmentation, Rate
 
 
 class RetentionSpec(TermSpec):
@@ -20,57 +25,66 @@ class RetentionSpec(TermSpec):
 
     Distillation keeps outputs alone, and leaves erasure free to take from the features what other
     tasks would start from: this keeps allowed tasks learnable, without an image of theirs.
+    `batch_size` original images a step, half of them support.
     """
 
     kind: Literal["retention"] = "retention"
-    weight: Rate = 3.0
+    weight: Rate = 8.0
+    batch_size: Annotated[int, Field(ge=8)] = 192
+    augmentation: Augmentation = "none"
     readers: ReadingSpec = ReadingSpec()
 
 
 class RetentionTerm(Keep[RetentionSpec]):
     """mean over depths and readers of max(0, R2 of the given model - R2), on original images.
 
-    Both models are read on the same images with the same ridges (`readers`), half of the batch
-    being support; the given model runs in eval mode. To find more than there was costs nothing.
+    Both models are read on the same batch with the same ridges (`readers`), and as an attacker
+    would train them: in train mode, with the batch's own statistics. To find more than there was
+    costs nothing.
     """
 
     spec_type = RetentionSpec
     metrics = ("accuracy",)
-    rows_apart = False
 
     def __init__(self, spec: RetentionSpec, around: Surroundings) -> None:
         super().__init__(spec, around)
-        self.readers = Reading(spec.readers, around)
-        self.found: dict[str, Tensor] = {}
+        self.reading = Reading(spec.readers, around)
+        original = around.setting.original
+        self.feed = around.setting.feed(
+            original,
+            original.train,
+            batch_size=spec.batch_size,
+            stream=(around.seed, ("retention",)),
+            augmentation=spec.augmentation,
+        )
 
     @classmethod
     def check(cls, spec: RetentionSpec, model: nn.Module, around: Surroundings) -> None:
-        """Raise unless the model is whole."""
+        """Raise unless the model is whole and batches have images enough for the readers."""
         check_whole(around, spec.kind)
+        original, what = around.setting.original, "protect.keep: retention's batch_size"
+        check_batch_fits(original, spec.batch_size, what)
+        check_images([original], spec.batch_size, what)
 
-    @classmethod
-    def least_batch(cls, around: Surroundings) -> int:
-        """Return two images a class, of as many classes as a batch can hold."""
-        return images_needed(around.setting.original.class_count)
+    @spanned("retention")
+    def besides(self, model: nn.Module, step: int, factor: float) -> Tensor:
+        """Add the gradient of what readers miss of what they found in the given model, in R2."""
+        batch = self.feed.batch(step)
+        with torch.no_grad(), self._read(self.around.given, *batch, step) as before:
+            pass
+        # As it ran: a checkpointed block runs once more.
+        with self._read(model, *batch, step) as now:
+            loss = (before - now).clamp_min(0).mean()
+            (factor * loss).backward()
+        return loss.detach()
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Keep what leaves the blocks while the model's outputs are computed."""
-        with self.readers.listening(model) as self.found:
-            yield
-
-    def loss(
-        self, outputs: Tensor, targets: Tensor, images: Tensor, labels: Tensor, drawn: Tensor
-    ) -> Tensor:
-        """Return what readers miss of what they found in the given model, in R2."""
-        around = self.around
-        given, classes = around.given, around.setting.original.class_count
-        with torch.no_grad(), around.setting.autocast(), self.readers.listening(given) as wanted:
-            given(images)
-        scores = []
-        for found in (wanted, self.found):
-            stream = torch.Generator()
-            stream.set_state(drawn)
-            scores.append(torch.stack(self.readers.scores(found, labels, classes, stream)))
-        self.found = {}
-        return (scores[0] - scores[1]).clamp_min(0).mean()
+    def _read(
+        self, model: nn.Module, images: Tensor, labels: Tensor, step: int
+    ) -> Iterator[Tensor]:
+        around, names = self.around, ("retention", step)
+        with seeded(around.seed, *names), self.reading.watching(model) as found:
+            with around.setting.autocast():
+                run(model, images)
+            classes, stream = around.setting.original.class_count, generator(around.seed, *names)
+            yield torch.stack(self.reading.scores(found, labels, classes, stream))

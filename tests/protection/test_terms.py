@@ -22,6 +22,7 @@ from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_r2, plain_standardised
 from sophon._base.errors import DataError, SpecError
 from sophon._cli.run_spec import RunSpec
+from sophon._data import Domain
 from sophon._protection.forecast import forecast
 from sophon._protection.losses import SUPPRESSIONS
 from sophon._protection.protection import Protection, protect
@@ -31,6 +32,7 @@ from sophon._protection.term import Surroundings, TermSpec
 from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
 from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
+from sophon._protection.terms.ntl import NTLSpec, NTLTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._records.statement import statement_of
 from sophon._specs import Guard, Strategy, parse_spec
@@ -38,6 +40,15 @@ from sophon._tasks import Denoising
 from toy_term import ToySpec, ToyTerm
 
 KINDS = [*TERMS, "toy"]
+
+
+def _many_digits() -> Domain:
+    """Return the restricted digits as ten classes: a model of five has no output for half."""
+    five = restricted()
+    labels = five.train.labels + 5 * (torch.arange(len(five.train)) % 2)
+    return Domain.from_arrays("ten", five.train.pixels.numpy()[:, 0], labels.numpy())
+
+
 # Settings that make one of them quick. A new kind has its own here, and an oracle in `ORACLES`.
 QUICK: dict[str, dict[str, Any]] = {
     "task": {},
@@ -55,6 +66,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "query_batch_size": 8,
         "distribution": {"batch_sizes": [8]},
     },
+    "ntl": {"batch_size": 16},
 }
 
 
@@ -239,6 +251,39 @@ def _linear_r2(maps: Tensor, labels: Tensor) -> Tensor:
     return plain_r2(plain_standardised(features, 3.0), labels, 5, "linear", 0.01)
 
 
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what goes into the head of the small network, which is in train mode."""
+    second = model.pool(model.stage2(model.pool(model.stage1(images))))  # type: ignore[operator]
+    features: Tensor = model.stage3(second).mean((2, 3))  # type: ignore[operator]
+    return features
+
+
+def _mmd(first: Tensor, second: Tensor) -> Tensor:
+    def apart(one: Tensor, other: Tensor) -> Tensor:
+        return (one[:, None] - other[None]).square().sum(2)
+
+    both = torch.cat([first, second]).detach()
+    scale = apart(both, both).sum() / (len(both) * (len(both) - 1))
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:
+        widths = [scale * 2**power for power in range(-2, 3)]
+        return torch.stack([(-apart(one, other) / width).exp().mean() for width in widths]).sum()
+
+    return kernel(first, first) + kernel(second, second) - 2 * kernel(first, second)
+
+
+def _ntl(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    term = NTLTerm(NTLSpec(batch_size=16), _around(restricted=(_many_digits(),)))
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+    others, _ = term.original.batch(0)
+    assert labels.max() > 4
+    features = _features(model.train(), torch.cat([others, images]))
+    logits = model.head(features[16:])  # type: ignore[operator]
+    true = F.softmax(logits, 1)[torch.arange(16), labels - 5 * (labels > 4)]
+    return found, true.log().mean() * 0.1 * 0.1 * _mmd(features[:16], features[16:])
+
+
 ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "task": _task,
     "distil": _distil,
@@ -246,6 +291,7 @@ ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "toy": _toy,
     "rehearsal": _rehearsal,
     "erasure": _erasure,
+    "ntl": _ntl,
 }
 
 

@@ -11,6 +11,7 @@ from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.distil import DistilTerm
 from sophon._protection.terms.erasure import ErasureTerm
+from sophon._protection.terms.ntl import NTLTerm
 from sophon._protection.terms.rehearsal import RehearsalTerm
 from sophon._protection.terms.retention import RetentionTerm
 from sophon._protection.terms.task import TaskTerm
@@ -22,6 +23,7 @@ TERMS: dict[str, type[Term[Any]]] = {
     "retention": RetentionTerm,
     "erasure": ErasureTerm,
     "rehearsal": RehearsalTerm,
+    "ntl": NTLTerm,
 }
 
 

@@ -21,10 +21,12 @@ import denoisers
 from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_r2, plain_standardised
 from sophon._base.errors import DataError, SpecError
+from sophon._base.seeding import generator
 from sophon._cli.run_spec import RunSpec
 from sophon._data import Domain
 from sophon._protection.forecast import forecast
 from sophon._protection.losses import SUPPRESSIONS
+from sophon._protection.probe import ProbingHindrance
 from sophon._protection.protection import Protection, protect
 from sophon._protection.readers import ReadersSpec
 from sophon._protection.spec import Joint, ProtectSpec
@@ -32,8 +34,10 @@ from sophon._protection.term import Surroundings, TermSpec
 from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
 from sophon._protection.terms.distil import DistilSpec
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
+from sophon._protection.terms.immunize import ImmunizeSpec, ImmunizeTerm
 from sophon._protection.terms.ntl import NTLSpec, NTLTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
+from sophon._protection.terms.repnoise import RepNoiseSpec, RepNoiseTerm
 from sophon._records.statement import statement_of
 from sophon._specs import Guard, Strategy, parse_spec
 from sophon._tasks import Denoising
@@ -67,6 +71,8 @@ QUICK: dict[str, dict[str, Any]] = {
         "distribution": {"batch_sizes": [8]},
     },
     "ntl": {"batch_size": 16},
+    "repnoise": {"batch_size": 16},
+    "immunize": {"batch_size": 16},
 }
 
 
@@ -284,6 +290,43 @@ def _ntl(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     return found, true.log().mean() * 0.1 * 0.1 * _mmd(features[:16], features[16:])
 
 
+def _repnoise(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Every depth is what goes into the next stage's layers; the noise is drawn depth by depth."""
+    term = RepNoiseTerm(RepNoiseSpec(batch_size=16, alpha=0.5, beta=2.0), _around())
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+    stream = generator(0, "repnoise", 0)
+    apart, value = [], images
+    layers = [*model.train().stage1, model.pool, *model.stage2, model.pool, *model.stage3]  # type: ignore[misc]
+    for index, layer in enumerate(layers):
+        # Into the second convolution of a stage and the next stage's first; before the last ReLU.
+        if index in (3, 7, 10, 14, 17, 19):
+            apart.append(value.mean((2, 3)))
+        value = layer(value)
+    noises = [torch.randn(h.shape, generator=stream) for h in apart]
+    distance = torch.stack([_mmd(h, n) for h, n in zip(apart, noises, strict=True)]).mean()
+    return found, 2 * distance - 0.5 * (1 + _probed(term, value.mean((2, 3)), labels)).log()
+
+
+def _probed(term: ProbingHindrance[Any], features: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of the term's probe as it is after a contribution."""
+    head = term.probe.heads[restricted().name]
+    logits = features @ head.weight.detach().T + head.bias.detach()
+    return -F.softmax(logits, 1)[torch.arange(len(labels)), labels].log().mean()
+
+
+def _immunize(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    spec = ImmunizeSpec(batch_size=16, ill=2.0, well=0.5)
+    term = ImmunizeTerm(spec, _around())
+    found = term.contribute(model).gradients
+    images, others = term.feeds[0].batch(0)[0], term.original.batch(0)[0]
+    features = _features(model.train(), torch.cat([others, images])).double()
+    well, ill = (torch.linalg.svdvals(part) ** 2 for part in (features[:16], features[16:]))
+    well, ill = well / well.mean(), ill / ill.mean()
+    ill_loss = 1 / (ill.square().sum() / (2 * 16) - ill[-1] ** 2 / 2)
+    return found, 2 * ill_loss + 0.5 * (well[0] ** 2 / 2 - well.square().sum() / (2 * 16))
+
+
 ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "task": _task,
     "distil": _distil,
@@ -292,6 +335,8 @@ ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "rehearsal": _rehearsal,
     "erasure": _erasure,
     "ntl": _ntl,
+    "repnoise": _repnoise,
+    "immunize": _immunize,
 }
 
 

@@ -11,8 +11,10 @@ from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.distil import DistilTerm
 from sophon._protection.terms.erasure import ErasureTerm
+from sophon._protection.terms.immunize import ImmunizeTerm
 from sophon._protection.terms.ntl import NTLTerm
 from sophon._protection.terms.rehearsal import RehearsalTerm
+from sophon._protection.terms.repnoise import RepNoiseTerm
 from sophon._protection.terms.retention import RetentionTerm
 from sophon._protection.terms.task import TaskTerm
 from sophon._specs import parse_spec
@@ -24,6 +26,8 @@ TERMS: dict[str, type[Term[Any]]] = {
     "erasure": ErasureTerm,
     "rehearsal": RehearsalTerm,
     "ntl": NTLTerm,
+    "repnoise": RepNoiseTerm,
+    "immunize": ImmunizeTerm,
 }
 
 

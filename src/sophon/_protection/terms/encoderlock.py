@@ -28,7 +28,7 @@ class EncoderLockSpec(ProbingSpec):
 
     kind: Literal["encoderlock"] = "encoderlock"
     alpha: Rate = 1.0
-    fraction: Fraction = 0.005
+    fraction: Fraction = 0.01
     every: Positive = 100
 
 

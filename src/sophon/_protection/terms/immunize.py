@@ -20,7 +20,7 @@ class ImmunizeSpec(BatchSpec):
     """
 
     kind: Literal["immunize"] = "immunize"
-    ill: NonNegative = 1.0
+    ill: NonNegative = 10.0
     well: NonNegative = 1e-3
 
 

@@ -54,7 +54,7 @@ def kl_from_uniform(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def negated_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return sum_j p_j log p_j: the tamper-resistance loss of TAR (arXiv 2408.00761, C.3).
+    """Return sum_j p_j log p_j: the tamper-resistance loss of TAR (arXiv 2408.00761).
 
     Gradient in the logits: p_j (log p_j + H), which vanishes where the model is certain, rightly or
     not. The targets are not used.

@@ -31,13 +31,14 @@ class NTLSpec(BatchSpec):
 class NTLTerm(BatchHindrance[NTLSpec]):
     """-min(beta, alpha L_R L_dis), L_dis = min(beta', alpha' MMD^2(phi(x_O), phi(x_R))).
 
-    arXiv 2106.06916 (ICLR 2022), section 3.2. L_R is the cross-entropy of restricted images, which
+    arXiv 2106.06916 (ICLR 2022). L_R is the cross-entropy of restricted images, which
     is the paper's KL from one-hot labels; phi (images, features) is what goes into the head; MMD
     has five Gaussian widths.
 
     Where it departs: the paper's two domains share their classes. Here restricted labels are taken
     modulo the head's number of classes, so with as many or fewer each has an output of its own. The
-    given model never learnt that pairing: L_R starts high, and MMD has most of the work.
+    given model never learnt that pairing: L_R starts high, and MMD has most of the work. The
+    released code caps alpha L_R rather than the product.
     """
 
     spec_type = NTLSpec

@@ -33,8 +33,8 @@ class RepNoiseTerm(ProbingHindrance[RepNoiseSpec]):
     standard normal, drawn anew for each batch and depth; L_R is the cross-entropy of a linear
     probe on the head's input.
 
-    Where it departs: a language model has one head for every task, and the paper reads all layers
-    through it; a head of other classes says nothing of restricted labels, so a probe that is
+    Where it departs: a language model has one head for every task, and the released code reads
+    all layers through it; a head of other classes says nothing of restricted labels, so a probe that is
     trained along takes its place. The released code has beta = 0.001, for layers of other widths.
     """
 

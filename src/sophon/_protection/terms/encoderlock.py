@@ -39,9 +39,9 @@ class EncoderLockTerm(ProbingHindrance[EncoderLockSpec]):
     images, L_R that of a probe on the head's input on restricted ones, which is trained against the
     encoder all along (self-challenging). Weights are those of more than one axis.
 
-    Where it departs: the released code first picks layers and then weights in them, here all weights
-    of the encoder compete; its probe is trained anew every round and kept if it is better, here it takes
-    `probe_steps` an update.
+    Where it departs: the released code first picks layers and then weights in them, here all
+    weights of the encoder compete; its probe is trained anew every round and kept if it is better,
+    here it takes `probe_steps` an update.
     """
 
     spec_type = EncoderLockSpec

@@ -45,8 +45,9 @@ class PruneTerm(ProbingHindrance[PruneSpec]):
     mean. Each `every` updates z is w + u shrunk towards zero by a threshold, and u becomes w + u -
     z. An attacker who trains all weights makes the network dense again.
 
-    Loss and cap are the released code's. Where it departs: the threshold is set layer by layer to meet `sparsity`, instead of an l1
-    weight that leaves it open; a probe that is trained along replaces a second classifier.
+    Loss and cap are the released code's. Where it departs: the threshold is set layer by layer to
+    meet `sparsity`, instead of an l1 weight that leaves it open; a probe that is trained along
+    replaces a second classifier.
     """
 
     spec_type = PruneSpec

@@ -34,8 +34,8 @@ class RepNoiseTerm(ProbingHindrance[RepNoiseSpec]):
     probe on the head's input.
 
     Where it departs: a language model has one head for every task, and the released code reads
-    all layers through it; a head of other classes says nothing of restricted labels, so a probe that is
-    trained along takes its place. The released code has beta = 0.001, for layers of other widths.
+    all layers through it; a head of other classes says nothing of restricted labels, so a probe
+    that is trained along takes its place. There beta = 0.001, for layers of other widths.
     """
 
     spec_type = RepNoiseSpec

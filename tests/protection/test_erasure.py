@@ -434,7 +434,7 @@ def test_a_domain_of_few_images_is_told_before_settings_nobody_wrote(
     assert not (tmp_path / "new").exists()
     begun(needed)
     # Who writes the batches is told of those.
-    with pytest.raises(DataError, match=r"batch_size = 192; lower that"):
+    with pytest.raises(DataError, match=r"batch_size = 192; lower it"):
         begun(needed - 1, hinder=({"kind": "erasure"},))
 
 

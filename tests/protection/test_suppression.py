@@ -37,6 +37,7 @@ def _formula(name: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
         "reversed_logits": -torch.log(q[torch.arange(len(labels)), labels]),
         "klu": -(classes * p).log().mean(1),
         "negated_ce": true.log(),
+        "negated_entropy": (p * p.log()).sum(1),
     }[name]
 
 
@@ -49,6 +50,7 @@ def _gradient_formula(name: str, logits: torch.Tensor, labels: torch.Tensor) -> 
         "reversed_logits": one - q,
         "klu": p - 1 / logits.shape[1],
         "negated_ce": one - p,
+        "negated_entropy": p * (p.log() - (p * p.log()).sum(1, keepdim=True)),
     }[name]
 
 

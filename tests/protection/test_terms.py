@@ -21,18 +21,26 @@ import denoisers
 from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_r2, plain_standardised
 from sophon._base.errors import DataError, SpecError
+from sophon._base.seeding import generator
 from sophon._cli.run_spec import RunSpec
 from sophon._data import Domain
 from sophon._protection.forecast import forecast
 from sophon._protection.losses import SUPPRESSIONS
+from sophon._protection.probe import ProbingHindrance
 from sophon._protection.protection import Protection, protect
 from sophon._protection.readers import ReadersSpec
 from sophon._protection.spec import Joint, ProtectSpec
 from sophon._protection.term import Surroundings, TermSpec
 from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
+from sophon._protection.terms.cuti import CUTISpec, CUTITerm
 from sophon._protection.terms.distil import DistilSpec
+from sophon._protection.terms.encoderlock import EncoderLockSpec, EncoderLockTerm
 from sophon._protection.terms.erasure import ErasureSpec, ErasureTerm
+from sophon._protection.terms.immunize import ImmunizeSpec, ImmunizeTerm
+from sophon._protection.terms.ntl import NTLSpec, NTLTerm
+from sophon._protection.terms.prune import PruneSpec, PruneTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
+from sophon._protection.terms.repnoise import RepNoiseSpec, RepNoiseTerm
 from sophon._protection.terms.retention import RetentionTerm
 from sophon._records.statement import statement_of
 from sophon._specs import Guard, Strategy, parse_spec
@@ -40,6 +48,15 @@ from sophon._tasks import Denoising
 from toy_term import ToySpec, ToyTerm
 
 KINDS = [*TERMS, "toy"]
+
+
+def _many_digits() -> Domain:
+    """Return the restricted digits as ten classes: a model of five has no output for half."""
+    five = restricted()
+    labels = five.train.labels + 5 * (torch.arange(len(five.train)) % 2)
+    return Domain.from_arrays("ten", five.train.pixels.numpy()[:, 0], labels.numpy())
+
+
 # Settings that make one of them quick. A new kind has its own here, and an oracle in `ORACLES`.
 QUICK: dict[str, dict[str, Any]] = {
     "task": {},
@@ -57,6 +74,12 @@ QUICK: dict[str, dict[str, Any]] = {
         "query_batch_size": 8,
         "distribution": {"batch_sizes": [8]},
     },
+    "ntl": {"batch_size": 16},
+    "repnoise": {"batch_size": 16},
+    "immunize": {"batch_size": 16},
+    "encoderlock": {"batch_size": 16, "every": 2, "fraction": 0.01},
+    "prune": {"batch_size": 16, "every": 2, "ramp": 2},
+    "cuti": {"batch_size": 16},
 }
 
 
@@ -245,6 +268,135 @@ def _linear_r2(maps: Tensor, labels: Tensor) -> Tensor:
     return plain_r2(plain_standardised(features, 3.0), labels, 5, "linear", 0.01)
 
 
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what goes into the head of the small network, which is in train mode."""
+    second = model.pool(model.stage2(model.pool(model.stage1(images))))  # type: ignore[operator]
+    features: Tensor = model.stage3(second).mean((2, 3))  # type: ignore[operator]
+    return features
+
+
+def _mmd(first: Tensor, second: Tensor) -> Tensor:
+    def apart(one: Tensor, other: Tensor) -> Tensor:
+        return (one[:, None] - other[None]).square().sum(2)
+
+    both = torch.cat([first, second]).detach()
+    scale = apart(both, both).sum() / (len(both) * (len(both) - 1))
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:
+        widths = [scale * 2**power for power in range(-2, 3)]
+        return torch.stack([(-apart(one, other) / width).exp().mean() for width in widths]).sum()
+
+    return kernel(first, first) + kernel(second, second) - 2 * kernel(first, second)
+
+
+def _ntl(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    term = NTLTerm(NTLSpec(batch_size=16), _around(restricted=(_many_digits(),)))
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+    others, _ = term.original.batch(0)
+    assert labels.max() > 4
+    features = _features(model.train(), torch.cat([others, images]))
+    logits = model.head(features[16:])  # type: ignore[operator]
+    true = F.softmax(logits, 1)[torch.arange(16), labels - 5 * (labels > 4)]
+    return found, true.log().mean() * 0.1 * 0.1 * _mmd(features[:16], features[16:])
+
+
+def _repnoise(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Every depth is what goes into the next stage's layers; the noise is drawn depth by depth."""
+    term = RepNoiseTerm(RepNoiseSpec(batch_size=16, alpha=0.5, beta=2.0), _around())
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+    stream = generator(0, "repnoise", 0)
+    apart, value = [], images
+    layers = [*model.train().stage1, model.pool, *model.stage2, model.pool, *model.stage3]  # type: ignore[misc]
+    for index, layer in enumerate(layers):
+        # Into the second convolution of a stage and the next stage's first; before the last ReLU.
+        if index in (3, 7, 10, 14, 17, 19):
+            apart.append(value.mean((2, 3)))
+        value = layer(value)
+    noises = [torch.randn(h.shape, generator=stream) for h in apart]
+    distance = torch.stack([_mmd(h, n) for h, n in zip(apart, noises, strict=True)]).mean()
+    return found, 2 * distance - 0.5 * (1 + _probed(term, value.mean((2, 3)), labels)).log()
+
+
+def _probed(term: ProbingHindrance[Any], features: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of the term's probe as it is after a contribution."""
+    head = term.probe.heads[restricted().name]
+    logits = features @ head.weight.detach().T + head.bias.detach()
+    return -F.softmax(logits, 1)[torch.arange(len(labels)), labels].log().mean()
+
+
+def _immunize(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    spec = ImmunizeSpec(batch_size=16, ill=2.0, well=0.5)
+    term = ImmunizeTerm(spec, _around())
+    found = term.contribute(model).gradients
+    images, others = term.feeds[0].batch(0)[0], term.original.batch(0)[0]
+    features = _features(model.train(), torch.cat([others, images])).double()
+    well, ill = (torch.linalg.svdvals(part) ** 2 for part in (features[:16], features[16:]))
+    well, ill = well / well.mean(), ill / ill.mean()
+    ill_loss = 1 / (ill.square().sum() / (2 * 16) - ill[-1] ** 2 / 2)
+    return found, 2 * ill_loss + 0.5 * (well[0] ** 2 / 2 - well.square().sum() / (2 * 16))
+
+
+def _encoderlock(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    term = EncoderLockTerm(EncoderLockSpec(batch_size=16, alpha=3.0), _around())
+    found = term.contribute(model).gradients
+    (images, labels), (others, known) = term.feeds[0].batch(0), term.original.batch(0)
+    features = _features(model.train(), torch.cat([others, images]))
+    true = F.softmax(model.head(features[:16]), 1)[torch.arange(16), known]  # type: ignore[operator]
+    wrong = _probed(term, features[16:], labels)
+    return found, (1 + 3 * -true.log().mean() / wrong).log()
+
+
+def _prune(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """The second update pulls to the weights of the first, of which none was pruned yet."""
+    term = PruneTerm(PruneSpec(batch_size=16, alpha=0.5, fisher=2.0, rho=0.1), _around())
+    first = {name: value.detach().clone() for name, value in model.named_parameters()}
+    term.contribute(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(1)
+    features = _features(model.train(), images)
+    groups = [features[labels == label] for label in labels.unique()]
+    means = torch.stack([group.mean(0) for group in groups])
+    within = sum(((g - m) ** 2).sum() for g, m in zip(groups, means, strict=True)) / (16 * 72)
+    apart = ((means - means.mean(0)) ** 2).mean() / within
+    moved = [
+        ((value - first[name]) ** 2).sum()
+        for name, value in model.named_parameters()
+        if value.dim() == 4
+    ]
+    loss = 2 * apart - 0.5 * _probed(term, features, labels) + 0.05 * torch.stack(moved).sum()
+    return found, loss
+
+
+def _cuti(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """The second update, in the style of original images at each of six depths."""
+    term = CUTITerm(CUTISpec(batch_size=16), _around())
+    term.contribute(model)
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(1)
+    value = torch.cat([term.original.batch(1)[0], images])
+    stream = generator(0, "cuti", 1)
+    layers = [*model.train().stage1, model.pool, *model.stage2, model.pool, *model.stage3]  # type: ignore[misc]
+    for index, layer in enumerate(layers):
+        if index in (3, 7, 10, 14, 17, 19):
+            count = value.shape[1]
+            first, second = (torch.rand(count, count, generator=stream) for _ in range(2))
+            maps = value[:16].flatten(2)
+            scale = (maps.var(2) + 1e-5).sqrt() @ ((2 * first - 1) / count**0.5).T
+            shift = maps.mean(2) @ ((2 * second - 1) / count**0.5).T
+            styled = (
+                value[16:] * scale.sigmoid()[..., None, None] + shift.sigmoid()[..., None, None]
+            )
+            value = torch.cat([value[:16], styled])
+        value = layer(value)
+    true = F.softmax(model.head(value[16:].mean((2, 3))), 1)[torch.arange(16), labels]  # type: ignore[operator]
+    return found, 0.1 * true.log().mean()
+
+
 ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "task": _task,
     "distil": _distil,
@@ -252,6 +404,12 @@ ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "toy": _toy,
     "rehearsal": _rehearsal,
     "erasure": _erasure,
+    "ntl": _ntl,
+    "repnoise": _repnoise,
+    "immunize": _immunize,
+    "encoderlock": _encoderlock,
+    "prune": _prune,
+    "cuti": _cuti,
 }
 
 
@@ -431,6 +589,47 @@ def test_retention_is_usual_where_there_are_two_images_a_class() -> None:
 def test_retention_needs_two_images_a_class() -> None:
     with pytest.raises(SpecError, match=r"protect.keep: retention's batch_size = 8 .* at least 10"):
         _run(_spec("retention", keep=[{"kind": "retention", "batch_size": 8}]))
+
+
+@pytest.mark.parametrize("update", ["joint", "alternate"])
+def test_encoderlock_changes_the_weights_that_it_selected_and_no_others(update: str) -> None:
+    run = _run(_spec("encoderlock", update))
+    for _ in run:
+        pass
+    (term,) = run.hinder
+    given = dict(trained_model().named_parameters())
+    assert sum(int(mask.sum()) for mask in term.selected.values()) > 0
+    for model in (run.model, run.update.shipped):
+        moved = {n: p.detach() != given[n].detach() for n, p in model.named_parameters()}
+        assert any(bool(part.any()) for part in moved.values())
+        for name, part in moved.items():
+            allowed = term.selected.get(name, torch.zeros_like(part))
+            assert not bool((part & ~allowed).any()), name
+
+
+@pytest.mark.parametrize("update", ["joint", "alternate"])
+def test_what_is_pruned_is_zero_in_what_is_shipped(update: str) -> None:
+    run = _run(_spec("prune", update))
+    for _ in run:
+        pass
+    for model in (run.model, run.update.shipped):
+        layers = [value for value in model.parameters() if value.dim() == 4]
+        assert len(layers) == 6
+        assert all(int((value == 0).sum()) == value.numel() // 2 for value in layers)
+        assert bool((model.get_submodule("head").weight != 0).all())
+
+
+def test_pruning_shrinks_weights_by_the_threshold_that_meets_the_sparsity() -> None:
+    term = PruneTerm(PruneSpec(batch_size=16, every=2, ramp=2), _around())
+    model = trained_model()
+    for _ in range(3):
+        term.contribute(model)
+    weight = model.stage2[0].weight.detach()
+    least = weight.abs().flatten().sort().values[weight.numel() // 2 - 1]
+    sparse = weight.sign() * (weight.abs() - least).clamp_min(0)
+    assert torch.equal(term.masks["stage2.0.weight"], weight.abs() > least)
+    torch.testing.assert_close(term.duals["stage2.0.weight"], weight - sparse)
+    torch.testing.assert_close(term.targets["stage2.0.weight"], 2 * sparse - weight)
 
 
 # --- Refusals -------------------------------------------------------------------------------------

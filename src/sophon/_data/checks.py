@@ -21,7 +21,7 @@ def check_batch_fits(domain: Domain, needed: int, what: str, *, have: int | None
     if have < needed:
         raise DataError(
             f"domain {domain.name!r} has {have} training images to use (those for validation"
-            f" are not counted), fewer than {what} = {needed}; lower {what} to at most {have} or"
+            f" are not counted), fewer than {what} = {needed}; lower it to at most {have} or"
             " give more images"
         )
 

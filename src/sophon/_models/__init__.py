@@ -40,7 +40,14 @@ from sophon._models.denoisers import (
 )
 from sophon._models.fresh import Bare, bare_parameters, fresh_copy, reinitialise, shrink_towards
 from sophon._models.gradient_checkpointing import checkpoint_gradients
-from sophon._models.heads import find_head, head_classes, head_parameters, heads, replace_head
+from sophon._models.heads import (
+    encoder_weights,
+    find_head,
+    head_classes,
+    head_parameters,
+    heads,
+    replace_head,
+)
 from sophon._models.hooks import drop_foreign_hooks, foreign_hooks
 from sophon._models.lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
 from sophon._models.own_input import OwnInput, own_input

@@ -77,6 +77,16 @@ def head_parameters(model: nn.Module, head: str) -> list[nn.Parameter]:
     return [p for name in heads(model, head) for p in model.get_submodule(name).parameters()]
 
 
+def encoder_weights(model: nn.Module, head: str) -> dict[str, nn.Parameter]:
+    """Return the weights of more than one axis outside `heads` by name: no biases, no norms."""
+    ends = tuple(f"{name}." for name in heads(model, head))
+    return {
+        name: value
+        for name, value in model.named_parameters()
+        if value.dim() > 1 and name.endswith("weight") and not name.startswith(ends)
+    }
+
+
 def _is_head_layer(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1

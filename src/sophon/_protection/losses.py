@@ -53,6 +53,16 @@ def kl_from_uniform(outputs: Tensor, targets: Tensor) -> Tensor:
     return -F.log_softmax(outputs, dim=1).mean(1) - constant
 
 
+def negated_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return sum_j p_j log p_j: the tamper-resistance loss of TAR (arXiv 2408.00761).
+
+    Gradient in the logits: p_j (log p_j + H), which vanishes where the model is certain, rightly or
+    not. The targets are not used.
+    """
+    logarithms = F.log_softmax(outputs, dim=1)
+    return (logarithms.exp() * logarithms).sum(1)
+
+
 def negated_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return -CE: plain ascent on the task loss, unbounded below.
 
@@ -90,6 +100,7 @@ SUPPRESSIONS: dict[str, Loss] = {
     "ice": Loss(inverse_cross_entropy, "accuracy"),
     "reversed_logits": Loss(reversed_logits, "accuracy"),
     "klu": Loss(kl_from_uniform, "accuracy"),
+    "negated_entropy": Loss(negated_entropy, "accuracy"),
     "negated_ce": Loss(negated_cross_entropy, "accuracy"),
     "dos": Loss(denial_of_service, "mse"),
     "negated_mse": Loss(negated_squared_error, "mse"),

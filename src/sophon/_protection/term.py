@@ -165,3 +165,9 @@ class Hindrance(Term[AnyTermSpec]):
     def contribute(self, model: nn.Module) -> Contribution:
         """Return the gradient of one update. The model's weights and buffers stay as they are."""
         raise NotImplementedError
+
+    def constrain(self, model: nn.Module) -> None:
+        """Put weights that may not move back in place, after each step of `model` or its average.
+
+        Such weights are those of the update that `contribute` last saw.
+        """

@@ -166,6 +166,11 @@ class Updating:
                 total[name] = total[name].add_(weighed) if name in total else weighed
         return total, parts
 
+    def constrain(self, model: nn.Module) -> None:
+        """Have every hindrance put weights back that may not move."""
+        for term in self.hinder:
+            term.constrain(model)
+
     def note(self, turn: Turn, parts: list[Contribution], norm: Tensor) -> None:
         """Add what the hindrances gave to the turn's numbers. Raises NonFiniteError."""
         loss = torch.stack([t.spec.weight * p.loss for t, p in self._pairs(parts)]).sum()
@@ -240,6 +245,7 @@ class Alternating(Updating):
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm))
         self.suppressor.step()
         self.suppressor.zero_grad(set_to_none=True)
+        self.constrain(self.model)
         return norm
 
     def _reinforce(self) -> Tensor:
@@ -248,6 +254,7 @@ class Alternating(Updating):
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), math.inf))
         self.reinforcer.step()
         self.reinforcer.zero_grad(set_to_none=True)
+        self.constrain(self.model)
         return torch.stack([loss, norm])
 
 
@@ -330,8 +337,10 @@ class Together(Updating):
         self.optimizer.zero_grad(set_to_none=True)
         for pin in self.pinned:
             pin()
+        self.constrain(self.model)
         if self.average is not None:
             self.average.update_parameters(self.model)
+            self.constrain(self.average.module)
         return norm
 
 

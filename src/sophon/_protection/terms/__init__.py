@@ -9,9 +9,15 @@ from pydantic import BaseModel
 
 from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
+from sophon._protection.terms.cuti import CUTITerm
 from sophon._protection.terms.distil import DistilTerm
+from sophon._protection.terms.encoderlock import EncoderLockTerm
 from sophon._protection.terms.erasure import ErasureTerm
+from sophon._protection.terms.immunize import ImmunizeTerm
+from sophon._protection.terms.ntl import NTLTerm
+from sophon._protection.terms.prune import PruneTerm
 from sophon._protection.terms.rehearsal import RehearsalTerm
+from sophon._protection.terms.repnoise import RepNoiseTerm
 from sophon._protection.terms.retention import RetentionTerm
 from sophon._protection.terms.task import TaskTerm
 from sophon._specs import parse_spec
@@ -22,6 +28,12 @@ TERMS: dict[str, type[Term[Any]]] = {
     "retention": RetentionTerm,
     "erasure": ErasureTerm,
     "rehearsal": RehearsalTerm,
+    "ntl": NTLTerm,
+    "repnoise": RepNoiseTerm,
+    "immunize": ImmunizeTerm,
+    "encoderlock": EncoderLockTerm,
+    "prune": PruneTerm,
+    "cuti": CUTITerm,
 }
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from sophon._cli import app
 from sophon._cli.run_file import read_run
+from sophon._models.networks import ResNet20
 
 CLASSES, EACH = 2, 40
 
@@ -73,6 +75,40 @@ def test_images_get_the_size_that_the_network_takes(
     made = sophon("init", *words, *options(folders, "--out", tmp_path / "run.toml"))
     assert made.exit_code == 0, made.stderr
     assert f"image_size = {said}" in (tmp_path / "run.toml").read_text()
+
+
+def test_a_folder_that_brings_its_weights_is_named_from_the_run_file_and_not_trained(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=32,
+        patch_size=16,
+        num_labels=CLASSES,
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    checkpoint = tmp_path / "own"
+    checkpoint.mkdir()
+    (checkpoint / "model.json").write_text('{"model": {"name": "resnet20", "classes": 2}}')
+    save_file(ResNet20(classes=CLASSES).state_dict(), checkpoint / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for name, placed, size in (
+        ("transformers:vit", "transformers:../vit", 32),
+        ("own", "../own", 64),
+    ):
+        out = Path("runs") / f"{name.rpartition(':')[2]}.toml"
+        made = sophon("init", "--model", name, *options(folders, "--out", out))
+        assert made.exit_code == 0, made.stderr
+        text = out.read_text()
+        assert "it brings its weights" in text
+        assert f'name = "{placed}"' in text
+        assert f"image_size = {size}" in text
+        checked = sophon("evaluate", out)
+        assert checked.exit_code == 0, checked.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from sophon._attacks.suites import resolved, strategies_of
 from sophon._base.errors import SpecError
 from sophon._cli.run_spec import PretrainRunSpec
-from sophon._models import DIFFUSERS
+from sophon._models import DIFFUSERS, TRANSFORMERS
 from sophon._specs import DomainSpec
 
 # What is imported of each extra in `pyproject.toml`.
@@ -16,6 +16,8 @@ _PACKAGES = {
     "vision": ("timm", "torchvision"),
     "diffusion": ("diffusers",),
     "demo": ("matplotlib", "sklearn"),
+    "transformers": ("transformers", "torchvision"),
+    "datasets": ("datasets",),
     "peft": ("peft",),
     "search": ("optuna",),
 }
@@ -46,6 +48,10 @@ def _of_model_and_domains(spec: PretrainRunSpec, domains: tuple[DomainSpec, ...]
         yield "vision"
     if name.startswith(DIFFUSERS):
         yield "diffusion"
+    if name.startswith(TRANSFORMERS):
+        yield "transformers"
+    if "datasets" in sources:
+        yield "datasets"
     if "embedded" in sources:
         yield "demo"
 

@@ -16,6 +16,7 @@ from sophon._cli.auditing import audit_of, parse_duration, run_audit, write_audi
 
 if TYPE_CHECKING:
     from sophon._cli.progress import Mode
+    from sophon._specs import ModelSpec
 
 # Where a network that came without weights is trained, beside the run file.
 START = "start/model.safetensors"
@@ -92,7 +93,6 @@ class Wanted:
         from sophon._data.images import Fit
         from sophon._data.sources.folders import read_folder
         from sophon._models import input_side, require_model
-        from sophon._specs import ModelSpec
 
         folders = [("--keep", self.keep), ("--refuse", self.refuse)]
         for flag, folder in (*folders, *(("--allow", folder) for folder in self.allow)):
@@ -100,30 +100,42 @@ class Wanted:
                 read_folder(folder, Fit())
             except DataError as error:
                 raise DataError(f"{flag}: {error}") from None
+        require_model(self.spec)
+        return self.image_size or input_side(self.spec, _SIZE)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The network, with paths from where the command runs."""
+        from sophon._specs import ModelSpec
+
         weights = None if self.weights is None else str(self.weights)
-        spec = ModelSpec(name=self.model, weights=weights, pretrained=self.pretrained)
-        require_model(spec)
-        return self.image_size or input_side(spec, _SIZE)
+        return ModelSpec(name=self.model, weights=weights, pretrained=self.pretrained)
 
     def run_file(
         self, file: Path, command: str, size: int, rounds: int | None = None, steps: int = _STEPS
     ) -> str:
         """Return the run file; its paths start at its folder."""
         from sophon._cli.progress import toml
+        from sophon._models import brings_weights, renamed
+
+        def placed(path: Path) -> str:
+            return Path(os.path.relpath(path.resolve(), file.parent.resolve())).as_posix()
 
         def at(path: Path) -> str:
-            return toml(Path(os.path.relpath(path.resolve(), file.parent.resolve())).as_posix())
+            return toml(placed(path))
 
         trained = f"weights = {toml(START)}   # made by this command"
         weights = trained if command == "try" else "# weights = FILE; without, they are random"
         if self.weights is not None:
             weights = f"weights = {at(self.weights)}"
+        elif brings_weights(self.spec):
+            weights = "# it brings its weights"
         elif self.pretrained and command == "init":
             weights = "pretrained = true           # published weights, fetched once"
         return _TEMPLATE.format(
             command=command,
             file=file.name,
-            model=toml(self.model),
+            model=toml(renamed(self.model, placed)),
             weights=weights,
             keep=at(self.keep),
             refuse=at(self.refuse),

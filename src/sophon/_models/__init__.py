@@ -19,8 +19,10 @@ from sophon._models.building import (
     PATHS,
     architecture,
     blueprint,
+    brings_weights,
     input_side,
     placed_name,
+    renamed,
     require_model,
     resolve_model,
 )

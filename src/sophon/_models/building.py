@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError, require_kind
+from sophon._base.errors import (
+    CheckpointError,
+    SophonError,
+    UnsupportedModelError,
+    require_kind,
+)
 from sophon._base.files import read_json
 from sophon._base.seeding import seeded
 from sophon._models.denoisers import DenoiserSource, is_denoiser
@@ -24,7 +29,7 @@ from sophon._models.libraries import (
 )
 from sophon._models.networks import NETWORKS
 from sophon._models.own_input import recorded_input
-from sophon._models.probing import expected_channels, made_for
+from sophon._models.probing import expected_channels, made_for, run_probe
 from sophon._models.published import FILES, published
 from sophon._models.transformers import TRANSFORMERS, ClassifierFolder
 from sophon._models.weight_sets import chosen
@@ -114,10 +119,16 @@ def input_side(spec: ModelSpec, usual: int) -> int:
     """Return the side of the square images, in pixels, that a network by name is built for, where
     it takes no other ones, or the `usual` one.
     """
-    model = blueprint(spec).build(None)
-    fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
-    side = made_for(model, (usual, usual))[0] if fixed else getattr(model, "image_size", usual)
-    return int(side)
+    model = blueprint(architecture(spec, base=Path())).build(None)
+    if (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"):
+        return made_for(model, (usual, usual))[0]
+    stated = getattr(getattr(model, "config", model), "image_size", None)
+    try:
+        channels = expected_channels(model) or spec.in_channels
+        run_probe(model, (channels, usual, usual), what="the network", training=False)
+    except SophonError:
+        return stated if isinstance(stated, int) else usual
+    return usual
 
 
 def _ready(model: nn.Module, spec: ModelSpec) -> nn.Module:
@@ -207,6 +218,19 @@ def placed_name(name: str, base: Path) -> str:
     """Return `diffusers:PATH` or `transformers:PATH` with a path from `base` made absolute."""
     library, _, path = name.partition(":")
     return f"{library}:{(base / path).absolute()}"
+
+
+def renamed(name: str, place: Callable[[Path], str]) -> str:
+    """Return a network's name in which a path, if it has one, is what `place` makes of it."""
+    library, colon, path = name.partition(":")
+    if name.startswith(PATHS):
+        return f"{library}:{place(Path(path))}"
+    return name if colon or _checkpoint_folder(name, Path()) is None else place(Path(name))
+
+
+def brings_weights(spec: ModelSpec) -> bool:
+    """Return whether the network is a folder or file that holds its own weights."""
+    return spec.weights is None and _weights_file(spec, Path()) is not None
 
 
 def _refit(model: nn.Module, spec: ModelSpec) -> None:

@@ -736,6 +736,16 @@ def test_what_a_system_refuses_has_the_remedy_that_fits(
     assert remedy in err
 
 
+def test_a_remark_is_made_once_in_a_command(caplog: pytest.LogCaptureFixture) -> None:
+    def remarking() -> None:
+        for line in ("one", "two", "one"):
+            remark(line)
+
+    for _ in range(2):
+        guarded(remarking)()
+    assert caplog.messages == ["one", "two"] * 2
+
+
 def test_a_quiet_command_silences_no_later_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import logging
 import os
 import shlex
 import signal
@@ -135,11 +136,21 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 @contextmanager
-def _unremarked(quiet: bool) -> Iterator[None]:
+def _remarked_once(quiet: bool) -> Iterator[None]:
+    """Let each remark be made once in a command, none where it is `quiet`."""
+    said: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
     before, LOG.disabled = LOG.disabled, quiet or LOG.disabled
+    LOG.addFilter(new)
     try:
         yield
     finally:
+        LOG.removeFilter(new)
         LOG.disabled = before
 
 
@@ -156,7 +167,7 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         quiet = bool(kwargs.get("quiet") or kwargs.get("as_json"))
         try:
-            with _ended_like_interrupted(), _unremarked(quiet), watching(None if quiet else _shown):
+            with _ended_like_interrupted(), _remarked_once(quiet), watching(None if quiet else _shown):
                 command(*args, **kwargs)
         except SophonError as error:
             if error.told:

@@ -167,7 +167,11 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         quiet = bool(kwargs.get("quiet") or kwargs.get("as_json"))
         try:
-            with _ended_like_interrupted(), _remarked_once(quiet), watching(None if quiet else _shown):
+            with (
+                _ended_like_interrupted(),
+                _remarked_once(quiet),
+                watching(None if quiet else _shown),
+            ):
                 command(*args, **kwargs)
         except SophonError as error:
             if error.told:

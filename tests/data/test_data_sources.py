@@ -13,6 +13,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -207,6 +209,43 @@ def test_a_list_of_images_in_a_row_is_refused() -> None:
     held = datasets.Dataset.from_dict({"image": files, "label": [0, 1] * 10}, features=features)
     with pytest.raises(DataError, match="image is List"):
         Domain.from_datasets("a", held)
+
+
+def test_a_format_that_a_folder_names_decodes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = saved(tmp_path / "d") / "state.json"
+    named = {"_format_type": "custom", "_format_kwargs": {"transform": "x"}}
+    state.write_text(json.dumps(json.loads(state.read_text()) | named))
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    live = Domain.from_datasets("a", datasets.load_from_disk(tmp_path / "d"))
+    for domain in (live, load(tmp_path / "d", "datasets")):
+        assert domain.fingerprint() == expected().fingerprint()
+    assert load(tmp_path / "d", "datasets", labels="none").classes == ("image",)
+
+
+def test_paths_of_images_lead_nowhere_but_into_the_folder(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "d", tmp_path / "outside.png"
+    outside.write_bytes(png(0))
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.png").write_bytes(png(number))
+    (folder / "link.png").symlink_to(outside)
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": NAMES})
+
+    def write(first: str) -> None:
+        names = [first, *(f"{number}.png" for number in range(1, 20))]
+        files = [{"bytes": None, "path": name} for name in names]
+        columns = {"image": files, "label": [0, 1] * 10}
+        held = pyarrow.table(columns, schema=features.arrow_schema)
+        pyarrow.parquet.write_table(held, folder / "train.parquet")
+
+    for inside in ("0.png", str(folder / "0.png")):
+        write(inside)
+        assert load(folder, "datasets").fingerprint() == expected().fingerprint()
+    for elsewhere in (str(outside), "../outside.png", "link.png", "http://127.0.0.1/0.png", "a\0"):
+        write(elsewhere)
+        refused(folder, "datasets", "image 0 is the file", "not in the dataset's folder")
 
 
 def test_damaged_and_absent_datasets_are_one_line(tmp_path: Path) -> None:

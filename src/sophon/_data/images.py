@@ -258,9 +258,7 @@ def repeated(grey: Bytes) -> Bytes:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def from_item(
-    image: Any, fit: Fit, name: str = "the picture", within: Path | None = None
-) -> Bytes:
+def from_item(image: Any, fit: Fit, name: str = "the picture", within: Path | None = None) -> Bytes:
     """Return one image of a dataset as uint8 (h, w) or (h, w, 3), as `fit` says.
 
     A tensor is (c, h, w) or (h, w), an array (h, w) or (h, w, c); floating values lie in [0, 1]. A

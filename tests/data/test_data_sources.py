@@ -365,6 +365,34 @@ def test_tables_may_lie_in_splits_or_name_them(tmp_path: Path) -> None:
     assert named.fingerprint() == first.fingerprint()
 
 
+def test_a_tables_images_are_split_by_folders_only_if_all_lie_in_them(tmp_path: Path) -> None:
+    for folder, numbers in (("test", range(10)), ("heron", range(10, 20))):
+        write_flat(tmp_path / folder, numbers, "rows", "%s%s")
+    rows = [f"{'test' if n < 10 else 'heron'}/{n:02}.png,{n % 2}" for n in range(20)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file_name,label", *rows]))
+    domain = load(tmp_path, "folder")
+    assert domain.fingerprint() == expected().fingerprint()
+    assert "test/ is no split, as other images lie in none" in domain.remarks
+
+
+def test_a_table_in_a_folder_of_the_same_name_is_read_as_well(tmp_path: Path) -> None:
+    outer = tmp_path / "train"
+    write_flat(outer / "train", range(10), "labels.csv", *TABLES["labels.csv"])
+    write_flat(outer / "train", range(10, 20), "rows", "%s%s")
+    rows = [f"train/{n:02}.png,{n % 2}" for n in range(10, 20)]
+    (outer / "labels.csv").write_text("\n".join(["file_name,label", *rows]))
+    domain = load(outer, "folder")
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 20
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_image_of_several_rows_is_refused(tmp_path: Path, label: int) -> None:
+    write_flat(tmp_path / "f", range(8), "labels.csv", *TABLES["labels.csv"])
+    with (tmp_path / "f" / "labels.csv").open("a") as file:
+        file.write(f"./00.png,{label}\n")
+    refused(tmp_path / "f", "folder", f"00.png has several rows, label 0 and {label}: keep one")
+
+
 def test_a_table_without_labels_leaves_folders_as_they_are(tmp_path: Path) -> None:
     for number, name in enumerate(("a", "b")):
         write_flat(tmp_path / name, range(number, 20, 2), "metadata.csv", "%s,%s", "file_name,text")

@@ -287,6 +287,11 @@ def test_tars_hold_images_and_labels(tmp_path: Path) -> None:
         assert domain.fingerprint() == expected().fingerprint()
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     assert load(tmp_path, "webdataset").classes == ("cat", "dog")
+    refused(tmp_path / "pets-{001..000}.tar", "webdataset", "counts down from 001 to 000")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "pets.tar.gz").write_bytes(b"")
+    for packed in (tmp_path / "packed", tmp_path / "packed" / "pets.tar.gz"):
+        refused(packed, "webdataset", "unpack pets.tar.gz (gunzip)")
     words = ("2 of 4 files are missing", "pets-002.tar")
     refused(tmp_path / "pets-{000..003}.tar", "webdataset", *words)
 
@@ -319,6 +324,10 @@ def test_damaged_tars_are_one_line(tmp_path: Path) -> None:
         refused(path, "webdataset", "cannot be read")
     write_tar(path, range(20), cls=lambda n: "9" * 5000 if n % 2 else "0")
     refused(path, "webdataset", "some labels are numbers and some are names")
+    write_tar(path, range(20), cls=lambda n: "h\u00e9ron" if n else "ibis")
+    path.write_bytes(path.read_bytes().replace("h\u00e9ron".encode(), b"h\xe9rons"))
+    refused(path, "webdataset", "a/00001.cls is not UTF-8 text")
+    write_tar(path, range(20), cls=str)
     (tmp_path / "classnames.txt").write_bytes(b"\xff")
     refused(path, "webdataset", "classnames.txt is not UTF-8")
 
@@ -383,6 +392,14 @@ def test_a_table_in_a_folder_of_the_same_name_is_read_as_well(tmp_path: Path) ->
     (outer / "labels.csv").write_text("\n".join(["file_name,label", *rows]))
     domain = load(outer, "folder")
     assert len(domain.train) + len(domain.validation) + len(domain.test) == 20
+
+
+@pytest.mark.parametrize("label", [2**63, 2**64, -(2**63) - 1])
+def test_a_label_beyond_64_bits_is_refused(tmp_path: Path, label: int) -> None:
+    write_flat(tmp_path / "f", range(8), "metadata.jsonl", *TABLES["metadata.jsonl"])
+    file = tmp_path / "f" / "metadata.jsonl"
+    file.write_text(file.read_text().replace('"label": 1', f'"label": {label}'))
+    refused(tmp_path / "f", "folder", f"a label is {label}", "one integer or name")
 
 
 @pytest.mark.parametrize("label", [0, 1])

@@ -245,7 +245,7 @@ def _stated(held: dict[str, Any]) -> dict[str, Any]:
     stated = {
         "mean": tuple((float(m) + offset) / scale for m in mean),
         "std": tuple(s / scale for s in std),
-        "interpolation": _RESAMPLED.get(held.get("resample"), "bilinear"),
+        "interpolation": _RESAMPLED.get(held.get("resample", 2), "bilinear"),
         "reversed": bool(held.get("do_flip_channel_order")),
         "processor": held,
         "stated": f"its {PROCESSOR}",

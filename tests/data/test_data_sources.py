@@ -13,6 +13,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -209,6 +211,43 @@ def test_a_list_of_images_in_a_row_is_refused() -> None:
         Domain.from_datasets("a", held)
 
 
+def test_a_format_that_a_folder_names_decodes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = saved(tmp_path / "d") / "state.json"
+    named = {"_format_type": "custom", "_format_kwargs": {"transform": "x"}}
+    state.write_text(json.dumps(json.loads(state.read_text()) | named))
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    live = Domain.from_datasets("a", datasets.load_from_disk(tmp_path / "d"))
+    for domain in (live, load(tmp_path / "d", "datasets")):
+        assert domain.fingerprint() == expected().fingerprint()
+    assert load(tmp_path / "d", "datasets", labels="none").classes == ("image",)
+
+
+def test_paths_of_images_lead_nowhere_but_into_the_folder(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "d", tmp_path / "outside.png"
+    outside.write_bytes(png(0))
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.png").write_bytes(png(number))
+    (folder / "link.png").symlink_to(outside)
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": NAMES})
+
+    def write(first: str) -> None:
+        names = [first, *(f"{number}.png" for number in range(1, 20))]
+        files = [{"bytes": None, "path": name} for name in names]
+        columns = {"image": files, "label": [0, 1] * 10}
+        held = pyarrow.table(columns, schema=features.arrow_schema)
+        pyarrow.parquet.write_table(held, folder / "train.parquet")
+
+    for inside in ("0.png", str(folder / "0.png")):
+        write(inside)
+        assert load(folder, "datasets").fingerprint() == expected().fingerprint()
+    for elsewhere in (str(outside), "../outside.png", "link.png", "http://127.0.0.1/0.png", "a\0"):
+        write(elsewhere)
+        refused(folder, "datasets", "image 0 is the file", "not in the dataset's folder")
+
+
 def test_damaged_and_absent_datasets_are_one_line(tmp_path: Path) -> None:
     refused(tmp_path / "no", "datasets", "no file or folder")
     refused(tmp_path, "datasets", "holds no .parquet or .arrow")
@@ -248,6 +287,11 @@ def test_tars_hold_images_and_labels(tmp_path: Path) -> None:
         assert domain.fingerprint() == expected().fingerprint()
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     assert load(tmp_path, "webdataset").classes == ("cat", "dog")
+    refused(tmp_path / "pets-{001..000}.tar", "webdataset", "counts down from 001 to 000")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "pets.tar.gz").write_bytes(b"")
+    for packed in (tmp_path / "packed", tmp_path / "packed" / "pets.tar.gz"):
+        refused(packed, "webdataset", "unpack pets.tar.gz (gunzip)")
     words = ("2 of 4 files are missing", "pets-002.tar")
     refused(tmp_path / "pets-{000..003}.tar", "webdataset", *words)
 
@@ -280,6 +324,10 @@ def test_damaged_tars_are_one_line(tmp_path: Path) -> None:
         refused(path, "webdataset", "cannot be read")
     write_tar(path, range(20), cls=lambda n: "9" * 5000 if n % 2 else "0")
     refused(path, "webdataset", "some labels are numbers and some are names")
+    write_tar(path, range(20), cls=lambda n: "h\u00e9ron" if n else "ibis")
+    path.write_bytes(path.read_bytes().replace("h\u00e9ron".encode(), b"h\xe9rons"))
+    refused(path, "webdataset", "a/00001.cls is not UTF-8 text")
+    write_tar(path, range(20), cls=str)
     (tmp_path / "classnames.txt").write_bytes(b"\xff")
     refused(path, "webdataset", "classnames.txt is not UTF-8")
 
@@ -324,6 +372,42 @@ def test_tables_may_lie_in_splits_or_name_them(tmp_path: Path) -> None:
     (tmp_path / "a" / "labels.csv").write_text("\n".join(["image,breed", *rows]))
     named = load(tmp_path / "a", "folder", image_column="image", label_column="breed")
     assert named.fingerprint() == first.fingerprint()
+
+
+def test_a_tables_images_are_split_by_folders_only_if_all_lie_in_them(tmp_path: Path) -> None:
+    for folder, numbers in (("test", range(10)), ("heron", range(10, 20))):
+        write_flat(tmp_path / folder, numbers, "rows", "%s%s")
+    rows = [f"{'test' if n < 10 else 'heron'}/{n:02}.png,{n % 2}" for n in range(20)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file_name,label", *rows]))
+    domain = load(tmp_path, "folder")
+    assert domain.fingerprint() == expected().fingerprint()
+    assert "test/ is no split, as other images lie in none" in domain.remarks
+
+
+def test_a_table_in_a_folder_of_the_same_name_is_read_as_well(tmp_path: Path) -> None:
+    outer = tmp_path / "train"
+    write_flat(outer / "train", range(10), "labels.csv", *TABLES["labels.csv"])
+    write_flat(outer / "train", range(10, 20), "rows", "%s%s")
+    rows = [f"train/{n:02}.png,{n % 2}" for n in range(10, 20)]
+    (outer / "labels.csv").write_text("\n".join(["file_name,label", *rows]))
+    domain = load(outer, "folder")
+    assert len(domain.train) + len(domain.validation) + len(domain.test) == 20
+
+
+@pytest.mark.parametrize("label", [2**63, 2**64, -(2**63) - 1])
+def test_a_label_beyond_64_bits_is_refused(tmp_path: Path, label: int) -> None:
+    write_flat(tmp_path / "f", range(8), "metadata.jsonl", *TABLES["metadata.jsonl"])
+    file = tmp_path / "f" / "metadata.jsonl"
+    file.write_text(file.read_text().replace('"label": 1', f'"label": {label}'))
+    refused(tmp_path / "f", "folder", f"a label is {label}", "one integer or name")
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_image_of_several_rows_is_refused(tmp_path: Path, label: int) -> None:
+    write_flat(tmp_path / "f", range(8), "labels.csv", *TABLES["labels.csv"])
+    with (tmp_path / "f" / "labels.csv").open("a") as file:
+        file.write(f"./00.png,{label}\n")
+    refused(tmp_path / "f", "folder", f"00.png has several rows, label 0 and {label}: keep one")
 
 
 def test_a_table_without_labels_leaves_folders_as_they_are(tmp_path: Path) -> None:

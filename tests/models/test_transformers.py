@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,8 +21,9 @@ from cells import command as sophon_command
 from classifiers import NETWORKS, classifier, saved
 from sophon import _models as models
 from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._data.images import Fit
 from sophon._models.own_input import own_input
-from sophon._models.transformers import transformers
+from sophon._models.transformers import processor_input, transformers
 from sophon._protection.depths import find_depths
 from sophon._training.loop import attacker_copy
 from sophon._training.rescaling import rescale_weights
@@ -155,6 +157,78 @@ def test_a_processor_without_normalisation_and_with_blue_first(
     assert found.input()["mean"] == (0.0,)
     assert found.input()["std"] == (1.0,)
     assert "warning: the network was made for images with blue first" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"include_top": True},
+        {"include_top": True, "do_normalize": False},
+        {"include_top": False, "rescale_offset": True, "rescale_factor": 1 / 127.5},
+        {"include_top": False, "do_rescale": False},
+    ],
+)
+def test_mean_and_std_are_what_the_processor_does_in_all(
+    said: dict[str, Any], tmp_path: Path
+) -> None:
+    side = {"height": 16, "width": 16}
+    kind = transformers().EfficientNetImageProcessor
+    processor = kind(size=side, image_mean=[0.4] * 3, image_std=[0.3] * 3, **said)
+    processor.save_pretrained(tmp_path)
+    held = processor_input(tmp_path)
+    assert held is not None
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    wanted = processor(image, return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
+    found = (image / 255 - held["mean"]) / held["std"]
+    assert np.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "crop"),
+    [
+        ("ConvNextImageProcessor", {"shortest_edge": 224}, 0.875),
+        ("ConvNextImageProcessor", {"shortest_edge": 384}, 1.0),
+        ("PoolFormerImageProcessor", {"shortest_edge": 224}, 0.9),
+        ("CLIPImageProcessor", {"shortest_edge": 256}, 0.875),
+        ("ViTImageProcessor", {"height": 224, "width": 224}, 1.0),
+    ],
+)
+def test_the_share_of_an_image_that_a_processor_keeps(
+    kind: str, size: dict[str, int], crop: float, tmp_path: Path
+) -> None:
+    getattr(transformers(), kind)(size=size).save_pretrained(tmp_path)
+    held = processor_input(tmp_path)
+    assert held is not None
+    assert held["crop_pct"] == pytest.approx(crop)
+    side = min(size.get("shortest_edge", 224), 384 if crop == 1 else 224)
+    assert held["input_size"] == (3, side, side)
+
+
+@pytest.mark.parametrize("processor", [None, "ViTImageProcessor", "MobileViTImageProcessor"])
+def test_an_exported_processor_prepares_images_as_sophon_does(
+    processor: str | None, tmp_path: Path
+) -> None:
+    model = resolved(saved(tmp_path / "net", classifier("vit"), processor))[0]
+    takes = {"input_size": (3, 56, 56), "mean": (0.4,) * 3, "std": (0.3,) * 3}
+    takes |= {"interpolation": "bicubic", "crop_pct": 0.875}
+    models.save_classifier(tmp_path / "out", model, [], takes)
+    rows, columns = np.mgrid[:96, :144] / 12
+    waves = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + columns)], -1)
+    picture = Image.fromarray((127 + 120 * waves).astype(np.uint8))
+    made = transformers().AutoImageProcessor.from_pretrained(tmp_path / "out")
+    found = made(picture, return_tensors="pt")["pixel_values"][0].permute(1, 2, 0).numpy()
+    wanted = Fit(56, "bicubic", 0.875).pixels(picture)
+    assert np.abs((found * 0.3 + 0.4) * 255 - wanted).max() < 4
+    said = own_input(resolved(tmp_path / "out")[0])
+    assert said is not None
+    assert (said.interpolation, said.crop_pct) == ("bicubic", 0.875)
+
+
+def test_a_configuration_names_no_other_folder(tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", classifier("vit"))
+    folder = saved(tmp_path / "net", classifier("vit"), None)
+    edited(name_or_path=str(other))(folder)
+    assert own_input(resolved(folder)[0]) is None
 
 
 def test_weights_of_earlier_names_other_classes_and_pickles_are_loaded(tmp_path: Path) -> None:

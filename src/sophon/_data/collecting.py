@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ _USUAL = (("image", "img", "pixel_values"), ("label", "labels", "target"))
 Columns = tuple[str | None, str | None]
 
 
-def labelled(dataset: Any, fit: Fit, columns: Columns = (None, None)) -> Labelled:
+def labelled(
+    dataset: Any, fit: Fit, columns: Columns = (None, None), within: Path | None = None
+) -> Labelled:
     """Return the images and labels of a dataset, map-style or iterable, of pairs or dictionaries.
 
     The files of Hugging Face's are opened as those of folders are, never by their own decoder; of
-    a map-style one images are read when they are asked for. Others are read once.
+    a map-style one images are read when they are asked for, where files of them have paths only
+    those `within` a folder, if it is given. Others are read once.
 
     Raises DataError: items are neither, or images or labels are none.
     """
@@ -31,7 +35,7 @@ def labelled(dataset: Any, fit: Fit, columns: Columns = (None, None)) -> Labelle
         dataset = undecoded
         # In memory and on the disk, but not while it streams.
         if hasattr(dataset, "__len__"):
-            return _of_table(dataset, names, fit, columns)
+            return _of_table(dataset, names, fit, columns, within)
     pictures: list[Bytes] = []
     labels: list[Any] = []
     for item in _items(dataset):
@@ -42,7 +46,9 @@ def labelled(dataset: Any, fit: Fit, columns: Columns = (None, None)) -> Labelle
     return Labelled(labels, lambda index: resized(pixels[index], Fit()), names)
 
 
-def _of_table(dataset: Any, names: list[str] | None, fit: Fit, columns: Columns) -> Labelled:
+def _of_table(
+    dataset: Any, names: list[str] | None, fit: Fit, columns: Columns, within: Path | None
+) -> Labelled:
     """Return a Hugging Face dataset of which images are read later."""
     image, label = columns_of(dataset.column_names, columns)
     if not len(dataset):
@@ -56,7 +62,7 @@ def _of_table(dataset: Any, names: list[str] | None, fit: Fit, columns: Columns)
             held = dataset[int(index[position])][image]
             if isinstance(held, list):
                 held = np.array(held, dataset.features[image].dtype)
-            return from_item(held, fit, name(position))
+            return from_item(held, fit, name(position), within)
 
         return stack(picture, len(index), name)
 
@@ -77,7 +83,9 @@ def _undecoded(dataset: Any, columns: Columns) -> tuple[list[str] | None, Any]:
     library = sys.modules.get("datasets")
     if library is None or not isinstance(dataset, library.Dataset | library.IterableDataset):
         return names, None
-    if getattr(dataset, "format", {}).get("type") == "custom":
+    form = getattr(dataset, "format", {})
+    # What a file names as one is no function.
+    if form.get("type") == "custom" and callable(form["format_kwargs"].get("transform")):
         return names, None
     plain = (library.Value, library.ClassLabel)
     # What is within another column would be decoded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import warnings
@@ -257,16 +258,19 @@ def repeated(grey: Bytes) -> Bytes:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def from_item(image: Any, fit: Fit, name: str = "the picture") -> Bytes:
+def from_item(image: Any, fit: Fit, name: str = "the picture", within: Path | None = None) -> Bytes:
     """Return one image of a dataset as uint8 (h, w) or (h, w, 3), as `fit` says.
 
     A tensor is (c, h, w) or (h, w), an array (h, w) or (h, w, c); floating values lie in [0, 1]. A
-    file is its bytes, or a mapping of its `bytes` or `path`; errors in it call it `name`.
+    file is its bytes, or a mapping of its `bytes` or `path`; errors in it call it `name`. A path is
+    relative to the folder `within`, if that is given, and leads nowhere else.
+
+    Raises DataError: it is no picture, or a file that lies elsewhere.
     """
     if isinstance(image, Image.Image):
         return fit.pixels(image)
     if isinstance(image, Mapping) and (image.get("bytes") or image.get("path")):
-        image = image.get("bytes") or Path(image["path"])
+        image = image.get("bytes") or _file(str(image["path"]), name, within)
     if isinstance(image, bytes | Path):
         data = image if isinstance(image, bytes) else None
         return open_picture(Path(name) if isinstance(image, bytes) else image, fit, data)
@@ -286,6 +290,20 @@ def from_item(image: Any, fit: Fit, name: str = "the picture") -> Bytes:
             "(height, width, channels) arrays or PIL images, grey or RGB"
         )
     return fit.pixels(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def _file(path: str, name: str, within: Path | None) -> Path:
+    """Return the file at `path`. Raises DataError: it is an address, or not in that folder."""
+    file = Path(path) if within is None else within / path
+    elsewhere = "://" in path or "\0" in path
+    if within is not None and not elsewhere:
+        elsewhere = not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(within))
+    if elsewhere:
+        raise DataError(
+            f"{name} is the file {brief(path)}, which is not in the dataset's folder and is not"
+            " read: save the images' bytes with the dataset"
+        )
+    return file
 
 
 def _as_bytes(array: NDArray[Any]) -> Bytes:

@@ -78,7 +78,7 @@ def class_names(names: Sequence[str] | None, labels: Sequence[Integers]) -> tupl
 def as_label(label: Any) -> int | str:
     """Return a label as an integer or as a name.
 
-    Raises DataError: it is a fraction, missing, or several.
+    Raises DataError: it is a fraction, missing, several, or beyond 64 bits.
     """
     value = np.asarray(label)
     if value.size > 1 or isinstance(label, list | tuple | dict):
@@ -86,7 +86,9 @@ def as_label(label: Any) -> int | str:
             f"a label is {brief(label)}: several for one image (multi-label) are not supported;"
             " give one integer or name per image"
         )
-    if value.size != 1 or value.dtype.kind not in "iubU":
+    # NumPy has integers beyond as unsigned ones or as objects.
+    beyond = value.dtype.kind == "u" and value.size == 1 and int(value.reshape(())) >= 2**63
+    if value.size != 1 or value.dtype.kind not in "iubU" or beyond:
         raise DataError(f"a label is {brief(label)}; give one integer or name per image")
     return str(label) if value.dtype.kind == "U" else int(value.reshape(()))
 

@@ -160,7 +160,8 @@ def _usual(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     return {
         key: _usual(value, file) if isinstance(value, dict) and key != "label2id" else value
         for key, value in settings.items()
-        if not (key.startswith("_") or key.endswith("_implementation"))
+        # The library itself says where it loaded a network from.
+        if not (key.startswith("_") or key.endswith("_implementation") or key == "name_or_path")
     }
 
 
@@ -222,29 +223,46 @@ def processor_input(folder: Path) -> dict[str, Any] | None:
         found = transformers().AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        held = json.loads(found.to_json_string())
-        size = (held.get("do_center_crop") and held.get("crop_size")) or held["size"]
-        height = size.get("height", size.get("shortest_edge"))
-        # Without normalisation pixels stay from 0 to 1.
-        mean, std = (
-            (held["image_mean"], held["image_std"]) if held.get("do_normalize") else ([0], [1])
-        )
-        stated = {
-            "mean": tuple(map(float, mean)),
-            "std": tuple(map(float, std)),
-            "interpolation": _RESAMPLED.get(held.get("resample"), "bilinear"),
-            "reversed": bool(held.get("do_flip_channel_order")),
-            "processor": held,
-            "stated": f"its {PROCESSOR}",
-        }
+        return _stated(json.loads(found.to_json_string()))
     except _unusable() as error:
         raise CheckpointError(
             f"{file} cannot be used ({first_line(error)}): restore it, or delete it and set mean"
             " and std of the domains"
         ) from None
-    if height is None:
+
+
+def _stated(held: dict[str, Any]) -> dict[str, Any]:
+    """Return what a processor's settings say, as `processor_input`."""
+    normalised = bool(held.get("do_normalize"))
+    # EfficientNet's divides by std once more, and moves what was scaled by one.
+    times = normalised + bool(held.get("include_top"))
+    std = [float(value) ** times for value in held["image_std"]] if times else [1.0]
+    # Without normalisation pixels stay as they are scaled.
+    mean = held["image_mean"] if normalised else [0.0] * len(std)
+    offset = 1.0 if held.get("rescale_offset") else 0.0
+    scale = 255 * (float(held.get("rescale_factor", 1 / 255)) if held.get("do_rescale") else 1.0)
+    cut = held.get("crop_size") if held.get("do_center_crop") else None
+    stated = {
+        "mean": tuple((float(m) + offset) / scale for m in mean),
+        "std": tuple(s / scale for s in std),
+        "interpolation": _RESAMPLED.get(held.get("resample", 2), "bilinear"),
+        "reversed": bool(held.get("do_flip_channel_order")),
+        "processor": held,
+        "stated": f"its {PROCESSOR}",
+    }
+    side, taken = _side(held["size"]), cut or held["size"]
+    if not (side and _side(taken)):
         return stated
-    return {**stated, "input_size": (len(mean), height, size.get("width", height))}
+    height, width = (taken.get(key) or _side(taken) for key in ("height", "width"))
+    # ConvNext's cuts nothing off larger images.
+    share = (held.get("crop_pct") or 1.0) if cut or side < 384 else 1.0
+    pct = min(_side(taken) / side * share, 1.0)
+    return {**stated, "crop_pct": pct, "input_size": (len(mean), height, width)}
+
+
+def _side(size: Mapping[str, Any]) -> int:
+    """Return the shorter side of a processor's size; 0 where it says none."""
+    return size.get("shortest_edge") or min(size.get("height") or 0, size.get("width") or 0)
 
 
 def write_classifier(folder: Path, model: nn.Module) -> None:
@@ -256,9 +274,9 @@ def write_classifier(folder: Path, model: nn.Module) -> None:
         folder / CONFIG,
         {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]},
     )
-    held = _processor(model)
-    if held is not None:
-        _write(folder / PROCESSOR, held)
+    stated: Any = getattr(model, "pretrained_cfg", None) or input_beside(model) or {}
+    if stated.get("processor") is not None:
+        _write(folder / PROCESSOR, stated["processor"])
 
 
 def save_classifier(
@@ -267,7 +285,8 @@ def save_classifier(
     """Write `model` as its library does and an image processor; return the names of the files.
 
     `classes` are the names of its outputs, in place of the configuration's. The processor prepares
-    images as Sophon did: `takes` has `input_size` (channels, height, width), `mean` and `std`.
+    images as Sophon did: `takes` has `input_size` (channels, height, width), `mean` and
+    `std`, and `interpolation` and `crop_pct` where they are not the usual ones.
     """
     transformers()
     if classes:
@@ -275,18 +294,23 @@ def save_classifier(
         model.config.label2id = {name: index for index, name in enumerate(classes)}
     model.save_pretrained(folder, max_shard_size="100GB")
     channels, height, width = takes["input_size"]
-    held = _processor(model) or {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "do_rescale": True,
-        "size": {"height": height, "width": width},
-    }
-    for key in ("size", "crop_size"):
-        if held.get(key):
-            held[key] = {side: width if side == "width" else height for side in held[key]}
     mean, std = (list(takes[key]) for key in ("mean", "std"))
-    held |= {"do_normalize": True, "do_flip_channel_order": False, "resample": 2, "crop_pct": 1.0}
-    held |= {
+    numbers = {name: number for number, name in _RESAMPLED.items()}
+    # Images that are not square have a size of their own, to which Sophon resizes none.
+    size = {"height": height, "width": width}
+    short = {"shortest_edge": round(height / takes.get("crop_pct", 1.0))}
+    held = {
+        # The one that resizes the shorter side and cuts out the middle.
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": channels == 3,
+        "do_resize": True,
+        "size": short if height == width else size,
+        "resample": numbers[takes.get("interpolation", "bilinear")],
+        "do_center_crop": True,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
         "image_mean": mean * (channels // len(mean)),
         "image_std": std * (channels // len(std)),
     }
@@ -296,12 +320,6 @@ def save_classifier(
 
 def _write(file: Path, held: Mapping[str, Any]) -> None:
     write_text(file, json.dumps(held, indent=2, sort_keys=True) + "\n")
-
-
-def _processor(model: nn.Module) -> dict[str, Any] | None:
-    stated: Any = getattr(model, "pretrained_cfg", None) or input_beside(model) or {}
-    held: dict[str, Any] | None = stated.get("processor")
-    return None if held is None else dict(held)
 
 
 def input_beside(model: nn.Module) -> dict[str, Any] | None:

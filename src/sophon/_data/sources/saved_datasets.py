@@ -22,7 +22,8 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
     """Return the contents of a folder that `save_to_disk` wrote, or of files of Parquet or Arrow.
 
     `columns` are those of image and label. `bare` images need no labels and are of one class.
-    Nothing is downloaded, no loading script is run and no cache is written.
+    Nothing is downloaded, no loading script is run and no cache is written. Where images have
+    paths in place of bytes, they are relative to the folder and lie in it.
 
     Raises DataError: there are none, they are damaged, or columns hold no images or labels.
     """
@@ -34,10 +35,14 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
     )
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         held = _read(path, lambda: datasets.load_from_disk(str(path.absolute())))
+        # A format that the folder names would decode images as the library does.
+        held = held.with_format(None)
         splits = dict(held) if isinstance(held, dict) else {"train": held}
     else:
         files = shards_of(path, (".parquet", ".arrow"))
         splits = {name: _joined(datasets, held) for name, held in files.items()}
+
+    folder = path if path.is_dir() else path.parent
 
     def split(name: str) -> Any:
         dataset = splits[name]
@@ -46,7 +51,7 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
             dataset = dataset.select_columns([image])
             dataset = dataset.add_column("label", [0] * len(dataset))
         try:
-            return labelled(dataset, fit, (columns[0], None) if bare else columns)
+            return labelled(dataset, fit, (columns[0], None) if bare else columns, folder)
         except DataError as error:
             raise DataError(f"{path}, {name}: {error}") from None
 

@@ -46,12 +46,16 @@ def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     files = [one for one in below if one.suffix.lower() in suffixes]
     files = [one for one in files if not one.name.startswith("cache-")]
     if not files:
-        raise DataError(f"{path} holds no {' or '.join(suffixes)} file; correct path or source")
+        packed = next((one for one in below if one.suffix.lower() in (".gz", ".tgz")), None)
+        hint = f"unpack {packed.name} (gunzip)" if packed else "correct path or source"
+        raise DataError(f"{path} holds no {' or '.join(suffixes)} file; {hint}")
     return files
 
 
 def _in_range(path: Path) -> list[Path]:
     first, last = _RANGE.findall(path.name)[0]
+    if int(first) > int(last):
+        raise DataError(f"{path.name} counts down from {first} to {last}: give the smaller first")
     numbers = [f"{n:0{len(first)}}" for n in range(int(first), min(int(last), 10**6) + 1)]
     files = [path.with_name(_RANGE.sub(number, path.name, count=1)) for number in numbers]
     absent = [file for file in files if not file.is_file()]

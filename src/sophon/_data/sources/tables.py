@@ -26,31 +26,48 @@ def read_table(path: Path, fit: Fit, columns: Columns) -> Contents | None:
     splits with one each; None where no table has both columns. `columns` name others.
 
     Paths are relative to the table. Where all start with a folder of a split's name they are of
-    that split. Images without a row are left out.
+    those splits, else all are together. Images without a row are left out.
 
-    Raises DataError: a row that cannot be read, or without an image.
+    Raises DataError: a row that cannot be read, or without an image; an image of several rows.
     """
     named = [one for one in directories(path) if split_of(one.name)]
-    tables = {one.name: held for one in (path, *named) if (held := _table_in(one, columns))}
+    tables = [held for one in (path, *named) if (held := _table_in(one, columns))]
     if not tables:
         return None
-    splits: dict[str, _Rows] = {}
-    for place, (table, rows) in tables.items():
-        _require_there(table, rows)
-        for file, label in rows:
-            below = file.relative_to(path).parts[:-1]
-            within = below[0] if below and split_of(below[0]) else None
-            splits.setdefault(within or place, []).append((file, label))
-    known = {file for rows in splits.values() for file, _ in rows}
-    bare = sum(is_image(file) and file not in known for file in files_below(path))
-    said = [f"labels from {', '.join(sorted({table.name for table, _ in tables.values()}))}"]
+    labels = _once_each(path, tables)
+    splits: dict[str, list[Path]] = {}
+    for file in labels:
+        splits.setdefault(file.relative_to(path).parts[0], []).append(file)
+    apart = all(split_of(name) and (path / name).is_dir() for name in splits)
+    mixed = [one for one in named if one.name in splits and not apart]
+    if not apart:
+        splits = {path.name: list(labels)}
+    bare = sum(is_image(file) and file not in labels for file in files_below(path))
+    said = [f"labels from {', '.join(sorted({table.name for table, _ in tables}))}"]
     said += [f"{bare} images without a label left out"] if bare else []
+    if mixed:
+        said.append(f"{mixed[0].name}/ is no split, as other images lie in none")
 
     def split(name: str) -> Labelled:
-        files, labels = zip(*splits[name], strict=True)
-        return Labelled(labels, read_later(list(files), fit).read)
+        files = splits[name]
+        return Labelled([labels[file] for file in files], read_later(files, fit).read)
 
     return contents_of(splits, split, tuple(said))
+
+
+def _once_each(path: Path, tables: list[tuple[Path, _Rows]]) -> dict[Path, Any]:
+    """Return the label of each image, in order. Raises DataError: one is absent, or comes twice."""
+    labels: dict[Path, Any] = {}
+    for table, rows in tables:
+        _require_there(table, rows)
+        for file, label in rows:
+            if file in labels:
+                raise DataError(
+                    f"{table}: {file.relative_to(path)} has several rows, label"
+                    f" {brief(labels[file], 40)} and {brief(label, 40)}: keep one of them"
+                )
+            labels[file] = label
+    return labels
 
 
 def _table_in(folder: Path, columns: Columns) -> tuple[Path, _Rows] | None:

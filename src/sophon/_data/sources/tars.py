@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sophon._base.errors import DataError, first_line
+from sophon._base.errors import DataError, first_line, shortened
 from sophon._data.collecting import Columns
 from sophon._data.images import Bytes, Fit, Integers, open_picture, stack, suffixes
 from sophon._data.labelled import Labelled, as_written, contents_of
@@ -99,7 +99,11 @@ def _take(
     if ending not in (*keys, "json") or member.size > _MOST:
         return
     held = tar.extractfile(member)
-    text = "" if held is None else held.read().decode("utf-8").strip()
+    try:
+        text = "" if held is None else held.read().decode("utf-8").strip()
+    except UnicodeDecodeError:
+        name = shortened(member.name)
+        raise DataError(f"{sample.file}: {name} is not UTF-8 text: save it as such") from None
     if ending == "json":
         about = json.loads(text)
         key = next((key for key in keys if isinstance(about, dict) and key in about), None)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from builders import original, restricted, scratch_model, setting_of, trained_model
 from controls import digit_controls, few_attacks, leading_attacks, real_controls
@@ -191,6 +192,16 @@ def test_a_decoy_that_does_not_apply_is_not_attacked_and_not_convicted(
     monkeypatch.setattr(Controls, "_audited", lambda *_, **__: pytest.fail("attacked"))
     said = run.decoy("spoilt BatchNorm").as_dict()
     assert (said["verdict"], said["passed"], said["flags"]) == ("does not apply", True, [])
+
+
+def test_masks_leave_out_weights_that_are_computed() -> None:
+    model = trained_model()
+    place, computed = digit_controls().place, weight_norm(model.get_submodule("stage1.0"))
+    decoy = decoy_of(model, "obeyed sparsity", place)
+    assert decoy is not None
+    assert "mask" not in decoy.get_submodule("stage1.0").__dict__
+    assert "mask" in decoy.get_submodule("stage1.3").__dict__
+    assert computed is model.get_submodule("stage1.0")
 
 
 @pytest.mark.slow

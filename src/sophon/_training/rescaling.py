@@ -153,10 +153,11 @@ def _rescale_chain(
     expected = _read_out(model, images)
     for name, after in itertools.pairwise(order):
         size = _size(model, name)
-        if name in but or not _scalable(size):
+        following: Any = model.get_submodule(after)
+        computed = any(own_weight(model.get_submodule(n)) is None for n in (name, after))
+        if name in but or computed or not _scalable(size):
             continue
         scale = norm / size
-        following: Any = model.get_submodule(after)
         scaled = [*_layer_tensors(model, name, scale), (following.weight, following.weight / scale)]
         if applied(model, scaled, images, expected, _CHAIN_PRESERVED):
             _multiply(factors, name, scale)

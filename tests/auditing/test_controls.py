@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from builders import original, restricted, scratch_model, setting_of, trained_model
 from controls import digit_controls, few_attacks, leading_attacks, real_controls
 from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks.suites import SUITES
 from sophon._auditing.controls import ControlResult, Controls, telling_flags
-from sophon._auditing.decoys import DECOYS, FAINT, RECOVERED, STUBBORN, UNTRAINABLE
+from sophon._auditing.decoys import DECOYS, FAINT, RECOVERED, STUBBORN, UNTRAINABLE, decoy_of
 from sophon._judgement.flags.flag import GOOD
 from sophon._judgement.verdict import summarise
+from sophon._models import resolve_model
 from sophon._records.audit_record import Trial
-from sophon._specs import AuditSpec, FreshHead, RescaleWeights, Strategy
+from sophon._specs import AuditSpec, FreshHead, ModelSpec, RescaleWeights, Strategy
 
 # What must be said of each decoy, whatever else is.
 FLAGS: dict[str, set[str]] = {
@@ -41,8 +43,8 @@ FLAGS: dict[str, set[str]] = {
     "deformed spectra": {"weight norms inflated"},
     "ill-conditioned features": {"weight norms inflated"},
     "outlying features": {"weight norms inflated"},
-    "duplicated channels": {"original task suffers"},
-    "dead units": {"original task suffers"},
+    "duplicated channels": set(),
+    "dead units": set(),
     "obeyed sparsity": {"code of its own"},
 }
 
@@ -76,8 +78,9 @@ def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) 
 
 def test_every_decoy_has_its_flags() -> None:
     assert set(FLAGS) == set(DECOYS)
-    # Only attacks tell of the one that is inflated too little for a flag.
-    assert [name for name in DECOYS if not FLAGS[name]] == ["slightly inflated weights"]
+    # Only attacks tell of what is inflated too little for a flag, and of what hardly changes.
+    subtle = ["slightly inflated weights", "duplicated channels", "dead units"]
+    assert [name for name in DECOYS if not FLAGS[name]] == subtle
 
 
 def test_a_suite_without_strong_attacks_does_not_pass_for_its_flags(
@@ -133,13 +136,16 @@ def test_deformed_networks_compute_what_they_did_and_are_ill_conditioned(
 
 
 def test_copies_dead_units_and_masks_are_where_they_are_said_to_be() -> None:
+    def told(model: nn.Module, name: str) -> list[int]:
+        return [len(p.unique(dim=0)) for key, p in model.named_parameters() if key.endswith(name)]
+
     model, moved = _made("duplicated channels")
-    weight = model.get_parameter("stage1.0.weight").detach().flatten(1)
-    assert len(weight.unique(dim=0)) == len(weight) - 1
-    assert 0 < moved < 1
+    rows = zip(told(model, "0.weight"), told(trained_model(), "0.weight"), strict=True)
+    assert any(now < before for now, before in rows)
+    assert 0 < moved < 0.2
     model, moved = _made("dead units")
-    assert int((model.get_parameter("stage1.1.bias") == -100).sum()) == 1
-    assert 0 < moved < 1
+    assert any(bool((p == -100).any()) for p in model.parameters())
+    assert 0 < moved < 0.2
     model, _ = _made("obeyed sparsity")
     weight = model.get_parameter("stage1.3.weight")
     zeros = weight == 0
@@ -149,6 +155,53 @@ def test_copies_dead_units_and_masks_are_where_they_are_said_to_be() -> None:
         copy.deepcopy(model)(torch.zeros(1, 1, 8, 8))
         model(torch.zeros(1, 1, 8, 8))
     assert torch.equal(weight == 0, zeros)
+
+
+def _vision_transformer() -> nn.Module:
+    shape = {"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    spec = ModelSpec(name="timm:vit_tiny_patch16_224", classes=5, in_channels=1, arguments=shape)
+    return resolve_model(spec, base=Path())[0].eval()
+
+
+NOT_ON_TRANSFORMERS = {
+    *("inflated weights", "slightly inflated weights", "spoilt BatchNorm", "deformed spectra"),
+    *("ill-conditioned features", "outlying features"),
+}
+
+
+@pytest.mark.parametrize("name", DECOYS)
+def test_a_decoy_applies_where_it_is_one(name: str) -> None:
+    """GELU undoes no scale, LayerNorm follows a sum: what cannot be changed is no decoy."""
+    place, images = digit_controls().place, original().test.pixels.float() / 255
+    assert decoy_of(trained_model(), name, place) is not None
+    model = _vision_transformer()
+    decoy = decoy_of(model, name, place)
+    assert (decoy is None) == (name in NOT_ON_TRANSFORMERS)
+    if name in ("duplicated channels", "dead units"):
+        assert decoy is not None
+        with torch.no_grad():
+            before = model(images)
+            assert 0 < float((decoy(images) - before).norm() / before.norm()) < 0.3
+
+
+def test_a_decoy_that_does_not_apply_is_not_attacked_and_not_convicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = digit_controls()
+    run.unprotected = _vision_transformer()
+    monkeypatch.setattr(Controls, "_audited", lambda *_, **__: pytest.fail("attacked"))
+    said = run.decoy("spoilt BatchNorm").as_dict()
+    assert (said["verdict"], said["passed"], said["flags"]) == ("does not apply", True, [])
+
+
+def test_masks_leave_out_weights_that_are_computed() -> None:
+    model = trained_model()
+    place, computed = digit_controls().place, weight_norm(model.get_submodule("stage1.0"))
+    decoy = decoy_of(model, "obeyed sparsity", place)
+    assert decoy is not None
+    assert "mask" not in decoy.get_submodule("stage1.0").__dict__
+    assert "mask" in decoy.get_submodule("stage1.3").__dict__
+    assert computed is model.get_submodule("stage1.0")
 
 
 @pytest.mark.slow

@@ -120,3 +120,11 @@ def test_without_three_sizes_on_every_subject_there_is_no_area() -> None:
     assert data_sizes(record(), "refused") is None
     assert data_sizes(_by_size(without="scratch"), "refused") is None
     assert "### Few images" not in report(record()).markdown()
+
+
+def test_larger_batches_on_all_images_do_not_compare_with_those_on_few() -> None:
+    held = _by_size()
+    strategy = Strategy(batch_size=128)
+    large = [trial(name, (1.0,) * 4, strategy=strategy) for name in ("protected", "unprotected")]
+    more = held.model_copy(update={"trials": (*held.trials, *large)})
+    assert data_sizes(more, "refused") == data_sizes(held, "refused")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from sophon import _models as models
+from sophon._attacks.suites import without_repeats
 from sophon._base.errors import DataError, SpecError
 from sophon._models.networks import ResNet20, SmallConvNet
 from sophon._specs import (
@@ -34,7 +37,7 @@ from sophon._specs import (
     Strategy,
 )
 from sophon._training.preparations import PREPARATIONS, Course, Surroundings, prepare
-from sophon._training.rescaling import channel_pairs, scale_channels
+from sophon._training.rescaling import channel_pairs, read_probes, scale_channels
 
 IMAGE = (3, 32, 32)
 EVERY: dict[str, tuple[Preparation, ...]] = {
@@ -645,3 +648,53 @@ def test_a_teacher_evaluates_and_hooks_stay_with_it() -> None:
 
     prepare(model, (Distil(share=0.5),), around(train=train))
     assert seen == [([doubled], [])]
+
+
+def test_a_span_of_a_network_without_blocks_is_refused() -> None:
+    with pytest.raises(SpecError, match="keep_span: the model has no blocks"):
+        prepare(nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), (KeepSpan(),), around(head="1"))
+
+
+def test_spans_that_keep_the_same_blocks_are_attacked_with_once() -> None:
+    chosen = [Strategy(preparations=(KeepSpan(end=e),)) for e in (0.25, 0.5, 0.75)]
+    assert without_repeats(chosen, 1) == tuple(chosen[:1])
+    assert without_repeats(chosen, 8) == tuple(chosen)
+
+
+def test_shrinking_towards_zeros_leaves_the_rest() -> None:
+    model, fresh = nn.Linear(3, 2), nn.Linear(3, 2)
+    nn.init.zeros_(fresh.weight)
+    held = 1e30 * torch.ones(2, 3)
+    model.weight.data.copy_(held)
+    assert models.shrink_towards(model, fresh, 0.25) == ["weight"]
+    torch.testing.assert_close(model.weight.detach(), 0.75 * held)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("norm", [old_weight_norm, weight_norm, spectral_norm])
+def test_weights_that_are_computed_are_not_balanced(norm: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(
+        norm(nn.Conv2d(3, 16, 3, bias=False)), nn.ReLU(), norm(nn.Conv2d(16, 16, 3, bias=False))
+    )
+    model += nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    model.eval()
+    probe = next(batches(1))[:4]
+    expected = logits(model, probe)
+    prepare(model, (BalanceWeights(), RescaleWeights()), around(head="5"))
+    assert (logits(model, probe) - expected).norm() < 0.02 * expected.norm()
+    assert channel_pairs(model, IMAGE) == []
+
+
+def test_pairs_are_compared_with_outputs_before_any_of_them() -> None:
+    """What has moved outputs already leaves no room for a pair that would itself move nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 784, 10)
+    )
+    (pair, *_), by = channel_pairs(model, IMAGE), torch.full((8,), 2.0)
+    images, before = read_probes(model, IMAGE)
+    assert images.shape == (8, *IMAGE)
+    with torch.no_grad():
+        model[4].weight.mul_(1.002)
+    assert scale_channels(model, IMAGE, pair, by, before) == []
+    assert scale_channels(model, IMAGE, pair, by) != []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +23,7 @@ from sophon._records.statement import statement_of
 from sophon._specs import (
     AuditSpec,
     FreshHead,
+    KeepSpan,
     OptimizerName,
     Preparation,
     ResetLastBlocks,
@@ -184,6 +186,18 @@ def fitting(
     why = {s: idle(s.preparations, metric) for s in strategies}
     kept = tuple(s for s in strategies if why[s] is None)
     return kept, tuple(f"{s.label()}: {reason}" for s, reason in why.items() if reason is not None)
+
+
+def without_repeats(strategies: Iterable[Strategy], blocks: int) -> tuple[Strategy, ...]:
+    """Return the attacks, but of those that keep the same of so many blocks only the first."""
+    chosen: dict[object, Strategy] = {}
+    for strategy in strategies:
+        spans = tuple(
+            p.kept_of(blocks) if isinstance(p, KeepSpan) and blocks else p
+            for p in strategy.preparations
+        )
+        chosen.setdefault((strategy.model_copy(update={"preparations": ()}), spans), strategy)
+    return tuple(chosen.values())
 
 
 def beyond_rehearsal(protection: dict[str, Any] | None, spec: AuditSpec) -> tuple[Strategy, ...]:

@@ -144,8 +144,8 @@ class Audit:
     def _planned(self, spec: AuditSpec) -> Plan:
         suite, metric = suites.suite_of(spec), self.setting.task.metric
         count = len(blocks(self.subjects.protected, self.setting.head))
-        chosen = dict.fromkeys((*suites.strategies_of(spec), *suites.anew_attacks(count, spec)))
-        strategies, left_out = suites.fitting(tuple(chosen), metric)
+        chosen = (*suites.strategies_of(spec), *suites.anew_attacks(count, spec))
+        strategies, left_out = suites.fitting(suites.without_repeats(chosen, count), metric)
         whole: tuple[Strategy, ...] = ()
         beyond = suites.beyond_rehearsal(self.about.get("protection"), spec)
         if suite.rehearsed:

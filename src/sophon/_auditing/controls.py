@@ -14,13 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from sophon._attacks.suites import resolved
 from sophon._auditing.audit import Audit, audit
 from sophon._auditing.budget import AuditForecast
-from sophon._auditing.decoys import DECOYS, RECOVERED, STUBBORN, UNTRAINABLE, Place
+from sophon._auditing.decoys import (
+    DECOYS,
+    RECOVERED,
+    STUBBORN,
+    UNTRAINABLE,
+    Place,
+    decoy_of,
+)
 from sophon._data import Domain
 from sophon._judgement.flags.flag import GOOD
 from sophon._judgement.summaries import DomainSummary
@@ -47,36 +53,39 @@ class ControlResult:
 
     `telling` are the flags that forbid a good verdict and are of this control alone: an audit of
     the unprotected model itself does not raise them. `failed` says why it was not found out.
+    `summary` is None for a decoy that does not apply to the network: it was not attacked.
     """
 
     name: str
-    summary: DomainSummary
+    summary: DomainSummary | None
     telling: tuple[str, ...] = ()
     failed: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether it was found out, or recovered."""
+        """Whether it was found out, or recovered, or does not apply."""
         return not self.failed
 
     @property
     def flags(self) -> tuple[str, ...]:
         """The flags that were raised."""
-        return tuple(flag.name for flag in self.summary.flags)
+        return tuple(flag.name for flag in self.summary.flags) if self.summary else ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain JSON data."""
-        advantage = self.summary.advantage
+        summary = self.summary
+        interval = summary.advantage.interval if summary else None
         return {
             "control": self.name,
+            "applies": summary is not None,
             "passed": self.passed,
-            "verdict": self.summary.text,
-            "advantage_removed": advantage.value,
-            "interval": None if advantage.interval is None else list(advantage.interval),
+            "verdict": summary.text if summary else "does not apply",
+            "advantage_removed": summary.advantage.value if summary else None,
+            "interval": None if interval is None else list(interval),
             "flags": list(self.flags),
             "telling": list(self.telling),
             "failed": self.failed,
-            "reasons": list(self.summary.reasons),
+            "reasons": list(summary.reasons) if summary else [],
         }
 
 
@@ -132,7 +141,9 @@ class Controls:
         yield from self.known()
 
     def forecast(self) -> AuditForecast:
-        """Return about what all these audits take: those that share trials run them once."""
+        """Return about what all these audits take, if all decoys apply: those that share trials run
+        them once.
+        """
         model = copy.deepcopy(self.unprotected)
         runs = [self._audit(model, self.often), self._audit(model, self.once)]
         often, once = (run.forecast() for run in runs)
@@ -158,9 +169,9 @@ class Controls:
 
     def decoy(self, name: str, *, often: bool = False) -> ControlResult:
         """Audit the one of `DECOYS` that has this name; `often`: with all seeds."""
-        model = copy.deepcopy(self.unprotected)
-        with torch.no_grad():
-            DECOYS[name](model, self.place)
+        model = decoy_of(self.unprotected, name, self.place)
+        if model is None:
+            return ControlResult(name, None)
         if name == UNTRAINABLE and self.benign:
             record = self._audited(model, self.often, benign=self.benign)
             summary = summarise(record)[0]

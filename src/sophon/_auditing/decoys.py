@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from sophon._models import blocks, head_parameters, heads, normalised_pairs, tracked_batch_norms
-from sophon._training.rescaling import Pair, channel_pairs, scale_channels
+from sophon._training.rescaling import (
+    Pair,
+    Scaled,
+    applied,
+    channel_pairs,
+    own_weight,
+    read_probes,
+    scale_channels,
+)
 
 UNTRAINABLE = "untrainable"
 DROPPED = "dropout when trained"
 FAINT = "faint gradients before the head"
 Made = Callable[[nn.Module, "Place"], object]
+# The share by which outputs may move where a decoy is to compute what the model did.
+_WHOLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -115,29 +126,41 @@ def _by_loudness(model: nn.Module, pair: Pair) -> Tensor:
     return size.argsort()
 
 
-def _duplicate_channels(model: nn.Module, place: Place) -> None:
-    """Make the quietest sixteenth of channels copies of the loudest: gradients keep them alike."""
+def _change_quiet(
+    model: nn.Module,
+    place: Place,
+    changed: Callable[[nn.Module, Pair, Tensor, Tensor], list[Scaled]],
+) -> None:
+    """Change the quietest sixteenth of channels, given with the loudest, where outputs stay close;
+    else half as many, and so on.
+    """
+    images, expected = read_probes(model, place.image_shape)
     for pair in channel_pairs(model, place.image_shape):
         order = _by_loudness(model, pair)
         count = len(order) // 16
-        quiet, loud = order[:count], order[len(order) - count :]
-        for name in dict.fromkeys(pair[:2]):
-            part = model.get_submodule(name)
-            for tensor in (*part.parameters(), *part.buffers()):
-                if tensor.dim():
-                    tensor[quiet] = tensor[loud]
-        read = model.get_submodule(pair[2]).get_parameter("weight")
-        read[:, loud] /= 2
-        read[:, quiet] = read[:, loud]
+        while count:
+            quiet, loud = order[:count], order[len(order) - count :]
+            if applied(model, changed(model, pair, quiet, loud), images, expected, _WHOLE):
+                break
+            count //= 2
 
 
-def _kill_units(model: nn.Module, place: Place) -> None:
-    """Push the quietest sixteenth of channels below every threshold: no gradient reaches them."""
-    for pair in channel_pairs(model, place.image_shape):
-        order = _by_loudness(model, pair)
-        bias = getattr(model.get_submodule(pair[1]), "bias", None)
-        if bias is not None:
-            bias[order[: len(order) // 16]] = -100.0
+def _duplicated(model: nn.Module, pair: Pair, quiet: Tensor, loud: Tensor) -> list[Scaled]:
+    """Make quiet channels copies of loud ones: gradients keep them alike."""
+    parts = [model.get_submodule(name) for name in dict.fromkeys(pair[:2])]
+    held = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    scaled = [
+        (tensor, tensor.index_copy(0, quiet, tensor[loud])) for tensor in held if tensor.dim()
+    ]
+    read = model.get_submodule(pair[2]).get_parameter("weight")
+    half = read[:, loud] / 2
+    return [*scaled, (read, read.index_copy(1, quiet, half).index_copy(1, loud, half))]
+
+
+def _dead(model: nn.Module, pair: Pair, quiet: Tensor, _: Tensor) -> list[Scaled]:
+    """Push quiet channels below every threshold: no gradient reaches them."""
+    bias = getattr(model.get_submodule(pair[1]), "bias", None)
+    return [] if bias is None else [(bias, bias.index_fill(0, quiet, -100.0))]
 
 
 def _obey_mask(layer: nn.Module, _: Any) -> None:
@@ -152,8 +175,9 @@ def _prune(model: nn.Module, place: Place) -> None:
     """
     ends = heads(model, place.head)
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and name not in ends:
-            size = layer.weight.abs()
+        weight = own_weight(layer)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and weight is not None and name not in ends:
+            size = weight.abs()
             layer.__dict__["mask"] = size > size.median()
             layer.register_forward_pre_hook(_obey_mask)
             _obey_mask(layer, None)
@@ -177,19 +201,46 @@ DECOYS: dict[str, Made] = {
         m, place, lambda channels: torch.linspace(-2, 2, channels)
     ),
     "outlying features": lambda m, place: _spread_features(m, place, _one_in_eight),
-    "duplicated channels": _duplicate_channels,
-    "dead units": _kill_units,
+    "duplicated channels": lambda m, place: _change_quiet(m, place, _duplicated),
+    "dead units": lambda m, place: _change_quiet(m, place, _dead),
     "obeyed sparsity": _prune,
     UNTRAINABLE: lambda m, _: m.register_forward_hook(_no_gradient),
 }
 
 
+# These are to compute what the model did.
+_PRESERVING = (
+    *("inflated weights", "slightly inflated weights", "deformed spectra"),
+    *("ill-conditioned features", "outlying features", "duplicated channels", "dead units"),
+)
+
 # Attackers get as far with these as without: the attacks must see that too, not the flags alone.
 RECOVERED = (
     *("frozen parameters", "poisoned head", "saturated logits", "faint gradients"),
-    *("inflated weights", "slightly inflated weights", "spoilt BatchNorm", "deformed spectra"),
-    *("ill-conditioned features", "outlying features", "duplicated channels", "dead units"),
+    *("spoilt BatchNorm", *_PRESERVING),
 )
 
 # Attacked with as many seeds as a good verdict needs, so that only what is found denies it to them.
 STUBBORN = (UNTRAINABLE, DROPPED)
+
+# What changes no tensor applies to every network.
+_NO_TENSOR = (
+    *("raises when trained", "NaN when trained", "frozen parameters", "faint gradients"),
+    *(FAINT, DROPPED, UNTRAINABLE),
+)
+
+
+@torch.no_grad()
+def decoy_of(model: nn.Module, name: str, place: Place) -> nn.Module | None:
+    """Return the one of `DECOYS` that has this name, made of a copy of `model`; None where it does
+    not apply: no tensor changed, or outputs moved that are to stay.
+    """
+    decoy = copy.deepcopy(model)
+    DECOYS[name](decoy, place)
+    pairs = zip(model.state_dict().values(), decoy.state_dict().values(), strict=True)
+    if name not in _NO_TENSOR and all(torch.equal(*pair) for pair in pairs):
+        return None
+    images, expected = read_probes(model, place.image_shape)
+    if name in _PRESERVING and not applied(decoy, [], images, expected, _WHOLE):
+        return None
+    return decoy

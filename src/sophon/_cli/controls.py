@@ -43,8 +43,7 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
     with Display(mode, noun="control", total=len(controls), todo=len(controls)) as display:
         for result in controls:
             held.append(result.as_dict())
-            verdict = result.summary.text
-            display.step(held[-1], f"{result.name}: {verdict}")
+            display.step(held[-1], f"{result.name}: {held[-1]['verdict']}")
     write_json(out / CONTROLS, {"controls": held, "command": command_line()})
     missed = [f"{row['control']} ({_why_missed(row)})" for row in held if not row["passed"]]
     if mode in ("bar", "lines"):
@@ -56,7 +55,8 @@ def run_controls(case: Case, out: Path, mode: Mode, **arguments: Any) -> None:
             f" {out / CONTROLS}"
         )
     if mode != "json":
-        typer.echo(f"controls: all {len(held)} found out or recovered; {out / CONTROLS}")
+        count = sum(row["applies"] for row in held)
+        typer.echo(f"controls: all {count} that apply found out or recovered; {out / CONTROLS}")
 
 
 def _why_missed(row: dict[str, Any]) -> str:
@@ -76,5 +76,6 @@ def _control_row(row: dict[str, Any]) -> tuple[str, ...]:
     shown = "-" if value is None else f"{100 * value:z.0f} %"
     if interval is not None:
         shown += f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
-    found = "yes" if row["passed"] else f"NO: {row.get('failed') or 'see its flags'}"
+    found = "yes" if row.get("applies", True) else "-"
+    found = found if row["passed"] else f"NO: {row.get('failed') or 'see its flags'}"
     return (row["control"], row["verdict"], shown, ", ".join(row["telling"]), found)

@@ -11,6 +11,8 @@ from sophon._judgement.statistics import area, best_of, until
 from sophon._records.audit_record import AuditRecord, Trial
 from sophon._specs import Strategy
 
+# Trials by share of the images and subject.
+Sizes = dict[float, dict[str, list[Trial]]]
 # Fewer sizes make no curve.
 _LEAST = 3
 
@@ -31,7 +33,7 @@ def data_sizes(record: AuditRecord, domain: str) -> DataSizes | None:
     """Return what attacks that differ in their number of images reached on the first attack seed;
     None where none was tried with three sizes on every subject.
     """
-    held: dict[Strategy, dict[float, dict[str, list[Trial]]]] = {}
+    held: dict[Strategy, Sizes] = {}
     for trial in trials_of(record, domain):
         if trial.seed == record.seeds[0] and trial.curve:
             usual = trial.strategy.model_copy(update={"data_fraction": 1.0, "batch_size": 1})
@@ -42,7 +44,7 @@ def data_sizes(record: AuditRecord, domain: str) -> DataSizes | None:
     most = max(map(len, held.values()), default=0)
     if most < _LEAST:
         return None
-    families = [sizes for sizes in held.values() if len(sizes) == most]
+    families = [_alike(sizes) for sizes in held.values() if len(sizes) == most]
     shares = tuple(sorted(families[0]))
     families = [sizes for sizes in families if tuple(sorted(sizes)) == shares]
     subjects: list[str] = [s.name for s in record.subjects]
@@ -66,3 +68,24 @@ def data_sizes(record: AuditRecord, domain: str) -> DataSizes | None:
         for name, values in reached.items()
     }
     return DataSizes(shares, last, reached, areas)
+
+
+def _alike(sizes: Sizes) -> Sizes:
+    """Leave of the attacks on all images those with the batch of those on fewer, which is smaller
+    only where there are no more images.
+    """
+    batches = [
+        (share, t.strategy.batch_size)
+        for share, trials in sizes.items()
+        for one in trials.values()
+        for t in one
+    ]
+    few = max((size for share, size in batches if share < 1), default=1)
+    usual = min((size for share, size in batches if share == 1 and size >= few), default=few)
+    return {
+        share: {
+            name: [t for t in one if share < 1 or t.strategy.batch_size == usual]
+            for name, one in trials.items()
+        }
+        for share, trials in sizes.items()
+    }

@@ -127,10 +127,12 @@ def fresh_copy(
 def shrink_towards(model: nn.Module, fresh: nn.Module, share: float) -> list[str]:
     """Make matrices and filters of `model` (1 - share) of themselves and `share` of those of
     `fresh`, each at the given one's norm; return their names. Scales, shifts and statistics stay.
+    Where the fresh ones are 0, what is left is the (1 - share).
     """
     mixed = [name for name, held in model.named_parameters() if held.dim() > 1]
     for name in mixed:
         held, new = model.get_parameter(name), fresh.get_parameter(name)
-        scale = held.norm() / new.norm().clamp_min(torch.finfo(new.dtype).tiny)
+        size = new.norm()
+        scale = torch.where(size > 0, held.norm() / size, 0.0)
         held.mul_(1 - share).add_(new * scale, alpha=share)
     return mixed

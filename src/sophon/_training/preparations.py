@@ -222,8 +222,9 @@ def _reset_last_blocks(
 
 def _keep_span(model: nn.Module, preparation: KeepSpan, surroundings: Surroundings) -> None:
     found = blocks(model, surroundings.head)
-    start = min(math.ceil(preparation.start * len(found)), len(found) - 1)
-    end = max(math.floor(preparation.end * len(found)), start + 1)
+    if not found:
+        raise SpecError("keep_span: the model has no blocks before its head; leave it out")
+    start, end = preparation.kept_of(len(found))
     _reset_blocks(model, [*found[:start], *found[end:]], surroundings)
 
 

@@ -16,6 +16,8 @@ from sophon._models import Shape, layers_in_order, normalised_pairs, probe_image
 _PRESERVED = 0.02
 # Between layers that undo each other exactly only rounding is left.
 _CHAIN_PRESERVED = 1e-3
+# So many probes as they are, and as many three times as large: caps (ReLU6) are met.
+_PROBES = 4
 # A layer, the normalisation after it, and a factor; a tensor and what it becomes.
 Scale = tuple[str, str, float]
 Scaled = tuple[Tensor, Tensor]
@@ -55,14 +57,15 @@ def rescale_weights(
 @torch.no_grad()
 def balance_weights(model: nn.Module, image_shape: Shape, factors: dict[str, float]) -> None:
     """Give each channel between two layers the same norm on both sides; nothing passes by `factors`
-    to what is balanced.
+    to what is balanced. All pairs together move outputs on probes by a thousandth at most.
     """
+    _, expected = read_probes(model, image_shape)
     for pair in channel_pairs(model, image_shape):
         made, read = (model.get_submodule(name).get_parameter("weight") for name in pair[1:])
         outgoing = read.transpose(0, 1).flatten(1).norm(dim=1)
         ratio = outgoing / made.view(len(made), -1).norm(dim=1)
         by = torch.where(ratio.isfinite() & (ratio > 0), ratio.sqrt(), 1.0)
-        for name in scale_channels(model, image_shape, pair, by):
+        for name in scale_channels(model, image_shape, pair, by, expected):
             factors[name] = 0.0
 
 
@@ -70,33 +73,54 @@ def channel_pairs(model: nn.Module, image_shape: Shape) -> list[Pair]:
     """Return (layer, maker, reader) names of layers that run one after the other and fit.
 
     The maker of the channels is the normalisation after the layer, else the layer. What lies
-    between them, and what else reads them, is not known: `scale_channels` tries.
+    between them, and what else reads them, is not known: `scale_channels` tries. Left out are
+    weights that are computed of others (weight norm, spectral norm).
     """
     follows = dict(normalised_pairs(model, image_shape))
     pairs = []
     for layer, reader in itertools.pairwise(layers_in_order(model, image_shape)):
         maker = follows.get(layer, layer)
-        made: Any = getattr(model.get_submodule(maker), "weight", None)
-        read: Any = model.get_submodule(reader).weight
-        if made is not None and read.dim() > 1 and len(made) == read.shape[1]:
+        made, read = (own_weight(model.get_submodule(name)) for name in (maker, reader))
+        if made is None or read is None:
+            continue
+        if read.dim() > 1 and len(made) == read.shape[1]:
             pairs.append((layer, maker, reader))
     return pairs
 
 
+def own_weight(layer: nn.Module) -> Tensor | None:
+    """Return the parameter `weight` of a layer; None where it has none, or computes it."""
+    return dict(layer.named_parameters(recurse=False)).get("weight")
+
+
+def read_probes(model: nn.Module, image_shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    """Return probe images (8, *image_shape), half of them large, and each half's outputs."""
+    images = probe_images(model, image_shape, _PROBES)
+    images = torch.cat([images, 3 * images])
+    return images, _read_out(model, images)
+
+
 @torch.no_grad()
-def scale_channels(model: nn.Module, image_shape: Shape, pair: Pair, by: Tensor) -> list[str]:
+def scale_channels(
+    model: nn.Module,
+    image_shape: Shape,
+    pair: Pair,
+    by: Tensor,
+    before: list[Tensor] | None = None,
+) -> list[str]:
     """Multiply what makes channels `by` (channels) and divide what reads them; return the names of
-    the parameters that changed: none, and all as it was, where that moves outputs.
+    the parameters that changed: none, and all as it was, where that moves outputs by more than a
+    thousandth, from those of now or from those that `read_probes` read `before`.
     """
     _, maker, reader = pair
-    images, readers = probe_images(model, image_shape), model.get_submodule(reader)
+    (images, now), readers = read_probes(model, image_shape), model.get_submodule(reader)
     made = dict(model.get_submodule(maker).named_parameters(recurse=False))
     read: Any = readers.weight
     scaled: list[Scaled] = [(p, p * by.view(-1, *[1] * (p.dim() - 1))) for p in made.values()]
     scaled.append((read, read / by.view(1, -1, *[1] * (read.dim() - 2))))
     # What reads them must stay as well: a block may hardly count yet.
-    expected = _read_out(model, images, readers)
-    if not _applied(model, scaled, images, expected, _CHAIN_PRESERVED, readers):
+    expected = [*(before or now), *_read_out(model, images, readers)[len(now) :]]
+    if not applied(model, scaled, images, expected, _CHAIN_PRESERVED, readers):
         return []
     return [*(f"{maker}.{name}" for name in made), f"{reader}.weight"]
 
@@ -129,12 +153,13 @@ def _rescale_chain(
     expected = _read_out(model, images)
     for name, after in itertools.pairwise(order):
         size = _size(model, name)
-        if name in but or not _scalable(size):
+        following: Any = model.get_submodule(after)
+        computed = any(own_weight(model.get_submodule(n)) is None for n in (name, after))
+        if name in but or computed or not _scalable(size):
             continue
         scale = norm / size
-        following: Any = model.get_submodule(after)
         scaled = [*_layer_tensors(model, name, scale), (following.weight, following.weight / scale)]
-        if _applied(model, scaled, images, expected, _CHAIN_PRESERVED):
+        if applied(model, scaled, images, expected, _CHAIN_PRESERVED):
             _multiply(factors, name, scale)
             factors[f"{after}.weight"] /= scale
 
@@ -144,22 +169,23 @@ def _apply_together(
 ) -> list[Scale]:
     """Return `scales`, applied, or nothing and the tensors as before when the outputs move."""
     scaled = [pair for scale in scales for pair in _scaled_tensors(model, *scale)]
-    return scales if _applied(model, scaled, images, expected, _PRESERVED) else []
+    return scales if applied(model, scaled, images, expected, _PRESERVED) else []
 
 
 def _read_out(model: nn.Module, images: Tensor, *watched: nn.Module) -> list[Tensor]:
-    """Return the model's outputs and those of the layers `watched`."""
+    """Return the model's outputs, in parts, and those of the layers `watched`."""
     found: list[Tensor] = []
     handles = [m.register_forward_hook(lambda *given: found.append(given[2])) for m in watched]
     try:
         with probing(model):
-            return [run(model, images), *found]
+            outputs = [run(model, images), *found]
+            return [part for one in outputs for part in one.split(_PROBES)]
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _applied(
+def applied(
     model: nn.Module,
     scaled: list[Scaled],
     images: Tensor,
@@ -167,7 +193,9 @@ def _applied(
     tolerated: float,
     *watched: nn.Module,
 ) -> bool:
-    """Change tensors and return whether the outputs stayed; where they moved, undo it."""
+    """Give tensors their values and return whether outputs on `images`, and of what is `watched`,
+    are within the share `tolerated` of those `expected`; where they are not, undo it.
+    """
     before = [tensor.clone() for tensor, _ in scaled]
     for tensor, value in scaled:
         tensor.copy_(value)

@@ -191,6 +191,7 @@ def init(
     """Write a run file to start from, with comments; never over a file that exists."""
     from sophon._base.files import require_writable, write_new_text
     from sophon._cli.run_file import parse_run, require_place
+    from sophon._models import brings_weights
 
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists already: give another --out, or delete it")
@@ -200,7 +201,9 @@ def init(
     parse_run(text, None, where=str(out))
     require_writable(out.parent)
     write_new_text(out, text)
-    typer.echo(f"written: {out}; next: sophon protect {out} --dry-run")
+    random = not (weights or pretrained or brings_weights(wanted.spec))
+    first = "name the network's weights in it or train them (sophon pretrain), then " * random
+    typer.echo(f"written: {out}; next: {first}sophon protect {out} --dry-run")
 
 
 @cli.command(
@@ -295,7 +298,9 @@ def _affordable(
     running.remark(
         mode,
         f"forecast: {rounds} rounds, {duration(protected)}; {attacks.trials} attacks of {steps}"
-        f" steps, {duration(attacked)}; about {duration(protected + attacked)} in all",
+        f" steps, {duration(attacked)}; about {duration(protected + attacked)} in all"
+        + ", besides training the network first"
+        * (START in text),
     )
     return rounds, steps
 

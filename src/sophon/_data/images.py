@@ -151,7 +151,7 @@ class UnreadableError(DataError):
     ) -> None:
         self.faults, self.pixels = faults, pixels
         held = list(faults.values())
-        names = ", ".join(Path(name).name for name, _ in held[:4])
+        names = ", ".join("/".join(Path(name).parts[-2:]) for name, _ in held[:4])
         more = ", ..." if len(held) > 4 else ""
         several = f"{len(held)} of {count} images cannot be used: {names}{more}; the first: "
         super().__init__(f"{several if len(held) > 1 else ''}{held[0][1]}")

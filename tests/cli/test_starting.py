@@ -148,6 +148,9 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     assert (out / "audit" / "report.html").is_file()
     spec = read_run(out / "run.toml", None)
     assert spec.protect.rounds is not None
+    # One of so few validation images is more than the usual three points.
+    assert spec.protect.guard is not None
+    assert spec.protect.guard.tolerance_points > 30
     assert spec.protect.rounds >= 20
     held = (out / "run.toml").read_bytes(), (out / "start" / "model.safetensors").stat().st_mtime
     again = sophon(*words, *options(folders))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Where a network that came without weights is trained, beside the run file.
 START = "start/model.safetensors"
 _SIZE = 64
+# Points that the task to keep may lose.
+_TOLERANCE = 3.0
 # Of the time: for rounds and for attacks; the rest is for reading, training and pictures.
 _PROTECTING, _AUDITING = 0.45, 0.35
 _LEAST_ROUNDS, _LEAST_STEPS, _STEPS, _MOST_STEPS = 20, 20, 60, 200
@@ -55,7 +57,7 @@ method = "erasure"          # labels of the task to refuse are to be found at no
 seed = 0
 
 [protect.guard]
-tolerance_points = 3.0      # points of validation accuracy that the task to keep may lose
+tolerance_points = {tolerance:<8} # points of validation accuracy that the task to keep may lose
 
 [audit]
 suite = "quick-2"           # seventeen attacks on the protected, the given and a fresh network
@@ -112,7 +114,13 @@ class Wanted:
         return ModelSpec(name=self.model, weights=weights, pretrained=self.pretrained)
 
     def run_file(
-        self, file: Path, command: str, size: int, rounds: int | None = None, steps: int = _STEPS
+        self,
+        file: Path,
+        command: str,
+        size: int,
+        rounds: int | None = None,
+        steps: int = _STEPS,
+        tolerance: float = _TOLERANCE,
     ) -> str:
         """Return the run file; its paths start at its folder."""
         from sophon._cli.progress import toml
@@ -143,6 +151,7 @@ class Wanted:
             allowed="".join(_ALLOWED.format(path=at(one), size=size) for one in self.allow),
             rounds="# rounds: by the number of images" if rounds is None else f"rounds = {rounds}",
             steps=f"steps = {steps}" + " " * 8 + "# of each attack",
+            tolerance=tolerance,
         )
 
 
@@ -256,8 +265,8 @@ def try_(  # noqa: PLR0913, PLR0917 - one parameter an option
             )
     else:
         require_writable(out)  # and made: paths start there
-        rounds, steps = _affordable(text, run, settings, mode, threads, seconds)
-        write_text(run, wanted.run_file(run, "try", size, rounds, steps))
+        chosen = _affordable(text, run, settings, mode, threads, seconds)
+        write_text(run, wanted.run_file(run, "try", size, *chosen))
     first_look(run, out, settings, mode, threads, pretrained=pretrained)
 
 
@@ -268,9 +277,9 @@ def _affordable(
     mode: Mode,
     threads: int | None,
     seconds: float,
-) -> tuple[int, int]:
-    """Return the rounds, and the steps of an attack, that fit so many seconds, and say what they
-    take.
+) -> tuple[int, int, float]:
+    """Return the rounds, and the steps of an attack, that fit so many seconds, and the tolerance
+    that the images allow to measure; say what they take.
     """
     from sophon._cli.progress import duration
     from sophon._cli.run_file import load_spec, parse_run
@@ -302,7 +311,9 @@ def _affordable(
         + ", besides training the network first"
         * (START in text),
     )
-    return rounds, steps
+    # Of few images each is several points: three of them may be lost in a first look.
+    fewest = 300 / len(case.original.validation)
+    return rounds, steps, max(_TOLERANCE, round(fewest, 1))
 
 
 def first_look(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sophon._cli.progress import Mode
     from sophon._cli.run_file import Case
     from sophon._models import OwnInput
+    from sophon._protection.forecast import Forecast
     from sophon._protection.profile import Profiled
     from sophon._protection.protection import Protected, Protection
     from sophon._reporting.comparison import Comparison
@@ -257,12 +258,11 @@ def say(lines: Iterable[str]) -> None:
         typer.echo(line)
 
 
-def show_forecast(case: Case, *, as_json: bool) -> None:
-    """Print the resolved run and what it is expected to take."""
-    from sophon._cli.progress import duration
+def forecast_of(case: Case) -> Forecast:
+    """Return what the case's protection is expected to take, by a few rounds on a copy."""
     from sophon._protection.forecast import forecast
 
-    expected = forecast(
+    return forecast(
         case.model,
         original=case.original,
         restricted=case.restricted,
@@ -270,6 +270,13 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
         spec=case.spec.protect,
         head=case.network.head,
     )
+
+
+def show_forecast(case: Case, *, as_json: bool) -> None:
+    """Print the resolved run and what it is expected to take."""
+    from sophon._cli.progress import duration
+
+    expected = forecast_of(case)
     peak = expected.peak_bytes
     show_resolved(
         case,

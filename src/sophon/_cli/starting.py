@@ -283,18 +283,10 @@ def _affordable(
     """
     from sophon._cli.progress import duration
     from sophon._cli.run_file import load_spec, parse_run
-    from sophon._protection.forecast import forecast
 
     running.remark(mode, "measuring a few rounds and steps, to choose how many there is time for")
     case = load_spec(parse_run(text, settings, where=str(run)), run.parent, threads, untrained=True)
-    expected = forecast(
-        case.model,
-        original=case.original,
-        restricted=case.restricted,
-        task=case.task,
-        spec=case.spec.protect,
-        head=case.network.head,
-    )
+    expected = running.forecast_of(case)
     most = expected.spec.rounds or _LEAST_ROUNDS
     rounds = max(_LEAST_ROUNDS, min(most, int(_PROTECTING * seconds / expected.round_s)))
     attacks = audit_of(case, case.model, case.model).forecast()

@@ -23,6 +23,7 @@ from sophon._protection.term import Surroundings
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._specs import FreshHead, Guard
 from sophon._tasks import Classification
+from sophon._training.environment import environment
 from sophon._training.setting import Setting, make_setting
 
 
@@ -59,6 +60,15 @@ def _trained_state() -> dict[str, torch.Tensor]:
         F.cross_entropy(model(images[index]), domain.train.labels[index]).backward()
         optimizer.step()
     return model.state_dict()
+
+
+def where_pinned(pins: dict[str, Any]) -> bool:
+    """Return whether bits are what they were when they were pinned: makers of processors round
+    differently, whatever instructions these have.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    here = f"{environment(torch.device('cpu'), 'fp32').processor} {capability}"
+    return (here, torch.__version__) == (pins["cpu"], pins["torch"])
 
 
 def trained_model() -> SmallConvNet:

@@ -281,16 +281,21 @@ def run_audit(
 def _opened(
     case: Case, path: Path, mode: Mode, *, unprotected: Path | None, note: str, **arguments: Any
 ) -> Audit:
-    """Return the audit of a checkpoint, and warn of one that is not protected."""
+    """Return the audit of a checkpoint, and warn of one that is not protected.
+
+    Raises CheckpointError naming the file that is of another architecture.
+    """
     from sophon._cli.run_file import load_subject, weights_file
     from sophon._models import weights_sha256
     from sophon._training.checkpoints import file_sha256
 
     protected, protection = load_subject(case, path)
+    _require_architecture(case, protected, f"--model {path}")
     files = {"protected": file_sha256(weights_file(path))}
     before = case.model
     if unprotected is not None and str(unprotected) != "none":
         before = load_subject(case, unprotected)[0]
+        _require_architecture(case, before, f"--unprotected {unprotected}")
         files["unprotected"] = file_sha256(weights_file(unprotected))
     about = {"protection": protection, "note": note, "files": files}
     given = None if str(unprotected) == "none" else before
@@ -302,6 +307,20 @@ def _opened(
             " ones with --model, and those in the run file or with --unprotected",
         )
     return audit
+
+
+def _require_architecture(case: Case, model: nn.Module, given: str) -> None:
+    """Raise CheckpointError if a model is no network as the run file's, whose fresh one is attacked
+    beside it.
+    """
+    from sophon._models import differing_keys
+
+    if different := differing_keys(model, case.model):
+        raise CheckpointError(
+            f"{given} is of another architecture than {case.name}, the network of the run file:"
+            f" {len(different)} keys differ ({', '.join(different[:3])}): name its own run file, or"
+            " other weights"
+        )
 
 
 def audit_of(

@@ -27,7 +27,7 @@ from sophon._models.building import (
     resolve_model,
 )
 from sophon._models.closed_form import fit_head
-from sophon._models.comparing import code_differences, similarity
+from sophon._models.comparing import code_differences, differing_keys, similarity
 from sophon._models.denoisers import (
     DenoiserSource,
     check_denoiser,

@@ -253,13 +253,14 @@ def run_audit(
     unprotected: Path | None = None,
     out: Path | None = None,
     note: str = "",
+    measured: bool = False,
     **arguments: Any,
 ) -> AuditRecord:
     """Audit the checkpoint in `path`, running the trials that `store` lacks.
 
     It is held against the checkpoint in `unprotected`, or the model of the run; `note` heads the
-    report. `arguments` are further ones of `Audit`. Raises CheckpointError if `out` holds the
-    record of another audit.
+    report. Where it was `measured` already, what it takes is not said again. `arguments` are
+    further ones of `Audit`. Raises CheckpointError if `out` holds the record of another audit.
     """
     from sophon._cli.progress import Display, trial_text
 
@@ -268,7 +269,8 @@ def run_audit(
         _require_same_audit(out, audit)
     say_read(case, mode, audit.setting.own)
     todo = audit.missing()
-    _show_forecast(audit, todo, mode)
+    if not measured:
+        _show_forecast(audit, todo, mode)
     with Display(mode, noun="trial", total=len(audit), todo=todo) as display:
         for trial in audit:
             fresh = trial.key in audit.ran

@@ -25,6 +25,7 @@ from sophon._models.building import (
     renamed,
     require_model,
     resolve_model,
+    stated_input,
 )
 from sophon._models.closed_form import fit_head
 from sophon._models.comparing import code_differences, differing_keys, similarity

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Taken now: tests of recipes set the variable for a while.
 DATA = Path(os.environ.get("SOPHON_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a file to one worker, but each handed case, minutes in all, to whichever is free."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Spread(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_cases.py::" in nodeid else str(super()._split_scope(nodeid))
+
+    return Spread(config, log)
 
 
 @pytest.fixture(scope="session")

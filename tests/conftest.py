@@ -30,11 +30,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    class Spread(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return nodeid if "test_cases.py::" in nodeid else str(super()._split_scope(nodeid))
-
-    return Spread(config, log)
+    scheduler = LoadFileScheduling(config, log)
+    usual = scheduler._split_scope
+    scheduler._split_scope = lambda at: at if "test_cases.py::" in at else usual(at)
+    return scheduler
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Taken now: tests of recipes set the variable for a while.
 DATA = Path(os.environ.get("SOPHON_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a file to one worker, but each handed case, minutes in all, to whichever is free."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduler = LoadFileScheduling(config, log)
+    usual = scheduler._split_scope
+    scheduler._split_scope = lambda at: at if "test_cases.py::" in at else usual(at)
+    return scheduler
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from sophon._cli.demo import RUN as DEMO
 from sophon._cli.progress import Display, duration
 from sophon._cli.run_file import load, load_pretraining
 from sophon._cli.running import run_pretraining, show_protected
-from sophon._models.networks import SmallConvNet
+from sophon._models.networks import ResNet20, SmallConvNet
 from sophon._protection.protection import Protected
 from sophon._records.audit_record import Score
 from sophon._records.round import Round
@@ -833,6 +834,24 @@ def test_checkpoints_that_cannot_be_used(finished: Path, tmp_path: Path) -> None
     weights = f"model.weights={tmp_path / 'pickle.pth'}"
     words = ("protect", run, "--out", tmp_path / "p", "--set", weights)
     assert "pickle" in refused(tmp_path, *words)
+
+
+def test_the_checkpoint_that_is_of_another_network_is_named(finished: Path, tmp_path: Path) -> None:
+    other, own = tmp_path / "other", finished / "p"
+    other.mkdir()
+    save_file(ResNet20(classes=26).state_dict(), other / "model.safetensors")
+    digest = hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest()
+    held = {"model": {"name": "resnet20", "classes": 26}, "sha256": digest}
+    (other / "model.json").write_text(json.dumps(held))
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--model", other), "--model"),
+        (("--model", other, "--unprotected", own), "--model"),
+        (("--model", other, "--unprotected", "none"), "--model"),
+        (("--model", own, "--unprotected", other), "--unprotected"),
+    ]
+    for words, at_fault in cases:
+        err = refused(tmp_path, "audit", finished / "run.toml", *words, "--out", tmp_path / "a")
+        assert f"{at_fault} {other} is of another architecture than small_convnet" in err
 
 
 def test_reports_of_what_is_no_audit(tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ def test_init_writes_a_run_file_that_is_read_and_never_replaces_one(
     spec = read_run(out, None)
     assert (spec.model.name, spec.original.image_size) == ("timm:resnet18", 64)
     assert (out.parent / str(spec.original.path)).resolve() == folders / "photos"
+    # As timm's published weights of it take their images.
+    for domain in (spec.original, *spec.restricted, *spec.benign):
+        assert (domain.interpolation, domain.crop_pct) == ("bicubic", 0.95)
     assert len(spec.benign) == 1
     assert spec.audit.suite == "quick-2"
     before = out.read_text()
@@ -74,7 +77,9 @@ def test_images_get_the_size_that_the_network_takes(
 ) -> None:
     made = sophon("init", *words, *options(folders, "--out", tmp_path / "run.toml"))
     assert made.exit_code == 0, made.stderr
-    assert f"image_size = {said}" in (tmp_path / "run.toml").read_text()
+    text = (tmp_path / "run.toml").read_text()
+    assert f"image_size = {said}" in text
+    assert ("interpolation" in text) == ("resnet20" not in words)
 
 
 def test_a_folder_that_brings_its_weights_is_named_from_the_run_file_and_not_trained(
@@ -142,7 +147,12 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     words += ["--set", "protect.rounds=20", "--set", "audit.evaluations=2"]
     first = sophon(*words, *options(folders))
     assert first.exit_code == 0, first.stderr
-    assert "forecast: " in first.stderr
+    # More than there is time for: the least, and that it is more.
+    assert "more than the budget of 10 s" in first.stderr
+    assert "training" in first.stderr.split("forecast: ")[1].splitlines()[0]
+    assert first.stderr.count("forecast: ") == 1
+    assert "convict and not acquit" in first.stdout.splitlines()[-3]
+    assert f"--model {out / 'whole'}" in first.stdout.splitlines()[-1]
     assert "trained: photos validation" in first.stderr
     assert str(out / "audit" / "report.html") in first.stdout
     assert (out / "audit" / "report.html").is_file()
@@ -151,7 +161,8 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     # One of so few validation images is more than the usual three points.
     assert spec.protect.guard is not None
     assert spec.protect.guard.tolerance_points > 30
-    assert spec.protect.rounds >= 20
+    assert spec.protect.rounds >= 10
+    assert spec.audit.suite == "look-1"
     held = (out / "run.toml").read_bytes(), (out / "start" / "model.safetensors").stat().st_mtime
     again = sophon(*words, *options(folders))
     assert again.exit_code == 0, again.stderr
@@ -159,6 +170,12 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     assert "trained" not in again.stderr
     assert (out / "run.toml").read_bytes() == held[0]
     assert (out / "start" / "model.safetensors").stat().st_mtime == held[1]
+    assert sophon("report", out).stdout.splitlines()[-1].startswith("verdict: ")
+    (out / "audit" / "record.json").unlink()
+    for folder in (out, out / "audit"):
+        unfinished = sophon("report", folder)
+        assert unfinished.exit_code == 2
+        assert "repeat `sophon try" in unfinished.stderr
     other = sophon(*words, "--keep", folders / "faces", "--refuse", folders / "photos")
     assert other.exit_code == 2
     assert "other options (original, restricted)" in other.stderr

@@ -467,22 +467,35 @@ def test_what_ended_before_the_first_budget_is_void_and_no_fault() -> None:
     assert "</html>" in made.html()
 
 
-def test_an_unprotected_model_that_fails_leads_the_reasons_and_takes_no_conviction_back() -> None:
-    def failing(held: AuditRecord) -> AuditRecord:
-        subjects = [
-            s.model_copy(update={"original": Score(correct=100, total=1000)})
-            if s.name == "unprotected"
-            else s
-            for s in held.subjects
-        ]
-        return held.model_copy(update={"subjects": tuple(subjects)})
+def failing(held: AuditRecord) -> AuditRecord:
+    """Return a record whose unprotected model guesses on its own task."""
+    subjects = [
+        s.model_copy(update={"original": Score(correct=100, total=1000)})
+        if s.name == "unprotected"
+        else s
+        for s in held.subjects
+    ]
+    return held.model_copy(update={"subjects": tuple(subjects)})
 
+
+def test_protection_is_not_blamed_for_a_task_that_the_unprotected_model_fails_as_well() -> None:
+    made = report(failing(record(original=0.1)))
+    assert made.verdict == "void"
+    (only,) = made.worst.reasons
+    assert only == "unprotected model fails its task: 10.0 %, chance 10.0 %"
+    assert "original task destroyed" not in made.html() + made.markdown()
+    blamed = report(record(original=0.1)).worst.reasons[0]
+    assert blamed == "original task destroyed: 10.0 %, chance 10.0 %"
+
+
+def test_an_unprotected_model_that_fails_leads_the_reasons_and_takes_no_conviction_back() -> None:
     convicted = record(curves={"protected": (0.5, 0.7, 0.9, 0.9)})
     assert report(convicted).verdict == report(failing(convicted)).verdict == "not protected"
     assert "slowed" in report(record(curves=_SLOW)).verdict
     made = report(failing(record(curves=_SLOW)))
     assert made.verdict == "void"
     assert made.worst.reasons[0].startswith("unprotected model fails its task: 10.0 %, chance")
+    assert " ".join(made.worst.reasons).count("unprotected model fails") == 1
 
 
 def test_a_task_that_no_attack_learns_is_said_to_be_one() -> None:

@@ -69,6 +69,16 @@ QUICK_2: tuple[Strategy, ...] = (
     *at_rates("adam", (3e-3,), (ResetLastBlocks(blocks=1), RidgeHead()), batch_size=128),
 )
 
+# Six of `quick-2`, a method each: for a first look where there is no time for more.
+LOOK_1: tuple[Strategy, ...] = (
+    *at_rates("sgd_momentum", (1e-2,)),
+    *at_rates("adam", (1e-3,)),
+    *at_rates("adam", (1e-2,), FRESH, scope="head"),
+    *at_rates("adam", (3e-3,), FRESH, batch_size=128),
+    *at_rates("adam", (1e-3,), FITTED, batch_size=128),
+    *at_rates("adam", (3e-3,), (RescaleWeights(), RidgeHead()), batch_size=128),
+)
+
 # The protocol's table, axis by axis.
 STANDARD_1: tuple[Strategy, ...] = (
     # Every optimizer over three decades, from the weights as they are (direct-all).

@@ -10,6 +10,7 @@ from typing import Any
 from sophon._attacks.kinds import idle
 from sophon._attacks.lists import (
     FRESH,
+    LOOK_1,
     QUICK_1,
     QUICK_2,
     SECONDARY_1,
@@ -85,6 +86,7 @@ SUITES: dict[str, Suite] = {
         secondary=SECONDARY_1,
         anew=(0.25, 0.5, 0.75),
     ),
+    "look-1": Suite(LOOK_1),
 }
 # Multiples of a rehearsed rate that are attacked with.
 _BEYOND = (10, 100)

@@ -297,7 +297,7 @@ class Audit:
         }
 
         def choose() -> tuple[AuditSpec, tuple[str, ...]]:
-            chosen, given_up = fit(self.spec, budget_s, self._cost, rehearsed=rehearsed)
+            chosen, given_up = fit(self.spec, budget_s, self.cost, rehearsed=rehearsed)
             chosen, lost = fewer_pictures(self.setting, chosen)
             return chosen, (*given_up, *lost)
 
@@ -305,7 +305,11 @@ class Audit:
         self.plan = self._planned(self.spec)
         self.bench = replace(self.bench, evaluations=self.spec.evaluations)
 
-    def _cost(self, spec: AuditSpec) -> float:
+    def cost(self, spec: AuditSpec) -> float:
+        """Return the seconds that this audit by another specification is expected to take.
+
+        Raises AuditError where the measured trials crash.
+        """
         seconds = self._seconds(self._planned(spec))
         if seconds is None:
             raise AuditError(

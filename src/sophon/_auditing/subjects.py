@@ -18,6 +18,7 @@ from sophon._models import (
     bare_parameters,
     blocks,
     code_differences,
+    differing_keys,
     fresh_copy,
     network_identity,
     require_network,
@@ -152,12 +153,9 @@ class Subjects:
 
 
 def _require_same_architecture(protected: nn.Module, other: nn.Module) -> None:
-    shapes = {key: value.shape for key, value in protected.state_dict().items()}
-    others = {key: value.shape for key, value in other.state_dict().items()}
-    different = sorted(k for k in shapes | others if shapes.get(k) != others.get(k))
-    if different:
+    if different := differing_keys(protected, other):
         raise AuditError(
-            "the unprotected model has another architecture than the one to audit:"
+            "the model to audit has another architecture than the unprotected one:"
             f" {len(different)} keys differ ({', '.join(different[:3])}): compare checkpoints of"
             " one architecture"
         )

@@ -263,6 +263,12 @@ def command_line() -> str:
     return shlex.join(words)
 
 
+def typed(command: str) -> str:
+    """Return the command line in one printable line if it is of a `command`, or that alone."""
+    line = "".join(letter if letter.isprintable() else " " for letter in command_line())
+    return line if line.startswith(f"{command} ") else command
+
+
 def _speaks() -> bool:
     """Return whether this process is the one of torchrun's that speaks for all."""
     return _ELASTIC not in os.environ or os.environ.get("RANK", "0") == "0"

@@ -253,13 +253,14 @@ def run_audit(
     unprotected: Path | None = None,
     out: Path | None = None,
     note: str = "",
+    measured: bool = False,
     **arguments: Any,
 ) -> AuditRecord:
     """Audit the checkpoint in `path`, running the trials that `store` lacks.
 
     It is held against the checkpoint in `unprotected`, or the model of the run; `note` heads the
-    report. `arguments` are further ones of `Audit`. Raises CheckpointError if `out` holds the
-    record of another audit.
+    report. Where it was `measured` already, what it takes is not said again. `arguments` are
+    further ones of `Audit`. Raises CheckpointError if `out` holds the record of another audit.
     """
     from sophon._cli.progress import Display, trial_text
 
@@ -268,7 +269,8 @@ def run_audit(
         _require_same_audit(out, audit)
     say_read(case, mode, audit.setting.own)
     todo = audit.missing()
-    _show_forecast(audit, todo, mode)
+    if not measured:
+        _show_forecast(audit, todo, mode)
     with Display(mode, noun="trial", total=len(audit), todo=todo) as display:
         for trial in audit:
             fresh = trial.key in audit.ran
@@ -281,16 +283,21 @@ def run_audit(
 def _opened(
     case: Case, path: Path, mode: Mode, *, unprotected: Path | None, note: str, **arguments: Any
 ) -> Audit:
-    """Return the audit of a checkpoint, and warn of one that is not protected."""
+    """Return the audit of a checkpoint, and warn of one that is not protected.
+
+    Raises CheckpointError naming the file that is of another architecture.
+    """
     from sophon._cli.run_file import load_subject, weights_file
     from sophon._models import weights_sha256
     from sophon._training.checkpoints import file_sha256
 
     protected, protection = load_subject(case, path)
+    _require_architecture(case, protected, f"--model {path}")
     files = {"protected": file_sha256(weights_file(path))}
     before = case.model
     if unprotected is not None and str(unprotected) != "none":
         before = load_subject(case, unprotected)[0]
+        _require_architecture(case, before, f"--unprotected {unprotected}")
         files["unprotected"] = file_sha256(weights_file(unprotected))
     about = {"protection": protection, "note": note, "files": files}
     given = None if str(unprotected) == "none" else before
@@ -302,6 +309,20 @@ def _opened(
             " ones with --model, and those in the run file or with --unprotected",
         )
     return audit
+
+
+def _require_architecture(case: Case, model: nn.Module, given: str) -> None:
+    """Raise CheckpointError if a model is no network as the run file's, whose fresh one is attacked
+    beside it.
+    """
+    from sophon._models import differing_keys
+
+    if different := differing_keys(model, case.model):
+        raise CheckpointError(
+            f"{given} is of another architecture than {case.name}, the network of the run file:"
+            f" {len(different)} keys differ ({', '.join(different[:3])}): name its own run file, or"
+            " other weights"
+        )
 
 
 def audit_of(

@@ -200,8 +200,8 @@ def demo(
     """Protect, audit and report a toy model on embedded images."""
     from sophon._base.files import require_writable, write_new_text
     from sophon._cli.demo import RUN, WHAT_IT_SHOWS
+    from sophon._cli.first_look import first_look
     from sophon._cli.run_file import require_place
-    from sophon._cli.starting import first_look
 
     mode = running.mode_of(quiet, as_json)
     require_place(out)

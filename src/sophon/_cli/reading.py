@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs; report and compare need no torc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ _GZIP = b"\x1f\x8b"
 # Of a record, unpacked; those of large audits have a twentieth.
 _MOST_BYTES = 2**28
 _PRINTED = Path("-")
+# Of a line that tells what wrote a run file.
+_LONGEST = 2000
 
 
 def read_record(path: Path) -> AuditRecord:
@@ -38,6 +41,8 @@ def read_record(path: Path) -> AuditRecord:
 
     from sophon._records.audit_record import AuditRecord
 
+    if path.is_dir() and (path / "audit").is_dir() and _first_look(path):
+        path /= "audit"
     file = path / "record.json" if path.is_dir() else path
     try:
         with file.open("rb") as opened:
@@ -50,20 +55,7 @@ def read_record(path: Path) -> AuditRecord:
         _require_as_written(record, file)
         return record
     except FileNotFoundError:
-        if (path / CONTROLS).is_file():
-            raise CheckpointError(
-                f"{path} holds controls, an audit of the audit: `sophon inspect {path}` prints them"
-            ) from None
-        begun = len(list((path / "trials").glob("*.json")))
-        if begun:
-            raise CheckpointError(
-                f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
-                " its `sophon audit`"
-            ) from None
-        named = "record.json" if path.suffix in (".json", ".gz") else "the folder"
-        raise CheckpointError(
-            f"{file} does not exist: name {named} that `sophon audit --out` wrote"
-        ) from None
+        raise CheckpointError(_absence(path, file)) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise CheckpointError(
             f"{file} is compressed and cannot be unpacked: copy it again, or repeat the audit"
@@ -78,6 +70,32 @@ def read_record(path: Path) -> AuditRecord:
             f"{file} is not a whole audit record of this version{_why(error)}: repeat the audit, or"
             " name the record.json that it wrote"
         ) from None
+
+
+def _absence(path: Path, file: Path) -> str:
+    """Return what to do where there is no record."""
+    if (path / CONTROLS).is_file():
+        return f"{path} holds controls, an audit of the audit: `sophon inspect {path}` prints them"
+    begun = len(list((path / "trials").glob("*.json")))
+    look = _first_look(path) or _first_look(path.parent)
+    if begun or look:
+        return (
+            f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
+            f" {look or 'its `sophon audit`'}"
+        )
+    named = "record.json" if path.suffix in (".json", ".gz") else "the folder"
+    return f"{file} does not exist: name {named} that `sophon audit --out` wrote"
+
+
+def _first_look(folder: Path) -> str:
+    """Return the `sophon try` that wrote a folder's run file, as it was typed, or nothing."""
+    try:
+        with (folder / "run.toml").open(encoding="utf-8") as file:
+            line = file.readline(_LONGEST)
+    except (OSError, UnicodeDecodeError):
+        return ""
+    found = re.fullmatch(r"# Written by (`sophon try\b.*`)\.\n", line)
+    return shortened(found[1], 240) if found else ""
 
 
 def _require_as_written(record: AuditRecord, file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,23 +13,17 @@ import typer
 from sophon._base.errors import CheckpointError, DataError
 from sophon._cli import application as cli
 from sophon._cli import running
-from sophon._cli.auditing import audit_of, parse_duration, run_audit, write_audit
+from sophon._cli.auditing import parse_duration
+from sophon._cli.first_look import START, USUAL, Chosen, affordable, first_look
 
 if TYPE_CHECKING:
-    from sophon._cli.progress import Mode
     from sophon._specs import ModelSpec
 
-# Where a network that came without weights is trained, beside the run file.
-START = "start/model.safetensors"
 _SIZE = 64
-# Points that the task to keep may lose.
-_TOLERANCE = 3.0
-# Of the time: for rounds and for attacks; the rest is for reading, training and pictures.
-_PROTECTING, _AUDITING = 0.45, 0.35
-_LEAST_ROUNDS, _LEAST_STEPS, _STEPS, _MOST_STEPS = 20, 20, 60, 200
 
 _TEMPLATE = """\
-# Written by `sophon {command}`. What is left out has its default: `sophon inspect` prints it.
+# Written by `{command}`.
+# What is left out has its default: `sophon inspect` prints it.
 #   sophon protect {file} --dry-run
 #   sophon protect {file} --out protected
 #   sophon audit {file} --model protected --out audit
@@ -40,12 +35,12 @@ name = {model}
 [original]                  # the task to keep: a folder of images for each class
 source = "folder"
 path = {keep}
-image_size = {size}             # shorter side resized, middle cut out; the same for all domains
+image_size = {size}             # shorter side resized, middle cut; the same for all domains{fit}
 
 [[restricted]]              # the task to refuse
 source = "folder"
 path = {refuse}
-image_size = {size}
+image_size = {size}{fit}
 {allowed}
 [pretrain]                  # only `sophon pretrain` and a `sophon try` without weights
 steps = 300
@@ -60,7 +55,7 @@ seed = 0
 tolerance_points = {tolerance:<8} # points of validation accuracy that the task to keep may lose
 
 [audit]
-suite = "quick-2"           # seventeen attacks on the protected, the given and a fresh network
+suite = "{suite}"           # attacks on the protected, the given and a fresh network
 {steps}
 evaluations = 6             # how often each attack is measured
 batch_size = 32
@@ -70,8 +65,12 @@ _ALLOWED = """
 [[benign]]                  # a task that must stay possible: the audit measures it
 source = "folder"
 path = {path}
-image_size = {size}
+image_size = {size}{fit}
 """
+# How the images were resized that the network's weights were trained on.
+_FIT = """
+interpolation = {interpolation}     # as for the network's published weights, like crop_pct
+crop_pct = {crop_pct}"""
 
 
 @dataclass(frozen=True)
@@ -113,18 +112,12 @@ class Wanted:
         weights = None if self.weights is None else str(self.weights)
         return ModelSpec(name=self.model, weights=weights, pretrained=self.pretrained)
 
-    def run_file(
-        self,
-        file: Path,
-        command: str,
-        size: int,
-        rounds: int | None = None,
-        steps: int = _STEPS,
-        tolerance: float = _TOLERANCE,
-    ) -> str:
-        """Return the run file; its paths start at its folder."""
+    def run_file(self, file: Path, command: str, size: int, chosen: Chosen = USUAL) -> str:
+        """Return the run file that a command, `init` or `try`, writes; its paths start at its
+        folder.
+        """
         from sophon._cli.progress import toml
-        from sophon._models import brings_weights, renamed
+        from sophon._models import brings_weights, renamed, stated_input
 
         def placed(path: Path) -> str:
             return Path(os.path.relpath(path.resolve(), file.parent.resolve())).as_posix()
@@ -140,18 +133,23 @@ class Wanted:
             weights = "# it brings its weights"
         elif self.pretrained and command == "init":
             weights = "pretrained = true           # published weights, fetched once"
+        own = stated_input(self.spec)
+        fit = "" if own is None else _FIT.format(**{k: toml(v) for k, v in own.items()})
+        rounds, allowed = chosen.rounds, self.allow
         return _TEMPLATE.format(
-            command=command,
+            command=cli.typed(f"sophon {command}"),
             file=file.name,
             model=toml(renamed(self.model, placed)),
             weights=weights,
             keep=at(self.keep),
             refuse=at(self.refuse),
             size=size,
-            allowed="".join(_ALLOWED.format(path=at(one), size=size) for one in self.allow),
+            fit=fit,
+            allowed="".join(_ALLOWED.format(path=at(o), size=size, fit=fit) for o in allowed),
             rounds="# rounds: by the number of images" if rounds is None else f"rounds = {rounds}",
-            steps=f"steps = {steps}" + " " * 8 + "# of each attack",
-            tolerance=tolerance,
+            suite=chosen.suite,
+            steps=f"steps = {chosen.steps}" + " " * 8 + "# of each attack",
+            tolerance=chosen.tolerance,
         )
 
 
@@ -244,8 +242,15 @@ def try_(  # noqa: PLR0913, PLR0917 - one parameter an option
     A network without weights is trained first. Repeat the command to resume.
     """
     from sophon._base.files import require_unused, require_writable, write_text
-    from sophon._cli.run_file import parse_run, read_run, require_outside, require_place
+    from sophon._cli.run_file import (
+        load_spec,
+        parse_run,
+        read_run,
+        require_outside,
+        require_place,
+    )
 
+    began = time.monotonic()
     mode, seconds, run = running.mode_of(quiet, as_json), parse_duration(budget), out / "run.toml"
     require_place(out)
     require_unused(out, run.name)
@@ -265,81 +270,7 @@ def try_(  # noqa: PLR0913, PLR0917 - one parameter an option
             )
     else:
         require_writable(out)  # and made: paths start there
-        chosen = _affordable(text, run, settings, mode, threads, seconds)
-        write_text(run, wanted.run_file(run, "try", size, *chosen))
+        case = load_spec(spec, out, threads, untrained=True)
+        chosen = affordable(case, mode, seconds, began, trains=START in text)
+        write_text(run, wanted.run_file(run, "try", size, chosen))
     first_look(run, out, settings, mode, threads, pretrained=pretrained)
-
-
-def _affordable(
-    text: str,
-    run: Path,
-    settings: list[str] | None,
-    mode: Mode,
-    threads: int | None,
-    seconds: float,
-) -> tuple[int, int, float]:
-    """Return the rounds, and the steps of an attack, that fit so many seconds, and the tolerance
-    that the images allow to measure; say what they take.
-    """
-    from sophon._cli.progress import duration
-    from sophon._cli.run_file import load_spec, parse_run
-
-    running.remark(mode, "measuring a few rounds and steps, to choose how many there is time for")
-    case = load_spec(parse_run(text, settings, where=str(run)), run.parent, threads, untrained=True)
-    expected = running.forecast_of(case)
-    most = expected.spec.rounds or _LEAST_ROUNDS
-    rounds = max(_LEAST_ROUNDS, min(most, int(_PROTECTING * seconds / expected.round_s)))
-    attacks = audit_of(case, case.model, case.model).forecast()
-    steps, attacked = case.spec.audit.steps, attacks.seconds or 0.0
-    if attacked:
-        affordable = int(steps * _AUDITING * seconds / attacked)
-        chosen = max(_LEAST_STEPS, min(_MOST_STEPS, affordable))
-        attacked, steps = attacked * chosen / steps, chosen
-    protected = rounds * expected.round_s
-    running.remark(
-        mode,
-        f"forecast: {rounds} rounds, {duration(protected)}; {attacks.trials} attacks of {steps}"
-        f" steps, {duration(attacked)}; about {duration(protected + attacked)} in all"
-        + ", besides training the network first"
-        * (START in text),
-    )
-    # Of few images each is several points: three of them may be lost in a first look.
-    fewest = 300 / len(case.original.validation)
-    return rounds, steps, max(_TOLERANCE, round(fewest, 1))
-
-
-def first_look(
-    run: Path,
-    out: Path,
-    settings: list[str] | None,
-    mode: Mode,
-    threads: int | None,
-    *,
-    pretrained: bool = False,
-    note: str = "",
-) -> None:
-    """Do what a run file says from the first step to the report in `out`, its folder, or go on.
-
-    A network whose weights are to be at `START` is trained first, from published weights where
-    `pretrained`; `note` heads the report. Raises SophonError as the commands do.
-    """
-    from sophon._cli.run_file import load, load_pretraining, read_run
-    from sophon._records.metrics import shown
-
-    start = out / START
-    if not start.is_file() and read_run(run, settings).model.weights == START:
-        published = [*(settings or ()), *(["model.pretrained=true"] if pretrained else ())]
-        training = load_pretraining(run, published, threads, untrained=True)
-        result = running.run_pretraining(training, start.parent, mode)
-        scored = f"{training.original.name} validation {shown(result.score)}"
-        running.remark(mode, f"trained: {scored}")
-    case = load(run, settings, threads)
-    protected = out / "protected"
-    made = running.run_protection(case, protected, mode)
-    if mode != "quiet":
-        running.show_protected(made, protected, mode)
-    record = run_audit(case, protected, mode, store=out / "audit", note=note)
-    report = write_audit(record, out / "audit")
-    if note and mode in ("bar", "lines"):
-        typer.echo(note)
-    running.show_verdict(report, mode, {"report": (out / "audit" / "report.html").absolute()})

@@ -191,11 +191,12 @@ def _without_before(facts: Facts, reasons: tuple[Reason, ...]) -> tuple[Reason, 
 
 
 def _beside_its_task(facts: Facts, ruling: Ruling) -> Ruling:
-    """Return a void ruling led by it that the unprotected model fails its own task."""
+    """Return a void ruling led by it, said once, that the unprotected model fails its own task."""
     flag = facts.flags.get("unprotected_fails")
     if flag is None or ruling.verdict != "void":
         return ruling
-    return ruling._replace(reasons=(Reason("flag", flag.said), *ruling.reasons))
+    others = (reason for reason in ruling.reasons if flag.said not in reason.text)
+    return ruling._replace(reasons=(Reason("flag", flag.said), *others))
 
 
 def _with_pictures(facts: Facts, ruling: Ruling) -> Ruling:

@@ -25,9 +25,10 @@ from sophon._models.building import (
     renamed,
     require_model,
     resolve_model,
+    stated_input,
 )
 from sophon._models.closed_form import fit_head
-from sophon._models.comparing import code_differences, similarity
+from sophon._models.comparing import code_differences, differing_keys, similarity
 from sophon._models.denoisers import (
     DenoiserSource,
     check_denoiser,

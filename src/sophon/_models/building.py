@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from sophon._models.libraries import (
     unknown_network,
 )
 from sophon._models.networks import NETWORKS
-from sophon._models.own_input import recorded_input
+from sophon._models.own_input import USUAL_FIT, own_input, recorded_input
 from sophon._models.probing import expected_channels, made_for, run_probe
 from sophon._models.published import FILES, published
 from sophon._models.transformers import TRANSFORMERS, ClassifierFolder
@@ -43,6 +43,7 @@ from sophon._models.weights import (
     untied,
 )
 from sophon._specs import ModelSpec, parse_spec
+from sophon._specs.base import Interpolation
 
 # Opens the name of a network of diffusers; a path follows.
 DIFFUSERS = "diffusers:"
@@ -129,6 +130,16 @@ def input_side(spec: ModelSpec, usual: int) -> int:
     except SophonError:
         return stated if isinstance(stated, int) else usual
     return usual
+
+
+def stated_input(spec: ModelSpec) -> dict[str, Any] | None:
+    """Return `interpolation` and `crop_pct` of a network by name, as its library states them, where
+    these are not what a domain has anyway and a domain can have them.
+    """
+    own = own_input(blueprint(architecture(spec, base=Path())).build(None))
+    held = {} if own is None else {key: getattr(own, key) for key in USUAL_FIT}
+    known = held.get("interpolation") in get_args(Interpolation)
+    return held if known and held != USUAL_FIT else None
 
 
 def _ready(model: nn.Module, spec: ModelSpec) -> nn.Module:

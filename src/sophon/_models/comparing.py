@@ -46,6 +46,14 @@ def code_differences(model: nn.Module, other: nn.Module | None) -> tuple[str, ..
     return tuple(found)
 
 
+def differing_keys(model: nn.Module, other: nn.Module) -> list[str]:
+    """Return the keys of tensors that one of two networks lacks, or has in another shape."""
+    shapes, others = (
+        {key: value.shape for key, value in one.state_dict().items()} for one in (model, other)
+    )
+    return sorted(key for key in shapes | others if shapes.get(key) != others.get(key))
+
+
 @torch.no_grad()
 def similarity(model: nn.Module, other: nn.Module) -> float | None:
     """Return the median over weight tensors (two dimensions or more) of their cosine with those of

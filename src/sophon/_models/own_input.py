@@ -14,7 +14,7 @@ from sophon._base.files import read_json
 from sophon._models.transformers import input_beside
 
 # How Sophon resizes unless told otherwise.
-_USUAL: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0}
+USUAL_FIT: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def own_input(model: nn.Module) -> OwnInput | None:
     name = ".".join(str(held[key]) for key in ("architecture", "tag") if held.get(key))
     mean, std = (tuple(float(value) for value in held[key]) for key in ("mean", "std"))
     stated = str(held.get("stated", f"pretrained_cfg {name}"))
-    interpolation, crop = (held.get(key) or usual for key, usual in _USUAL.items())
+    interpolation, crop = (held.get(key) or usual for key, usual in USUAL_FIT.items())
     last = bool(held.get("reversed"))
     return OwnInput(mean, std, str(interpolation), float(crop), stated, last)
 
@@ -82,7 +82,7 @@ def recorded_input(model: nn.Module, file: Path) -> None:
                 " channel: restore the file"
             )
     before = getattr(model, "pretrained_cfg", None) or {}
-    found |= {key: given.get(key, usual) for key, usual in _USUAL.items()}
+    found |= {key: given.get(key, usual) for key, usual in USUAL_FIT.items()}
     if not _is_usual(found["crop_pct"]):
         raise CheckpointError(
             f"{file}: input.crop_pct = {brief(found['crop_pct'])} is no share: restore the file"

@@ -12,7 +12,15 @@ from sophon._specs import Guard
 
 
 def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the protected model hardly beats guessing on its own task."""
+    """Return a flag if the protected model hardly beats guessing on its own task, and the
+    unprotected one does.
+    """
+    detail = "" if unprotected_fails(record, domain) else _near_chance(record)
+    return flag("near_chance_on_original", detail)
+
+
+def _near_chance(record: AuditRecord) -> str:
+    """Return the protected model's score and chance if it hardly beats that."""
     kind = record.kind
     chance = kind.chance(record.original.classes, record.original.largest or 0.0)
     scores = originals(record)
@@ -21,19 +29,22 @@ def near_chance_on_original(record: AuditRecord, domain: str) -> Flag | None:
     best = max(chance, 1.0 if before is None else before.value)
     least = chance + 0.1 * (best - chance)
     if score is None or (score.value > least and interval_of(score).low > chance):
-        return None
-    detail = f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}"
-    return flag("near_chance_on_original", detail)
+        return ""
+    return f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}"
 
 
 def unprotected_fails(record: AuditRecord, domain: str) -> Flag | None:
-    """Return a flag if the unprotected model is no better than guessing on its own task."""
+    """Return a flag if the unprotected model is no better than guessing on its own task.
+
+    Where the protected one is no better either, it forbids any verdict.
+    """
     kind = record.kind
     chance = kind.chance(record.original.classes, record.original.largest or 0.0)
     score = originals(record).get("unprotected")
     if score is None or interval_of(score).low > chance:
         return None
-    return flag("unprotected_fails", f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}")
+    detail = f"{kind.show(score.value, 1)}, chance {kind.show(chance, 1)}"
+    return flag("unprotected_fails", detail, voids=bool(_near_chance(record)))
 
 
 def original_task_suffers(record: AuditRecord, domain: str) -> Flag | None:

@@ -29,6 +29,7 @@ from sophon._training.loop import attacker_copy
 from sophon._training.rescaling import rescale_weights
 from sophon._training.setting import Setting, make_setting
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALVES = (0.5, 0.5, 0.5)
 
 
@@ -89,7 +90,8 @@ def test_every_preparation_of_an_attacker_works(kind: str, tmp_path: Path) -> No
     covered = {
         n for n, _ in model.named_parameters() if n.startswith(tuple(f"{p}." for p in named))
     }
-    own = {n for n, _ in model.named_parameters() if not n.startswith(f"{head}.")}
+    ends = tuple(f"{name}." for name in models.heads(model, head))
+    own = {n for n, _ in model.named_parameters() if not n.startswith(ends)}
     assert covered == own
     assert set(find_depths(model, head, (3, side, side), None)) >= {part[0] for part in parts}
     refuse = found.restricted[0]
@@ -122,6 +124,65 @@ def test_rescaled_weights_keep_what_the_network_says(kind: str) -> None:
     assert torch.allclose(answers(model, side), before, atol=0.02, rtol=0.05)
     changed = [name for name, factor in factors.items() if factor != 1]
     assert bool(changed) == (models.weights_sha256(model) != weights)
+
+
+@torch.no_grad()
+def test_the_two_heads_of_a_network_with_a_teacher_are_one(tmp_path: Path) -> None:
+    live: Any = classifier("deit with teacher")
+    folder = saved(tmp_path / "net", live)
+    model: Any = resolved(folder)[0]
+    held = model(torch.randn(2, 3, 16, 16))
+    assert torch.equal(held.logits, (held.cls_logits + held.distillation_logits) / 2)
+    assert models.heads(model, "distillation_classifier")[1:] == ("cls_classifier",)
+    # The library's own way back, with a fresh pair of heads too.
+    for classes in (None, 3):
+        made = resolved(folder, classes=classes)[0]
+        models.save_classifier(
+            tmp_path / f"out{classes}", made, [], {"input_size": (3, 16, 16)} | IMAGENET
+        )
+        again = transformers().AutoModelForImageClassification.from_pretrained(
+            tmp_path / f"out{classes}"
+        )
+        assert type(again) is type(live)
+        assert torch.equal(answers(again), answers(made))
+        assert answers(again).shape == (4, classes or 5)
+
+
+def test_weights_in_several_files_are_those_of_one(tmp_path: Path) -> None:
+    live: Any = classifier("vit")
+    folder = saved(tmp_path / "net", live)
+    whole = answers(resolved(folder)[0])
+    (folder / "model.safetensors").unlink()
+    live.save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert torch.equal(answers(resolved(folder)[0]), whole)
+    assert torch.equal(answers(resolved(folder, weights=str(folder))[0]), whole)
+    index = folder / "model.safetensors.index.json"
+    assert torch.equal(answers(resolved(folder, weights=str(index))[0]), whole)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("{", "cannot be read"),
+        ('{"weight_map": []}', "names no files"),
+        ('{"weight_map": {"a": 3}}', "names no files"),
+        ('{"weight_map": {"a": "../net/model.safetensors"}}', "leads elsewhere"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "leads elsewhere"),
+        ('{"weight_map": {"a": "model-00009.safetensors"}}', "model-00009.safetensors does not"),
+        ('{"weight_map": {"a": "config.json"}}', "leads elsewhere"),
+    ],
+)
+def test_an_index_of_weights_names_files_beside_it(held: str, said: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "net", classifier("vit"))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / INDEX).write_text(held)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        resolved(folder)
+    assert len(str(caught.value).splitlines()) <= 2
 
 
 def test_the_image_processor_says_how_images_are_normalised(

@@ -32,6 +32,10 @@ TRANSFORMERS = "transformers:"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 # What makes the library fetch code or other weights, or compute with others than it is given.
 _ELSEWHERE = ("auto_map", "quantization_config", "backbone", "use_timm_backbone")
+# Classes of two heads, whose outputs they average.
+_TEACHERS = {
+    "DeiTForImageClassificationWithTeacher": ("cls_classifier", "distillation_classifier"),
+}
 _RESAMPLED = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -63,6 +67,11 @@ def stated_classes(model: Any) -> list[str]:
     """Return what a network of transformers calls its outputs, in order; of another nothing."""
     held = model.config.id2label if of_transformers(model) else {}
     return [str(held[index]) for index in sorted(held)]
+
+
+def averaged_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the heads whose outputs a network of transformers averages, if any."""
+    return _TEACHERS.get(type(model).__name__, ()) if of_transformers(model) else ()
 
 
 def logits(outputs: Any) -> Any:
@@ -167,20 +176,22 @@ def _usual(settings: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _kind(settings: dict[str, Any], file: Path) -> Any:
     """Return the class of image classifier that the settings describe."""
-    held = transformers()
-    kinds, known = held.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, held.CONFIG_MAPPING
+    of = transformers()
+    kinds, known = of.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, of.CONFIG_MAPPING
     model_type, named = settings.get("model_type"), settings.get("architectures")
     usual = isinstance(model_type, str) and model_type in known and model_type != "timm_wrapper"
     config = known[model_type] if usual else None
-    kind: Any = kinds[config] if config is not None and config in kinds else None
+    held: Any = kinds[config] if config is not None and config in kinds else ()
+    held = held if isinstance(held, tuple) else (held,)
     # Of several the first has one head.
-    kind = kind[0] if isinstance(kind, tuple) else kind
-    if kind is None or (named and named != [kind.__name__]):
-        wanted = "a timm network is timm:NAME" if kind is None else kind.__name__
+    found = [one for at, one in enumerate(held) if at == 0 or one.__name__ in _TEACHERS]
+    kind = next((one for one in found if not named or named == [one.__name__]), None)
+    if kind is None:
+        wanted = " or ".join(one.__name__ for one in found) or "a timm network is timm:NAME"
         described = named[0] if isinstance(named, list) and named else model_type
         raise UnsupportedModelError(
             f"{file} describes {brief(described)}, which is no image classifier of"
-            f" transformers with one head: save one of AutoModelForImageClassification ({wanted})"
+            f" transformers: save one of AutoModelForImageClassification ({wanted})"
         )
     return kind
 

@@ -248,6 +248,49 @@ def test_paths_of_images_lead_nowhere_but_into_the_folder(tmp_path: Path) -> Non
         refused(folder, "datasets", "image 0 is the file", "not in the dataset's folder")
 
 
+@pytest.mark.parametrize("elsewhere", ["../out", "absolute", "link", "folder link", 3])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_saved_dataset_names_no_files_but_its_own(
+    elsewhere: Any, split: bool, tmp_path: Path
+) -> None:
+    whole = tmp_path / "d" / "all"
+    arrow(tmp_path / "out")
+    saved = table() if not split else datasets.DatasetDict(train=table())
+    saved.save_to_disk(str(whole))
+    folder = whole / "train" if split else whole
+    assert len(load(whole, "datasets").train) > 0
+    state = folder / "state.json"
+    held = json.loads(state.read_text())
+    file = held["_data_files"][0]["filename"]
+    other = next((tmp_path / "out").glob("*.arrow"))
+    names = {"absolute": str(other), "../out": f"{'../' * (3 + split)}out/{other.name}"}
+    if elsewhere == "link":
+        (folder / file).unlink()
+        (folder / file).symlink_to(other)
+    elif elsewhere == "folder link":
+        (folder / "inner").symlink_to(tmp_path / "out")
+        names[elsewhere] = f"inner/{other.name}"
+    held["_data_files"][0]["filename"] = names.get(elsewhere, 3 if elsewhere == 3 else file)
+    state.write_text(json.dumps(held))
+    refused(whole, "datasets", "state.json", "outside of the dataset's folder")
+
+
+def test_splits_and_descriptions_of_a_saved_dataset_lie_in_its_folder(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=table()).save_to_disk(str(tmp_path / "d"))
+    arrow(tmp_path / "out")
+    index = tmp_path / "d" / "dataset_dict.json"
+    for name in ("../out", str(tmp_path / "out")):
+        index.write_text(json.dumps({"splits": [name]}))
+        refused(tmp_path / "d", "datasets", "dataset_dict.json", "outside of the dataset's folder")
+    index.write_text(json.dumps({"splits": "train"}))
+    refused(tmp_path / "d", "datasets", "no list of splits")
+    index.write_text(json.dumps({"splits": ["train"]}))
+    about = tmp_path / "d" / "train" / "dataset_info.json"
+    about.unlink()
+    about.symlink_to(tmp_path / "out" / "dataset_info.json")
+    refused(tmp_path / "d", "datasets", "dataset_info.json", "outside of the dataset's folder")
+
+
 def test_damaged_and_absent_datasets_are_one_line(tmp_path: Path) -> None:
     refused(tmp_path / "no", "datasets", "no file or folder")
     refused(tmp_path, "datasets", "holds no .parquet or .arrow")

@@ -64,5 +64,5 @@ def saved(folder: Path, model: Any, processor: str | None = "ViTImageProcessor")
     if processor is not None:
         side = getattr(model.config, "image_size", 16)
         size = {"height": side, "width": side}
-        getattr(transformers(), processor)(size=size).save_pretrained(folder)
+        getattr(transformers(), processor)(size=size, crop_size=size).save_pretrained(folder)
     return folder

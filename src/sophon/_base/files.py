@@ -87,10 +87,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what `write_json` wrote to `path`.
+def read_others_json(path: Path) -> dict[str, Any]:
+    """Return the table in a file that another program wrote.
 
-    Raises CheckpointError if it is missing, damaged or of a newer format.
+    Raises CheckpointError if it is missing, damaged or no table.
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -100,6 +100,15 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} is no table: restore it or start in another folder")
+    return held
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what `write_json` wrote to `path`.
+
+    Raises CheckpointError if it is missing, damaged or of a newer format.
+    """
+    held = read_others_json(path)
     # Files from before formats were numbered are of the first.
     found = held.pop("format", 1)
     if found != FORMAT:

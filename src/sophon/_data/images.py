@@ -90,28 +90,27 @@ class Fit:
     """How a picture becomes pixels; the fields are those of `DomainSpec`.
 
     With a `size` the middle square is resized to it, of a side of `crop_pct` of the shorter one
-    (as timm and torchvision resize to `size / crop_pct` and cut). 16-bit grey keeps the upper 8 of
-    its `bit_depth` bits.
+    (as timm and torchvision resize to `size / crop_pct` and cut); where `crop_mode` is `squash`
+    it is that share of both sides. 16-bit grey keeps the upper 8 of its `bit_depth` bits.
     """
 
     size: int | None = None
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
     bit_depth: int = 16
+    crop_mode: str = "center"
 
     def squared(self, picture: Image.Image) -> Image.Image:
-        """Return `picture` with its middle square resized with antialiasing; unchanged without a
-        `size`.
-        """
+        """Return `picture` with its middle resized, with antialiasing; as it is without `size`."""
         size, crop = self.size, self.crop_pct
         if size is None or (picture.size == (size, size) and crop == 1):
             return picture
         width, height = picture.size
-        side = min(width, height) * crop
-        left, top = (width - side) / 2, (height - side) / 2
+        across, down = (width, height) if self.crop_mode == "squash" else (min(width, height),) * 2
+        left, top = (width - across * crop) / 2, (height - down * crop) / 2
         if picture.mode in ("1", "P", "PA"):
             picture = picture.convert("L" if picture.mode == "1" else "RGB")
-        box = (left, top, left + side, top + side)
+        box = (left, top, left + across * crop, top + down * crop)
         method = Image.Resampling[self.interpolation.upper()]
         return picture.resize((size, size), method, box=box)
 

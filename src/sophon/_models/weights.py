@@ -21,7 +21,7 @@ from sophon._base.errors import (
     first_line,
     shortened,
 )
-from sophon._base.files import read_json
+from sophon._base.files import read_others_json
 from sophon._models.hooks import hooks
 from sophon._models.weight_sets import NESTS, chosen, required_keys
 
@@ -101,9 +101,10 @@ def read_content(path: Path) -> Any:
 
 def _shards(index: Path) -> list[Path]:
     """Return the files of weights that an index names. Raises CheckpointError."""
-    named = read_json(index).get("weight_map")
-    names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
-    if not names or not all(isinstance(one, str) for one in named.values()):
+    named = read_others_json(index).get("weight_map")
+    held = list(named.values()) if isinstance(named, dict) else []
+    names = sorted({one for one in held if isinstance(one, str)})
+    if not names or not all(isinstance(one, str) for one in held):
         raise CheckpointError(f"{index} names no files of weights: restore it")
     for name in names:
         if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):

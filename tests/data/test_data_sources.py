@@ -307,6 +307,37 @@ def test_damaged_and_absent_datasets_are_one_line(tmp_path: Path) -> None:
     refused(tmp_path / "e", "datasets", "files of train lie in one/ and two/")
 
 
+def test_a_name_too_long_for_any_file_is_absent(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"file_name,label\n{'x' * 5000}.png,cat\n")
+    refused(tmp_path, "folder", "1 of 1 images are not there")
+    (tmp_path / "labels.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "x" * 5000, "text": "a"}))
+    (tmp_path / "a.png").write_bytes(png(0))
+    refused(tmp_path, "prompts", "1 of 1 prompts have no image")
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "absolute", "a/../../outside.png"])
+def test_images_of_prompts_and_of_tables_lie_in_their_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "outside.png").write_bytes(png(0))
+    (folder := tmp_path / "d").mkdir()
+    (folder / "a.png").write_bytes(png(1))
+    name = str(tmp_path / "outside.png") if name == "absolute" else name
+    row = {"file_name": name, "text": "a bird", "label": 1}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    for source in ("prompts", "folder"):
+        refused(folder, source, "metadata.jsonl", "leads elsewhere")
+
+
+def test_offsets_of_a_damaged_table_are_found_before_they_are_read(tmp_path: Path) -> None:
+    file = arrow(tmp_path / "d")
+    whole = file.read_bytes()
+    # Where the images of twenty rows begin: numbers of 32 bits, of which one is now negative.
+    starts = np.cumsum([0, *(len(png(number)) for number in range(20))], dtype=np.int32).tobytes()
+    at = whole.index(starts) + 4 * 7
+    file.write_bytes(whole[:at] + b"\xff\xff\xff\xff" + whole[at + 4 :])
+    refused(tmp_path / "d", "datasets", "cannot be read as a dataset")
+
+
 # --- WebDataset -----------------------------------------------------------------------------------
 
 

@@ -46,6 +46,9 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
         files = shards_of(path, (".parquet", ".arrow"))
         splits = {name: _joined(datasets, held) for name, held in files.items()}
 
+    for held in splits.values():
+        # What Arrow reads of a damaged table may be anything.
+        _read(path, lambda held=held: held.data.validate(full=True))
     folder = path if path.is_dir() else path.parent
 
     def split(name: str) -> Any:

@@ -32,6 +32,10 @@ GREY_MODES = frozenset({"1", "L", "LA", "La"})
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 
+# What transparent pictures may be laid on.
+BACKGROUNDS = {"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255)}
+
+
 @cache
 def _openable() -> tuple[str, ...]:
     """Return which of the formats Pillow can open here; an MPO file is opened as a JPEG."""
@@ -91,7 +95,8 @@ class Fit:
 
     With a `size` the middle square is resized to it, of a side of `crop_pct` of the shorter one
     (as timm and torchvision resize to `size / crop_pct` and cut); where `crop_mode` is `squash`
-    it is that share of both sides. 16-bit grey keeps the upper 8 of its `bit_depth` bits.
+    it is that share of both sides. What is transparent is laid on `background`. 16-bit
+    grey keeps the upper 8 of its `bit_depth` bits.
     """
 
     size: int | None = None
@@ -99,6 +104,7 @@ class Fit:
     crop_pct: float = 1.0
     bit_depth: int = 16
     crop_mode: str = "center"
+    background: str | None = None
 
     def squared(self, picture: Image.Image) -> Image.Image:
         """Return `picture` with its middle resized, with antialiasing; as it is without `size`."""
@@ -117,8 +123,8 @@ class Fit:
     def pixels(self, picture: Image.Image) -> Bytes:
         """Return a picture, squared, as uint8 (h, w) if it is grey and (h, w, 3) otherwise.
 
-        Transparency is dropped. Raises DataError: the picture holds values beyond `bit_depth`, or
-        of 32 bits, which have no fixed range.
+        Transparency is dropped unless there is a `background`. Raises DataError: the picture holds
+        values beyond `bit_depth`, or of 32 bits, which have no fixed range.
         """
         if picture.mode.startswith("I;16"):
             highest = int(np.asarray(picture).max())
@@ -135,6 +141,9 @@ class Fit:
             raise DataError(
                 f"pictures of mode {picture.mode} are not supported; save it with 8 bits"
             )
+        if self.background and picture.has_transparency_data:
+            laid = Image.new("RGBA", picture.size, BACKGROUNDS[self.background])
+            picture = Image.alpha_composite(laid, picture.convert("RGBA")).convert("RGB")
         squared = self.squared(picture)
         return np.asarray(squared.convert("L" if squared.mode in GREY_MODES else "RGB"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -54,7 +55,8 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             raise DataError(
                 f"image_column and label_column are for {', '.join(sources)}: remove them"
             )
-        if spec.image_size is None and _fit(spec) != Fit(bit_depth=spec.bit_depth):
+        plain = Fit(bit_depth=spec.bit_depth, background=spec.background)
+        if spec.image_size is None and _fit(spec) != plain:
             raise DataError(
                 "interpolation, crop_pct and crop_mode need image_size: set it, or remove them"
             )
@@ -208,7 +210,7 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
     splits = vars(cut(contents, how))
     named, weight = spec.name or name, spec.weight
     fit = None if spec.image_size is None else _fit(spec)
-    if _fit(spec) != Fit(spec.image_size, bit_depth=spec.bit_depth):
+    if replace(_fit(spec), background=None) != Fit(spec.image_size, bit_depth=spec.bit_depth):
         squashed = ", squashed" if spec.crop_mode == "squash" else ""
         said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}{squashed}"
         splits["remarks"] = (said, *splits["remarks"])
@@ -216,7 +218,7 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
 
 
 def _fit(spec: DomainSpec) -> Fit:
-    how = (spec.interpolation, spec.crop_pct, spec.bit_depth, spec.crop_mode)
+    how = (spec.interpolation, spec.crop_pct, spec.bit_depth, spec.crop_mode, spec.background)
     return Fit(spec.image_size, *how)
 
 

@@ -198,7 +198,7 @@ def _locked(folder: Path) -> int | None:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise CheckpointError(
-            f"cannot open {folder / '.lock'} ({error.strerror}): it belongs to another user's run;"
+            f"cannot open {folder / '.lock'} ({error.strerror}): it is a link, or another user's;"
             " choose another folder with --out"
         ) from None
     try:

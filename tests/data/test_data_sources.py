@@ -248,7 +248,7 @@ def test_paths_of_images_lead_nowhere_but_into_the_folder(tmp_path: Path) -> Non
         refused(folder, "datasets", "image 0 is the file", "not in the dataset's folder")
 
 
-@pytest.mark.parametrize("elsewhere", ["../out", "absolute", "link", "folder link", 3])
+@pytest.mark.parametrize("elsewhere", ["../out", "absolute", "link", "folder link", "\ud800", 3])
 @pytest.mark.parametrize("split", [False, True])
 def test_a_saved_dataset_names_no_files_but_its_own(
     elsewhere: Any, split: bool, tmp_path: Path
@@ -263,14 +263,15 @@ def test_a_saved_dataset_names_no_files_but_its_own(
     held = json.loads(state.read_text())
     file = held["_data_files"][0]["filename"]
     other = next((tmp_path / "out").glob("*.arrow"))
-    names = {"absolute": str(other), "../out": f"{'../' * (3 + split)}out/{other.name}"}
+    names: dict[Any, Any] = {3: 3, "\ud800": "\ud800", "absolute": str(other)}
+    names |= {"../out": f"{'../' * (3 + split)}out/{other.name}"}
     if elsewhere == "link":
         (folder / file).unlink()
         (folder / file).symlink_to(other)
     elif elsewhere == "folder link":
         (folder / "inner").symlink_to(tmp_path / "out")
         names[elsewhere] = f"inner/{other.name}"
-    held["_data_files"][0]["filename"] = names.get(elsewhere, 3 if elsewhere == 3 else file)
+    held["_data_files"][0]["filename"] = names.get(elsewhere, file)
     state.write_text(json.dumps(held))
     refused(whole, "datasets", "state.json", "outside of the dataset's folder")
 

@@ -303,7 +303,7 @@ def from_item(image: Any, fit: Fit, name: str = "the picture", within: Path | No
 def _file(path: str, name: str, within: Path | None) -> Path:
     """Return the file at `path`. Raises DataError: it is an address, or not in that folder."""
     file = Path(path) if within is None else within / path
-    elsewhere = "://" in path or "\0" in path
+    elsewhere = "://" in path or not path.isprintable()
     if within is not None and not elsewhere:
         elsewhere = not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(within))
     if elsewhere:

@@ -89,7 +89,7 @@ def _stated(folder: Path, name: str, key: str) -> list[Any]:
 
 def _within(path: Path, file: Path, name: Any) -> Path:
     """Return what a `file` in a saved folder, or one of its splits, names, which lies in it."""
-    usual = isinstance(name, str) and "\0" not in name
+    usual = isinstance(name, str) and name.isprintable()
     found = file.parent / name if usual else file
     if not usual or not Path(os.path.realpath(found)).is_relative_to(os.path.realpath(path)):
         raise DataError(

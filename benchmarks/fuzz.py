@@ -2,10 +2,11 @@
 
     python benchmarks/fuzz.py [--quick] [--seed N]
 
-Run files, audit records, files of weights and archives of images are changed at random
-(`tests/shared/mutants.py`) and read as the commands read them, in this process. Each must be taken
-or refused in two lines. The process ends at once where reading starts a process, connects a socket
-or opens a file for writing outside the scratch folder. It fails where there was a traceback.
+Run files, audit records, files of weights, and images in archives, tars, saved data sets and with
+tables of labels are changed at random (`tests/shared/mutants.py`) and read as the commands read
+them, in this process. Each must be taken or refused in two lines. The process ends at once where
+reading starts a process, connects a socket or opens a file for writing outside the scratch folder.
+It fails where there was a traceback.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.dont_write_bytecode = True
 from mutants import KINDS, read  # noqa: E402 - from the tests' folder
 
 AMOUNTS = {"run files": 10_000, "records": 1_000, "weights": 500, "archives": 400}
+AMOUNTS |= {"tables": 300, "tars": 300, "datasets": 300}
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn")
 _FORBIDDEN = (*_STARTS, "os.spawn", "os.startfile", "pty.spawn", "socket.connect")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -248,6 +248,50 @@ def test_paths_of_images_lead_nowhere_but_into_the_folder(tmp_path: Path) -> Non
         refused(folder, "datasets", "image 0 is the file", "not in the dataset's folder")
 
 
+@pytest.mark.parametrize("elsewhere", ["../out", "absolute", "link", "folder link", "\ud800", 3])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_saved_dataset_names_no_files_but_its_own(
+    elsewhere: Any, split: bool, tmp_path: Path
+) -> None:
+    whole = tmp_path / "d" / "all"
+    arrow(tmp_path / "out")
+    saved = table() if not split else datasets.DatasetDict(train=table())
+    saved.save_to_disk(str(whole))
+    folder = whole / "train" if split else whole
+    assert len(load(whole, "datasets").train) > 0
+    state = folder / "state.json"
+    held = json.loads(state.read_text())
+    file = held["_data_files"][0]["filename"]
+    other = next((tmp_path / "out").glob("*.arrow"))
+    names: dict[Any, Any] = {3: 3, "\ud800": "\ud800", "absolute": str(other)}
+    names |= {"../out": f"{'../' * (3 + split)}out/{other.name}"}
+    if elsewhere == "link":
+        (folder / file).unlink()
+        (folder / file).symlink_to(other)
+    elif elsewhere == "folder link":
+        (folder / "inner").symlink_to(tmp_path / "out")
+        names[elsewhere] = f"inner/{other.name}"
+    held["_data_files"][0]["filename"] = names.get(elsewhere, file)
+    state.write_text(json.dumps(held))
+    refused(whole, "datasets", "state.json", "outside of the dataset's folder")
+
+
+def test_splits_and_descriptions_of_a_saved_dataset_lie_in_its_folder(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=table()).save_to_disk(str(tmp_path / "d"))
+    arrow(tmp_path / "out")
+    index = tmp_path / "d" / "dataset_dict.json"
+    for name in ("../out", str(tmp_path / "out")):
+        index.write_text(json.dumps({"splits": [name]}))
+        refused(tmp_path / "d", "datasets", "dataset_dict.json", "outside of the dataset's folder")
+    index.write_text(json.dumps({"splits": "train"}))
+    refused(tmp_path / "d", "datasets", "no list of splits")
+    index.write_text(json.dumps({"splits": ["train"]}))
+    about = tmp_path / "d" / "train" / "dataset_info.json"
+    about.unlink()
+    about.symlink_to(tmp_path / "out" / "dataset_info.json")
+    refused(tmp_path / "d", "datasets", "dataset_info.json", "outside of the dataset's folder")
+
+
 def test_damaged_and_absent_datasets_are_one_line(tmp_path: Path) -> None:
     refused(tmp_path / "no", "datasets", "no file or folder")
     refused(tmp_path, "datasets", "holds no .parquet or .arrow")
@@ -262,6 +306,37 @@ def test_damaged_and_absent_datasets_are_one_line(tmp_path: Path) -> None:
         (tmp_path / "e" / name).mkdir(parents=True)
         table().to_parquet(tmp_path / "e" / name / "train.parquet")
     refused(tmp_path / "e", "datasets", "files of train lie in one/ and two/")
+
+
+def test_a_name_too_long_for_any_file_is_absent(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"file_name,label\n{'x' * 5000}.png,cat\n")
+    refused(tmp_path, "folder", "1 of 1 images are not there")
+    (tmp_path / "labels.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "x" * 5000, "text": "a"}))
+    (tmp_path / "a.png").write_bytes(png(0))
+    refused(tmp_path, "prompts", "1 of 1 prompts have no image")
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "absolute", "a/../../outside.png"])
+def test_images_of_prompts_and_of_tables_lie_in_their_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "outside.png").write_bytes(png(0))
+    (folder := tmp_path / "d").mkdir()
+    (folder / "a.png").write_bytes(png(1))
+    name = str(tmp_path / "outside.png") if name == "absolute" else name
+    row = {"file_name": name, "text": "a bird", "label": 1}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    for source in ("prompts", "folder"):
+        refused(folder, source, "metadata.jsonl", "leads elsewhere")
+
+
+def test_offsets_of_a_damaged_table_are_found_before_they_are_read(tmp_path: Path) -> None:
+    file = arrow(tmp_path / "d")
+    whole = file.read_bytes()
+    # Where the images of twenty rows begin: numbers of 32 bits, of which one is now negative.
+    starts = np.cumsum([0, *(len(png(number)) for number in range(20))], dtype=np.int32).tobytes()
+    at = whole.index(starts) + 4 * 7
+    file.write_bytes(whole[:at] + b"\xff\xff\xff\xff" + whole[at + 4 :])
+    refused(tmp_path / "d", "datasets", "cannot be read as a dataset")
 
 
 # --- WebDataset -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 import sophon
 from sophon._base.errors import DataError, SpecError
 from sophon._data import load_domain
-from sophon._data.images import Fit
+from sophon._data.images import Fit, open_picture
 from sophon._models.own_input import recorded_input
 from sophon._specs import DomainSpec
 from sophon._training.setting import make_setting
@@ -123,6 +123,27 @@ def test_files_of_twelve_bits_keep_their_upper_eight(tmp_path: Path) -> None:
 
 
 # --- Resizing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_background_is_put_behind_what_is_transparent(mode: str, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((200, 200, 200, 255), (0, 0, 4, 8))
+    if mode == "P":
+        picture = picture.convert("P")
+        picture.info["transparency"] = picture.getpixel((7, 7))
+    else:
+        picture = picture.convert(mode)
+    assert Fit().pixels(picture)[0, 7].max() < 200
+    for name, value in (("white", 255), ("grey", 128), ("black", 0)):
+        found = Fit(background=name).pixels(picture)
+        assert found[0, 7].tolist() == [value] * 3
+        assert abs(int(found[0, 0].max()) - 200) < 5
+    file = tmp_path / "a.png"
+    picture.save(file)
+    assert open_picture(file, Fit(background="white"))[0, 7].tolist() == [255] * 3
+    # A small one too, of the colour that is seen.
+    assert Fit(4, background="white").pixels(picture)[0, 3].tolist() == [255] * 3
 
 
 def test_a_crop_is_what_resizing_and_cutting_is() -> None:

@@ -21,14 +21,17 @@ from cells import command as sophon_command
 from classifiers import NETWORKS, classifier, saved
 from sophon import _models as models
 from sophon._base.errors import CheckpointError, UnsupportedModelError
+from sophon._cli.run_file import load as load_run
 from sophon._data.images import Fit
-from sophon._models.own_input import own_input
+from sophon._data.loading import prepared_as
+from sophon._models.own_input import folder_input, own_input
 from sophon._models.transformers import processor_input, transformers
 from sophon._protection.depths import find_depths
 from sophon._training.loop import attacker_copy
 from sophon._training.rescaling import rescale_weights
 from sophon._training.setting import Setting, make_setting
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALVES = (0.5, 0.5, 0.5)
 
 
@@ -89,7 +92,8 @@ def test_every_preparation_of_an_attacker_works(kind: str, tmp_path: Path) -> No
     covered = {
         n for n, _ in model.named_parameters() if n.startswith(tuple(f"{p}." for p in named))
     }
-    own = {n for n, _ in model.named_parameters() if not n.startswith(f"{head}.")}
+    ends = tuple(f"{name}." for name in models.heads(model, head))
+    own = {n for n, _ in model.named_parameters() if not n.startswith(ends)}
     assert covered == own
     assert set(find_depths(model, head, (3, side, side), None)) >= {part[0] for part in parts}
     refuse = found.restricted[0]
@@ -122,6 +126,65 @@ def test_rescaled_weights_keep_what_the_network_says(kind: str) -> None:
     assert torch.allclose(answers(model, side), before, atol=0.02, rtol=0.05)
     changed = [name for name, factor in factors.items() if factor != 1]
     assert bool(changed) == (models.weights_sha256(model) != weights)
+
+
+@torch.no_grad()
+def test_the_two_heads_of_a_network_with_a_teacher_are_one(tmp_path: Path) -> None:
+    live: Any = classifier("deit with teacher")
+    folder = saved(tmp_path / "net", live)
+    model: Any = resolved(folder)[0]
+    held = model(torch.randn(2, 3, 16, 16))
+    assert torch.equal(held.logits, (held.cls_logits + held.distillation_logits) / 2)
+    assert models.heads(model, "distillation_classifier")[1:] == ("cls_classifier",)
+    # The library's own way back, with a fresh pair of heads too.
+    for classes in (None, 3):
+        made = resolved(folder, classes=classes)[0]
+        models.save_classifier(
+            tmp_path / f"out{classes}", made, [], {"input_size": (3, 16, 16)} | IMAGENET
+        )
+        again = transformers().AutoModelForImageClassification.from_pretrained(
+            tmp_path / f"out{classes}"
+        )
+        assert type(again) is type(live)
+        assert torch.equal(answers(again), answers(made))
+        assert answers(again).shape == (4, classes or 5)
+
+
+def test_weights_in_several_files_are_those_of_one(tmp_path: Path) -> None:
+    live: Any = classifier("vit")
+    folder = saved(tmp_path / "net", live)
+    whole = answers(resolved(folder)[0])
+    (folder / "model.safetensors").unlink()
+    live.save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert torch.equal(answers(resolved(folder)[0]), whole)
+    assert torch.equal(answers(resolved(folder, weights=str(folder))[0]), whole)
+    index = folder / "model.safetensors.index.json"
+    assert torch.equal(answers(resolved(folder, weights=str(index))[0]), whole)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("{", "cannot be read"),
+        ('{"weight_map": []}', "names no files"),
+        ('{"weight_map": {"a": 3}}', "names no files"),
+        ('{"weight_map": {"a": "../net/model.safetensors"}}', "leads elsewhere"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "leads elsewhere"),
+        ('{"weight_map": {"a": "model-00009.safetensors"}}', "model-00009.safetensors does not"),
+        ('{"weight_map": {"a": "config.json"}}', "leads elsewhere"),
+    ],
+)
+def test_an_index_of_weights_names_files_beside_it(held: str, said: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "net", classifier("vit"))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / INDEX).write_text(held)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        resolved(folder)
+    assert len(str(caught.value).splitlines()) <= 2
 
 
 def test_the_image_processor_says_how_images_are_normalised(
@@ -184,44 +247,102 @@ def test_mean_and_std_are_what_the_processor_does_in_all(
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "crop"),
+    ("kind", "size", "crop", "mode"),
     [
-        ("ConvNextImageProcessor", {"shortest_edge": 224}, 0.875),
-        ("ConvNextImageProcessor", {"shortest_edge": 384}, 1.0),
-        ("PoolFormerImageProcessor", {"shortest_edge": 224}, 0.9),
-        ("CLIPImageProcessor", {"shortest_edge": 256}, 0.875),
-        ("ViTImageProcessor", {"height": 224, "width": 224}, 1.0),
+        ("ConvNextImageProcessor", {"shortest_edge": 224}, 0.875, "center"),
+        ("ConvNextImageProcessor", {"shortest_edge": 384}, 1.0, "squash"),
+        ("PoolFormerImageProcessor", {"shortest_edge": 224}, 0.9, "center"),
+        ("CLIPImageProcessor", {"shortest_edge": 256}, 0.875, "center"),
+        ("LevitImageProcessor", {"shortest_edge": 224}, 0.875, "center"),
+        ("PerceiverImageProcessor", {"height": 224, "width": 224}, 0.875, "center"),
+        ("ViTImageProcessor", {"height": 224, "width": 224}, 1.0, "squash"),
+        ("DeiTImageProcessor", {"height": 256, "width": 256}, 0.875, "squash"),
     ],
 )
-def test_the_share_of_an_image_that_a_processor_keeps(
-    kind: str, size: dict[str, int], crop: float, tmp_path: Path
+def test_a_processors_size_and_part_of_a_picture_are_the_default_of_domains(
+    kind: str, size: dict[str, int], crop: float, mode: str, tmp_path: Path
 ) -> None:
-    getattr(transformers(), kind)(size=size).save_pretrained(tmp_path)
-    held = processor_input(tmp_path)
-    assert held is not None
-    assert held["crop_pct"] == pytest.approx(crop)
-    side = min(size.get("shortest_edge", 224), 384 if crop == 1 else 224)
-    assert held["input_size"] == (3, side, side)
+    processor = getattr(transformers(), kind)(size=size)
+    processor.save_pretrained(tmp_path)
+    own = folder_input(tmp_path)
+    assert own is not None
+    assert own.crop_pct == pytest.approx(crop)
+    spec = prepared_as(sophon.DomainSpec(source="folder", path="x"), own)
+    side = 384 if size.get("shortest_edge") == 384 else 224
+    assert (spec.image_size, spec.crop_mode) == (side, mode)
+    # What a file says stays.
+    said = sophon.DomainSpec(source="folder", path="x", image_size=32, crop_mode="center")
+    assert prepared_as(said, own).image_size == 32
+    assert prepared_as(said, own).crop_mode == "center"
+    picture = waves(600, 400)
+    fit = Fit(side, spec.interpolation, spec.crop_pct, crop_mode=mode)
+    found = fit.pixels(picture) / 255
+    made = processor(picture, return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
+    wanted = made.numpy() * own.std + own.mean
+    assert np.abs(found - wanted).mean() < 0.01
 
 
+def test_a_run_resizes_pictures_as_the_networks_processor_does(tmp_path: Path) -> None:
+    saved(tmp_path / "net", classifier("vit"))
+    stream = np.random.default_rng(0)
+    for folder, classes in (("keep", "abcde"), ("refuse", "xyz")):
+        for number, name in enumerate(classes * 8):
+            place = tmp_path / folder / name / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pixels = stream.integers(0, 256, (30, 40 + number, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place)
+    text = RUN.replace("npz", "folder").replace(".folder", "")
+    (tmp_path / "run.toml").write_text(text)
+    case = load_run(tmp_path / "run.toml", [])
+    assert [d.fit for d in (case.original, *case.restricted)] == [Fit(16, crop_mode="squash")] * 2
+    assert case.spec.original.image_size == 16
+    assert case.setting().input()["crop_mode"] == "squash"
+    assert "resized with bilinear, crop_pct 1, squashed" in case.read()[0]
+    given = load_run(tmp_path / "run.toml", ["original.crop_mode=center"])
+    assert given.original.fit == Fit(16)
+
+
+def waves(width: int, height: int) -> Image.Image:
+    rows, columns = np.mgrid[:height, :width] / 12
+    shades = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + columns)], -1)
+    return Image.fromarray((127 + 120 * shades).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("CLIPImageProcessor", {"do_resize": False}),
+        ("DetrImageProcessor", {}),
+        ("ImageGPTImageProcessor", {"clusters": [[0.1, 0.2, 0.3], [0.5, 0.5, 0.5]]}),
+    ],
+)
+def test_a_processor_that_does_something_else_with_pictures_is_refused(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    getattr(transformers(), kind)(**settings).save_pretrained(tmp_path)
+    with pytest.raises((CheckpointError, UnsupportedModelError), match="delete") as caught:
+        processor_input(tmp_path)
+    assert "preprocessor_config.json" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
 @pytest.mark.parametrize("processor", [None, "ViTImageProcessor", "MobileViTImageProcessor"])
 def test_an_exported_processor_prepares_images_as_sophon_does(
-    processor: str | None, tmp_path: Path
+    processor: str | None, mode: str, tmp_path: Path
 ) -> None:
     model = resolved(saved(tmp_path / "net", classifier("vit"), processor))[0]
     takes = {"input_size": (3, 56, 56), "mean": (0.4,) * 3, "std": (0.3,) * 3}
-    takes |= {"interpolation": "bicubic", "crop_pct": 0.875}
+    takes |= {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": mode}
     models.save_classifier(tmp_path / "out", model, [], takes)
-    rows, columns = np.mgrid[:96, :144] / 12
-    waves = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + columns)], -1)
-    picture = Image.fromarray((127 + 120 * waves).astype(np.uint8))
+    picture = waves(144, 96)
     made = transformers().AutoImageProcessor.from_pretrained(tmp_path / "out")
     found = made(picture, return_tensors="pt")["pixel_values"][0].permute(1, 2, 0).numpy()
-    wanted = Fit(56, "bicubic", 0.875).pixels(picture)
+    wanted = Fit(56, "bicubic", 0.875, crop_mode=mode).pixels(picture)
     assert np.abs((found * 0.3 + 0.4) * 255 - wanted).max() < 4
     said = own_input(resolved(tmp_path / "out")[0])
     assert said is not None
-    assert (said.interpolation, said.crop_pct) == ("bicubic", 0.875)
+    assert (said.interpolation, said.crop_pct, said.crop_mode) == ("bicubic", 0.875, mode)
 
 
 def test_a_configuration_names_no_other_folder(tmp_path: Path) -> None:

@@ -638,6 +638,15 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     _protect(quick_spec(rounds=2), tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_planted_link_in_place_of_the_lock_makes_no_file(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="it is a link, or another user's"):
+        _protect(quick_spec(rounds=1), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_folder_with_anything_else_in_it_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
     save_file(trained_model().state_dict(), tmp_path / "model.safetensors")
     before = (tmp_path / "model.safetensors").read_bytes()

@@ -16,6 +16,7 @@ HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "pa
 NETWORKS: dict[str, tuple[dict[str, Any], int, str]] = {
     "vit": (WIDTHS | HEADS, 16, "classifier"),
     "deit": (WIDTHS | HEADS, 16, "classifier"),
+    "deit with teacher": (WIDTHS | HEADS, 16, "cls_classifier"),
     "swin": (
         {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
         | {"image_size": 16, "patch_size": 2},
@@ -45,10 +46,11 @@ def classifier(kind: str, classes: int = 5, **changes: Any) -> nn.Module:
     """Return a network with random weights; `changes` are of its configuration."""
     library = transformers()
     settings = NETWORKS[kind][0] | {"num_labels": classes} | changes
-    config = library.CONFIG_MAPPING[kind](**settings)
+    name, _, teacher = kind.partition(" ")
+    config = library.CONFIG_MAPPING[name](**settings)
     found = library.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     torch.manual_seed(0)
-    model: nn.Module = (found[0] if isinstance(found, tuple) else found)(config)
+    model: nn.Module = (found[bool(teacher)] if isinstance(found, tuple) else found)(config)
     # The library's own start is so small that nothing of an image is left at so few layers.
     for part in model.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
@@ -62,5 +64,5 @@ def saved(folder: Path, model: Any, processor: str | None = "ViTImageProcessor")
     if processor is not None:
         side = getattr(model.config, "image_size", 16)
         size = {"height": side, "width": side}
-        getattr(transformers(), processor)(size=size).save_pretrained(folder)
+        getattr(transformers(), processor)(size=size, crop_size=size).save_pretrained(folder)
     return folder

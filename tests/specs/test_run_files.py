@@ -37,7 +37,10 @@ def test_a_mutated_run_file_is_read_or_refused_in_a_line() -> None:
     assert refused > 200
 
 
-@pytest.mark.parametrize(("kind", "least"), [("records", 30), ("weights", 40), ("archives", 40)])
+LEAST = {"records": 30, "weights": 40, "archives": 40, "tables": 40, "tars": 30, "datasets": 30}
+
+
+@pytest.mark.parametrize(("kind", "least"), LEAST.items())
 def test_mutated_files_are_read_or_refused_in_two_lines(
     tmp_path: Path, kind: str, least: int
 ) -> None:

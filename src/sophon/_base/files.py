@@ -87,10 +87,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what `write_json` wrote to `path`.
+def read_others_json(path: Path) -> dict[str, Any]:
+    """Return the table in a file that another program wrote.
 
-    Raises CheckpointError if it is missing, damaged or of a newer format.
+    Raises CheckpointError if it is missing, damaged or no table.
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -100,6 +100,15 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} is no table: restore it or start in another folder")
+    return held
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what `write_json` wrote to `path`.
+
+    Raises CheckpointError if it is missing, damaged or of a newer format.
+    """
+    held = read_others_json(path)
     # Files from before formats were numbered are of the first.
     found = held.pop("format", 1)
     if found != FORMAT:
@@ -189,7 +198,7 @@ def _locked(folder: Path) -> int | None:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise CheckpointError(
-            f"cannot open {folder / '.lock'} ({error.strerror}): it belongs to another user's run;"
+            f"cannot open {folder / '.lock'} ({error.strerror}): it is a link, or another user's;"
             " choose another folder with --out"
         ) from None
     try:

@@ -15,6 +15,7 @@ from sophon._attacks.suites import attack_named, resolved, strategies_of
 from sophon._base.errors import CheckpointError, SpecError
 from sophon._base.files import nearest_present, read_json
 from sophon._cli.extras import require_extras
+from sophon._cli.preparing import prepared
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data import Domain, load_domain, share_prompts
 from sophon._data.loading import expanded
@@ -31,7 +32,7 @@ from sophon._models import (
     require_model,
     resolve_model,
 )
-from sophon._specs import DomainSpec, ModelSpec, TaskSpec, parse_spec, parse_toml
+from sophon._specs import ModelSpec, TaskSpec, parse_spec, parse_toml
 from sophon._specs.parsing import MOST_BYTES
 from sophon._tasks import Classification, Denoising, Latents, Task
 from sophon._training.checkpoints import require_model_in, require_recorded
@@ -221,8 +222,8 @@ def load_spec(
     With `untrained` nobody uses the model's own weights: if their file is not there, the model has
     random ones. Raises DataError, UnsupportedModelError or CheckpointError.
     """
-    several = {"restricted": spec.restricted, "held_out": spec.held_out, "benign": spec.benign}
-    return _case(_without_weights(spec, base) if untrained else spec, base, several, threads)
+    roles = ("restricted", "held_out", "benign")
+    return _case(_without_weights(spec, base) if untrained else spec, base, roles, threads)
 
 
 def load_pretraining(
@@ -238,7 +239,7 @@ def load_pretraining(
     """
     spec = parse_pretraining(_text_of(path), settings, where=str(path))
     spec = _without_weights(spec, path.parent) if untrained else spec
-    return _case(spec, path.parent, {"restricted": ()}, threads)
+    return _case(spec, path.parent, (), threads)
 
 
 def _without_weights(spec: AnyRun, base: Path) -> AnyRun:
@@ -252,23 +253,25 @@ def _without_weights(spec: AnyRun, base: Path) -> AnyRun:
 def _case(
     spec: PretrainRunSpec,
     base: Path,
-    wanted: dict[str, tuple[DomainSpec, ...]],
+    roles: tuple[str, ...],
     threads: int | None,
 ) -> Case:
     if threads is not None:
         torch.set_num_threads(threads)
     # What takes no time goes first: images may take minutes to decode.
-    require_extras(spec, (spec.original, *(s for chosen in wanted.values() for s in chosen)))
+    require_extras(spec, (spec.original, *(s for role in roles for s in getattr(spec, role))))
     located = _located(spec.model, base)
     network = spec.model if located.weights else architecture(located, base=base)
     if located.name.startswith(PATHS):
         network = network.model_copy(update={"name": located.name})
     source = _denoiser_of(spec.task, network)
     require_model(located, base=base)
+    spec = prepared(spec, network)
     original = load_domain(spec.original, base=base, role="original")
-    several = {
-        role: tuple(load_domain(s, base=base, role=role) for s in chosen)
-        for role, chosen in wanted.items()
+    several: dict[str, tuple[Domain, ...]] = {"restricted": ()}
+    several |= {
+        role: tuple(load_domain(s, base=base, role=role) for s in getattr(spec, role))
+        for role in roles
     }
     if source is not None and source.pipeline is not None and source.conditional:
         flat = [original, *(domain for domains in several.values() for domain in domains)]

@@ -32,6 +32,10 @@ GREY_MODES = frozenset({"1", "L", "LA", "La"})
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 
+# What transparent pictures may be laid on.
+BACKGROUNDS = {"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255)}
+
+
 @cache
 def _openable() -> tuple[str, ...]:
     """Return which of the formats Pillow can open here; an MPO file is opened as a JPEG."""
@@ -90,36 +94,37 @@ class Fit:
     """How a picture becomes pixels; the fields are those of `DomainSpec`.
 
     With a `size` the middle square is resized to it, of a side of `crop_pct` of the shorter one
-    (as timm and torchvision resize to `size / crop_pct` and cut). 16-bit grey keeps the upper 8 of
-    its `bit_depth` bits.
+    (as timm and torchvision resize to `size / crop_pct` and cut); where `crop_mode` is `squash`
+    it is that share of both sides. What is transparent is laid on `background`. 16-bit
+    grey keeps the upper 8 of its `bit_depth` bits.
     """
 
     size: int | None = None
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
     bit_depth: int = 16
+    crop_mode: str = "center"
+    background: str | None = None
 
     def squared(self, picture: Image.Image) -> Image.Image:
-        """Return `picture` with its middle square resized with antialiasing; unchanged without a
-        `size`.
-        """
+        """Return `picture` with its middle resized, with antialiasing; as it is without `size`."""
         size, crop = self.size, self.crop_pct
         if size is None or (picture.size == (size, size) and crop == 1):
             return picture
         width, height = picture.size
-        side = min(width, height) * crop
-        left, top = (width - side) / 2, (height - side) / 2
+        across, down = (width, height) if self.crop_mode == "squash" else (min(width, height),) * 2
+        left, top = (width - across * crop) / 2, (height - down * crop) / 2
         if picture.mode in ("1", "P", "PA"):
             picture = picture.convert("L" if picture.mode == "1" else "RGB")
-        box = (left, top, left + side, top + side)
+        box = (left, top, left + across * crop, top + down * crop)
         method = Image.Resampling[self.interpolation.upper()]
         return picture.resize((size, size), method, box=box)
 
     def pixels(self, picture: Image.Image) -> Bytes:
         """Return a picture, squared, as uint8 (h, w) if it is grey and (h, w, 3) otherwise.
 
-        Transparency is dropped. Raises DataError: the picture holds values beyond `bit_depth`, or
-        of 32 bits, which have no fixed range.
+        Transparency is dropped unless there is a `background`. Raises DataError: the picture holds
+        values beyond `bit_depth`, or of 32 bits, which have no fixed range.
         """
         if picture.mode.startswith("I;16"):
             highest = int(np.asarray(picture).max())
@@ -136,6 +141,9 @@ class Fit:
             raise DataError(
                 f"pictures of mode {picture.mode} are not supported; save it with 8 bits"
             )
+        if self.background and picture.has_transparency_data:
+            laid = Image.new("RGBA", picture.size, BACKGROUNDS[self.background])
+            picture = Image.alpha_composite(laid, picture.convert("RGBA")).convert("RGB")
         squared = self.squared(picture)
         return np.asarray(squared.convert("L" if squared.mode in GREY_MODES else "RGB"))
 
@@ -295,7 +303,7 @@ def from_item(image: Any, fit: Fit, name: str = "the picture", within: Path | No
 def _file(path: str, name: str, within: Path | None) -> Path:
     """Return the file at `path`. Raises DataError: it is an address, or not in that folder."""
     file = Path(path) if within is None else within / path
-    elsewhere = "://" in path or "\0" in path
+    elsewhere = "://" in path or not path.isprintable()
     if within is not None and not elsewhere:
         elsewhere = not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(within))
     if elsewhere:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from sophon._base.errors import DataError, require_kind, unknown
 from sophon._data.collecting import Columns
@@ -22,7 +24,8 @@ from sophon._data.sources.tars import read_tars
 from sophon._data.sources.torchvision_sets import read_torchvision
 from sophon._data.sources.trees import read_tree
 from sophon._data.splits import Contents, Cut, cut, joined, unlabelled
-from sophon._specs import DomainSpec
+from sophon._models import OwnInput
+from sophon._specs import DomainSpec, Interpolation
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
@@ -52,8 +55,11 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             raise DataError(
                 f"image_column and label_column are for {', '.join(sources)}: remove them"
             )
-        if spec.image_size is None and _fit(spec) != Fit(bit_depth=spec.bit_depth):
-            raise DataError("interpolation and crop_pct need image_size: set it, or remove them")
+        plain = Fit(bit_depth=spec.bit_depth, background=spec.background)
+        if spec.image_size is None and _fit(spec) != plain:
+            raise DataError(
+                "interpolation, crop_pct and crop_mode need image_size: set it, or remove them"
+            )
         if spec.dataset is not None and spec.source in ("npz", *sources):
             raise DataError(
                 f"dataset = {spec.dataset!r} is for torchvision, tree and embedded sources: remove"
@@ -140,6 +146,18 @@ SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
 }
 
 
+def prepared_as(spec: DomainSpec, own: OwnInput) -> DomainSpec:
+    """Return `spec` with the size and the way of resizing that a network states, where it says
+    nothing of its own.
+    """
+    if own.side is None or own.interpolation not in get_args(Interpolation):
+        return spec
+    stated = {"image_size": own.side, "interpolation": own.interpolation}
+    stated |= {"crop_pct": own.crop_pct, "crop_mode": own.crop_mode}
+    given = spec.model_fields_set
+    return spec.model_copy(update={key: v for key, v in stated.items() if key not in given})
+
+
 def expanded(text: str, base: Path) -> Path:
     """Return `text` as a path from `base`, with `${VARIABLES}` and a leading `~` replaced.
 
@@ -192,14 +210,16 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
     splits = vars(cut(contents, how))
     named, weight = spec.name or name, spec.weight
     fit = None if spec.image_size is None else _fit(spec)
-    if (spec.interpolation, spec.crop_pct) != (Fit.interpolation, Fit.crop_pct):
-        said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}"
+    if replace(_fit(spec), background=None) != Fit(spec.image_size, bit_depth=spec.bit_depth):
+        squashed = ", squashed" if spec.crop_mode == "squash" else ""
+        said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}{squashed}"
         splits["remarks"] = (said, *splits["remarks"])
     return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight, fit=fit)
 
 
 def _fit(spec: DomainSpec) -> Fit:
-    return Fit(spec.image_size, spec.interpolation, spec.crop_pct, spec.bit_depth)
+    how = (spec.interpolation, spec.crop_pct, spec.bit_depth, spec.crop_mode, spec.background)
+    return Fit(spec.image_size, *how)
 
 
 def _columns(spec: DomainSpec) -> Columns:

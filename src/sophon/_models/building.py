@@ -34,6 +34,7 @@ from sophon._models.published import FILES, published
 from sophon._models.transformers import TRANSFORMERS, ClassifierFolder
 from sophon._models.weight_sets import chosen
 from sophon._models.weights import (
+    INDEX,
     load_weights,
     named_tensors,
     read_content,
@@ -297,11 +298,11 @@ def _file_in(path: Path) -> Path:
     """Return a file of weights, or that in a folder as huggingface_hub lays it out."""
     if not path.is_dir():
         return path
-    held = [path / name for name in FILES if (path / name).is_file()]
+    names = (name for one in FILES for name in (one, f"{one}{INDEX}"))
+    held = [path / name for name in names if (path / name).is_file()]
     if not held:
         raise CheckpointError(
-            f"{path} is a folder without {' or '.join(FILES)}: set model.weights to the file; what"
-            " is in several files is saved again with max_shard_size = '100GB'"
+            f"{path} is a folder without {' or '.join(FILES)}: set model.weights to the file"
         )
     return held[0]
 

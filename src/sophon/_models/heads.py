@@ -22,22 +22,24 @@ from sophon._models.probing import (
     probing,
     run,
 )
-from sophon._models.transformers import of_transformers
+from sophon._models.transformers import averaged_heads, of_transformers
 
 
 def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> str:
     """Return the dotted name of the classifier layer, a Linear or a 1x1 Conv2d; of a denoiser its
     last convolution.
 
-    A given `name` is only checked. Otherwise timm's `get_classifier` is asked, the first of several
-    is taken (`heads`), then the layer is looked for whose output on a probe is the model's output,
-    a ReLU and an average over positions aside. Raises UnsupportedModelError
-    listing the candidates when there is none or more than one.
+    A given `name` is only checked. Otherwise the first of several that the library averages is
+    taken (`heads`), timm's `get_classifier` is asked, then the layer is looked for whose output on
+    a probe is the model's output, a ReLU and an average over positions aside. Raises
+    UnsupportedModelError listing the candidates when there is none or more than one.
     """
     if name is not None:
         return _named_head(model, name)
     if is_denoiser(model):
         return HEAD
+    if averaged := averaged_heads(model):
+        return averaged[0]
     layers = {
         key: module for key, module in model.named_modules() if key and _is_head_layer(module)
     }
@@ -59,8 +61,10 @@ def find_head(model: nn.Module, image_shape: Shape, name: str | None = None) -> 
 
 def heads(model: nn.Module, head: str) -> tuple[str, ...]:
     """Return `head` and the layers whose outputs its library averages with its own: distilled
-    vision transformers of timm have two.
+    vision transformers of timm and transformers have two.
     """
+    if head in (averaged := averaged_heads(model)):
+        return (head, *(name for name in averaged if name != head))
     layer = model.get_submodule(head)
     for part in model.modules():
         classifier = getattr(part, "get_classifier", None)

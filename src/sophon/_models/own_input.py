@@ -11,17 +11,18 @@ from torch import nn
 
 from sophon._base.errors import CheckpointError, brief
 from sophon._base.files import read_json
-from sophon._models.transformers import input_beside
+from sophon._models.transformers import input_beside, processor_input
 
 # How Sophon resizes unless told otherwise.
-USUAL_FIT: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0}
+USUAL_FIT: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 
 
 @dataclass(frozen=True)
 class OwnInput:
     """How the publisher normalises pixels in [0, 1], per channel, and resizes: the middle square, a
-    side of `crop_pct` of the shorter one, by `interpolation`; `stated` is where it says so.
-    `reversed`: blue comes first.
+    side of `crop_pct` of the shorter one, by `interpolation`, to a square of `side` pixels;
+    `crop_mode` `squash` is `crop_pct` of both sides. `stated` is where it says so. `reversed`: blue
+    comes first.
     """
 
     mean: tuple[float, ...]
@@ -30,6 +31,8 @@ class OwnInput:
     crop_pct: float
     stated: str
     reversed: bool = False
+    crop_mode: str = "center"
+    side: int | None = None
 
 
 def own_input(model: nn.Module) -> OwnInput | None:
@@ -39,15 +42,24 @@ def own_input(model: nn.Module) -> OwnInput | None:
     transformers from their image processor, and those of its own checkpoints, as they were trained
     (`recorded_input`).
     """
-    held = getattr(model, "pretrained_cfg", None) or input_beside(model)
+    return _own(getattr(model, "pretrained_cfg", None) or input_beside(model))
+
+
+def folder_input(folder: Path) -> OwnInput | None:
+    """Return what the image processor in a folder of transformers says, None without one."""
+    return _own(processor_input(folder))
+
+
+def _own(held: Any) -> OwnInput | None:
     if not isinstance(held, Mapping) or not (held.get("mean") and held.get("std")):
         return None
     name = ".".join(str(held[key]) for key in ("architecture", "tag") if held.get(key))
     mean, std = (tuple(float(value) for value in held[key]) for key in ("mean", "std"))
     stated = str(held.get("stated", f"pretrained_cfg {name}"))
-    interpolation, crop = (held.get(key) or usual for key, usual in USUAL_FIT.items())
-    last = bool(held.get("reversed"))
-    return OwnInput(mean, std, str(interpolation), float(crop), stated, last)
+    interpolation, crop, mode = (held.get(key) or usual for key, usual in USUAL_FIT.items())
+    last, (_, height, width) = bool(held.get("reversed")), held.get("input_size") or (0, 0, None)
+    side = width if height == width else None
+    return OwnInput(mean, std, str(interpolation), float(crop), stated, last, str(mode), side)
 
 
 def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:
@@ -83,6 +95,11 @@ def recorded_input(model: nn.Module, file: Path) -> None:
             )
     before = getattr(model, "pretrained_cfg", None) or {}
     found |= {key: given.get(key, usual) for key, usual in USUAL_FIT.items()}
+    if found["crop_mode"] not in ("center", "squash"):
+        raise CheckpointError(
+            f"{file}: input.crop_mode = {brief(found['crop_mode'])} is neither 'center' nor"
+            " 'squash': restore the file"
+        )
     if not _is_usual(found["crop_pct"]):
         raise CheckpointError(
             f"{file}: input.crop_pct = {brief(found['crop_pct'])} is no share: restore the file"

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from sophon._base.errors import (
@@ -24,7 +25,7 @@ from sophon._base.errors import (
     first_line,
     shortened,
 )
-from sophon._base.files import read_json, write_text
+from sophon._base.files import read_others_json, write_text
 from sophon._base.torchvision_patch import library
 
 # Opens the name of a network of transformers; the path of its folder follows.
@@ -32,6 +33,12 @@ TRANSFORMERS = "transformers:"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 # What makes the library fetch code or other weights, or compute with others than it is given.
 _ELSEWHERE = ("auto_map", "quantization_config", "backbone", "use_timm_backbone")
+# Classes of two heads, whose outputs they average.
+_TEACHERS = {
+    "DeiTForImageClassificationWithTeacher": ("cls_classifier", "distillation_classifier"),
+}
+# How far shares of a picture's sides, and pixels from 0 to 1, may be from what they mean.
+_ALIKE = 0.02
 _RESAMPLED = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -65,6 +72,11 @@ def stated_classes(model: Any) -> list[str]:
     return [str(held[index]) for index in sorted(held)]
 
 
+def averaged_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the heads whose outputs a network of transformers averages, if any."""
+    return _TEACHERS.get(type(model).__name__, ()) if of_transformers(model) else ()
+
+
 def logits(outputs: Any) -> Any:
     """Return what a network's output says of classes: transformers puts it among other things."""
     return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
@@ -85,7 +97,7 @@ class ClassifierFolder:
                 f"model.name = '{TRANSFORMERS}{shortened(path)}' is no folder with a {CONFIG}: name"
                 " one that save_pretrained wrote"
             )
-        self.settings = _usual(read_json(file), file)
+        self.settings = _usual(read_others_json(file), file)
         self.kind = _kind(self.settings, file)
         count, problem = self._config().num_labels, self.settings.get("problem_type")
         if count < 2 or problem not in (None, "single_label_classification"):
@@ -167,20 +179,22 @@ def _usual(settings: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _kind(settings: dict[str, Any], file: Path) -> Any:
     """Return the class of image classifier that the settings describe."""
-    held = transformers()
-    kinds, known = held.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, held.CONFIG_MAPPING
+    of = transformers()
+    kinds, known = of.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, of.CONFIG_MAPPING
     model_type, named = settings.get("model_type"), settings.get("architectures")
     usual = isinstance(model_type, str) and model_type in known and model_type != "timm_wrapper"
     config = known[model_type] if usual else None
-    kind: Any = kinds[config] if config is not None and config in kinds else None
+    held: Any = kinds[config] if config is not None and config in kinds else ()
+    held = held if isinstance(held, tuple) else (held,)
     # Of several the first has one head.
-    kind = kind[0] if isinstance(kind, tuple) else kind
-    if kind is None or (named and named != [kind.__name__]):
-        wanted = "a timm network is timm:NAME" if kind is None else kind.__name__
+    found = [one for at, one in enumerate(held) if at == 0 or one.__name__ in _TEACHERS]
+    kind = next((one for one in found if not named or named == [one.__name__]), None)
+    if kind is None:
+        wanted = " or ".join(one.__name__ for one in found) or "a timm network is timm:NAME"
         described = named[0] if isinstance(named, list) and named else model_type
         raise UnsupportedModelError(
             f"{file} describes {brief(described)}, which is no image classifier of"
-            f" transformers with one head: save one of AutoModelForImageClassification ({wanted})"
+            f" transformers: save one of AutoModelForImageClassification ({wanted})"
         )
     return kind
 
@@ -214,7 +228,7 @@ def processor_input(folder: Path) -> dict[str, Any] | None:
     file = folder / PROCESSOR
     if not file.is_file():
         return None
-    if read_json(file).get("auto_map"):
+    if read_others_json(file).get("auto_map"):
         raise UnsupportedModelError(
             f"{file}: auto_map brings code, which is never run: delete the file, and set mean and"
             " std of the domains"
@@ -223,7 +237,8 @@ def processor_input(folder: Path) -> dict[str, Any] | None:
         found = transformers().AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        return _stated(json.loads(found.to_json_string()))
+        stated = _stated(json.loads(found.to_json_string()))
+        return stated | _geometry(found, stated, file)
     except _unusable() as error:
         raise CheckpointError(
             f"{file} cannot be used ({first_line(error)}): restore it, or delete it and set mean"
@@ -241,23 +256,69 @@ def _stated(held: dict[str, Any]) -> dict[str, Any]:
     mean = held["image_mean"] if normalised else [0.0] * len(std)
     offset = 1.0 if held.get("rescale_offset") else 0.0
     scale = 255 * (float(held.get("rescale_factor", 1 / 255)) if held.get("do_rescale") else 1.0)
-    cut = held.get("crop_size") if held.get("do_center_crop") else None
-    stated = {
+    return {
         "mean": tuple((float(m) + offset) / scale for m in mean),
         "std": tuple(s / scale for s in std),
-        "interpolation": _RESAMPLED.get(held.get("resample", 2), "bilinear"),
+        "interpolation": _RESAMPLED[held.get("resample", 2)],
         "reversed": bool(held.get("do_flip_channel_order")),
         "processor": held,
         "stated": f"its {PROCESSOR}",
     }
-    side, taken = _side(held["size"]), cut or held["size"]
-    if not (side and _side(taken)):
-        return stated
-    height, width = (taken.get(key) or _side(taken) for key in ("height", "width"))
-    # ConvNext's cuts nothing off larger images.
-    share = (held.get("crop_pct") or 1.0) if cut or side < 384 else 1.0
-    pct = min(_side(taken) / side * share, 1.0)
-    return {**stated, "crop_pct": pct, "input_size": (len(mean), height, width)}
+
+
+def _geometry(processor: Any, stated: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return which part of a picture a processor takes and of what size it makes it, found by what
+    it does to pictures that are black, white, or brighter towards the right or the bottom.
+
+    Nothing is returned of one that keeps the size. Raises UnsupportedModelError where it does to
+    pixels what `stated` does not say, or takes another part than the middle.
+    """
+    height, width = 400, 600
+    channels = len(stated["mean"]) if stated["processor"].get("do_normalize") else 3
+    across, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+
+    def prepared(shades: Any) -> Any:
+        picture = np.repeat(np.rint(255 * shades).astype(np.uint8)[..., None], channels, -1)
+        made = processor([picture], input_data_format="channels_last", return_tensors="pt")
+        found = made["pixel_values"][0].permute(1, 2, 0).double().numpy()
+        return found * stated["std"] + stated["mean"]
+
+    black, white = prepared(across * 0), prepared(across.T * 0 + 1)
+    rows, columns = black.shape[:2]
+    if (rows, columns) == (height, width):
+        return {}
+    left, share_across = _taken(prepared(across).mean((0, 2)))
+    top, share_down = _taken(prepared(down).mean((1, 2)))
+    middle = max(abs(left * 2 + share_across - 1), abs(top * 2 + share_down - 1)) < _ALIKE
+    squashed = abs(share_across - share_down) < _ALIKE
+    squared = rows == columns and abs(share_across * width / height - share_down) < _ALIKE
+    same = black.shape == white.shape and max(np.abs(black).max(), np.abs(white - 1).max()) < _ALIKE
+    if not (same and middle and (squashed or squared) and stated["processor"].get("do_resize")):
+        raise UnsupportedModelError(
+            f"{file}: {type(processor).__name__} pads pictures, takes other parts than their middle"
+            " or changes pixels in other ways: delete the file, and set mean, std and image_size"
+        )
+    return {
+        "input_size": (channels, rows, columns),
+        "crop_mode": "squash" if squashed else "center",
+        "crop_pct": _usual_share(min(share_down, 1.0), stated["processor"]),
+    }
+
+
+def _taken(line: Any) -> tuple[float, float]:
+    """Return where on a line that grows from 0 to 1 values begin, and which share they have."""
+    inner = slice(len(line) // 4, len(line) - len(line) // 4)
+    share, start = np.polyfit((np.arange(len(line))[inner] + 0.5) / len(line), line[inner], 1)
+    return float(start), float(share)
+
+
+def _usual_share(share: float, held: Mapping[str, Any]) -> float:
+    """Return the share that a processor's settings mean, which whole pixels round."""
+    sizes = [_side(held.get(key) or {}) for key in ("crop_size", "size")]
+    known = [1.0, 0.875, held.get("crop_pct") or 1.0]
+    known += [sizes[0] / sizes[1], sizes[1] / sizes[0]] if all(sizes) else []
+    nearest = min(known, key=lambda one: abs(one - share))
+    return float(nearest if abs(nearest - share) < _ALIKE else round(share, 4))
 
 
 def _side(size: Mapping[str, Any]) -> int:
@@ -286,7 +347,7 @@ def save_classifier(
 
     `classes` are the names of its outputs, in place of the configuration's. The processor prepares
     images as Sophon did: `takes` has `input_size` (channels, height, width), `mean` and
-    `std`, and `interpolation` and `crop_pct` where they are not the usual ones.
+    `std`, and `interpolation`, `crop_pct` and `crop_mode` where they are not the usual ones.
     """
     transformers()
     if classes:
@@ -298,7 +359,8 @@ def save_classifier(
     numbers = {name: number for number, name in _RESAMPLED.items()}
     # Images that are not square have a size of their own, to which Sophon resizes none.
     size = {"height": height, "width": width}
-    short = {"shortest_edge": round(height / takes.get("crop_pct", 1.0))}
+    whole = {side: round(value / takes.get("crop_pct", 1.0)) for side, value in size.items()}
+    short = whole if takes.get("crop_mode") == "squash" else {"shortest_edge": whole["height"]}
     held = {
         # The one that resizes the shorter side and cuts out the middle.
         "image_processor_type": "CLIPImageProcessor",

@@ -14,10 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sophon._base.errors import CheckpointError, UnsupportedModelError, first_line, shortened
+from sophon._base.errors import (
+    CheckpointError,
+    UnsupportedModelError,
+    brief,
+    first_line,
+    shortened,
+)
+from sophon._base.files import read_others_json
 from sophon._models.hooks import hooks
 from sophon._models.weight_sets import NESTS, chosen, required_keys
 
+# Ends the name of a file that says which files beside it hold which weights.
+INDEX = ".index.json"
 _DAMAGED = (
     *(SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, AssertionError),
     *(AttributeError, TypeError, OverflowError, MemoryError),
@@ -40,13 +49,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_content(path: Path) -> Any:
-    """Return what a safetensors file holds, or a torch file of tensors and plain values.
+    """Return what a safetensors file holds, or a torch file of tensors and plain values, or the
+    files that an `INDEX` beside them names.
 
     Raises CheckpointError for a missing, damaged or foreign file; a pickle with anything else in it
     is refused unread.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: set the path of the weights")
+    if path.name.endswith(INDEX):
+        return {
+            k: v
+            for file in _shards(path)
+            for k, v in named_tensors(read_content(file), file).items()
+        }
     try:
         with path.open("rb"):
             # The library says of a file that may not be read that there is none.
@@ -81,6 +97,21 @@ def read_content(path: Path) -> Any:
             f"{path} is damaged or not a file of tensors ({reason}): copy it again, or save"
             " model.state_dict() with safetensors.torch.save_file"
         ) from None
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files of weights that an index names. Raises CheckpointError."""
+    named = read_others_json(index).get("weight_map")
+    held = list(named.values()) if isinstance(named, dict) else []
+    names = sorted({one for one in held if isinstance(one, str)})
+    if not names or not all(isinstance(one, str) for one in held):
+        raise CheckpointError(f"{index} names no files of weights: restore it")
+    for name in names:
+        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
+            raise CheckpointError(
+                f"{index}: {brief(name)} leads elsewhere than to weights beside it: restore it"
+            )
+    return [index.parent / name for name in names]
 
 
 def require_safe_torch(path: Path) -> None:

@@ -180,7 +180,7 @@ def _timm_config(source: Exported) -> dict[str, Any]:
     hub = importlib.import_module("timm.models._hub")
     takes = source.protection.get("input") or {}
     data: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
-    stated = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    stated = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     data |= {key: takes[key] for key in stated if key in takes}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "config.json"

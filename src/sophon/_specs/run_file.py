@@ -138,8 +138,10 @@ class DomainSpec(Spec):
     `prompts`; of `torchvision`, `tree` and `embedded` `dataset` says which set, or else `name`,
     which is the domain's. `image_column` and `label_column` name what a table or dataset calls
     images and labels. Images become `image_size` squares when it is given: the middle square, of
-    `crop_pct` of the shorter side, is resized by `interpolation`. 16-bit grey keeps the upper 8 of
-    its `bit_depth` bits. `on_error = "skip"` leaves out image files that cannot be read. `mean`
+    `crop_pct` of the shorter side, is resized by `interpolation`; with `crop_mode = "squash"` the
+    middle, `crop_pct` of both sides, whatever its shape. 16-bit grey keeps the upper 8 of
+    its `bit_depth` bits. Transparent pictures are laid on `background`; without it their
+    transparency is dropped. `on_error = "skip"` leaves out image files that cannot be read. `mean`
     and `std` are per channel on images scaled to [0, 1]. `labels = "coarse"` takes an archive's
     coarser labels instead of its own (arrays `coarse_of_fine` and `coarse_names`), `labels =
     "none"` makes all images one class, as a diffusion model allows, and reads a folder as it comes,
@@ -168,7 +170,9 @@ class DomainSpec(Spec):
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     interpolation: Interpolation = "bilinear"
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_mode: Literal["center", "squash"] = "center"
     bit_depth: Annotated[int, Field(ge=9, le=16)] = 16
+    background: Literal["black", "grey", "white"] | None = None
     on_error: Literal["error", "skip"] = "error"
     mean: Channels | None = None
     std: Channels | None = None

@@ -112,9 +112,11 @@ class Setting:
         mean, std = self.normalisation(self.original)
         takes: dict[str, Any] = {"input_size": self.shape(self.original), "mean": mean, "std": std}
         fit = self.original.fit
-        # Without these keys: bilinear, and the whole shorter side.
+        # Without these keys: bilinear, the whole shorter side, and its square in the middle.
         if fit is not None and (fit.interpolation, fit.crop_pct) != ("bilinear", 1.0):
             takes |= {"interpolation": fit.interpolation, "crop_pct": fit.crop_pct}
+        if fit is not None and fit.crop_mode != "center":
+            takes |= {"crop_mode": fit.crop_mode}
         return takes
 
     def class_names(self) -> list[str] | None:
@@ -258,12 +260,14 @@ def _remark_on_resizing(own: OwnInput | None, original: Domain) -> None:
     if own is None or fit is None or own.interpolation not in get_args(Interpolation):
         return
     # Published numbers are rounded.
-    if own.interpolation == fit.interpolation and abs(own.crop_pct - fit.crop_pct) < 0.01:
+    alike = own.interpolation == fit.interpolation and own.crop_mode == fit.crop_mode
+    if alike and abs(own.crop_pct - fit.crop_pct) < 0.01:
         return
+    mode = f" and crop_mode = {own.crop_mode!r}" if own.crop_mode != fit.crop_mode else ""
     remark(
         f"warning: {original.name!r} is resized with interpolation = {fit.interpolation!r} and"
         f" crop_pct = {fit.crop_pct:.4g}; the network's own are {own.interpolation!r} and"
-        f" {own.crop_pct:.4g} ({own.stated}): set them for a new run"
+        f" {own.crop_pct:.4g}{mode} ({own.stated}): set them for a new run"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, brief
 from sophon._data.images import Bytes, Fit, Integers, suffixes
 from sophon._data.sources.decoded import read_pictures
 from sophon._data.split_names import TESTS, TRAINING, precedence, split_of
@@ -232,6 +232,23 @@ def _names(folders: list[Path]) -> str:
 def is_image(path: Path) -> bool:
     """Return whether a file has the suffix of an image and is not hidden."""
     return path.suffix.lower() in suffixes() and _visible(path.name) and path.is_file()
+
+
+def named_file(table: Path, key: str, name: str) -> Path:
+    """Return the file beside `table`, or below, that it names under `key`. Raises DataError."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(
+            f"{table}: {key} {brief(name)} leads elsewhere; give a path from the table's folder"
+        )
+    return table.parent / name
+
+
+def present(path: Path) -> bool:
+    """Return whether there is a file, however long its name."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def directories(path: Path) -> list[Path]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from sophon._base.errors import DataError
+from sophon._base.errors import DataError, shortened
 from sophon._data.domain import Domain
 from sophon._data.images import Fit, Images
-from sophon._data.sources.folders import read_later, sorted_out
+from sophon._data.sources.folders import named_file, present, read_later, sorted_out
 from sophon._data.splits import Contents
 
 TABLE = "metadata.jsonl"
@@ -40,8 +40,8 @@ def read_prompts(path: Path, fit: Fit) -> Contents:
     rows = [_row(line, number, table) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{table} has no lines; give each image's file_name and text")
-    files = [path / name for name, _ in rows]
-    absent = [file.name for file in files if not file.is_file()]
+    files = [named_file(table, "file_name", name) for name, _ in rows]
+    absent = [shortened(file.name) for file in files if not present(file)]
     if absent:
         raise DataError(
             f"{table}: {len(absent)} of {len(rows)} prompts have no image, for instance"
@@ -51,7 +51,8 @@ def read_prompts(path: Path, fit: Fit) -> Contents:
     if bare:
         raise DataError(f"{table} has no prompt for {bare[0].name} ({len(bare)} images lack one)")
     prompts = tuple(dict.fromkeys(text for _, text in rows))
-    labels = [prompts.index(text) for _, text in rows]
+    place = {text: number for number, text in enumerate(prompts)}
+    labels = [place[text] for _, text in rows]
     return Contents(read_later(files, fit, labels), None, prompts)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 from pathlib import Path
 from typing import Any
 
-from sophon._base.errors import DataError, first_line
+from sophon._base.errors import DataError, brief, first_line
 from sophon._base.torchvision_patch import library
 from sophon._data.collecting import Columns, columns_of, labelled
 from sophon._data.images import Fit
@@ -14,6 +16,7 @@ from sophon._data.labelled import contents_of
 from sophon._data.sources.shards import shards_of
 from sophon._data.splits import Contents
 
+_SPLITS, _STATE = "dataset_dict.json", "state.json"
 # What damaged tables and descriptions make the libraries raise; Arrow's errors are among them.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
 
@@ -33,7 +36,8 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
         "pip install 'sophon-protect[datasets]'",
         DataError,
     )
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if any((path / name).is_file() for name in (_SPLITS, _STATE)):
+        _require_within(path)
         held = _read(path, lambda: datasets.load_from_disk(str(path.absolute())))
         # A format that the folder names would decode images as the library does.
         held = held.with_format(None)
@@ -42,6 +46,9 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
         files = shards_of(path, (".parquet", ".arrow"))
         splits = {name: _joined(datasets, held) for name, held in files.items()}
 
+    for held in splits.values():
+        # What Arrow reads of a damaged table may be anything.
+        _read(path, lambda held=held: held.data.validate(full=True))
     folder = path if path.is_dir() else path.parent
 
     def split(name: str) -> Any:
@@ -56,6 +63,40 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
             raise DataError(f"{path}, {name}: {error}") from None
 
     return contents_of(splits, split)
+
+
+def _require_within(path: Path) -> None:
+    """Raise DataError where a saved folder names files that lie elsewhere."""
+    folders = [path]
+    if not (path / _STATE).is_file():
+        folders = [_within(path, path / _SPLITS, name) for name in _stated(path, _SPLITS, "splits")]
+    for folder in folders:
+        for name in (_STATE, "dataset_info.json"):
+            _within(path, folder / name, name)
+        for held in _stated(folder, _STATE, "_data_files"):
+            named = held.get("filename") if isinstance(held, dict) else held
+            _within(path, folder / _STATE, named)
+
+
+def _stated(folder: Path, name: str, key: str) -> list[Any]:
+    """Return the list under a key of a saved folder's file. Raises DataError for a damaged one."""
+    file = folder / name
+    held = _read(folder, lambda: json.loads(file.read_text(encoding="utf-8"))[key])
+    if not isinstance(held, list):
+        raise DataError(f"{file} has no list of {key}: save or copy the dataset again")
+    return held
+
+
+def _within(path: Path, file: Path, name: Any) -> Path:
+    """Return what a `file` in a saved folder, or one of its splits, names, which lies in it."""
+    usual = isinstance(name, str) and name.isprintable()
+    found = file.parent / name if usual else file
+    if not usual or not Path(os.path.realpath(found)).is_relative_to(os.path.realpath(path)):
+        raise DataError(
+            f"{file} names or is {brief(name)}, which lies outside of the dataset's folder and is"
+            " not read: save the dataset again"
+        )
+    return found
 
 
 def _joined(datasets: Any, files: list[Path]) -> Any:

@@ -7,11 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sophon._base.errors import DataError, brief, first_line
+from sophon._base.errors import DataError, brief, first_line, shortened
 from sophon._data.collecting import Columns
 from sophon._data.images import Fit
 from sophon._data.labelled import Labelled, as_written, contents_of
-from sophon._data.sources.folders import directories, files_below, is_image, read_later
+from sophon._data.sources.folders import (
+    directories,
+    files_below,
+    is_image,
+    named_file,
+    present,
+    read_later,
+)
 from sophon._data.split_names import split_of
 from sophon._data.splits import Contents
 
@@ -107,11 +114,7 @@ def _entry(table: Path, row: dict[str, Any], image: str, label: str) -> tuple[Pa
     name, held = row.get(image), row.get(label)
     if not isinstance(name, str) or not name or held in (None, ""):
         raise DataError(f"{table}: a row has {image} {brief(name)} and {label} {brief(held)}")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(
-            f"{table}: {image} {brief(name)} leads elsewhere; give a path from the table's folder"
-        )
-    return table.parent / name, held
+    return named_file(table, image, name), held
 
 
 def _as_numbers(rows: _Rows) -> _Rows:
@@ -121,7 +124,7 @@ def _as_numbers(rows: _Rows) -> _Rows:
 
 
 def _require_there(table: Path, rows: _Rows) -> None:
-    absent = [file.name for file, _ in rows if not file.is_file()]
+    absent = [shortened(file.name) for file, _ in rows if not present(file)]
     if absent:
         raise DataError(
             f"{table}: {len(absent)} of {len(rows)} images are not there, for instance {absent[0]};"

@@ -1,6 +1,6 @@
 """What of a denoiser's advantage is denoising as such, what content, and what a protection took.
 
-    python recipes/withstand/denoisers.py RUN.toml [MODEL...] [--store FOLDER] [--only SUBJECT...]
+    python recipes/withstand/denoisers.py RUN.toml [MODEL...] [--only SUBJECT...]
 
 Subjects are the model of the run file, a fresh network, one that was trained as long on images with
 the original ones' spectra and none of their content (phases drawn at random), and the models that
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from sophon._auditing.extractors import Extractor, make_extractor
 from sophon._auditing.picture_quality import measure_quality
@@ -33,7 +33,7 @@ from sophon._training.evaluate import evaluate
 from sophon._training.pretrain import pretrain
 from sophon._training.setting import Setting
 
-RATES, BUDGETS, BATCH = (1e-3, 1e-2), (0, 5, 20, 50, 200), 32
+RATES, BUDGETS, BATCH = [1e-3, 1e-2], (0, 5, 20, 50, 200), 32
 # As the run's own model was trained.
 LEARNING = PretrainSpec(steps=1500, batch_size=32, learning_rate=2e-3, every=250)
 PICTURES = SampleSpec(budgets=())
@@ -65,52 +65,56 @@ def scrambled(domain: Domain) -> Domain:
     )
 
 
-@dataclass
-class Reached:
-    """What the best rate reached within a budget: weights, and the error on validation images."""
+class Attack:
+    """A network that is trained on the restricted images by Adam, as far as it is asked to."""
 
-    error: float
-    weights: dict[str, Tensor]
-
-
-def envelope(model: nn.Module, setting: Setting, domain: Domain) -> dict[int, Reached]:
-    """Return what attacks on `model` reach at each budget; the least error of all rates counts."""
-    best: dict[int, Reached] = {}
-    for rate in RATES:
-        attacked = setting.place(copy.deepcopy(model))
-        optimizer = torch.optim.Adam(attacked.parameters(), rate)
-        feed = setting.feed(
+    def __init__(self, model: nn.Module, setting: Setting, domain: Domain, rate: float) -> None:
+        self.setting, self.domain = setting, domain
+        self.model = setting.place(copy.deepcopy(model))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), rate)
+        self.feed = setting.feed(
             domain, domain.train, batch_size=BATCH, stream=(0, ("denoisers", "batches"))
         )
-        for step in range(BUDGETS[-1] + 1):
-            if step in BUDGETS:
-                error = 1 - evaluate(attacked, setting, domain, domain.validation).value
-                if step not in best or error < best[step].error:
-                    held = {k: v.detach().clone() for k, v in attacked.state_dict().items()}
-                    best[step] = Reached(error, held)
-            attacked.train()
-            images, labels = feed.batch(step)
-            stream = generator(0, "denoisers", "noise", step)
-            with setting.autocast():
-                outputs, targets = setting.task.outputs(attacked, images, labels, stream)
-            setting.task.loss(outputs, targets).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return best
+        self.taken = 0
+
+    def error(self, images: Images) -> ErrorScore:
+        """Return the error on one of the domain's splits."""
+        found = evaluate(self.model, self.setting, self.domain, images)
+        assert isinstance(found, ErrorScore)
+        return found
+
+    def advance(self, step: int) -> None:
+        """Take the steps up to that one."""
+        task = self.setting.task
+        for at in range(self.taken, step):
+            images, labels = self.feed.batch(at)
+            stream = generator(0, "denoisers", "noise", at)
+            outputs, targets = task.outputs(self.model.train(), images, labels, stream)
+            task.loss(outputs, targets).mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.taken = step
 
 
 def rows(
-    name: str, model: nn.Module, setting: Setting, domain: Domain, extractor: Extractor
+    name: str,
+    model: nn.Module,
+    setting: Setting,
+    domain: Domain,
+    extractor: Extractor,
+    rates: list[float],
 ) -> None:
-    """Print a row for each budget."""
+    """Print a row for each budget, of the rate that has the least validation error there."""
     kept = evaluate(model, setting, setting.original, setting.original.validation)
-    subject, shape = copy.deepcopy(model), (setting.channels, *domain.image_shape[1:])
+    shape = (setting.channels, *domain.image_shape[1:])
     labels = torch.zeros(PICTURES.count, dtype=torch.long)
-    for step, reached in envelope(model, setting, domain).items():
-        subject.load_state_dict(reached.weights)
-        error = evaluate(subject, setting, domain, domain.test)
-        assert isinstance(error, ErrorScore)
-        drawn = setting.task.draw(subject, shape, labels, steps=PICTURES.steps)
+    attacks = [Attack(model, setting, domain, rate) for rate in rates]
+    for step in BUDGETS:
+        for attack in attacks:
+            attack.advance(step)
+        best = min(attacks, key=lambda one: one.error(domain.validation).mse)
+        error = best.error(domain.test)
+        drawn = setting.task.draw(best.model, shape, labels, steps=PICTURES.steps)
         quality = measure_quality(drawn, domain.test.pixels, extractor, PICTURES)
         quarters = " | ".join(f"{value:.4f}" for value in error.quarters)
         typer.echo(
@@ -141,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("models", type=Path, nargs="*")
     parser.add_argument("--store", type=Path, default=Path("runs/denoisers"))
     parser.add_argument("--only", nargs="+", help="subjects whose rows are printed")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     given = parser.parse_args(arguments)
     case = load(given.run, None)
     setting, domain = case.setting(), case.restricted[0]
@@ -151,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for name, model in subjects(case, given.models, given.store).items():
         if given.only is None or name in given.only:
-            rows(name, model, setting, domain, extractor)
+            rows(name, model, setting, domain, extractor, given.rates)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ _MODULES = {
     "_cli.run_spec": "RunSpec",
     "_data": "Domain load_domain share_prompts",
     "_models": "resolve_model",
+    "_protection.denoising_readers": "DenoisingReadersSpec",
     "_protection.protection": "Protected Protection protect",
     "_protection.readers": "ReadersSpec ReadingSpec",
     "_protection.sampling": "StrategyDistribution",
     "_protection.spec": "Alternate Joint ProtectSpec",
+    "_protection.terms.denoising_erasure": "DenoisingErasureSpec",
     "_protection.terms.distil": "DistilSpec",
     "_protection.terms.erasure": "ErasureSpec",
     "_protection.terms.rehearsal": "Rehearsal",
@@ -51,10 +53,12 @@ if TYPE_CHECKING:
     from sophon._cli.run_spec import RunSpec
     from sophon._data import Domain, load_domain, share_prompts
     from sophon._models import resolve_model
+    from sophon._protection.denoising_readers import DenoisingReadersSpec
     from sophon._protection.protection import Protected, Protection, protect
     from sophon._protection.readers import ReadersSpec, ReadingSpec
     from sophon._protection.sampling import StrategyDistribution
     from sophon._protection.spec import Alternate, Joint, ProtectSpec
+    from sophon._protection.terms.denoising_erasure import DenoisingErasureSpec
     from sophon._protection.terms.distil import DistilSpec
     from sophon._protection.terms.erasure import ErasureSpec
     from sophon._protection.terms.rehearsal import Rehearsal
@@ -100,6 +104,8 @@ __all__ = [
     "Classification",
     "DataError",
     "Denoising",
+    "DenoisingErasureSpec",
+    "DenoisingReadersSpec",
     "Densify",
     "Distil",
     "DistilSpec",

@@ -58,7 +58,8 @@ def _labels(images: int, classes: int) -> Tensor:
 
 def _score(features: Tensor, labels: Tensor, classes: int, kind: Any, penalty: float) -> Tensor:
     kernels = read_kernels(features, (kind,))
-    return explained(kernels, labels, classes, torch.tensor([penalty]))[0]
+    targets = nn.functional.one_hot(labels, classes)
+    return explained(kernels, targets, torch.tensor([penalty]))[0]
 
 
 def test_every_reader_has_a_name_and_an_oracle() -> None:

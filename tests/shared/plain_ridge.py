@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from sophon._data import Domain
 
 
 def plain_r2(features: Tensor, labels: Tensor, classes: int, kind: str, penalty: float) -> Tensor:
     """Return R2 on the second half of ridge regression on the first, image by image."""
+    return plain_r2_of(features, torch.eye(classes, dtype=torch.float64)[labels], penalty, kind)
+
+
+def plain_r2_of(features: Tensor, targets: Tensor, penalty: float, kind: str = "linear") -> Tensor:
+    """Return the same of any `targets` (images, values)."""
     half = len(features) // 2
     support, query = features[:half].double(), features[half:].double()
-    targets = torch.eye(classes, dtype=torch.float64)[labels]
     mean = targets[:half].mean(0)
     wanted = targets[half:] - mean
     said = ORACLES[kind](support, query, targets[:half] - mean, half * penalty)
@@ -49,3 +56,17 @@ def plain_standardised(features: Tensor, clip: float) -> Tensor:
     held = features.double()
     deviation = held.var(0, unbiased=False).sqrt()
     return ((held - held.mean(0)) / deviation).clamp(-clip, clip)
+
+
+def plain_components(domain: Domain, images: Tensor, side: int, count: int) -> Tensor:
+    """Return components (images, components) of small images along the first principal directions
+    of the training images of `domain`.
+    """
+    pixels = domain.train.pixels.double() / 127.5 - 1
+
+    def small(whole: Tensor) -> Tensor:
+        return F.avg_pool2d(whole.double(), whole.shape[-1] // side).flatten(1)
+
+    known = small(pixels)
+    _, vectors = torch.linalg.eigh(torch.cov(known.T))
+    return (small(images) - known.mean(0)) @ vectors.flip(1)[:, :count]

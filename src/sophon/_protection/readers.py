@@ -7,12 +7,9 @@ so that a network trained against it is trained against the best one there is (K
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -21,18 +18,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sophon._base.errors import NonFiniteError, SpecError, UnsupportedModelError
-from sophon._base.seeding import generator, seeded
 from sophon._data import Domain
-from sophon._models import Bare, batch_statistics, reinitialise
+from sophon._models import batch_statistics
 from sophon._protection.depths import find_depths
+from sophon._protection.floors import Floored, Found
 from sophon._protection.term import Surroundings
 from sophon._specs.base import Augmentation, Name, Rate, Spec
 
 ReaderKind = Literal["linear", "kernel"]
 # Of a feature's mean square: below it a deviation is taken for rounding.
 _LEAST = 1e-6
-# What a table is the mean over.
-_BATCHES = 4
 # A batch that held two images of each of more classes would not fit.
 _MOST_CLASSES = 128
 
@@ -71,17 +66,6 @@ class ReadersSpec(ReadingSpec):
     """Readers that go no lower than a floor, the mean over `networks` fresh networks."""
 
     networks: Annotated[int, Field(ge=1, le=100)] = 4
-
-
-@dataclass(frozen=True)
-class Found:
-    """What readers found: the loss, and the best reader's R2 at each depth and what it is on fresh
-    networks, of shape (depths,).
-    """
-
-    loss: Tensor
-    best: Tensor
-    floor: Tensor
 
 
 def images_needed(classes: int) -> int:
@@ -127,12 +111,12 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 
 def standardised(features: Tensor, clip: float) -> Tensor:
-    """Return features (images, features) with mean 0 and deviation 1 each, cut at `clip`.
+    """Return features (..., images, features) with mean 0 and deviation 1 each, cut at `clip`.
 
     A constant feature is 0. Gradients are finite everywhere.
     """
-    centred = features - features.mean(0, keepdim=True)
-    variance = centred.square().mean(0, keepdim=True)
+    centred = features - features.mean(-2, keepdim=True)
+    variance = centred.square().mean(-2, keepdim=True)
     least = _LEAST * variance.mean().detach() + torch.finfo(features.dtype).tiny ** 0.5
     scaled: Tensor = centred * (variance + least).rsqrt()
     return scaled.clamp(-clip, clip)
@@ -210,24 +194,41 @@ def read_kernels(features: Tensor, kinds: tuple[ReaderKind, ...]) -> Tensor:
     return torch.stack([KERNELS[kind](products, squares, half) for kind in kinds])
 
 
-def explained(kernels: Tensor, labels: Tensor, classes: int, penalties: Tensor) -> Tensor:
+def explained(kernels: Tensor, targets: Tensor, penalties: Tensor) -> Tensor:
     """Return R2 on the second half of readers that were fitted to the first, (readers,).
 
-    `kernels` (readers, images, half) and `penalties` (readers,). The prediction of the query's
-    centred one-hot labels is K_qs (K_ss + n penalty I)^-1 Y_s, with Y less the support's mean; R2
-    is 1 less its squared error over that of the mean. In float32 a solve is exact enough, as the
-    ridge bounds the condition number by 1 / penalty.
+    `kernels` (readers, images, half), `targets` (images, values), such as one-hot labels, or such
+    of each reader, and `penalties` (readers,). The prediction of the query's centred targets is
+    K_qs (K_ss + n penalty I)^-1 Y_s, with Y less the support's mean; R2 is 1 less its squared error
+    over that of the mean. In float32 a solve is exact enough, as the ridge bounds the condition
+    number by 1 / penalty.
     """
     half = kernels.shape[-1]
-    targets = F.one_hot(labels, classes).to(kernels)
-    centred = targets - targets[:half].mean(0, keepdim=True)
+    targets = targets.to(kernels)
+    centred = targets - targets[..., :half, :].mean(-2, keepdim=True)
     identity = torch.eye(half, dtype=kernels.dtype, device=kernels.device)
     ridges = half * penalties.to(kernels)[:, None, None] * identity
-    weights = torch.linalg.solve(kernels[:, :half] + ridges, centred[:half])
-    missed = (centred[half:] - kernels[:, half:] @ weights).square().sum((1, 2))
-    total = centred[half:].square().sum()
-    # Of labels that are all alike there is nothing to explain.
+    weights = torch.linalg.solve(kernels[:, :half] + ridges, centred[..., :half, :])
+    missed = (centred[..., half:, :] - kernels[:, half:] @ weights).square().sum((1, 2))
+    total = centred[..., half:, :].square().sum((-2, -1))
+    # Of targets that are all alike there is nothing to explain.
     return torch.where(total > _LEAST, 1 - missed / total.clamp_min(_LEAST), 0 * missed)
+
+
+def draw_penalties(bounds: tuple[float, float], count: int, stream: torch.Generator) -> Tensor:
+    """Return so many ridges (count,), log-uniform within bounds."""
+    low, high = (math.log(bound) for bound in bounds)
+    shares = torch.rand(count, generator=stream, dtype=torch.float64)
+    return torch.exp(low + shares * (high - low))
+
+
+def require_finite(features: Tensor, name: str) -> None:
+    """Raise NonFiniteError naming a depth whose features are not finite."""
+    if not bool(features.isfinite().all()):
+        raise NonFiniteError(
+            f"the features at {name!r} are not finite:"
+            " lower the rate of protect.update, or set protect.precision = 'fp32'"
+        )
 
 
 class Reading:
@@ -254,17 +255,11 @@ class Reading:
         spec, held = self.spec, []
         for name in self.depths:
             for read in pooled_to(outputs[name], spec.views, last=self.depths[name].last):
-                if not bool(read.isfinite().all()):
-                    raise NonFiniteError(
-                        f"the features at {name!r} are not finite:"
-                        " lower the rate of protect.update, or set protect.precision = 'fp32'"
-                    )
+                require_finite(read, name)
                 held.append(read_kernels(standardised(read, spec.clip), spec.kinds))
         kernels = torch.cat(held)
-        low, high = (math.log(bound) for bound in spec.penalty)
-        shares = torch.rand(len(kernels), generator=stream, dtype=torch.float64)
-        penalties = torch.exp(low + shares * (high - low))
-        found = explained(kernels, labels, classes, penalties)
+        penalties = draw_penalties(spec.penalty, len(kernels), stream)
+        found = explained(kernels, F.one_hot(labels, classes), penalties)
         return list(found.split(len(spec.views) * len(spec.kinds)))
 
     @contextmanager
@@ -288,7 +283,7 @@ class Reading:
                 handle.remove()
 
 
-class Readers(Reading):
+class Readers(Reading, Floored):
     """Readers of restricted labels, with what fresh networks show them.
 
     `images` of a batch are read, half of them support; those of tables are augmented as the term's.
@@ -306,61 +301,23 @@ class Readers(Reading):
         super().__init__(spec, around)
         self.images = images
         self.augmentation = augmentation
-
-    @cached_property
-    def floors(self) -> dict[str, list[Tensor]]:
-        """Each depth's R2s on fresh networks, one a reader, by restricted domain."""
-        # Several terms read alike, and need not ask the fresh networks twice.
-        shared, alike = self.around.shared, ("floors", self.spec, self.images, self.augmentation)
-        if alike not in shared:
-            domains = self.around.setting.restricted
-            shared[alike] = {domain.name: self._floor(domain) for domain in domains}
-        held: dict[str, list[Tensor]] = shared[alike]
-        return held
+        self.names = tuple(self.depths)
 
     def erasure(
         self, outputs: dict[str, Tensor], labels: Tensor, domain: Domain, stream: torch.Generator
     ) -> Found:
         """Return the mean over depths of max over readers of max(0, R2 - floor)."""
-        scores = self.scores(outputs, labels, domain.class_count, stream)
-        floors = self.floors[domain.name]
-        above = [
-            (row - floor).clamp_min(0).max() for row, floor in zip(scores, floors, strict=True)
-        ]
-        best = torch.stack([row.max() for row in scores]).detach()
-        floor = torch.stack([row.max() for row in floors])
-        return Found(torch.stack(above).mean(), best, floor)
+        return self.above(self.scores(outputs, labels, domain.class_count, stream), domain)
 
-    @torch.no_grad()
-    def table(self, model: nn.Module, domain: Domain) -> list[Tensor]:
-        """Return each depth's mean R2s on `model` in train mode, one a reader; it stays as it is.
-
-        The floors are those of fresh networks, on the same batches and with the same ridges.
-        """
-        setting, seed = self.around.setting, self.around.seed
-        feed = setting.feed(
-            domain,
-            domain.train,
-            batch_size=self.images,
-            stream=(seed, ("readers", domain.name)),
-            augmentation=self.augmentation,
-        )
-        rows = []
-        for step in range(_BATCHES):
-            images, labels = feed.batch(step)
-            names = ("readers", domain.name, step)
-            with seeded(seed, *names), self.watching(model) as outputs, setting.autocast():
-                model(images)
-            stream = generator(seed, *names)
-            rows.append(self.scores(outputs, labels, domain.class_count, stream))
-        return [torch.stack(column).mean(0) for column in zip(*rows, strict=True)]
-
-    def _floor(self, domain: Domain) -> list[Tensor]:
-        tables = []
-        for index in range(self.spec.networks):
-            fresh = copy.deepcopy(self.around.given)
-            # What no reset reaches, such as position embeddings, stays the given model's.
-            bare = Bare({name: p.detach().clone() for name, p in fresh.named_parameters()})
-            reinitialise(fresh, seed=self.around.seed, names=("floor", index), bare=bare)
-            tables.append(self.table(fresh, domain))
-        return [torch.stack(column).mean(0).clamp_min(0) for column in zip(*tables, strict=True)]
+    def read(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        domain: Domain,
+        stream: torch.Generator,
+    ) -> list[Tensor]:
+        """Return each depth's R2s on a batch, one a reader."""
+        with self.listening(model) as outputs, self.around.setting.autocast():
+            model(images)
+        return self.scores(outputs, labels, domain.class_count, stream)

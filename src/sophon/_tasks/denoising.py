@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,17 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 LARGEST_ERROR = 1e4
 _QUARTERS = 4
 _DRAWN_AT_ONCE = 64
+
+
+class Mixed(NamedTuple):
+    """Noisy images and what is to be predicted of them, (batch, channels, height, width), the
+    timesteps (batch,), and what the network is told beside: labels, or tokens.
+    """
+
+    images: Tensor
+    targets: Tensor
+    timesteps: Tensor
+    condition: Tensor
 
 
 class Denoising(Task):
@@ -102,10 +114,13 @@ class Denoising(Task):
         if high - low < _QUARTERS:
             return (self,)
         bounds = [low + (high - low) * part // _QUARTERS for part in range(_QUARTERS + 1)]
-        parts = [copy.copy(self) for _ in range(_QUARTERS)]
-        for part, start, end in zip(parts, bounds[:-1], bounds[1:], strict=True):
-            part.timesteps = (start, end)
-        return parts
+        return [self.within(start, end) for start, end in pairwise(bounds)]
+
+    def within(self, low: int, high: int) -> Denoising:
+        """Return the task at timesteps from `low` up to `high`, which is left out."""
+        part = copy.copy(self)
+        part.timesteps = (low, high)
+        return part
 
     @property
     def draws(self) -> bool:
@@ -180,21 +195,26 @@ class Denoising(Task):
 
         Timestep and noise are drawn image by image, so they do not depend on the batch size.
         """
+        mixed = self.mixed(images, labels, generator)
+        predicted = predict(model, mixed.images, mixed.timesteps, mixed.condition)
+        wide = torch.promote_types(predicted.dtype, torch.float32)
+        return predicted.to(wide), mixed.targets.to(wide)
+
+    def mixed(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Mixed:
+        """Return images mixed with noise, of which timesteps and noise are drawn one by one."""
         clean, condition = images, labels
         if self.latents is not None:
             clean, condition = self.latents.encoded(images), self.latents.embedded(labels)
         timesteps, noise = self._drawn(clean, generator)
         alphas = self.alphas[timesteps].to(clean).view(-1, 1, 1, 1)
         signal, spread = alphas.sqrt(), (1 - alphas).sqrt()
-        noisy = signal * clean + spread * noise
-        predicted = predict(model, noisy, timesteps.to(clean.device), condition)
         targets = {
             "epsilon": lambda: noise,
             "v_prediction": lambda: signal * noise - spread * clean,
             "sample": lambda: clean,
         }
-        wide = torch.promote_types(predicted.dtype, torch.float32)
-        return predicted.to(wide), targets[self.prediction]().to(wide)
+        noisy = signal * clean + spread * noise
+        return Mixed(noisy, targets[self.prediction](), timesteps.to(clean.device), condition)
 
     def _drawn(self, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         timesteps, noise = [], []

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.cuti import CUTITerm
+from sophon._protection.terms.denoising_erasure import DenoisingErasureTerm
 from sophon._protection.terms.distil import DistilTerm
 from sophon._protection.terms.encoderlock import EncoderLockTerm
 from sophon._protection.terms.erasure import ErasureTerm
@@ -27,6 +28,7 @@ TERMS: dict[str, type[Term[Any]]] = {
     "distil": DistilTerm,
     "retention": RetentionTerm,
     "erasure": ErasureTerm,
+    "denoising_erasure": DenoisingErasureTerm,
     "rehearsal": RehearsalTerm,
     "ntl": NTLTerm,
     "repnoise": RepNoiseTerm,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sophon._base.errors import CheckpointError
 from sophon._models import heads, run
 from sophon._protection.batched import Batch, BatchHindrance, BatchSpec, Judged
+from sophon._protection.floors import Floored, Found
 from sophon._protection.losses import kl_from_uniform
 from sophon._protection.readers import Readers, ReadersSpec, check_images
 from sophon._protection.term import State, Surroundings
@@ -33,60 +34,32 @@ class ErasureSpec(BatchSpec):
     outputs: NonNegative = 0.0
 
 
-class ErasureTerm(BatchHindrance[ErasureSpec]):
-    """mean over depths of max over readers of max(0, R2 - floor), on restricted images.
+AnyErasureSpec = TypeVar("AnyErasureSpec", bound=BatchSpec)
 
-    R2 is what a reader that was fitted to half of the batch explains of the labels of the other
-    half, floor the same of fresh networks (`readers`). Below it there is nothing to gain: to reward
-    worse than nothing would make features reliably wrong, which is information. The model runs in
-    train mode with the batch's own statistics; its running ones stay those of original images.
-    """
 
-    spec_type = ErasureSpec
-    instead_of_two = "it reads several depths (readers.depths) and takes turns over domains"
+class Erasing(BatchHindrance[AnyErasureSpec]):
+    """What terms share that have readers find no more than on fresh networks."""
 
-    def __init__(self, spec: ErasureSpec, around: Surroundings) -> None:
-        super().__init__(spec, around)
-        self.readers = Readers(spec.readers, around, spec.batch_size, spec.augmentation)
-        domains = around.setting.restricted
-        self.given = {domain.name: self.readers.table(around.given, domain) for domain in domains}
+    readers: Floored
+    given: dict[str, list[Tensor]]
 
-    @classmethod
-    def check(cls, spec: ErasureSpec, model: nn.Module, around: Surroundings) -> None:
-        """Raise unless every domain has images and classes enough for the readers."""
-        super().check(spec, model, around)
-        check_images(
-            around.setting.restricted, spec.batch_size, "protect.hinder: erasure's batch_size"
-        )
-
-    def judge(self, model: nn.Module, batch: Batch) -> Judged:
-        """Return the loss of a batch; the score is the mean R2 over depths."""
-        with self.readers.listening(model) as found:
-            with self.around.setting.autocast():
-                outputs = run(model, batch.images)
-            read = self.readers.erasure(found, batch.labels, batch.domain, batch.stream)
-        loss = read.loss
-        if self.spec.outputs:
-            uniform = kl_from_uniform(outputs.float(), batch.labels).mean()
-            loss = loss + self.spec.outputs * uniform
-        readings = {
-            "erasure": read.loss,
-            **_by_depth("R2", read.best),
-            **_by_depth("floor", read.floor),
-        }
-        return loss, read.best.mean(), readings
+    def look(self, readers: Floored) -> None:
+        """Have the readers look at the model as given."""
+        self.readers = readers
+        domains = self.around.setting.restricted
+        self.given = {domain.name: readers.table(self.around.given, domain) for domain in domains}
 
     def state(self) -> State:
         """Return how many turns each domain has had, and where readers look."""
         tensors, meta = super().state()
-        return tensors, {**meta, "depths": [*self.readers.depths]}
+        return tensors, {**meta, "depths": [*self.readers.names]}
 
     def restore(self, model: nn.Module, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Put back what `state` returned; CheckpointError where readers looked elsewhere."""
         # Earlier versions did not read what goes into a head.
         ends = heads(model, self.around.setting.head)
-        looked = [name for name in self.readers.depths if name not in ends]
-        if meta.get("depths", looked) != [*self.readers.depths]:
+        looked = [name for name in self.readers.names if name not in ends]
+        if meta.get("depths", looked) != [*self.readers.names]:
             raise CheckpointError(
                 "the folder holds a run of an earlier version, whose readers did not look at what"
                 f" goes into the head {ends[0]!r}: give another --out to start over"
@@ -115,12 +88,59 @@ class ErasureTerm(BatchHindrance[ErasureSpec]):
                 "protected": self.readers.table(model, domain),
             }
             best = {name: [round(float(r.max()), 4) for r in row] for name, row in rows.items()}
-            held[domain.name] = {"depths": list(self.readers.depths), **best}
+            held[domain.name] = {"depths": list(self.readers.names), **best}
         return held
 
     def description(self, model: nn.Module) -> dict[str, Any]:
         """Return the tables of what readers find."""
         return {"readers": self.tables(model)}
+
+
+class ErasureTerm(Erasing[ErasureSpec]):
+    """mean over depths of max over readers of max(0, R2 - floor), on restricted images.
+
+    R2 is what a reader that was fitted to half of the batch explains of the labels of the other
+    half, floor the same of fresh networks (`readers`). Below it there is nothing to gain: to reward
+    worse than nothing would make features reliably wrong, which is information. The model runs in
+    train mode with the batch's own statistics; its running ones stay those of original images.
+    """
+
+    spec_type = ErasureSpec
+    readers: Readers
+    instead_of_two = "it reads several depths (readers.depths) and takes turns over domains"
+
+    def __init__(self, spec: ErasureSpec, around: Surroundings) -> None:
+        super().__init__(spec, around)
+        self.look(Readers(spec.readers, around, spec.batch_size, spec.augmentation))
+
+    @classmethod
+    def check(cls, spec: ErasureSpec, model: nn.Module, around: Surroundings) -> None:
+        """Raise unless every domain has images and classes enough for the readers."""
+        super().check(spec, model, around)
+        check_images(
+            around.setting.restricted, spec.batch_size, "protect.hinder: erasure's batch_size"
+        )
+
+    def judge(self, model: nn.Module, batch: Batch) -> Judged:
+        """Return the loss of a batch; the score is the mean R2 over depths."""
+        with self.readers.listening(model) as found:
+            with self.around.setting.autocast():
+                outputs = run(model, batch.images)
+            read = self.readers.erasure(found, batch.labels, batch.domain, batch.stream)
+        loss = read.loss
+        if self.spec.outputs:
+            uniform = kl_from_uniform(outputs.float(), batch.labels).mean()
+            loss = loss + self.spec.outputs * uniform
+        return loss, read.best.mean(), readings_of(read)
+
+
+def readings_of(read: Found) -> dict[str, Tensor]:
+    """Return what a round's record keeps of what readers found."""
+    return {
+        "erasure": read.loss,
+        **_by_depth("R2", read.best),
+        **_by_depth("floor", read.floor),
+    }
 
 
 def _by_depth(what: str, values: Tensor) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ class Point(Record):
 
     @model_validator(mode="after")
     def _of_the_score(self) -> Self:
-        if self.by_image is None:
+        if self.by_image is None or _fits(self.by_image, self.validation):
             return self
         try:
             held = unpack(self.by_image, self.validation)
@@ -160,6 +160,18 @@ def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
     # The last byte is filled up with zeros; a text of another length shows.
     count = score.total if len(held) == math.ceil(score.total / 8) else None
     return np.unpackbits(np.frombuffer(held, np.uint8), count=count).astype(np.float64)
+
+
+def _fits(text: str, score: Measurement) -> bool:
+    """Return whether `text` is as `pack` writes it, with as many images right as the score has."""
+    if not isinstance(score, Score):
+        return False
+    try:
+        held = base64.b64decode(text, validate=True)
+    except ValueError:
+        return False
+    bits, spare = int.from_bytes(held), 8 * len(held) - score.total
+    return 0 <= spare < 8 and bits % (1 << spare) == 0 and bits.bit_count() == score.correct
 
 
 class Environment(Record):

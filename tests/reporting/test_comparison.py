@@ -302,6 +302,7 @@ def test_fewer_than_two_and_names_that_repeat_are_refused() -> None:
 def test_audits_in_folders_of_one_name_are_named_by_their_paths() -> None:
     assert _short([Path("x/a/record.json"), Path("x/b")]) == ["a", "b"]
     assert _short([Path("x/a/record.json"), Path("y/a")]) == ["x/a", "y/a"]
+    assert _short([Path("x/ntl.json.gz"), Path("y/record.json.gz")]) == ["ntl", "y"]
 
 
 def test_names_are_escaped() -> None:

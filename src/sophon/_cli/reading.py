@@ -157,9 +157,12 @@ def _written(made: Report | Comparison, asked: dict[str, Path | None]) -> dict[s
 
 
 def _short(paths: list[Path]) -> list[str]:
-    """Return the audits' folder names, or the paths as given where those are not all different."""
-    folders = [path.parent if path.name == "record.json" else path for path in paths]
-    names = [folder.absolute().name for folder in folders]
+    """Return the names of the audits' folders, or of records of other names, without suffixes; the
+    paths as given where those are not all different.
+    """
+    usual = ("record.json", "record.json.gz")
+    folders = [path.parent if path.name in usual else path for path in paths]
+    names = [f.absolute().name.removesuffix(".gz").removesuffix(".json") for f in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 

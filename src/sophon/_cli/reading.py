@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs; report and compare need no torc
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,18 @@ def _written(made: Report | Comparison, asked: dict[str, Path | None]) -> dict[s
     return files
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Look for no garbage: many records are millions of objects, none of them in a cycle."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _short(paths: list[Path]) -> list[str]:
     """Return the names of the audits' folders, or of records of other names, without suffixes; the
     paths as given where those are not all different.
@@ -187,8 +200,9 @@ def compare(
     from sophon._reporting.comparison import Comparison
 
     _require_places(html, markdown, as_json=as_json)
-    records = [read_record(path) for path in audited]
-    made = Comparison(list(zip(_short(audited), records, strict=True)))
+    with _uncollected():
+        records = [read_record(path) for path in audited]
+        made = Comparison(list(zip(_short(audited), records, strict=True)))
     files = _written(made, {"comparison": html, "markdown": markdown})
     if markdown == _PRINTED:
         typer.echo(made.markdown(), nl=False)

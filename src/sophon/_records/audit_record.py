@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sophon._records.metrics import OF_TASKS, MetricKind
+from sophon._records.packing import ones
 from sophon._specs import AuditSpec, Strategy, Subject
 from sophon._specs.base import Seed, Whole
 
@@ -129,14 +130,14 @@ class Point(Record):
 
     @model_validator(mode="after")
     def _of_the_score(self) -> Self:
-        if self.by_image is None or _fits(self.by_image, self.validation):
+        text, score = self.by_image, self.validation
+        if text is None or (isinstance(score, Score) and ones(text, score.total) == score.correct):
             return self
         try:
-            held = unpack(self.by_image, self.validation)
+            held = unpack(text, score)
         except ValueError as error:
             raise ValueError(f"by_image is damaged ({error})") from None
-        score, right = self.validation, int(held.sum())
-        if len(held) != score.total or (isinstance(score, Score) and right != score.correct):
+        if len(held) != score.total or (isinstance(score, Score) and held.sum() != score.correct):
             raise ValueError(
                 f"by_image is damaged: it has {len(held)} images and the sum {held.sum():g}, the"
                 f" score {score.total} images and the value {score.value:g}"
@@ -157,21 +158,8 @@ def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
     held = base64.b64decode(text, validate=True)
     if not isinstance(score, Score):
         return np.frombuffer(held, "<f2").astype(np.float64)
-    # The last byte is filled up with zeros; a text of another length shows.
     count = score.total if len(held) == math.ceil(score.total / 8) else None
     return np.unpackbits(np.frombuffer(held, np.uint8), count=count).astype(np.float64)
-
-
-def _fits(text: str, score: Measurement) -> bool:
-    """Return whether `text` is as `pack` writes it, with as many images right as the score has."""
-    if not isinstance(score, Score):
-        return False
-    try:
-        held = base64.b64decode(text, validate=True)
-    except ValueError:
-        return False
-    bits, spare = int.from_bytes(held), 8 * len(held) - score.total
-    return 0 <= spare < 8 and bits % (1 << spare) == 0 and bits.bit_count() == score.correct
 
 
 class Environment(Record):

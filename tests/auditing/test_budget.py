@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from torch import nn
@@ -217,6 +217,33 @@ def test_protections_that_share_a_store_give_up_the_same(
     assert not make(before, {"rehearsal": {"steps": 1}}).given_up
     # The same floor, all steps, is the same one: there is no third pace to measure.
     assert not make(scratch_model(), {"rehearsal": {"steps": 20}}).given_up
+
+
+def test_a_field_that_comes_later_leaves_what_a_budget_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LaterSpec(AuditSpec):
+        released: ClassVar = frozenset(AuditSpec.model_fields)
+        further: bool = False
+
+    paces = iter([Pace(1.0, 0.0, 0.0)])
+    monkeypatch.setattr("sophon._auditing.audit.measure_pace", lambda *_: next(paces))
+    asked = {"steps": 8, "evaluations": 2, "batch_size": 1, "search_trials": 8}
+    # There is no second pace to measure.
+    first, again = (
+        Audit(
+            trained_model(),
+            original=original(),
+            restricted=restricted(),
+            spec=kind(**asked),
+            scratch=scratch_model,
+            store=tmp_path,
+            budget_s=1e3,
+        )
+        for kind in (AuditSpec, LaterSpec)
+    )
+    assert first.given_up
+    assert again.given_up == first.given_up
 
 
 def test_a_fresh_network_that_cannot_be_attacked_has_no_pace(tmp_path: Path) -> None:

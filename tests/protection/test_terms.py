@@ -769,6 +769,17 @@ def _parsed(**protect: Any) -> ProtectSpec:
     return parse_spec(RunSpec, table, where="run.toml").protect
 
 
+def test_ntl_stops_rewarding_what_is_far_apart_or_wrong_enough() -> None:
+    term = NTLTerm(NTLSpec(batch_size=16), _around())
+
+    def loss(wrong: float, apart: float) -> float:
+        return term.hindered(torch.tensor(wrong), torch.tensor(apart)).item()
+
+    assert loss(50.0, 8.0) == pytest.approx(-0.1 * 50 * 0.8)
+    assert loss(50.0, 40.0) == pytest.approx(-0.1 * 50)
+    assert loss(500.0, 40.0) == -10
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_that_cannot_be_are_named_with_their_path(kind: str) -> None:
     where = rf"^run\.toml: protect\.{_role(kind)}\.0: {kind}: "

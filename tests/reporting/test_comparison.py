@@ -12,13 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from records import CURVES, crashed, record
+from records import trial as attacked
 from sophon._attacks.suites import beyond_rehearsal, beyond_usual, strategies_of
 from sophon._base.errors import AuditError
 from sophon._cli import app
 from sophon._cli.reading import _short
 from sophon._records.audit_record import AuditRecord, Score, pack
 from sophon._reporting.comparison import Comparison
-from sophon._specs import SampleSpec, Strategy
+from sophon._specs import FreshHead, SampleSpec, Strategy
 
 SLOWED, SOUND, BROKEN = (0.2, 0.4, 0.6, 0.8), CURVES["scratch"], CURVES["unprotected"]
 
@@ -43,6 +44,23 @@ def test_audits_are_ranked_by_verdict_and_then_by_what_was_removed() -> None:
     assert held.differing == ()
     removed = [entry.worst.advantage.value or 0 for entry in group.entries]
     assert removed[1] > removed[2]
+
+
+def test_a_row_says_what_was_strongest_and_what_a_head_alone_found() -> None:
+    probe = Strategy(preparations=(FreshHead(),), scope="head", learning_rate=1e-2)
+    held = record(curves={"protected": SLOWED}, protection={"wall_s": 240.4})
+    alone = [
+        attacked("protected", (0.1, 0.2, 0.2, 0.3), strategy=probe),
+        attacked("unprotected", (0.1, 0.2, 0.5, 0.5), strategy=probe),
+    ]
+    probed = held.model_copy(update={"trials": (*held.trials, *alone)})
+    (group,) = Comparison([("probed", probed), ("broken", _audit(BROKEN))]).tables()
+    found = next(row for row in group.rows if "probed" in row)
+    row = dict(zip(group.header, found, strict=True))
+    assert row["seconds of protection"] == "240"
+    assert row["a head alone: protected, unprotected, fresh"] == "30.0 %, 50.0 %"
+    assert row["strongest attack"] == "direct-all sgd_momentum 0.01"
+    assert row["steps to recover"] == "more than 200"
 
 
 def test_audits_against_other_baselines_share_the_rank_of_their_verdict() -> None:
@@ -284,6 +302,7 @@ def test_fewer_than_two_and_names_that_repeat_are_refused() -> None:
 def test_audits_in_folders_of_one_name_are_named_by_their_paths() -> None:
     assert _short([Path("x/a/record.json"), Path("x/b")]) == ["a", "b"]
     assert _short([Path("x/a/record.json"), Path("y/a")]) == ["x/a", "y/a"]
+    assert _short([Path("x/ntl.json.gz"), Path("y/record.json.gz")]) == ["ntl", "y"]
 
 
 def test_names_are_escaped() -> None:
@@ -312,7 +331,10 @@ def test_the_command_writes_pages_and_prints_the_ranking(stored: Path) -> None:
     for text in (page.read_text(), card.read_text()):
         assert str(stored) not in text
         assert "withstood" in text
-    assert "<script" not in page.read_text()
+    # The one script sorts the table, and asks for nothing.
+    assert page.read_text().count("<script") == 1
+    assert "<script src" not in page.read_text()
+    assert 'class="comparison sortable"' in page.read_text()
 
 
 def test_a_dash_prints_the_markdown_and_nothing_else(

@@ -284,7 +284,7 @@ class Audit:
         # How many steps protection says that a rehearsed attacker takes in its life.
         rehearsed = statement_of(self.about.get("protection")).life
         asked = {
-            "spec": self.spec.model_dump(mode="json"),
+            "spec": self.spec.keyed(),
             "budget_s": budget_s,
             "workers": self.workers,
             "executor": self.executor,

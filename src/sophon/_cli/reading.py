@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs; report and compare need no torc
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,10 +175,25 @@ def _written(made: Report | Comparison, asked: dict[str, Path | None]) -> dict[s
     return files
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Look for no garbage: many records are millions of objects, none of them in a cycle."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _short(paths: list[Path]) -> list[str]:
-    """Return the audits' folder names, or the paths as given where those are not all different."""
-    folders = [path.parent if path.name == "record.json" else path for path in paths]
-    names = [folder.absolute().name for folder in folders]
+    """Return the names of the audits' folders, or of records of other names, without suffixes; the
+    paths as given where those are not all different.
+    """
+    usual = ("record.json", "record.json.gz")
+    folders = [path.parent if path.name in usual else path for path in paths]
+    names = [f.absolute().name.removesuffix(".gz").removesuffix(".json") for f in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
@@ -202,8 +218,9 @@ def compare(
     from sophon._reporting.comparison import Comparison
 
     _require_places(html, markdown, as_json=as_json)
-    records = [read_record(path) for path in audited]
-    made = Comparison(list(zip(_short(audited), records, strict=True)))
+    with _uncollected():
+        records = [read_record(path) for path in audited]
+        made = Comparison(list(zip(_short(audited), records, strict=True)))
     files = _written(made, {"comparison": html, "markdown": markdown})
     if markdown == _PRINTED:
         typer.echo(made.markdown(), nl=False)

@@ -221,27 +221,25 @@ def _cross_fitted(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.floa
     scores = np.maximum(np.stack(held), _WORST)
     images = scores.shape[1]
     measured = np.searchsorted([point.step for point in points], at, side="right")
-    result = np.zeros((images, len(at)))
+    result = np.zeros((len(at), images))
     stream = np.random.default_rng(0)
-    for _ in range(_SPLITS):
-        order = stream.permutation(images)
-        halves = order[: images // 2], order[images // 2 :]
-        for chosen, chooses in (halves, halves[::-1]):
-            leaders = _leaders(scores[:, chooses].mean(1))
-            for column, count in enumerate(measured):
-                leader = leaders[count - 1] if count else None
-                if leader is not None:
-                    result[chosen, column] += scores[leader, chosen] / _SPLITS
-    return result
+    orders = [stream.permutation(images) for _ in range(_SPLITS)]
+    cuts = [(order[: images // 2], order[images // 2 :]) for order in orders]
+    halves = [half for cut in cuts for half in (cut, cut[::-1])]
+    choosing = np.zeros((images, len(halves)))
+    for column, (_, chooses) in enumerate(halves):
+        choosing[chooses, column] = 1
+    for (chosen, _), sums in zip(halves, (scores @ choosing).T, strict=True):
+        leaders = _leaders(sums)[measured]
+        led = np.flatnonzero(leaders >= 0)
+        result[np.ix_(led, chosen)] += scores[np.ix_(leaders[led], chosen)] / _SPLITS
+    return np.ascontiguousarray(result.T)
 
 
-def _leaders(values: NDArray[np.float64]) -> list[int | None]:
-    """Return which of the values up to each is the best, the first of ties; None if none is > 0."""
-    found: list[int | None] = []
-    leader: int | None = None
-    best = 0.0
-    for index, value in enumerate(values.tolist()):
-        if value > best:
-            leader, best = index, value
-        found.append(leader)
-    return found
+def _leaders(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return which of the first 0, 1, ... values is the best, the first of ties; -1 if none is
+    above 0.
+    """
+    best = np.maximum.accumulate(np.concatenate([[0.0], values]))
+    new = np.where(values > best[:-1], np.arange(len(values)), -1)
+    return np.maximum.accumulate(np.concatenate([[-1], new]))

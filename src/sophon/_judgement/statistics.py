@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -90,21 +90,30 @@ def envelope(trials: Sequence[Trial], at: Sequence[int] | None = None) -> list[E
     needs for itself alone nothing is reached. Trials that diverged or were stopped count up to
     where they were measured.
     """
+    labels: dict[int, str] = {}
+    result: list[EnvelopePoint] = []
+    for budget, best, trial in _leading(trials, budgets(trials) if at is None else at):
+        if trial is not None and id(trial) not in labels:
+            labels[id(trial)] = trial.strategy.label()
+        result.append(EnvelopePoint(budget, best, "" if trial is None else labels[id(trial)]))
+    return result
+
+
+def _leading(
+    trials: Sequence[Trial], at: Sequence[int]
+) -> Iterator[tuple[int, float, Trial | None]]:
+    """Yield each budget, the best validation score within it and whose that is."""
     points = sorted(
-        ((p.step, p.validation.value, t.strategy) for t in trials for p in t.curve),
+        ((p.step, p.validation.value, t) for t in trials for p in t.curve),
         key=lambda point: point[0],
     )
-    result: list[EnvelopePoint] = []
-    best, label, position = -1.0, "", 0
-    for budget in budgets(trials) if at is None else at:
+    best, leader, position = -1.0, None, 0
+    for budget in at if points else ():
         while position < len(points) and points[position][0] <= budget:
             if points[position][1] > best:
-                _, best, strategy = points[position]
-                label = strategy.label()
+                _, best, leader = points[position]
             position += 1
-        if points:
-            result.append(EnvelopePoint(budget, max(best, 0.0), label))
-    return result
+        yield budget, max(best, 0.0), leader
 
 
 def area(steps: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -125,8 +134,12 @@ def area(steps: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.float6
 
 def envelope_area(trials: Sequence[Trial], at: Sequence[int]) -> float:
     """Return the area under the trials' envelope; 0 where nothing was measured."""
-    points = envelope(trials, at)
-    return float(area(at, np.array([point.value for point in points]))) if points else 0.0
+    values = _values(trials, at)
+    return float(area(at, np.array(values))) if values else 0.0
+
+
+def _values(trials: Sequence[Trial], at: Sequence[int]) -> list[float]:
+    return [best for _, best, _ in _leading(trials, at)]
 
 
 def run_with_all_seeds(trials: Sequence[Trial]) -> list[Trial]:
@@ -145,7 +158,7 @@ def by_seed(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.float64]:
     """Return each seed's envelope, shape (seeds, budgets), of the attacks run with every seed."""
     trials = run_with_all_seeds(trials)
     seeds = sorted({trial.seed for trial in trials})
-    rows = [[p.value for p in envelope([t for t in trials if t.seed == s], at)] for s in seeds]
+    rows = [_values([t for t in trials if t.seed == s], at) for s in seeds]
     return np.array([row for row in rows if len(row) == len(at)]).reshape(-1, len(at))
 
 
@@ -234,7 +247,8 @@ def cost_of(trials: Sequence[Trial], at: Sequence[int], target: float) -> Cost:
     Each attack counts with its own measurements: budgets at which only others were measured do not
     tell that it was not there.
     """
-    cost = cost_to_recover(envelope(trials, at), target)
+    points = [EnvelopePoint(budget, best, "") for budget, best, _ in _leading(trials, at)]
+    cost = cost_to_recover(points, target)
     reached = [held for trial in trials if (held := _last_without(trial, target)) is not None]
     return replace(cost, above=min(reached, default=cost.horizon))
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sophon._records.metrics import OF_TASKS, MetricKind
+from sophon._records.packing import ones
 from sophon._specs import AuditSpec, Strategy, Subject
 from sophon._specs.base import Seed, Whole
 
@@ -129,14 +130,14 @@ class Point(Record):
 
     @model_validator(mode="after")
     def _of_the_score(self) -> Self:
-        if self.by_image is None:
+        text, score = self.by_image, self.validation
+        if text is None or (isinstance(score, Score) and ones(text, score.total) == score.correct):
             return self
         try:
-            held = unpack(self.by_image, self.validation)
+            held = unpack(text, score)
         except ValueError as error:
             raise ValueError(f"by_image is damaged ({error})") from None
-        score, right = self.validation, int(held.sum())
-        if len(held) != score.total or (isinstance(score, Score) and right != score.correct):
+        if len(held) != score.total or (isinstance(score, Score) and held.sum() != score.correct):
             raise ValueError(
                 f"by_image is damaged: it has {len(held)} images and the sum {held.sum():g}, the"
                 f" score {score.total} images and the value {score.value:g}"
@@ -157,7 +158,6 @@ def unpack(text: str, score: Measurement) -> NDArray[np.float64]:
     held = base64.b64decode(text, validate=True)
     if not isinstance(score, Score):
         return np.frombuffer(held, "<f2").astype(np.float64)
-    # The last byte is filled up with zeros; a text of another length shows.
     count = score.total if len(held) == math.ceil(score.total / 8) else None
     return np.unpackbits(np.frombuffer(held, np.uint8), count=count).astype(np.float64)
 

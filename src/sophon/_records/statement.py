@@ -87,12 +87,13 @@ class Statement(_Part):
     """What protection says that it did, as far as an audit asks.
 
     `terms` is what its terms state, `readers` what these found by domain; `spec` is what earlier
-    versions wrote instead.
+    versions wrote instead; `wall_s` the seconds that its rounds took.
     """
 
     terms: Terms | None = None
     readers: dict[str, ReadersFound] = Field(default_factory=dict)
     spec: _Stated | None = None
+    wall_s: NonNegative | None = None
 
     @property
     def _rehearsal(self) -> _Rehearsal:

@@ -7,21 +7,23 @@ that a protection states keeps no audits apart: every audit has the same for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sophon._attacks.suites import SUITES, beyond_rehearsal, beyond_usual, strategies_of
 from sophon._base.errors import AuditError
-from sophon._judgement.parts import originals
+from sophon._judgement.parts import SUBJECTS, originals
+from sophon._judgement.statistics import Cost, best_of
 from sophon._judgement.summaries import DomainSummary, Verdict
 from sophon._judgement.verdict import Judgement, judge
 from sophon._records.audit_record import AuditRecord, DomainRecord, Measurement
 from sophon._records.metrics import NONE, kind_of, shown
 from sophon._records.statement import stated
 from sophon._reporting.rendering import Document, Table, by_column, render, score_text
-from sophon._reporting.tables import ratio_text, removed_text
-from sophon._specs import OptimizerName, Strategy, fingerprint_of
+from sophon._reporting.tables import cost_text, ratio_text, removed_text
+from sophon._specs import OptimizerName, Strategy, Subject, fingerprint_of, shared_fields
 
 # The best first; what follows has no rank, because it says nothing of how hard the model is.
 _RANKED: tuple[Verdict, ...] = ("withstood", "slowed", "not protected")
@@ -51,6 +53,29 @@ class Entry:
         """The test score of the best attack on the protected model."""
         held = self.worst.subjects.get("protected")
         return None if held is None else held.test
+
+    @property
+    def cost(self) -> Cost | None:
+        """What it took to reach 90 % of the unprotected model's best again."""
+        held = self.worst.subjects.get("protected")
+        return None if held is None else held.costs.get("unprotected")
+
+    @property
+    def wall_s(self) -> float | None:
+        """How long protection says that it took, in seconds."""
+        return stated(self.record.protection).wall_s
+
+    @property
+    def heads_alone(self) -> dict[Subject, float]:
+        """The best validation score of attacks that train a head alone, by subject: linear
+        probing, which many papers on protection stop at.
+        """
+        trials = [t for t in self.record.trials if t.domain == self.worst.domain.name]
+        alone = [t for t in trials if t.curve and t.strategy.scope == "head"]
+        bests: dict[Subject, float] = {}
+        for trial in alone:
+            bests[trial.subject] = max(best_of(trial), bests.get(trial.subject, -math.inf))
+        return bests
 
     @property
     def originals(self) -> tuple[Measurement | None, Measurement | None]:
@@ -283,13 +308,32 @@ def _table(group: Group) -> Table:
         "verdict": lambda e: verdict(e.worst),
         "advantage removed (95 %)": lambda e: removed_text(e.worst.advantage),
         "worst case, restricted test (95 %)": lambda e: score_text(e.attacked),
-        "original test": lambda e: shown(e.originals[0]),
-        "change": lambda e: _change(*e.originals),
+        "strongest attack": _strongest,
+        "steps to recover": lambda e: cost_text(e.cost),
         "cost multiplier": lambda e: ratio_text(e.worst.slowing),
+        "a head alone: protected, unprotected, fresh": _heads_alone,
+        "original test before": lambda e: shown(e.originals[1]),
+        "after": lambda e: shown(e.originals[0]),
+        "change": lambda e: _change(*e.originals),
+        "seconds of protection": lambda e: NONE if e.wall_s is None else f"{e.wall_s:.0f}",
         "area: unprotected, fresh": lambda e: _baselines(e.worst),
         "flags": lambda e: ", ".join(e.flags) or "none",
     }
     return by_column(group.entries, columns)
+
+
+def _strongest(entry: Entry) -> str:
+    held = entry.worst.subjects.get("protected")
+    if held is None:
+        return NONE
+    shared = shared_fields(trial.strategy for trial in entry.record.trials)
+    return held.winner.strategy.label(shared)
+
+
+def _heads_alone(entry: Entry) -> str:
+    """Return what a head alone reached on each subject that was attacked so."""
+    bests, show = entry.heads_alone, entry.worst.kind.show
+    return ", ".join(show(bests[name], 1) for name in SUBJECTS if name in bests) or NONE
 
 
 def _baselines(worst: DomainSummary) -> str:
@@ -300,6 +344,7 @@ def _baselines(worst: DomainSummary) -> str:
 
 def _values(entry: Entry) -> dict[str, Any]:
     worst, test, (after, before) = entry.worst, entry.attacked, entry.originals
+    cost = entry.cost
     return {
         "name": entry.name,
         "stated_rates": entry.rates,
@@ -311,6 +356,10 @@ def _values(entry: Entry) -> dict[str, Any]:
         "worst_case_test": test.value if test else None,
         "original_before": before.value if before else None,
         "original_after": after.value if after else None,
+        "steps_to_recover": cost.steps if cost else None,
+        "strongest_attack": _strongest(entry),
+        "head_alone": entry.heads_alone,
+        "protection_s": entry.wall_s,
         "cost_multiplier": worst.slowing.value,
         "cost_multiplier_is_bound": worst.slowing.bound,
         "cost_multiplier_sure": worst.slowing.sure,

@@ -73,9 +73,9 @@ def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
         "subject": lambda s: s.name,
         "best validation": lambda s: summary.kind.shown(s.best),
         "test (95 %)": lambda s: score_text(s.test),
-        f"steps to {summary.kind.goal}": lambda s: _cost(s.costs.get("unprotected")),
+        f"steps to {summary.kind.goal}": lambda s: cost_text(s.costs.get("unprotected")),
         "median seed": lambda s: _median(s.recoveries.get("unprotected")),
-        "steps to 90 % of scratch": lambda s: _cost(s.costs.get("scratch")),
+        "steps to 90 % of scratch": lambda s: cost_text(s.costs.get("scratch")),
         "won by": lambda s: s.winner.strategy.label(shared),
     }
     note = (
@@ -85,7 +85,8 @@ def reached(summary: DomainSummary, shared: frozenset[str]) -> Table:
     return by_column(summary.subjects.values(), columns, note)
 
 
-def _cost(cost: Cost | None) -> str:
+def cost_text(cost: Cost | None) -> str:
+    """Return the steps that a score took, or that it was not reached."""
     if cost is None:
         return NONE
     return f"more than {cost.horizon}" if cost.steps is None else f"{cost.steps}"

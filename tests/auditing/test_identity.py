@@ -167,7 +167,7 @@ def test_a_run_of_another_kind_is_not_taken_up(
 # --- What stored trials are known by ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(PINS["suites"]))
+@pytest.mark.parametrize("name", list(SUITES))
 def test_released_suites_and_their_attacks_have_the_fingerprints_that_they_had(name: str) -> None:
     assert suite_fingerprint(name) == PINS["suites"][name]
     held = [strategy.fingerprint() for strategy in SUITES[name].strategies]

@@ -101,10 +101,12 @@ def _role(kind: str) -> str:
     return "hinder" if kind == "toy" or issubclass(TERMS[kind], Hindrance) else "keep"
 
 
-def _listed(role: type[Term[Any]], metric: str = "accuracy") -> str:
-    """Return the kinds there are of a role and for a task, as messages list them."""
+def _listed(role: type[Term[Any]], metric: str = "") -> str:
+    """Return the kinds there are of a role, and for a task if one is given, as messages do."""
     fitting = [
-        kind for kind, term in TERMS.items() if issubclass(term, role) and metric in term.metrics
+        kind
+        for kind, term in TERMS.items()
+        if issubclass(term, role) and (not metric or metric in term.metrics)
     ]
     return re.escape(", ".join(fitting))
 

@@ -126,6 +126,13 @@ def test_a_statement_that_cannot_be_read_says_nothing(statement: dict[str, objec
     assert report(held).html()
 
 
+@pytest.mark.parametrize("seconds", [-1, "soon", True, 1e300, float("nan"), None])
+def test_seconds_that_cannot_be_read_take_nothing_else_away(seconds: object) -> None:
+    said = {"terms": {"rehearsed": [{"rates": {"adam": 0.01}, "life": 20}]}, "wall_s": seconds}
+    assert stated(said).life == 20
+    assert stated(said).wall_s is None
+
+
 def test_a_statement_says_the_upper_rates_and_the_whole_life() -> None:
     ranges = {"adam": [1e-4, 1e-2], "sgd": [1e-3, 1e-1]}
     rehearsal = {"distribution": {"learning_rates": ranges}, "steps": 10}

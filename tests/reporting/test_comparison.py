@@ -58,7 +58,8 @@ def test_a_row_says_what_was_strongest_and_what_a_head_alone_found() -> None:
     found = next(row for row in group.rows if "probed" in row)
     row = dict(zip(group.header, found, strict=True))
     assert row["seconds of protection"] == "240"
-    assert row["a head alone: protected, unprotected, fresh"] == "30.0 %, 50.0 %"
+    alone = row["a head alone, validation: protected, unprotected, fresh"]
+    assert alone == "30.0 %, 50.0 %, \u2013"
     assert row["strongest attack"] == "direct-all sgd_momentum 0.01"
     assert row["steps to recover"] == "more than 200"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from sophon._base.errors import SpecError
 from sophon._specs import OptimizerName, parse_spec
@@ -16,6 +16,8 @@ _WHERE = (
 )
 
 
+# Of a protection, at most: a century.
+_MOST_SECONDS = 3.2e9
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -94,6 +96,13 @@ class Statement(_Part):
     readers: dict[str, ReadersFound] = Field(default_factory=dict)
     spec: _Stated | None = None
     wall_s: NonNegative | None = None
+
+    @field_validator("wall_s", mode="before")
+    @classmethod
+    def _readable(cls, given: Any) -> float | None:
+        """Return what is only shown as it can be: no verdict hangs on it."""
+        usual = isinstance(given, int | float) and not isinstance(given, bool)
+        return float(given) if usual and 0 <= given <= _MOST_SECONDS else None
 
     @property
     def _rehearsal(self) -> _Rehearsal:

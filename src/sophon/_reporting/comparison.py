@@ -311,7 +311,7 @@ def _table(group: Group) -> Table:
         "strongest attack": _strongest,
         "steps to recover": lambda e: cost_text(e.cost),
         "cost multiplier": lambda e: ratio_text(e.worst.slowing),
-        "a head alone: protected, unprotected, fresh": _heads_alone,
+        "a head alone, validation: protected, unprotected, fresh": _heads_alone,
         "original test before": lambda e: shown(e.originals[1]),
         "after": lambda e: shown(e.originals[0]),
         "change": lambda e: _change(*e.originals),
@@ -331,9 +331,11 @@ def _strongest(entry: Entry) -> str:
 
 
 def _heads_alone(entry: Entry) -> str:
-    """Return what a head alone reached on each subject that was attacked so."""
+    """Return what a head alone reached on each subject, a dash where none was attacked so."""
     bests, show = entry.heads_alone, entry.worst.kind.show
-    return ", ".join(show(bests[name], 1) for name in SUBJECTS if name in bests) or NONE
+    if not bests:
+        return NONE
+    return ", ".join(show(bests[name], 1) if name in bests else NONE for name in SUBJECTS)
 
 
 def _baselines(worst: DomainSummary) -> str:

@@ -648,8 +648,8 @@ def test_keep_terms_add_up_by_their_weights() -> None:
     assert losses["both"] == pytest.approx(3 * losses["task"] + 0.5 * losses["distil"], rel=1e-5)
 
 
-def test_distillation_between_images_asks_what_the_given_model_says_of_blends() -> None:
-    run = _run(_spec("toy", keep=[{"kind": "distil", "blended": 24}]))
+def test_distillation_between_images_asks_what_the_given_model_says_of_mixtures() -> None:
+    run = _run(_spec("toy", keep=[{"kind": "distil", "mixed": 24}]))
     term: Any = run.keep.terms[0]
     model = trained_model()
     assert float(term.besides(model, 0, 1.0)) == pytest.approx(0, abs=1e-5)
@@ -660,28 +660,28 @@ def test_distillation_between_images_asks_what_the_given_model_says_of_blends() 
     loss = term.besides(model, 3, 2.0)
     found = {name: p.grad for name, p in model.named_parameters()}
     images, _ = term.feed.batch(3)
-    stream = generator(run.spec.seed, "blended", 3)
+    stream = generator(run.spec.seed, "mixed", 3)
     shares = torch.rand(24, generator=stream)
     order = torch.randperm(24, generator=stream).tolist()
-    blends = torch.stack(
+    mixtures = torch.stack(
         [
             a * images[i] + (1 - a) * images[j]
             for i, (a, j) in enumerate(zip(shares, order, strict=True))
         ]
     )
-    assert blends.std() < 0.95 * images.std()
+    assert mixtures.std() < 0.95 * images.std()
     with torch.no_grad():
-        wanted = F.softmax(trained_model()(blends) / 2, 1)
-    said = F.softmax(model(blends) / 2, 1)
+        wanted = F.softmax(trained_model()(mixtures) / 2, 1)
+    said = F.softmax(model(mixtures) / 2, 1)
     plain = 4 * (wanted * (wanted.log() - said.log())).sum(1).mean()
     assert float(loss) == pytest.approx(plain.item(), rel=1e-4)
     for name, gradient in _gradients(2 * plain, model).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_no_more_images_are_blended_than_there_are() -> None:
-    with pytest.raises(DataError, match="distil's blended = 5000"):
-        _run(_spec("toy", keep=[{"kind": "distil", "blended": 5000}]))
+def test_no_more_images_are_mixed_than_there_are() -> None:
+    with pytest.raises(DataError, match="distil's mixed = 5000"):
+        _run(_spec("toy", keep=[{"kind": "distil", "mixed": 5000}]))
 
 
 def test_retention_costs_what_features_lost() -> None:

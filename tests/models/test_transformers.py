@@ -26,6 +26,7 @@ from sophon._data.images import Fit
 from sophon._data.loading import prepared_as
 from sophon._models.own_input import folder_input, own_input
 from sophon._models.transformers import processor_input, transformers
+from sophon._models.weights import read_tensors
 from sophon._protection.depths import find_depths
 from sophon._training.loop import attacker_copy
 from sophon._training.rescaling import rescale_weights
@@ -185,6 +186,18 @@ def test_an_index_of_weights_names_files_beside_it(held: str, said: str, tmp_pat
     with pytest.raises(CheckpointError, match=said) as caught:
         resolved(folder)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_tensors_come_from_the_files_that_their_index_names(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "model-1.safetensors")
+    save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "model-2.safetensors")
+    named = {"a": "model-1.safetensors", "c": "model-2.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": named}))
+    found = read_tensors(tmp_path / INDEX)
+    assert {key: value[0].item() for key, value in found.items()} == {"a": 0, "c": 1}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": named | {"b": named["c"]}}))
+    with pytest.raises(CheckpointError, match=r"model-2.safetensors has no b, which the index"):
+        read_tensors(tmp_path / INDEX)
 
 
 def test_the_image_processor_says_how_images_are_normalised(

@@ -231,6 +231,8 @@ def test_paths_of_images_lead_nowhere_but_into_the_folder(tmp_path: Path) -> Non
     for number in range(20):
         (folder / f"{number}.png").write_bytes(png(number))
     (folder / "link.png").symlink_to(outside)
+    usual = "Screenshot at 9.41\u202fAM\u00a0\u00e9.png"
+    (folder / usual).write_bytes(png(0))
     features = datasets.Features({"image": datasets.Image(decode=False), "label": NAMES})
 
     def write(first: str) -> None:
@@ -240,12 +242,15 @@ def test_paths_of_images_lead_nowhere_but_into_the_folder(tmp_path: Path) -> Non
         held = pyarrow.table(columns, schema=features.arrow_schema)
         pyarrow.parquet.write_table(held, folder / "train.parquet")
 
-    for inside in ("0.png", str(folder / "0.png")):
+    for inside in ("0.png", str(folder / "0.png"), usual):
         write(inside)
         assert load(folder, "datasets").fingerprint() == expected().fingerprint()
-    for elsewhere in (str(outside), "../outside.png", "link.png", "http://127.0.0.1/0.png", "a\0"):
+    for elsewhere in (str(outside), "../outside.png", "link.png", "http://127.0.0.1/0.png"):
         write(elsewhere)
         refused(folder, "datasets", "image 0 is the file", "not in the dataset's folder")
+    for odd in ("a\0", "a\x1b[2J.png", "a\x9b.png"):
+        write(odd)
+        refused(folder, "datasets", "image 0 is the file", "no name of a file has such characters")
 
 
 @pytest.mark.parametrize("elsewhere", ["../out", "absolute", "link", "folder link", "\ud800", 3])

@@ -11,7 +11,7 @@ from typing import Any
 from sophon._base.errors import DataError, brief, first_line
 from sophon._base.torchvision_patch import library
 from sophon._data.collecting import Columns, columns_of, labelled
-from sophon._data.images import Fit
+from sophon._data.images import Fit, unusual
 from sophon._data.labelled import contents_of
 from sophon._data.sources.shards import shards_of
 from sophon._data.splits import Contents
@@ -91,7 +91,7 @@ def _stated(folder: Path, name: str, key: str) -> list[Any]:
 def _within(path: Path, file: Path, name: Any) -> Path:
     """Return what a `file` in a saved folder, or one of its splits, names, which lies in it."""
     # The library may take what follows two colons for an address.
-    usual = isinstance(name, str) and name.isprintable() and "::" not in name
+    usual = isinstance(name, str) and not unusual(name) and "::" not in name
     found = file.parent / name if usual else file
     if not usual or not Path(os.path.realpath(found)).is_relative_to(os.path.realpath(path)):
         raise DataError(

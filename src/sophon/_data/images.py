@@ -143,7 +143,8 @@ class Fit:
             )
         if self.background and picture.has_transparency_data:
             laid = Image.new("RGBA", picture.size, BACKGROUNDS[self.background])
-            picture = Image.alpha_composite(laid, picture.convert("RGBA")).convert("RGB")
+            laid = Image.alpha_composite(laid, picture.convert("RGBA"))
+            picture = laid.convert("L" if picture.mode in GREY_MODES else "RGB")
         squared = self.squared(picture)
         return np.asarray(squared.convert("L" if squared.mode in GREY_MODES else "RGB"))
 

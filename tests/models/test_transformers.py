@@ -313,6 +313,18 @@ def test_a_run_resizes_pictures_as_the_networks_processor_does(tmp_path: Path) -
     assert "resized with bilinear, crop_pct 1, squashed" in case.read()[0]
     given = load_run(tmp_path / "run.toml", ["original.crop_mode=center"])
     assert given.original.fit == Fit(16)
+    # A checkpoint is asked what it was trained with, not the folder that its network came from.
+    (tmp_path / "made").mkdir()
+    tensors = resolved(tmp_path / "net")[0].state_dict()
+    save_file(tensors, tmp_path / "made" / "model.safetensors")
+    took = {"input_size": [3, 16, 16], "mean": HALVES, "std": HALVES}
+    took |= {"interpolation": "bicubic", "crop_pct": 0.875}
+    held = {"model": {"name": f"transformers:{tmp_path / 'net'}"}, "pretraining": {"input": took}}
+    (tmp_path / "made" / "model.json").write_text(json.dumps(held))
+    for name in ("made", "made/model.safetensors"):
+        again = load_run(tmp_path / "run.toml", [f"model.name={name}"])
+        wanted = Fit(16, "bicubic", 0.875)
+        assert [d.fit for d in (again.original, *again.restricted)] == [wanted] * 2
 
 
 def waves(width: int, height: int) -> Image.Image:

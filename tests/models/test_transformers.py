@@ -348,6 +348,7 @@ def test_a_processor_that_does_something_else_with_pictures_is_refused(
     with pytest.raises((CheckpointError, UnsupportedModelError), match="delete") as caught:
         processor_input(tmp_path)
     assert "preprocessor_config.json" in str(caught.value)
+    assert ("do_resize = false" in str(caught.value)) == ("do_resize" in settings)
     assert len(str(caught.value).splitlines()) <= 2
 
 

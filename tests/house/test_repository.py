@@ -208,7 +208,7 @@ def test_the_readme_run_file_is_valid() -> None:
     from sophon._specs import parse_spec
 
     for page, source in (("README.md", "folder"), ("docs/diffusion.md", "npz")):
-        (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        block, *_ = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
         spec = parse_spec(RunSpec, tomllib.loads(block), where=page)
         assert spec.original.source == source
 

@@ -26,6 +26,7 @@ from sophon._data.images import Fit
 from sophon._data.loading import prepared_as
 from sophon._models.own_input import folder_input, own_input
 from sophon._models.transformers import processor_input, transformers
+from sophon._models.weights import read_tensors
 from sophon._protection.depths import find_depths
 from sophon._training.loop import attacker_copy
 from sophon._training.rescaling import rescale_weights
@@ -187,6 +188,18 @@ def test_an_index_of_weights_names_files_beside_it(held: str, said: str, tmp_pat
     assert len(str(caught.value).splitlines()) <= 2
 
 
+def test_tensors_come_from_the_files_that_their_index_names(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "model-1.safetensors")
+    save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "model-2.safetensors")
+    named = {"a": "model-1.safetensors", "c": "model-2.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": named}))
+    found = read_tensors(tmp_path / INDEX)
+    assert {key: value[0].item() for key, value in found.items()} == {"a": 0, "c": 1}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": named | {"b": named["c"]}}))
+    with pytest.raises(CheckpointError, match=r"model-2.safetensors has no b, which the index"):
+        read_tensors(tmp_path / INDEX)
+
+
 def test_the_image_processor_says_how_images_are_normalised(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -300,6 +313,18 @@ def test_a_run_resizes_pictures_as_the_networks_processor_does(tmp_path: Path) -
     assert "resized with bilinear, crop_pct 1, squashed" in case.read()[0]
     given = load_run(tmp_path / "run.toml", ["original.crop_mode=center"])
     assert given.original.fit == Fit(16)
+    # A checkpoint is asked what it was trained with, not the folder that its network came from.
+    (tmp_path / "made").mkdir()
+    tensors = resolved(tmp_path / "net")[0].state_dict()
+    save_file(tensors, tmp_path / "made" / "model.safetensors")
+    took = {"input_size": [3, 16, 16], "mean": HALVES, "std": HALVES}
+    took |= {"interpolation": "bicubic", "crop_pct": 0.875}
+    held = {"model": {"name": f"transformers:{tmp_path / 'net'}"}, "pretraining": {"input": took}}
+    (tmp_path / "made" / "model.json").write_text(json.dumps(held))
+    for name in ("made", "made/model.safetensors"):
+        again = load_run(tmp_path / "run.toml", [f"model.name={name}"])
+        wanted = Fit(16, "bicubic", 0.875)
+        assert [d.fit for d in (again.original, *again.restricted)] == [wanted] * 2
 
 
 def waves(width: int, height: int) -> Image.Image:
@@ -323,6 +348,7 @@ def test_a_processor_that_does_something_else_with_pictures_is_refused(
     with pytest.raises((CheckpointError, UnsupportedModelError), match="delete") as caught:
         processor_input(tmp_path)
     assert "preprocessor_config.json" in str(caught.value)
+    assert ("do_resize = false" in str(caught.value)) == ("do_resize" in settings)
     assert len(str(caught.value).splitlines()) <= 2
 
 

@@ -266,7 +266,7 @@ def _case(
         network = network.model_copy(update={"name": located.name})
     source = _denoiser_of(spec.task, network)
     require_model(located, base=base)
-    spec = prepared(spec, network)
+    spec = prepared(spec, network, located.name, base)
     original = load_domain(spec.original, base=base, role="original")
     several: dict[str, tuple[Domain, ...]] = {"restricted": ()}
     several |= {

@@ -143,7 +143,8 @@ class Fit:
             )
         if self.background and picture.has_transparency_data:
             laid = Image.new("RGBA", picture.size, BACKGROUNDS[self.background])
-            picture = Image.alpha_composite(laid, picture.convert("RGBA")).convert("RGB")
+            laid = Image.alpha_composite(laid, picture.convert("RGBA"))
+            picture = laid.convert("L" if picture.mode in GREY_MODES else "RGB")
         squared = self.squared(picture)
         return np.asarray(squared.convert("L" if squared.mode in GREY_MODES else "RGB"))
 
@@ -300,10 +301,17 @@ def from_item(image: Any, fit: Fit, name: str = "the picture", within: Path | No
     return fit.pixels(Image.fromarray(np.ascontiguousarray(array)))
 
 
+def unusual(name: str) -> bool:
+    """Return whether a file's name has control characters, NUL among them, or lone surrogates."""
+    return re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name) is not None
+
+
 def _file(path: str, name: str, within: Path | None) -> Path:
-    """Return the file at `path`. Raises DataError: it is an address, or not in that folder."""
+    """Return the file at `path`. Raises DataError: it is none, an address, or elsewhere."""
     file = Path(path) if within is None else within / path
-    elsewhere = "://" in path or not path.isprintable()
+    if unusual(path):
+        raise DataError(f"{name} is the file {brief(path)}: no name of a file has such characters")
+    elsewhere = "://" in path
     if within is not None and not elsewhere:
         elsewhere = not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(within))
     if elsewhere:

@@ -53,7 +53,7 @@ from sophon._models.heads import (
 )
 from sophon._models.hooks import drop_foreign_hooks, foreign_hooks
 from sophon._models.lora import add_lora, lora_parameters, merged_lora, real_name, require_peft
-from sophon._models.own_input import OwnInput, folder_input, own_input
+from sophon._models.own_input import OwnInput, checkpoint_input, folder_input, own_input
 from sophon._models.probing import (
     Names,
     Shape,

@@ -80,11 +80,37 @@ def torchvision_input(models: Any, name: str) -> dict[str, Any] | None:
 
 def recorded_input(model: nn.Module, file: Path) -> None:
     """Let `model` state what `file`, the `model.json` of its checkpoint, says that it takes."""
+    found = _recorded(file)
+    if found is not None:
+        before = getattr(model, "pretrained_cfg", None) or {}
+        model.pretrained_cfg = {**before, **found}  # type: ignore[assignment]
+
+
+def checkpoint_input(file: Path) -> OwnInput | None:
+    """Return what `file`, the `model.json` of a checkpoint, says that its network takes, of which
+    size too; None where it says nothing. Raises CheckpointError for what no run records.
+    """
+    found = _recorded(file)
+    if found is None:
+        return None
+    about = read_json(file)
+    size = (about.get("protection") or about["pretraining"])["input"].get("input_size")
+    usual = isinstance(size, list) and len(size) == 3
+    if size is not None and not (usual and all(type(one) is int and one > 0 for one in size)):
+        raise CheckpointError(
+            f"{file}: input.input_size = {brief(size)} is not (channels, height, width): restore"
+            " the file"
+        )
+    return _own(found | {"input_size": size})
+
+
+def _recorded(file: Path) -> dict[str, Any] | None:
+    """Return what a `model.json` says of its images but for their size, in timm's words."""
     held = read_json(file)
     about = held.get("protection") or held.get("pretraining")
     given = about.get("input") if isinstance(about, dict) else None
     if not isinstance(given, dict) or "mean" not in given:
-        return
+        return None
     found: dict[str, Any] = {key: given.get(key) for key in ("mean", "std")}
     for key, value in found.items():
         usual = isinstance(value, list) and 1 <= len(value) <= 4 and all(map(_is_usual, value))
@@ -93,18 +119,17 @@ def recorded_input(model: nn.Module, file: Path) -> None:
                 f"{file}: input.{key} = {brief(value)} is not of pixels from 0 to 1, a number a"
                 " channel: restore the file"
             )
-    before = getattr(model, "pretrained_cfg", None) or {}
     found |= {key: given.get(key, usual) for key, usual in USUAL_FIT.items()}
     if found["crop_mode"] not in ("center", "squash"):
         raise CheckpointError(
             f"{file}: input.crop_mode = {brief(found['crop_mode'])} is neither 'center' nor"
             " 'squash': restore the file"
         )
-    if not _is_usual(found["crop_pct"]):
+    if not _is_usual(found["crop_pct"]) or found["crop_pct"] <= 0:
         raise CheckpointError(
             f"{file}: input.crop_pct = {brief(found['crop_pct'])} is no share: restore the file"
         )
-    model.pretrained_cfg = {**before, **found, "stated": f"its checkpoint's {file.name}"}  # type: ignore[assignment]
+    return found | {"stated": f"its checkpoint's {file.name}"}
 
 
 def _is_usual(value: Any) -> bool:

@@ -293,10 +293,13 @@ def _geometry(processor: Any, stated: dict[str, Any], file: Path) -> dict[str, A
     squashed = abs(share_across - share_down) < _ALIKE
     squared = rows == columns and abs(share_across * width / height - share_down) < _ALIKE
     same = black.shape == white.shape and max(np.abs(black).max(), np.abs(white - 1).max()) < _ALIKE
-    if not (same and middle and (squashed or squared) and stated["processor"].get("do_resize")):
+    resizes = stated["processor"].get("do_resize")
+    if not (same and middle and (squashed or squared) and resizes):
+        does = "pads pictures, takes other parts than their middle or changes pixels in other ways"
+        does = does if resizes else "cuts or pads pictures and resizes none (do_resize = false)"
         raise UnsupportedModelError(
-            f"{file}: {type(processor).__name__} pads pictures, takes other parts than their middle"
-            " or changes pixels in other ways: delete the file, and set mean, std and image_size"
+            f"{file}: {type(processor).__name__} {does}: delete the file, and set mean, std and"
+            " image_size"
         )
     return {
         "input_size": (channels, rows, columns),

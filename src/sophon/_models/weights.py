@@ -58,11 +58,7 @@ def read_content(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: set the path of the weights")
     if path.name.endswith(INDEX):
-        return {
-            k: v
-            for file in _shards(path)
-            for k, v in named_tensors(read_content(file), file).items()
-        }
+        return {k: v for file, keys in _shards(path).items() for k, v in _named(file, keys).items()}
     try:
         with path.open("rb"):
             # The library says of a file that may not be read that there is none.
@@ -99,19 +95,35 @@ def read_content(path: Path) -> Any:
         ) from None
 
 
-def _shards(index: Path) -> list[Path]:
-    """Return the files of weights that an index names. Raises CheckpointError."""
+def _shards(index: Path) -> dict[Path, list[str]]:
+    """Return the files of weights that an index names, and the keys that it says each holds.
+
+    Raises CheckpointError.
+    """
     named = read_others_json(index).get("weight_map")
-    held = list(named.values()) if isinstance(named, dict) else []
-    names = sorted({one for one in held if isinstance(one, str)})
-    if not names or not all(isinstance(one, str) for one in held):
+    held = named if isinstance(named, dict) else {}
+    if not held or not all(isinstance(one, str) for one in held.values()):
         raise CheckpointError(f"{index} names no files of weights: restore it")
-    for name in names:
+    found: dict[Path, list[str]] = {}
+    for key, name in sorted(held.items(), key=lambda item: item[1]):
         if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(
                 f"{index}: {brief(name)} leads elsewhere than to weights beside it: restore it"
             )
-    return [index.parent / name for name in names]
+        found.setdefault(index.parent / name, []).append(key)
+    return found
+
+
+def _named(file: Path, keys: list[str]) -> dict[str, Tensor]:
+    """Return the tensors of a file that its index names. Raises CheckpointError: one is absent."""
+    held = named_tensors(read_content(file), file)
+    absent = next((key for key in keys if key not in held), None)
+    if absent is not None:
+        raise CheckpointError(
+            f"{file} has no {shortened(absent)}, which the index beside it says it holds: restore"
+            " both"
+        )
+    return {key: held[key] for key in keys}
 
 
 def require_safe_torch(path: Path) -> None:

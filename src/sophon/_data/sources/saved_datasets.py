@@ -11,7 +11,7 @@ from typing import Any
 from sophon._base.errors import DataError, brief, first_line
 from sophon._base.torchvision_patch import library
 from sophon._data.collecting import Columns, columns_of, labelled
-from sophon._data.images import Fit
+from sophon._data.images import Fit, unusual
 from sophon._data.labelled import contents_of
 from sophon._data.sources.shards import shards_of
 from sophon._data.splits import Contents
@@ -67,9 +67,10 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
 
 def _require_within(path: Path) -> None:
     """Raise DataError where a saved folder names files that lie elsewhere."""
-    folders = [path]
-    if not (path / _STATE).is_file():
-        folders = [_within(path, path / _SPLITS, name) for name in _stated(path, _SPLITS, "splits")]
+    # Which of them the library reads, where there are both, is its own affair.
+    folders = [path] if (path / _STATE).is_file() else []
+    if (path / _SPLITS).is_file():
+        folders += (_within(path, path / _SPLITS, n) for n in _stated(path, _SPLITS, "splits"))
     for folder in folders:
         for name in (_STATE, "dataset_info.json"):
             _within(path, folder / name, name)
@@ -89,7 +90,8 @@ def _stated(folder: Path, name: str, key: str) -> list[Any]:
 
 def _within(path: Path, file: Path, name: Any) -> Path:
     """Return what a `file` in a saved folder, or one of its splits, names, which lies in it."""
-    usual = isinstance(name, str) and name.isprintable()
+    # The library may take what follows two colons for an address.
+    usual = isinstance(name, str) and not unusual(name) and "::" not in name
     found = file.parent / name if usual else file
     if not usual or not Path(os.path.realpath(found)).is_relative_to(os.path.realpath(path)):
         raise DataError(

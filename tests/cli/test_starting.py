@@ -170,6 +170,7 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     assert first.exit_code == 0, first.stderr
     # More than there is time for: the least, and that it is more.
     assert "more than the budget of 10 s" in first.stderr
+    assert "so few may keep no weights" in first.stderr
     assert "training" in first.stderr.split("forecast: ")[1].splitlines()[0]
     assert first.stderr.count("forecast: ") == 1
     assert "convict and not acquit" in first.stdout.splitlines()[-3]
@@ -183,6 +184,8 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     assert spec.protect.guard is not None
     assert spec.protect.guard.tolerance_points > 30
     assert spec.protect.rounds >= 10
+    # With the last round as the only check, weights of an earlier one could not be shipped.
+    assert spec.protect.guard.every == spec.protect.rounds // 5
     assert spec.audit.suite == "look-1"
     held = (out / "run.toml").read_bytes(), (out / "start" / "model.safetensors").stat().st_mtime
     again = sophon(*words, *options(folders))

@@ -76,6 +76,7 @@ def affordable(case: Case, mode: Mode, seconds: float, began: float, *, trains: 
         f"the attacks of {suite}, {steps} steps each, {duration(attacks)}",
         f"the rest {duration(_UNMEASURED * seconds)}",
     ]
+    parts[len(parts) - 3] += " (so few may keep no weights)" * (rounds <= _LEAST_ROUNDS)
     over = f", more than the budget of {duration(seconds)}: the least that tells anything"
     less = over if total > seconds + 1 else ""
     running.remark(mode, f"forecast: about {duration(total)} in all{less} ({', '.join(parts)})")

@@ -53,7 +53,7 @@ seed = 0
 
 [protect.guard]
 tolerance_points = {tolerance:<8} # points of validation accuracy that the task to keep may lose
-
+{every}
 [audit]
 suite = "{suite}"           # attacks on the protected, the given and a fresh network
 {steps}
@@ -67,6 +67,7 @@ source = "folder"
 path = {path}
 image_size = {size}{fit}
 """
+_EVERY = "every = {:<17} # rounds: the last weights within the tolerance are shipped\n"
 # How the images were resized that the network's weights were trained on.
 _FIT = """
 interpolation = {interpolation}     # as for the network's published weights, like crop_pct
@@ -150,6 +151,7 @@ class Wanted:
             suite=chosen.suite,
             steps=f"steps = {chosen.steps}" + " " * 8 + "# of each attack",
             tolerance=chosen.tolerance,
+            every="" if rounds is None else _EVERY.format(max(1, rounds // 5)),
         )
 
 

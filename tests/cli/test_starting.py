@@ -13,7 +13,10 @@ from typer.testing import CliRunner, Result
 
 from sophon._cli import app
 from sophon._cli.run_file import read_run
+from sophon._models import stated_input
 from sophon._models.networks import ResNet20
+from sophon._models.own_input import OwnInput
+from sophon._specs import ModelSpec
 
 CLASSES, EACH = 2, 40
 
@@ -63,6 +66,24 @@ def test_init_writes_a_run_file_that_is_read_and_never_replaces_one(
     assert again.exit_code == 2
     assert "exists already" in again.stderr
     assert out.read_text() == before
+
+
+def test_a_network_that_squashes_its_images_gets_them_squashed(
+    folders: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run.toml"
+    made = sophon("init", "--model", "timm:coat_lite_medium_384", *options(folders, "--out", out))
+    assert made.exit_code == 0, made.stderr
+    assert "# squashed; the same" in out.read_text()
+    spec = read_run(out, None)
+    for domain in (spec.original, *spec.restricted):
+        assert (domain.crop_mode, domain.interpolation) == ("squash", "bicubic")
+
+
+def test_a_border_that_no_domain_can_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = OwnInput((0.5,), (0.5,), "bicubic", crop_pct=0.9, stated="timm", crop_mode="border")
+    monkeypatch.setattr("sophon._models.building.own_input", lambda _: own)
+    assert stated_input(ModelSpec(name="resnet20")) is None
 
 
 @pytest.mark.parametrize(

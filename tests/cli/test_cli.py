@@ -25,11 +25,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from sophon._auditing import controls as _controls
+from sophon._base.errors import IntactnessError
 from sophon._base.remarks import remark
 from sophon._cli import app
 from sophon._cli.application import guarded
 from sophon._cli.controls import _why_missed
 from sophon._cli.demo import RUN as DEMO
+from sophon._cli.first_look import first_look
 from sophon._cli.progress import Display, duration
 from sophon._cli.run_file import load, load_pretraining
 from sophon._cli.running import run_pretraining, show_protected
@@ -1203,6 +1205,36 @@ def test_an_extra_attack_may_be_named_as_reports_name_it(run_file: Path, tmp_pat
     assert "audit.extra.0 = 'ridge adam' is no attack of a suite; did you mean" in said
     said = refused(tmp_path, "protect", run_file, "--dry-run", "--set", 'audit.extra=["0"]')
     assert "is no attack of a suite; name it as reports do, such as 'direct-all" in said
+
+
+def test_a_protection_that_kept_no_weights_is_not_called_unfinished(
+    run_file: Path, tmp_path: Path
+) -> None:
+    strict = ["protect.guard.tolerance_points=0", "protect.suppression_rate=5.0"]
+    strict += ["protect.reinforcement_steps=0"]
+    settings = [word for setting in strict for word in ("--set", setting)]
+    out = tmp_path / "p"
+    code, _, err = sophon("protect", run_file, "--out", out, *settings)
+    assert code == 3, err
+    assert err.splitlines()[-1].endswith(", into a new --out")
+    for words in (
+        ("inspect", out),
+        ("export", out, "--to", tmp_path / "e"),
+        ("audit", run_file, "--model", out, "--out", tmp_path / "a"),
+    ):
+        said = " ".join(sophon(*words)[1:])
+        assert "finished, 3 of 3 rounds; no weights met the tolerance" in said
+        assert "with a larger one (protect.guard), or less hindrance, into a new --out" in said
+    look = tmp_path / "look"
+    (look / "start").mkdir(parents=True)
+    text = run_file.read_text().replace('"letters.', '"../letters.')
+    (look / "run.toml").write_text(f"# Written by `sophon try`.\n{text}")
+    with pytest.raises(IntactnessError, match=r"; delete its folder `protected` first, trained"):
+        first_look(look / "run.toml", look, strict, "quiet", 1)
+    for folder in (look, look / "audit"):
+        said = sophon("report", folder)[2]
+        assert "no weights met the tolerance: repeat its `sophon try`" in said
+        assert "delete its folder `protected` first" in said
 
 
 @pytest.mark.parametrize(

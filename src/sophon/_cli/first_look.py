@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Where a network that came without weights is trained, beside the run file.
 START = "start/model.safetensors"
+# What comes before a first look is repeated with another protection.
+DELETE_FIRST = "delete its folder `protected` first, trained weights beside it are kept"
 # Points that the task to keep may lose.
 _TOLERANCE = 3.0
 # Of the budget: for what is not measured before (fresh floors, test scores, vitals, reports), and
@@ -74,6 +76,7 @@ def affordable(case: Case, mode: Mode, seconds: float, began: float, *, trains: 
         f"the attacks of {suite}, {steps} steps each, {duration(attacks)}",
         f"the rest {duration(_UNMEASURED * seconds)}",
     ]
+    parts[len(parts) - 3] += " (so few may keep no weights)" * (rounds <= _LEAST_ROUNDS)
     over = f", more than the budget of {duration(seconds)}: the least that tells anything"
     less = over if total > seconds + 1 else ""
     running.remark(mode, f"forecast: about {duration(total)} in all{less} ({', '.join(parts)})")
@@ -97,8 +100,12 @@ def _attacks_within(seconds: float, audit: Audit) -> tuple[str, int, float]:
     return suite, chosen, cost(suite, chosen)
 
 
-def _in_full(case: Case, record: AuditRecord, run: Path, out: Path) -> list[str]:
-    """Return lines that say what a first look leaves open, and the commands that tell it."""
+def _in_full(
+    case: Case, record: AuditRecord, run: Path, out: Path, settings: list[str] | None
+) -> list[str]:
+    """Return lines that say what a first look leaves open, and the commands that tell it, with the
+    `settings` that it had; what is added to them comes last and counts.
+    """
     from sophon._protection.presets import completed
     from sophon._records.statement import statement_of
 
@@ -106,8 +113,10 @@ def _in_full(case: Case, record: AuditRecord, run: Path, out: Path) -> list[str]
     whole, shorter = out / "whole", case.spec.protect
     usual = shorter.model_copy(update={"rounds": None})
     rounds = completed(usual, case.setting(), case.model).rounds
-    protect = ["sophon", "protect", run, "--out", whole, "--set", f"protect.rounds={rounds}"]
-    audit = ["sophon", "audit", run, "--model", whole, "--out", out / "whole-audit"]
+    given = [word for setting in settings or () for word in ("--set", setting)]
+    protect = ["sophon", "protect", run, "--out", whole, *given]
+    protect += ["--set", f"protect.rounds={rounds}"]
+    audit = ["sophon", "audit", run, "--model", whole, "--out", out / "whole-audit", *given]
     for setting in ('suite="standard-1"', f"steps={steps}", "seeds=[0,1,2]"):
         audit += ["--set", f"audit.{setting}"]
     return [
@@ -146,7 +155,7 @@ def first_look(
         running.remark(mode, f"trained: {scored}")
     case = load(run, settings, threads)
     protected = out / "protected"
-    made = running.run_protection(case, protected, mode)
+    made = running.run_protection(case, protected, mode, again=f"; {DELETE_FIRST}")
     if mode != "quiet":
         running.show_protected(made, protected, mode)
     record = run_audit(case, protected, mode, store=out / "audit", note=note, measured=True)
@@ -155,4 +164,4 @@ def first_look(
         typer.echo(note)
     running.show_verdict(report, mode, {"report": (out / "audit" / "report.html").absolute()})
     if not note and mode in ("bar", "lines"):
-        running.say(_in_full(case, record, run, out))
+        running.say(_in_full(case, record, run, out, settings))

@@ -13,6 +13,7 @@ from sophon._cli.run_file import load
 from sophon._models import blocks, read_tensors
 from sophon._protection.presets import completed
 from sophon._records.metrics import measurement, shown
+from sophon._records.round import ANEW, without_weights
 from sophon._training.checkpoints import require_recorded
 
 
@@ -52,6 +53,8 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
 def _unfinished(path: Path) -> str:
     resolved = read_json(path / "run.json")["resolved"]
     protects = "rounds" in resolved
+    if ended := without_weights(path):
+        return f"{ended}: {ANEW}"
     what, part, wanted = (
         ("protection", "round", resolved["rounds"])
         if protects

@@ -17,6 +17,7 @@ import typer
 from sophon._base.errors import CheckpointError, SpecError, first_line, shortened
 from sophon._cli.application import Json, Quiet, command, option, say_json
 from sophon._cli.controls import CONTROLS, show_controls
+from sophon._cli.first_look import DELETE_FIRST
 from sophon._cli.running import mode_of, say, show_comparison, show_verdict
 
 if TYPE_CHECKING:
@@ -75,28 +76,36 @@ def read_record(path: Path) -> AuditRecord:
 
 def _absence(path: Path, file: Path) -> str:
     """Return what to do where there is no record."""
+    from sophon._records.round import without_weights
+
     if (path / CONTROLS).is_file():
         return f"{path} holds controls, an audit of the audit: `sophon inspect {path}` prints them"
     begun = len(list((path / "trials").glob("*.json")))
-    look = _first_look(path) or _first_look(path.parent)
-    if begun or look:
+    look = path.parent if path.name == "audit" else path
+    tried = _first_look(look)
+    if tried and (ended := without_weights(look / "protected")):
+        return (
+            f"{ended}: repeat its `sophon try` command with a larger one"
+            f" (--set protect.guard.tolerance_points=...); {DELETE_FIRST}"
+        )
+    if begun or tried:
+        command = "`sophon try` command" if tried else "`sophon audit`"
         return (
             f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
-            f" {look or 'its `sophon audit`'}"
+            f" its {command}"
         )
     named = "record.json" if path.suffix in (".json", ".gz") else "the folder"
     return f"{file} does not exist: name {named} that `sophon audit --out` wrote"
 
 
-def _first_look(folder: Path) -> str:
-    """Return the `sophon try` that wrote a folder's run file, as it was typed, or nothing."""
+def _first_look(folder: Path) -> bool:
+    """Return whether `sophon try` wrote a folder's run file."""
     try:
         with (folder / "run.toml").open(encoding="utf-8") as file:
             line = file.readline(_LONGEST)
     except (OSError, UnicodeDecodeError):
-        return ""
-    found = re.fullmatch(r"# Written by (`sophon try\b.*`)\.\n", line)
-    return shortened(found[1], 240) if found else ""
+        return False
+    return re.fullmatch(r"# Written by `sophon try\b.*`\.\n", line) is not None
 
 
 def _require_as_written(record: AuditRecord, file: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sophon._base.errors import IntactnessError
 from sophon._cli.application import say_json, stopping
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def run_protection(
     tensorboard: Path | None = None,
     profile: int | None = None,
     shard: bool = False,
+    again: str = ", into a new --out",
 ) -> Protected:
     """Run or resume a protection in `out`, with TensorBoard logs in a folder if one is given, and a
-    profile of so many rounds.
+    profile of so many rounds; `again` ends the error where no weights met the tolerance.
 
     Of many processes the first one shows it.
     """
@@ -97,7 +99,17 @@ def run_protection(
                 raise KeyboardInterrupt
     if profiled is not None:
         _show_profile(profiled, mode)
-    return run.result()
+    with _told(again):
+        return run.result()
+
+
+@contextmanager
+def _told(again: str) -> Iterator[None]:
+    try:
+        yield
+    except IntactnessError as error:
+        error.args = (f"{error}{again}",)
+        raise
 
 
 def say_read(case: Case, mode: Mode, own: OwnInput | None = None) -> None:

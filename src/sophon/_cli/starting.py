@@ -35,7 +35,7 @@ name = {model}
 [original]                  # the task to keep: a folder of images for each class
 source = "folder"
 path = {keep}
-image_size = {size}             # shorter side resized, middle cut; the same for all domains{fit}
+image_size = {size}             # {resized}; the same for all domains{fit}
 
 [[restricted]]              # the task to refuse
 source = "folder"
@@ -53,7 +53,7 @@ seed = 0
 
 [protect.guard]
 tolerance_points = {tolerance:<8} # points of validation accuracy that the task to keep may lose
-
+{every}
 [audit]
 suite = "{suite}"           # attacks on the protected, the given and a fresh network
 {steps}
@@ -67,10 +67,12 @@ source = "folder"
 path = {path}
 image_size = {size}{fit}
 """
-# How the images were resized that the network's weights were trained on.
+_EVERY = "every = {:<17} # rounds: the last weights within the tolerance are shipped\n"
+# How the network's own images are resized.
 _FIT = """
-interpolation = {interpolation}     # as for the network's published weights, like crop_pct
-crop_pct = {crop_pct}"""
+interpolation = {interpolation}     # as is stated with the network, like the rest
+crop_pct = {crop_pct}
+crop_mode = {crop_mode}"""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Wanted:
             weights = "pretrained = true           # published weights, fetched once"
         own = stated_input(self.spec)
         fit = "" if own is None else _FIT.format(**{k: toml(v) for k, v in own.items()})
+        squashes = own is not None and own["crop_mode"] == "squash"
         rounds, allowed = chosen.rounds, self.allow
         return _TEMPLATE.format(
             command=cli.typed(f"sophon {command}"),
@@ -145,11 +148,13 @@ class Wanted:
             refuse=at(self.refuse),
             size=size,
             fit=fit,
+            resized="squashed" if squashes else "shorter side resized, middle cut",
             allowed="".join(_ALLOWED.format(path=at(o), size=size, fit=fit) for o in allowed),
             rounds="# rounds: by the number of images" if rounds is None else f"rounds = {rounds}",
             suite=chosen.suite,
             steps=f"steps = {chosen.steps}" + " " * 8 + "# of each attack",
             tolerance=chosen.tolerance,
+            every="" if rounds is None else _EVERY.format(max(1, rounds // 5)),
         )
 
 

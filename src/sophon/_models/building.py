@@ -134,12 +134,14 @@ def input_side(spec: ModelSpec, usual: int) -> int:
 
 
 def stated_input(spec: ModelSpec) -> dict[str, Any] | None:
-    """Return `interpolation` and `crop_pct` of a network by name, as its library states them, where
-    these are not what a domain has anyway and a domain can have them.
+    """Return `interpolation`, `crop_pct` and `crop_mode` of a network by name, as its library
+    states them, where these are not what a domain has anyway and a domain can have them.
     """
     own = own_input(blueprint(architecture(spec, base=Path())).build(None))
     held = {} if own is None else {key: getattr(own, key) for key in USUAL_FIT}
     known = held.get("interpolation") in get_args(Interpolation)
+    # timm knows a border, too.
+    known &= held.get("crop_mode") in ("center", "squash")
     return held if known and held != USUAL_FIT else None
 
 

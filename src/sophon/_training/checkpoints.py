@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sophon._base import files
 from sophon._base.errors import CheckpointError
 from sophon._models import untied
+from sophon._records.round import ANEW, without_weights
 from sophon._specs import fingerprint_of
 
 STATE_PREFIX = "round-"
@@ -169,11 +170,13 @@ def require_recorded(file: Path, held: dict[str, Any]) -> str:
 
 def require_model_in(folder: Path, remedy: str) -> None:
     """Raise CheckpointError with the `remedy` unless a folder holds a model; of a run that is not
-    finished it says so.
+    finished, or kept no weights, it says so.
     """
     if (folder / "model.safetensors").is_file():
         return
     if (folder / "run.json").is_file():
+        if ended := without_weights(folder):
+            raise CheckpointError(f"{ended}: {ANEW}")
         raise CheckpointError(
             f"{folder} holds a run that is not finished: repeat the command that began it, and see"
             f" `sophon inspect {folder}`"

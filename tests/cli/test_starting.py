@@ -60,7 +60,9 @@ def test_init_writes_a_run_file_that_is_read_and_never_replaces_one(
     for domain in (spec.original, *spec.restricted, *spec.benign):
         assert (domain.interpolation, domain.crop_pct) == ("bicubic", 0.95)
     assert len(spec.benign) == 1
-    assert spec.audit.suite == "quick-2"
+    # What can acquit: no suite cut down.
+    assert (spec.audit.suite, spec.audit.steps, spec.audit.seeds) == ("quick-2", 200, (0, 1, 2))
+    assert not spec.audit.model_fields_set & {"evaluations", "batch_size"}
     before = out.read_text()
     again = sophon("init", "--model", "resnet20", *words)
     assert again.exit_code == 2

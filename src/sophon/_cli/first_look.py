@@ -41,7 +41,7 @@ class Chosen(NamedTuple):
     tolerance: float
 
 
-USUAL = Chosen(None, _SUITES[0], 60, _TOLERANCE)
+USUAL = Chosen(None, _SUITES[0], _MOST_STEPS, _TOLERANCE)
 
 
 def affordable(case: Case, mode: Mode, seconds: float, began: float, *, trains: bool) -> Chosen:

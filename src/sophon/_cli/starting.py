@@ -56,11 +56,17 @@ tolerance_points = {tolerance:<8} # points of validation accuracy that the task 
 {every}
 [audit]
 suite = "{suite}"           # attacks on the protected, the given and a fresh network
-{steps}
+{attacks}
+"""
+# What can acquit, and what fits some minutes and cannot.
+_WHOLE = """\
+steps = {steps:<19} # of each attack: ten times the rehearsed ones at least
+seeds = [0, 1, 2]           # three or more for a verdict to be good news"""
+_SHORT = """\
+steps = {steps:<19} # of each attack
 evaluations = 6             # how often each attack is measured
 batch_size = 32
-seeds = [0]                 # three or more for a verdict to be good news
-"""
+seeds = [0]                 # three or more for a verdict to be good news"""
 _ALLOWED = """
 [[benign]]                  # a task that must stay possible: the audit measures it
 source = "folder"
@@ -152,7 +158,7 @@ class Wanted:
             allowed="".join(_ALLOWED.format(path=at(o), size=size, fit=fit) for o in allowed),
             rounds="# rounds: by the number of images" if rounds is None else f"rounds = {rounds}",
             suite=chosen.suite,
-            steps=f"steps = {chosen.steps}" + " " * 8 + "# of each attack",
+            attacks=(_SHORT if command == "try" else _WHOLE).format(steps=chosen.steps),
             tolerance=chosen.tolerance,
             every="" if rounds is None else _EVERY.format(max(1, rounds // 5)),
         )

@@ -92,6 +92,8 @@ def test_void_audits_come_last_and_have_no_rank() -> None:
     assert [entry.name for entry in group.entries] == ["sound", "broken", "void"]
     assert group.ranks() == (1, 2, None)
     assert "Not all" not in held.html()
+    # Rows of a comparison are never behind a scroll bar of their own.
+    assert "wide long" not in held.html()
 
 
 def _seeds(held: AuditRecord) -> AuditRecord:

@@ -92,7 +92,7 @@ def html_table(held: Table, kind: str = "") -> Markup:
     """Return a table as HTML that scrolls sideways where it must; `kind` is its class."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in held.header)
     rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in held.rows)
-    long = " long" if "sortable" in kind else ""
+    long = " long" if "trials" in kind else ""
     note = f'<p class="soft">{escape(held.note)}</p>' if held.note else ""
     return Markup(
         f'<div class="wide{long}" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,27 +220,33 @@ def _cross_fitted(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.floa
     if len({len(scores) for scores in held}) != 1 or len(held[0]) < 2:
         return None
     scores = np.maximum(np.stack(held), _WORST)
-    images = scores.shape[1]
     measured = np.searchsorted([point.step for point in points], at, side="right")
-    result = np.zeros((len(at), images))
-    stream = np.random.default_rng(0)
-    orders = [stream.permutation(images) for _ in range(_SPLITS)]
-    cuts = [(order[: images // 2], order[images // 2 :]) for order in orders]
-    halves = [half for cut in cuts for half in (cut, cut[::-1])]
-    choosing = np.zeros((images, len(halves)))
-    for column, (_, chooses) in enumerate(halves):
-        choosing[chooses, column] = 1
-    for (chosen, _), sums in zip(halves, (scores @ choosing).T, strict=True):
-        leaders = _leaders(sums)[measured]
-        led = np.flatnonzero(leaders >= 0)
-        result[np.ix_(led, chosen)] += scores[np.ix_(leaders[led], chosen)] / _SPLITS
+    choosing = _halves(scores.shape[1])
+    leaders = _leaders(choosing @ scores.T)[:, measured]
+    result = np.zeros((len(at), scores.shape[1]))
+    for row, leading in zip(result, leaders.T, strict=True):
+        for leader in set(leading.tolist()) - {-1}:
+            chosen = (1 - choosing[leading == leader]).sum(0)
+            row += scores[leader] * chosen / _SPLITS
     return np.ascontiguousarray(result.T)
 
 
+@lru_cache(maxsize=8)
+def _halves(images: int) -> NDArray[np.float64]:
+    """Return which images choose for the others, 1 or 0: (halves, images)."""
+    stream = np.random.default_rng(0)
+    choosing = np.zeros((2 * _SPLITS, images))
+    for first, second in choosing.reshape(_SPLITS, 2, images):
+        order = stream.permutation(images)
+        first[order[images // 2 :]] = 1
+        second[order[: images // 2]] = 1
+    return choosing
+
+
 def _leaders(values: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Return which of the first 0, 1, ... values is the best, the first of ties; -1 if none is
-    above 0.
+    """Return which of the first 0, 1, ... of the last axis' values is the best, the first of ties;
+    -1 if none is above 0.
     """
-    best = np.maximum.accumulate(np.concatenate([[0.0], values]))
-    new = np.where(values > best[:-1], np.arange(len(values)), -1)
-    return np.maximum.accumulate(np.concatenate([[-1], new]))
+    best = np.maximum.accumulate(np.insert(values, 0, 0.0, axis=-1), axis=-1)
+    new = np.where(values > best[..., :-1], np.arange(values.shape[-1]), -1)
+    return np.maximum.accumulate(np.insert(new, 0, -1, axis=-1), axis=-1)

@@ -224,10 +224,10 @@ def _cross_fitted(trials: Sequence[Trial], at: Sequence[int]) -> NDArray[np.floa
     choosing = _halves(scores.shape[1])
     leaders = _leaders(choosing @ scores.T)[:, measured]
     result = np.zeros((len(at), scores.shape[1]))
-    for row, leading in zip(result, leaders.T, strict=True):
+    for budget, leading in enumerate(leaders.T):
         for leader in set(leading.tolist()) - {-1}:
             chosen = (1 - choosing[leading == leader]).sum(0)
-            row += scores[leader] * chosen / _SPLITS
+            result[budget] += scores[leader] * chosen / _SPLITS
     return np.ascontiguousarray(result.T)
 
 

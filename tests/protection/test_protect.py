@@ -441,20 +441,18 @@ def test_a_folder_of_a_newer_format_is_not_touched(tmp_path: Path) -> None:
         _protect(spec, tmp_path)
 
 
-# Runs the protection and kills its own process at the N-th event: a file flushed, renamed or
-# replaced, or an optimizer step of the real model.
+# Runs the protection once for each N and kills its process at the N-th event: a file flushed,
+# renamed or replaced, or an optimizer step of the real model.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import torch
 from builders import original, quick_spec, restricted, trained_model
 from sophon._protection.spec import ProtectSpec
 from sophon._protection import protection as _protect
 from sophon._protection.terms.rehearsal import RehearsalTerm
 from sophon._protection.update import Alternating
 
-left = int(sys.argv[2])
 def counted(function):
     def call(*args, **kwargs):
         global left
@@ -464,15 +462,22 @@ def counted(function):
         return function(*args, **kwargs)
     return call
 
+out, spec, *events = sys.argv[1:]
 model = trained_model()
-os.fsync = counted(os.fsync)
-Path.replace = counted(Path.replace)
-Path.rename = counted(Path.rename)
-RehearsalTerm.suppress = counted(RehearsalTerm.suppress)
-Alternating._reinforce = counted(Alternating._reinforce)
-_protect.protect(model, original=original(), restricted=restricted(),
-                 spec=ProtectSpec.model_validate_json(sys.argv[3]), out=Path(sys.argv[1]))
-print("finished", left)
+for event in events:
+    if (child := os.fork()):
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        continue
+    left = int(event)
+    os.fsync = counted(os.fsync)
+    Path.replace = counted(Path.replace)
+    Path.rename = counted(Path.rename)
+    RehearsalTerm.suppress = counted(RehearsalTerm.suppress)
+    Alternating._reinforce = counted(Alternating._reinforce)
+    _protect.protect(model, original=original(), restricted=restricted(),
+                     spec=ProtectSpec.model_validate_json(spec), out=Path(out, event))
+    print("finished", left)
+    sys.exit()
 """
 
 
@@ -502,30 +507,37 @@ def violated() -> nn.Module:
     return run.model
 
 
-EVENTS = [("every round", n) for n in (1, 3, 4, 6, 9, 13, 18, 24, 31, 39, 47, 51)]
-EVENTS += [("violated", n) for n in (5, 11, 16, 21, 26, 29)]
+EVENTS = {
+    "every round": (1, 3, 4, 6, 9, 13, 18, 24, 31, 39, 47, 51),
+    "violated": (5, 11, 16, 21, 26, 29),
+}
 
 
-@pytest.mark.parametrize(("name", "event"), EVENTS)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of runs that were killed, by their spec's name and the event."""
+    out = tmp_path_factory.mktemp("killed")
+    for name, events in EVENTS.items():
+        words = [str(out / name), SPECS[name].model_dump_json(), *map(str, events)]
+        script = [sys.executable, "-c", KILLED.format(tests=str(SHARED)), *words]
+        ended = subprocess.run(
+            script, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=300
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    return out
+
+
+@pytest.mark.parametrize(("name", "event"), [(n, e) for n, held in EVENTS.items() for e in held])
 def test_killed_anywhere_the_repeated_command_gives_identical_weights(
-    name: str, event: int, uninterrupted: nn.Module, violated: nn.Module, tmp_path: Path
+    name: str, event: int, killed: Path, uninterrupted: nn.Module, violated: nn.Module
 ) -> None:
-    script, spec = KILLED.format(tests=str(SHARED)), SPECS[name]
-    words = [str(tmp_path / "run"), str(event), spec.model_dump_json()]
-    killed = subprocess.run(
-        [sys.executable, "-c", script, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=dict(os.environ),
-    )
-    assert killed.returncode == -9, killed.stdout + killed.stderr
     expected = {"every round": uninterrupted, "violated": violated}[name]
-    resumed = _protect(spec, tmp_path / "run")
+    run = killed / name / str(event)
+    resumed = _protect(SPECS[name], run)
     assert _equal(resumed, expected)
-    held = load_file(tmp_path / "run" / "model.safetensors")
+    held = load_file(run / "model.safetensors")
     assert all(torch.equal(held[k], v) for k, v in expected.state_dict().items())
-    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    lines = (run / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == list(range(6))
 
 

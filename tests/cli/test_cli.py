@@ -362,7 +362,7 @@ def test_interrupting_leaves_a_run_that_resumes(run_file: Path, tmp_path: Path) 
 def test_interrupting_an_audit_ends_its_workers_and_keeps_its_trials(
     finished: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    options = ["--workers", "2", "--set", "audit.steps=600", "--json"]
+    options = ["--workers", "2", "--set", "audit.steps=120", "--json"]
     command = ["audit", str(finished / "run.toml"), "--model", str(finished / "p"), *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "sophon", *command, "--out", str(tmp_path / "a")],

@@ -33,6 +33,7 @@ from sophon._protection.readers import ReadersSpec
 from sophon._protection.spec import Joint, ProtectSpec
 from sophon._protection.term import Surroundings, TermSpec
 from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
+from sophon._protection.terms.booster import BoosterSpec, BoosterTerm
 from sophon._protection.terms.cuti import CUTISpec, CUTITerm
 from sophon._protection.terms.denoising_erasure import (
     DenoisingErasureSpec,
@@ -89,6 +90,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "encoderlock": {"batch_size": 16, "every": 2, "fraction": 0.01},
     "prune": {"batch_size": 16, "every": 2, "ramp": 2},
     "cuti": {"batch_size": 16},
+    "booster": {"batch_size": 16},
 }
 
 
@@ -491,6 +493,32 @@ def _cuti(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     return found, 0.1 * true.log().mean()
 
 
+def _booster(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Before and after a step of length 0.3, which is constant."""
+    term = BoosterTerm(BoosterSpec(batch_size=16, alpha=0.3), _around())
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+
+    class Probed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            return _probed(term, _features(self.model, images), labels)
+
+    probed = Probed().train()
+    slope = _gradients(probed(images), probed)
+    length = torch.cat([value.flatten() for value in slope.values()]).norm()
+    stepped = {
+        name: value - 0.3 * slope[name] / length
+        for name, value in probed.named_parameters()
+        if name in slope
+    }
+    after: Tensor = torch.func.functional_call(probed, stepped, (images,))
+    return found, probed(images) - after
+
+
 ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "task": _task,
     "distil": _distil,
@@ -505,6 +533,7 @@ ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "encoderlock": _encoderlock,
     "prune": _prune,
     "cuti": _cuti,
+    "booster": _booster,
 }
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
+from sophon._protection.terms.booster import BoosterTerm
 from sophon._protection.terms.cuti import CUTITerm
 from sophon._protection.terms.denoising_erasure import DenoisingErasureTerm
 from sophon._protection.terms.distil import DistilTerm
@@ -36,6 +37,7 @@ TERMS: dict[str, type[Term[Any]]] = {
     "encoderlock": EncoderLockTerm,
     "prune": PruneTerm,
     "cuti": CUTITerm,
+    "booster": BoosterTerm,
 }
 
 

@@ -48,6 +48,7 @@ from sophon._protection.terms.prune import PruneSpec, PruneTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._protection.terms.repnoise import RepNoiseSpec, RepNoiseTerm
 from sophon._protection.terms.retention import RetentionTerm
+from sophon._protection.terms.suppress import SuppressSpec, SuppressTerm
 from sophon._records.statement import statement_of
 from sophon._specs import Guard, Strategy, parse_spec
 from sophon._tasks import Denoising
@@ -84,6 +85,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "query_batch_size": 8,
         "distribution": {"batch_sizes": [8]},
     },
+    "suppress": {"batch_size": 16},
     "ntl": {"batch_size": 16},
     "repnoise": {"batch_size": 16},
     "immunize": {"batch_size": 16},
@@ -256,6 +258,16 @@ def _rehearsal(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         true = F.softmax(logits, 1)[torch.arange(16), labels[8:]]
         losses.append(-(1 - true).log().mean())
     return found, torch.stack(losses).mean()
+
+
+def _suppress(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    spec = SuppressSpec(batch_size=16, loss="negated_ce")
+    term = SuppressTerm(spec, _around(restricted=(_many_digits(),)))
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+    assert labels.max() > 4
+    true = F.softmax(_train(model, images), 1)[torch.arange(16), labels - 5 * (labels > 4)]
+    return found, true.log().mean()
 
 
 def _erasure(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -527,6 +539,7 @@ ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "rehearsal": _rehearsal,
     "erasure": _erasure,
     "denoising_erasure": _denoising_erasure,
+    "suppress": _suppress,
     "ntl": _ntl,
     "repnoise": _repnoise,
     "immunize": _immunize,
@@ -591,6 +604,15 @@ def test_a_batch_that_a_domain_does_not_have_is_refused_before_work_starts(kind:
     spec = parse_term({"kind": kind, **QUICK[kind], size: 4000}, Hindrance)
     with pytest.raises(DataError, match=rf"fewer than protect\..*{size}.*4000"):
         TERMS[kind].check(spec, _model(kind), _around(kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["rehearsal", "suppress"])
+def test_a_loss_of_another_task_is_refused_before_work_starts(kind: str) -> None:
+    spec = parse_term({"kind": kind, **QUICK[kind], "loss": "dos"}, Hindrance)
+    with pytest.raises(SpecError, match=r"loss = 'dos' does not fit this task: use one of ice"):
+        TERMS[kind].check(spec, _model(kind), _around(kind=kind))
+    with pytest.raises(SpecError, match=rf"{kind}: loss = 'entropy'.*use one of ice, .*dos"):
+        parse_term({"kind": kind, "loss": "entropy"}, Hindrance)
 
 
 @pytest.mark.parametrize("kind", HINDRANCES)

@@ -21,6 +21,7 @@ from sophon._protection.terms.prune import PruneTerm
 from sophon._protection.terms.rehearsal import RehearsalTerm
 from sophon._protection.terms.repnoise import RepNoiseTerm
 from sophon._protection.terms.retention import RetentionTerm
+from sophon._protection.terms.suppress import SuppressTerm
 from sophon._protection.terms.task import TaskTerm
 from sophon._specs import parse_spec
 
@@ -31,6 +32,7 @@ TERMS: dict[str, type[Term[Any]]] = {
     "erasure": ErasureTerm,
     "denoising_erasure": DenoisingErasureTerm,
     "rehearsal": RehearsalTerm,
+    "suppress": SuppressTerm,
     "ntl": NTLTerm,
     "repnoise": RepNoiseTerm,
     "immunize": ImmunizeTerm,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import denoisers
 from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_components, plain_r2, plain_r2_of, plain_standardised
-from sophon._base.errors import DataError, SpecError
+from sophon._base.errors import DataError, SpecError, UnsupportedModelError
 from sophon._base.seeding import generator
 from sophon._cli.run_spec import RunSpec
 from sophon._data import Domain
@@ -34,6 +34,7 @@ from sophon._protection.spec import Joint, ProtectSpec
 from sophon._protection.term import Surroundings, TermSpec
 from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
 from sophon._protection.terms.booster import BoosterSpec, BoosterTerm
+from sophon._protection.terms.clamp import ClampSpec, ClampTerm
 from sophon._protection.terms.cuti import CUTISpec, CUTITerm
 from sophon._protection.terms.denoising_erasure import (
     DenoisingErasureSpec,
@@ -93,6 +94,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "prune": {"batch_size": 16, "every": 2, "ramp": 2},
     "cuti": {"batch_size": 16},
     "booster": {"batch_size": 16},
+    "clamp": {"batch_size": 16},
 }
 
 
@@ -505,30 +507,74 @@ def _cuti(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     return found, 0.1 * true.log().mean()
 
 
+class _Probed(nn.Module):
+    """The loss of a term's probe on its first restricted batch, by the weights of a model."""
+
+    def __init__(self, term: ProbingHindrance[Any], model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.term = model.train(), term
+        self.images, self.labels = term.feeds[0].batch(0)
+
+    def forward(self) -> Tensor:
+        return _probed(self.term, _features(self.model, self.images), self.labels)
+
+    def at(self, moved: list[Tensor]) -> Tensor:
+        """Return the loss where the weights are moved by so much."""
+        pairs = zip(self.encoder(), moved, strict=True)
+        found: Tensor = torch.func.functional_call(self, {n: v + by for (n, v), by in pairs}, ())
+        return found
+
+    def encoder(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, value) for n, value in self.named_parameters() if "head" not in n]
+
+    def slope(self, loss: Tensor) -> list[Tensor]:
+        values = [value for _, value in self.encoder()]
+        return list(torch.autograd.grad(loss, values, create_graph=True))
+
+
+def _norm(vector: list[Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in vector]).norm()
+
+
 def _booster(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     """Before and after a step of length 0.3, which is constant."""
     term = BoosterTerm(BoosterSpec(batch_size=16, alpha=0.3), _around())
     found = term.contribute(model).gradients
-    images, labels = term.feeds[0].batch(0)
+    probed = _Probed(term, model)
+    slope = probed.slope(probed())
+    step = [-0.3 * (value / _norm(slope)).detach() for value in slope]
+    return found, probed() - probed.at(step)
 
-    class Probed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
 
-        def forward(self, images: Tensor) -> Tensor:
-            return _probed(term, _features(self.model, images), labels)
+def _clamp(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """One step at rate 0.1, after which the bound looks 0.1 ahead."""
+    spec = ClampSpec(batch_size=16, trap=0.3, least=30, gain=2, start=0.5)
+    term = ClampTerm(spec, _around())
+    found = term.contribute(model).gradients
+    probed = _Probed(term, model)
+    here = probed.at([torch.zeros_like(value) for _, value in probed.encoder()])
+    slope = [value.detach() for value in probed.slope(here)]
+    step = [-0.1 * value for value in slope]
+    there = probed.at(step)
+    later = probed.slope(there)
 
-    probed = Probed().train()
-    slope = _gradients(probed(images), probed)
-    length = torch.cat([value.flatten() for value in slope.values()]).norm()
-    stepped = {
-        name: value - 0.3 * slope[name] / length
-        for name, value in probed.named_parameters()
-        if name in slope
-    }
-    after: Tensor = torch.func.functional_call(probed, stepped, (images,))
-    return found, probed(images) - after
+    def bent(loss: Tensor, from_: list[Tensor], along: list[Tensor]) -> Tensor:
+        aside = [0.1 * (value / _norm(along)).detach() for value in along]
+        plus = probed.at([a + b for a, b in zip(from_, aside, strict=True)])
+        minus = probed.at([a - b for a, b in zip(from_, aside, strict=True)])
+        return (plus + minus - 2 * loss) / 0.1**2
+
+    curved = [bent(here, [0 * value for value in step], slope), bent(there, step, later)]
+    ahead = [-0.1 * (value / _norm(later)).detach() for value in later]
+    beyond = probed.slope(probed.at([a + b for a, b in zip(step, ahead, strict=True)]))
+    change = [b - a for a, b in zip(later, beyond, strict=True)]
+    ratio = _norm([a - 0.1 * b for a, b in zip(ahead, change, strict=True)]) / 0.1
+    far = 0.1 * _norm(later) / (1 - ratio)
+    assert 0 < ratio < 0.95
+    gain = here - there + _norm(later) * far + _norm(change) / 0.1 * far**2 / 2
+    traps = [(1 + (30 - value).exp()).log() for value in curved]
+    loss = 2 * gain + (1 + (ratio - 0.9).exp()).log() + 0.3 * (traps[0] + traps[1]) - 0.5 * here
+    return found, loss
 
 
 ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
@@ -547,6 +593,7 @@ ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "prune": _prune,
     "cuti": _cuti,
     "booster": _booster,
+    "clamp": _clamp,
 }
 
 
@@ -613,6 +660,13 @@ def test_a_loss_of_another_task_is_refused_before_work_starts(kind: str) -> None
         TERMS[kind].check(spec, _model(kind), _around(kind=kind))
     with pytest.raises(SpecError, match=rf"{kind}: loss = 'entropy'.*use one of ice, .*dos"):
         parse_term({"kind": kind, "loss": "entropy"}, Hindrance)
+
+
+def test_clamp_refuses_blocks_that_are_computed_twice() -> None:
+    model = trained_model()
+    model.grad_checkpointing = True
+    with pytest.raises(UnsupportedModelError, match=r"leave model\.gradient_checkpointing out"):
+        ClampTerm.check(ClampSpec(batch_size=16), model, _around())
 
 
 @pytest.mark.parametrize("kind", HINDRANCES)

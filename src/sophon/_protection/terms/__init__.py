@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.booster import BoosterTerm
+from sophon._protection.terms.clamp import ClampTerm
 from sophon._protection.terms.cuti import CUTITerm
 from sophon._protection.terms.denoising_erasure import DenoisingErasureTerm
 from sophon._protection.terms.distil import DistilTerm
@@ -40,6 +41,7 @@ TERMS: dict[str, type[Term[Any]]] = {
     "prune": PruneTerm,
     "cuti": CUTITerm,
     "booster": BoosterTerm,
+    "clamp": ClampTerm,
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import denoisers
 from builders import digits, original, restricted, setting_of, trained_model
 from plain_ridge import plain_components, plain_r2, plain_r2_of, plain_standardised
-from sophon._base.errors import DataError, SpecError
+from sophon._base.errors import DataError, SpecError, UnsupportedModelError
 from sophon._base.seeding import generator
 from sophon._cli.run_spec import RunSpec
 from sophon._data import Domain
@@ -33,6 +33,8 @@ from sophon._protection.readers import ReadersSpec
 from sophon._protection.spec import Joint, ProtectSpec
 from sophon._protection.term import Surroundings, TermSpec
 from sophon._protection.terms import TERMS, Hindrance, Keep, Term, parse_term
+from sophon._protection.terms.booster import BoosterSpec, BoosterTerm
+from sophon._protection.terms.clamp import ClampSpec, ClampTerm
 from sophon._protection.terms.cuti import CUTISpec, CUTITerm
 from sophon._protection.terms.denoising_erasure import (
     DenoisingErasureSpec,
@@ -47,6 +49,7 @@ from sophon._protection.terms.prune import PruneSpec, PruneTerm
 from sophon._protection.terms.rehearsal import Rehearsal, RehearsalTerm
 from sophon._protection.terms.repnoise import RepNoiseSpec, RepNoiseTerm
 from sophon._protection.terms.retention import RetentionTerm
+from sophon._protection.terms.suppress import SuppressSpec, SuppressTerm
 from sophon._records.statement import statement_of
 from sophon._specs import Guard, Strategy, parse_spec
 from sophon._tasks import Denoising
@@ -83,12 +86,15 @@ QUICK: dict[str, dict[str, Any]] = {
         "query_batch_size": 8,
         "distribution": {"batch_sizes": [8]},
     },
+    "suppress": {"batch_size": 16},
     "ntl": {"batch_size": 16},
     "repnoise": {"batch_size": 16},
     "immunize": {"batch_size": 16},
     "encoderlock": {"batch_size": 16, "every": 2, "fraction": 0.01},
     "prune": {"batch_size": 16, "every": 2, "ramp": 2},
     "cuti": {"batch_size": 16},
+    "booster": {"batch_size": 16},
+    "clamp": {"batch_size": 16},
 }
 
 
@@ -254,6 +260,16 @@ def _rehearsal(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         true = F.softmax(logits, 1)[torch.arange(16), labels[8:]]
         losses.append(-(1 - true).log().mean())
     return found, torch.stack(losses).mean()
+
+
+def _suppress(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    spec = SuppressSpec(batch_size=16, loss="negated_ce")
+    term = SuppressTerm(spec, _around(restricted=(_many_digits(),)))
+    found = term.contribute(model).gradients
+    images, labels = term.feeds[0].batch(0)
+    assert labels.max() > 4
+    true = F.softmax(_train(model, images), 1)[torch.arange(16), labels - 5 * (labels > 4)]
+    return found, true.log().mean()
 
 
 def _erasure(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -491,6 +507,76 @@ def _cuti(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     return found, 0.1 * true.log().mean()
 
 
+class _Probed(nn.Module):
+    """The loss of a term's probe on its first restricted batch, by the weights of a model."""
+
+    def __init__(self, term: ProbingHindrance[Any], model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.term = model.train(), term
+        self.images, self.labels = term.feeds[0].batch(0)
+
+    def forward(self) -> Tensor:
+        return _probed(self.term, _features(self.model, self.images), self.labels)
+
+    def at(self, moved: list[Tensor]) -> Tensor:
+        """Return the loss where the weights are moved by so much."""
+        pairs = zip(self.encoder(), moved, strict=True)
+        found: Tensor = torch.func.functional_call(self, {n: v + by for (n, v), by in pairs}, ())
+        return found
+
+    def encoder(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, value) for n, value in self.named_parameters() if "head" not in n]
+
+    def slope(self, loss: Tensor) -> list[Tensor]:
+        values = [value for _, value in self.encoder()]
+        return list(torch.autograd.grad(loss, values, create_graph=True))
+
+
+def _norm(vector: list[Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in vector]).norm()
+
+
+def _booster(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Before and after a step of length 0.3, which is constant."""
+    term = BoosterTerm(BoosterSpec(batch_size=16, alpha=0.3), _around())
+    found = term.contribute(model).gradients
+    probed = _Probed(term, model)
+    slope = probed.slope(probed())
+    step = [-0.3 * (value / _norm(slope)).detach() for value in slope]
+    return found, probed() - probed.at(step)
+
+
+def _clamp(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """One step at rate 0.1, after which the bound looks 0.1 ahead."""
+    spec = ClampSpec(batch_size=16, trap=0.3, least=30, gain=2, start=0.5)
+    term = ClampTerm(spec, _around())
+    found = term.contribute(model).gradients
+    probed = _Probed(term, model)
+    here = probed.at([torch.zeros_like(value) for _, value in probed.encoder()])
+    slope = [value.detach() for value in probed.slope(here)]
+    step = [-0.1 * value for value in slope]
+    there = probed.at(step)
+    later = probed.slope(there)
+
+    def bent(loss: Tensor, from_: list[Tensor], along: list[Tensor]) -> Tensor:
+        aside = [0.1 * (value / _norm(along)).detach() for value in along]
+        plus = probed.at([a + b for a, b in zip(from_, aside, strict=True)])
+        minus = probed.at([a - b for a, b in zip(from_, aside, strict=True)])
+        return (plus + minus - 2 * loss) / 0.1**2
+
+    curved = [bent(here, [0 * value for value in step], slope), bent(there, step, later)]
+    ahead = [-0.1 * (value / _norm(later)).detach() for value in later]
+    beyond = probed.slope(probed.at([a + b for a, b in zip(step, ahead, strict=True)]))
+    change = [b - a for a, b in zip(later, beyond, strict=True)]
+    ratio = _norm([a - 0.1 * b for a, b in zip(ahead, change, strict=True)]) / 0.1
+    far = 0.1 * _norm(later) / (1 - ratio)
+    assert 0 < ratio < 0.95
+    gain = here - there + _norm(later) * far + _norm(change) / 0.1 * far**2 / 2
+    traps = [(1 + (30 - value).exp()).log() for value in curved]
+    loss = 2 * gain + (1 + (ratio - 0.9).exp()).log() + 0.3 * (traps[0] + traps[1]) - 0.5 * here
+    return found, loss
+
+
 ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "task": _task,
     "distil": _distil,
@@ -499,12 +585,15 @@ ORACLES: dict[str, Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]] = {
     "rehearsal": _rehearsal,
     "erasure": _erasure,
     "denoising_erasure": _denoising_erasure,
+    "suppress": _suppress,
     "ntl": _ntl,
     "repnoise": _repnoise,
     "immunize": _immunize,
     "encoderlock": _encoderlock,
     "prune": _prune,
     "cuti": _cuti,
+    "booster": _booster,
+    "clamp": _clamp,
 }
 
 
@@ -562,6 +651,22 @@ def test_a_batch_that_a_domain_does_not_have_is_refused_before_work_starts(kind:
     spec = parse_term({"kind": kind, **QUICK[kind], size: 4000}, Hindrance)
     with pytest.raises(DataError, match=rf"fewer than protect\..*{size}.*4000"):
         TERMS[kind].check(spec, _model(kind), _around(kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["rehearsal", "suppress"])
+def test_a_loss_of_another_task_is_refused_before_work_starts(kind: str) -> None:
+    spec = parse_term({"kind": kind, **QUICK[kind], "loss": "dos"}, Hindrance)
+    with pytest.raises(SpecError, match=r"loss = 'dos' does not fit this task: use one of ice"):
+        TERMS[kind].check(spec, _model(kind), _around(kind=kind))
+    with pytest.raises(SpecError, match=rf"{kind}: loss = 'entropy'.*use one of ice, .*dos"):
+        parse_term({"kind": kind, "loss": "entropy"}, Hindrance)
+
+
+def test_clamp_refuses_blocks_that_are_computed_twice() -> None:
+    model = trained_model()
+    model.grad_checkpointing = True
+    with pytest.raises(UnsupportedModelError, match=r"leave model\.gradient_checkpointing out"):
+        ClampTerm.check(ClampSpec(batch_size=16), model, _around())
 
 
 @pytest.mark.parametrize("kind", HINDRANCES)

@@ -42,7 +42,7 @@ from sophon._models.denoisers import (
     write_pipeline,
 )
 from sophon._models.fresh import Bare, bare_parameters, fresh_copy, reinitialise, shrink_towards
-from sophon._models.gradient_checkpointing import checkpoint_gradients
+from sophon._models.gradient_checkpointing import checkpoint_gradients, computes_twice
 from sophon._models.heads import (
     encoder_weights,
     find_head,

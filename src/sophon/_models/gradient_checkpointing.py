@@ -38,7 +38,7 @@ def checkpoint_gradients(model: nn.Module) -> nn.Module:
     except (AssertionError, ValueError) as error:
         # So both libraries refuse.
         reason = f" ({error})"
-    if not any(_is_checkpointed(part) for part in model.modules()):
+    if not computes_twice(model):
         raise UnsupportedModelError(
             f"{_KEY}: {type(model).__name__} does not offer it{reason}: leave it out, or use a"
             " network of timm or diffusers that does"
@@ -46,8 +46,10 @@ def checkpoint_gradients(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_checkpointed(part: nn.Module) -> bool:
-    return any(vars(part).get(name) for name in ("grad_checkpointing", "gradient_checkpointing"))
+def computes_twice(model: nn.Module) -> bool:
+    """Return whether blocks of `model` are computed again in the backward pass."""
+    flags = ("grad_checkpointing", "gradient_checkpointing")
+    return any(vars(part).get(name) for part in model.modules() for name in flags)
 
 
 def checkpointed(part: nn.Module, *inputs: Any) -> Any:

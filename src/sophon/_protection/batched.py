@@ -58,7 +58,7 @@ class BatchHindrance(Hindrance[AnyBatchSpec]):
 
     reads_original: ClassVar[bool] = False
     instead_of_two = "it takes turns over domains"
-    metrics = ("accuracy",)
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def __init__(self, spec: AnyBatchSpec, around: Surroundings) -> None:
         super().__init__(spec, around)

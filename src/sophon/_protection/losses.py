@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator
 from torch import Tensor
 
 from sophon._base.errors import SpecError
@@ -105,6 +107,16 @@ SUPPRESSIONS: dict[str, Loss] = {
     "dos": Loss(denial_of_service, "mse"),
     "negated_mse": Loss(negated_squared_error, "mse"),
 }
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and name not in SUPPRESSIONS:
+        raise ValueError(f"use one of {', '.join(SUPPRESSIONS)}")
+    return name
+
+
+# A suppression loss in a specification; None: the usual one of the task.
+SuppressionName = Annotated[str | None, AfterValidator(_known)]
 # What a task has unless another is named, by its metric.
 USUAL = {"accuracy": "klu", "mse": "dos"}
 

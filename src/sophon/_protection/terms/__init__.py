@@ -9,6 +9,8 @@ from pydantic import BaseModel
 
 from sophon._base.errors import SpecError
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
+from sophon._protection.terms.booster import BoosterTerm
+from sophon._protection.terms.clamp import ClampTerm
 from sophon._protection.terms.cuti import CUTITerm
 from sophon._protection.terms.denoising_erasure import DenoisingErasureTerm
 from sophon._protection.terms.distil import DistilTerm
@@ -20,6 +22,7 @@ from sophon._protection.terms.prune import PruneTerm
 from sophon._protection.terms.rehearsal import RehearsalTerm
 from sophon._protection.terms.repnoise import RepNoiseTerm
 from sophon._protection.terms.retention import RetentionTerm
+from sophon._protection.terms.suppress import SuppressTerm
 from sophon._protection.terms.task import TaskTerm
 from sophon._specs import parse_spec
 
@@ -30,12 +33,15 @@ TERMS: dict[str, type[Term[Any]]] = {
     "erasure": ErasureTerm,
     "denoising_erasure": DenoisingErasureTerm,
     "rehearsal": RehearsalTerm,
+    "suppress": SuppressTerm,
     "ntl": NTLTerm,
     "repnoise": RepNoiseTerm,
     "immunize": ImmunizeTerm,
     "encoderlock": EncoderLockTerm,
     "prune": PruneTerm,
     "cuti": CUTITerm,
+    "booster": BoosterTerm,
+    "clamp": ClampTerm,
 }
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from sophon._base.plain_mode import plain
@@ -16,7 +16,7 @@ from sophon._base.spans import span, spanned
 from sophon._data import Domain
 from sophon._models import heads
 from sophon._protection.attackers import Accumulator, Attacker, Plan, Visit, below, domain_of
-from sophon._protection.losses import SUPPRESSIONS, suppression_named
+from sophon._protection.losses import SuppressionName, suppression_named
 from sophon._protection.readers import Readers, ReadersSpec, check_images
 from sophon._protection.rehearsal_checks import check_rehearsal
 from sophon._protection.sampling import StrategyDistribution, sample_strategy
@@ -44,7 +44,7 @@ class Rehearsal(TermSpec):
     """
 
     kind: Literal["rehearsal"] = "rehearsal"
-    loss: str | None = None
+    loss: SuppressionName = None
     strategies: Positive = 1
     steps: Positive = 20
     horizon: Positive | None = None
@@ -61,13 +61,6 @@ class Rehearsal(TermSpec):
     def life(self) -> int:
         """Steps that an attacker takes in all."""
         return self.horizon or self.steps
-
-    @field_validator("loss")
-    @classmethod
-    def _known(cls, loss: str | None) -> str | None:
-        if loss is not None and loss not in SUPPRESSIONS:
-            raise ValueError(f"use one of {', '.join(SUPPRESSIONS)}")
-        return loss
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

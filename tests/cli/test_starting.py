@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +162,48 @@ def test_what_cannot_be_used_is_said_before_a_file_is_written(
         assert made.exit_code == 2
         assert said in made.stderr
         assert not (tmp_path / "new").exists()
+
+
+def damaged(folder: Path) -> None:
+    (folder / "class0" / "0.jpg").write_bytes(b"no image")
+
+
+def of_one_class(folder: Path) -> None:
+    shutil.rmtree(folder / "class0")
+
+
+def of_few(folder: Path) -> None:
+    for file in folder.rglob("[1-9]?.jpg"):
+        file.unlink()
+    for number in range(4, 10):
+        (folder / "class0" / f"{number}.jpg").unlink()
+
+
+@pytest.mark.parametrize("spoil", [damaged, of_one_class, of_few])
+def test_images_that_protect_would_refuse_are_refused_at_once_in_its_words(
+    folders: Path, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    words = ("--model", "small_convnet", "--image-size", "12", *options(folders))
+    refused, whole = tmp_path / "faces", tmp_path / "whole.toml"
+    shutil.copytree(folders / "faces", refused)
+    assert sophon("init", *words, "--refuse", refused, "--out", whole).exit_code == 0
+    spoil(refused)
+    out = tmp_path / "new"
+    protected = sophon("protect", whole, "--out", out)
+    assert protected.exit_code == 2
+    for command in ("init", "try"):
+        made = sophon(command, *words, "--refuse", refused, "--out", out)
+        assert made.exit_code == 2
+        said = made.stderr.replace(os.path.relpath(refused), str(refused))
+        assert said.replace("--refuse: ", "restricted: ") == protected.stderr
+        assert not out.exists()
+
+
+def test_a_task_to_keep_is_not_refused(folders: Path, tmp_path: Path) -> None:
+    words = ("--model", "small_convnet", *options(folders, "--refuse", folders / "photos"))
+    made = sophon("init", *words, "--out", tmp_path / "run.toml")
+    assert made.exit_code == 2
+    assert "is the same data as" in made.stderr
 
 
 def test_what_a_file_says_is_no_command_and_what_lies_beside_it_no_audit(tmp_path: Path) -> None:

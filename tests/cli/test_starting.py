@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from sophon._cli import app
+from sophon._cli.first_look import _attacks_within
 from sophon._cli.run_file import read_run
 from sophon._models import stated_input
 from sophon._models.networks import ResNet20
 from sophon._models.own_input import OwnInput
-from sophon._specs import ModelSpec
+from sophon._specs import AuditSpec, ModelSpec
 
 CLASSES, EACH = 2, 40
 
@@ -212,6 +214,34 @@ def test_what_a_file_says_is_no_command_and_what_lies_beside_it_no_audit(tmp_pat
         error = sophon("report", folder).stderr
         assert "evil" not in error
         assert ("repeat its `sophon try` command" in error) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (10_000, ("quick-2", 200)),
+        (500, ("quick-2", 50)),
+        (165, ("quick-2", 16)),
+        (159, ("look-1", 159)),
+        (3, ("look-1", 16)),
+    ],
+)
+def test_as_many_steps_are_chosen_as_fit_by_few_plans(
+    seconds: float, expected: tuple[str, int]
+) -> None:
+    asked: list[AuditSpec] = []
+
+    class Priced:
+        spec = AuditSpec()
+
+        def cost(self, spec: AuditSpec) -> float:
+            asked.append(spec)
+            return spec.steps * {"quick-2": 10.0, "look-1": 1.0}[spec.suite]
+
+    chosen: Any = _attacks_within(seconds, Priced())  # type: ignore[arg-type]
+    assert chosen[:2] == expected
+    assert chosen[2] == asked[-1].steps * (10 if chosen[0] == "quick-2" else 1)
+    assert len(asked) <= 12
 
 
 def require_printed(lines: list[str], out: Path) -> None:

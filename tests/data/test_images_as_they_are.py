@@ -148,6 +148,30 @@ def test_a_background_is_put_behind_what_is_transparent(mode: str, tmp_path: Pat
     assert Fit(4, background="white").pixels(picture)[0, 3].tolist() == white
 
 
+def test_the_line_says_how_many_images_are_transparent_and_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "two" / name)
+    clear = Image.new("RGBA", (8, 9), (0, 0, 0, 0))
+    clear.save(tmp_path / "two" / "a" / "a3.png")
+    Image.new("RGB", (8, 9)).save(tmp_path / "two" / "b" / "b1.png", transparency=(0, 0, 0))
+    # An alpha channel that hides nothing.
+    Image.new("RGBA", (8, 9), (9, 9, 9, 255)).save(tmp_path / "two" / "b" / "b2.png")
+    dropped = "transparency of 2 images dropped, as without background"
+    laid = "transparency of 2 images laid on white"
+    monkeypatch.setenv("SOPHON_CACHE", str(tmp_path / "kept"))
+    for _ in ("decoded", "kept"):
+        assert dropped in load(tmp_path / "two").remarks
+        assert laid in load(tmp_path / "two", background="white").remarks
+    items = [(clear if n == 0 else clear.convert("RGB"), n % 2) for n in range(20)]
+    domain = sophon.Domain.from_datasets("of-items", items)  # type: ignore[arg-type]
+    assert "transparency of 1 images dropped, as without background" in domain.remarks
+    (tmp_path / "two" / "a" / "a3.png").unlink()
+    (tmp_path / "two" / "b" / "b1.png").unlink()
+    assert not any("transparency" in remark for remark in load(tmp_path / "two").remarks)
+
+
 def test_a_crop_is_what_resizing_and_cutting_is() -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), np.uint8))
     found = Fit(35, "bicubic", 0.875).pixels(picture)

@@ -153,3 +153,34 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert "48 trials" in printed
     assert re.search(r"^verdict: \w+", printed, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
+
+
+# What else a verdict's reasons are of: they convict, acquit or only report.
+NOT_VOID = {"removed", "withstood", "slowed", "convicted", "profit"}
+# Of each reason for a void verdict some of its words.
+VOID = {
+    "undefined": "leads a fresh one by only",
+    "flag": "a flag's name",
+    "looks": "an attacker may keep",
+    "no room": "the budget ends too soon",
+    "too little": "too little to tell",
+    "unsure": "but seeds do not bear it out",
+    "unlearnt": "no attack on the unprotected model learns this task",
+    "luck": "its lead may be luck",
+    "alone": "the model before protection was not given",
+    "pictures": "pictures say nothing",
+    "allowed": "whether allowed tasks are blocked as much cannot be told",
+}
+
+
+def test_every_reason_of_a_void_verdict_has_a_remedy() -> None:
+    page = (ROOT / "docs/my-model.md").read_text(encoding="utf-8").partition("When it is void")[2]
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("|")][2:]
+    rooms = [path.read_text() for path in (ROOT / "src/sophon/_judgement").glob("*.py")]
+    codes = {code for text in rooms for code in re.findall(r'Reason\("([a-z ]+)"', text)}
+    assert codes == VOID.keys() | NOT_VOID
+    assert all(any(words in row[1] for row in rows) for words in VOID.values())
+    # What the page quotes is what is said, whatever lines it stands on there.
+    said = re.sub(r'"\s*f?"|\s+', "", "".join(rooms))
+    for words in re.findall(r'"([^"]+)"', " ".join(row[1] for row in rows)):
+        assert re.sub(r"\s+", "", words) in said, words

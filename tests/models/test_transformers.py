@@ -24,8 +24,9 @@ from sophon._base.errors import CheckpointError, UnsupportedModelError
 from sophon._cli.run_file import load as load_run
 from sophon._data.images import Fit
 from sophon._data.loading import prepared_as
+from sophon._models import image_processors
+from sophon._models.image_processors import processor_input, transformers
 from sophon._models.own_input import folder_input, own_input
-from sophon._models.transformers import processor_input, transformers
 from sophon._models.weights import read_tensors
 from sophon._protection.depths import find_depths
 from sophon._training.loop import attacker_copy
@@ -325,6 +326,27 @@ def test_a_run_resizes_pictures_as_the_networks_processor_does(tmp_path: Path) -
         again = load_run(tmp_path / "run.toml", [f"model.name={name}"])
         wanted = Fit(16, "bicubic", 0.875)
         assert [d.fit for d in (again.original, *again.restricted)] == [wanted] * 2
+
+
+def test_a_processor_is_measured_once_until_it_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], image_processors._geometry
+
+    def counted(*about: Any) -> dict[str, Any]:
+        measured.append(about)
+        return measure(*about)
+
+    monkeypatch.setattr(image_processors, "_geometry", counted)
+    folder = saved(tmp_path / "own", classifier("vit"))
+    model, fresh = resolved(folder, classes=3)
+    assert own_input(model) == own_input(fresh()) == folder_input(folder)
+    assert len(measured) == 1
+    held = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**held, "image_mean": [0.1] * 3}))
+    found = folder_input(folder)
+    assert found is not None
+    assert found.mean == pytest.approx([0.1] * 3)
 
 
 def waves(width: int, height: int) -> Image.Image:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from builders import original, quick_spec, restricted, where_pinned
+from builders import original, quick_spec, restricted, skip_unless_pinned
 from sophon._base.errors import SpecError
 from sophon._models import weights_sha256
 from sophon._protection.migration import migrated
@@ -95,9 +95,9 @@ def test_a_run_that_the_former_version_interrupted_goes_on_to_its_weights(tmp_pa
         torch.testing.assert_close(
             run.result().model.state_dict()[name], value, rtol=1e-3, atol=1e-4
         )
-    if where_pinned(PINS):
-        assert weights_sha256(run.result().model) == PINS["old_run"]["sha256"]
-        assert weights_sha256(whole.result().model) == PINS["old_run"]["sha256"]
+    skip_unless_pinned(PINS)
+    assert weights_sha256(run.result().model) == PINS["old_run"]["sha256"]
+    assert weights_sha256(whole.result().model) == PINS["old_run"]["sha256"]
 
 
 def test_the_migrated_folder_is_one_of_the_present_version(tmp_path: Path) -> None:

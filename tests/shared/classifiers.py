@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sophon._models.transformers import transformers
+from sophon._models.image_processors import transformers
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 24}
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sophon._attacks.suites import strategies_of
+from sophon._attacks.suites import strategies_of, suite_fingerprint
 from sophon._records.audit_record import (
     AuditRecord,
     Completed,
@@ -126,6 +126,7 @@ def record(
             device="cpu",
             precision="fp32",
         ),
+        suite_fingerprint=suite_fingerprint(spec.suite),
         created="2026-11-24T00:00:00+00:00",
         command="sophon audit run.toml --model p --out a",
         protection=protection,

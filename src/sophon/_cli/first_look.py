@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,8 +96,9 @@ def _attacks_within(seconds: float, audit: Audit) -> tuple[str, int, float]:
 
     fitting = [one for one in _SUITES if cost(one, _LEAST_STEPS) <= seconds]
     suite = (fitting or _SUITES[-1:])[0]
-    steps = range(_MOST_STEPS, _LEAST_STEPS, -1)
-    chosen = next((count for count in steps if cost(suite, count) <= seconds), _LEAST_STEPS)
+    steps = range(_LEAST_STEPS + 1, _MOST_STEPS + 1)
+    # More steps take longer: few plans tell how many fit.
+    chosen = _LEAST_STEPS + bisect_right(steps, seconds, key=lambda count: cost(suite, count))
     return suite, chosen, cost(suite, chosen)
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _GZIP = b"\x1f\x8b"
 # Of a record, unpacked; those of large audits have a twentieth.
 _MOST_BYTES = 2**28
+# Suites that were released before records had their fingerprints.
+_UNMARKED = ("quick-1", "standard-1")
 _PRINTED = Path("-")
 # Of a line that tells what wrote a run file.
 _LONGEST = 2000
@@ -111,14 +113,18 @@ def _first_look(folder: Path) -> bool:
 def _require_as_written(record: AuditRecord, file: Path) -> None:
     """Raise CheckpointError where the suite or the settings of a record are not those it ran with.
 
-    Records from before suites had fingerprints are taken as they are.
+    Records from before suites had fingerprints are taken as they are: they are of the suites of
+    their time, and say nothing of crashes before.
     """
     from sophon._attacks.suites import SUITES, suite_fingerprint
 
-    if not record.suite_fingerprint:
-        return
     name, fault = record.spec.suite, ""
-    if name not in SUITES:
+    if not record.suite_fingerprint:
+        later = name in SUITES and name not in _UNMARKED
+        if not later and not record.model_fields_set & {"suite_fingerprint", "earlier_crashes"}:
+            return
+        fault = "it lacks suite_fingerprint, which says what its attacks were: restore the file"
+    elif name not in SUITES:
         fault = f"its suite {shortened(name)!r} is unknown here: use the version that wrote it"
     elif suite_fingerprint(name) != record.suite_fingerprint:
         fault = f"its attacks were not those of suite {name!r}: restore the file"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sophon._base.errors import CheckpointError, DataError
+from sophon._base.errors import CheckpointError
 from sophon._cli import application as cli
 from sophon._cli import running
 from sophon._cli.auditing import parse_duration
@@ -96,21 +96,26 @@ class Wanted:
     def require(self) -> int:
         """Return the side of the images, in pixels, that the network takes.
 
-        Raises SophonError for folders without classes, weights that are not there, and networks
-        that cannot be built; no image is opened.
+        Raises SophonError, of images in the words of `protect`, for what it would refuse: images
+        that cannot be read, too few of them or of classes, weights that are not there, and networks
+        that cannot be built.
         """
-        from sophon._data.images import Fit
-        from sophon._data.sources.folders import read_folder
+        from sophon._cli.run_file import parse_run
+        from sophon._data import check_apart, load_domain
         from sophon._models import input_side, require_model
+        from sophon._protection.presets import require_images
 
-        folders = [("--keep", self.keep), ("--refuse", self.refuse)]
-        for flag, folder in (*folders, *(("--allow", folder) for folder in self.allow)):
-            try:
-                read_folder(folder, Fit())
-            except DataError as error:
-                raise DataError(f"{flag}: {error}") from None
         require_model(self.spec)
-        return self.image_size or input_side(self.spec, _SIZE)
+        size = self.image_size or input_side(self.spec, _SIZE)
+        run = parse_run(self.run_file(Path("run.toml"), "init", size), None, where="run.toml")
+        flags = ("--keep", "--refuse", *("--allow" for _ in run.benign))
+        specs = (run.original, *run.restricted, *run.benign)
+        original, refused, *_ = (
+            load_domain(spec, role=flag) for flag, spec in zip(flags, specs, strict=True)
+        )
+        check_apart(original, (refused,))
+        require_images((refused,))
+        return size
 
     @property
     def spec(self) -> ModelSpec:

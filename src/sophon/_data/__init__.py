@@ -3,7 +3,7 @@
 """Domains: images in memory, fixed splits, sources, batches for a model."""
 
 from sophon._data.batches import batch, check_channels, fitted
-from sophon._data.checks import check_batch_fits, check_distinct
+from sophon._data.checks import check_apart, check_batch_fits, check_distinct
 from sophon._data.domain import IMAGENET_MEAN, IMAGENET_STD, Domain, resolve_normalisation, several
 from sophon._data.images import Images
 from sophon._data.loading import SOURCES, load_domain

@@ -44,6 +44,18 @@ def check_distinct(
             )
 
 
+def check_apart(original: Domain, restricted: tuple[Domain, ...]) -> None:
+    """Raise DataError for two domains of the same images or of the same name."""
+    for index, domain in enumerate(restricted):
+        check_distinct(original, domain)
+        for other in restricted[:index]:
+            check_distinct(other, domain, ("restricted", "restricted"))
+    names = [domain.name for domain in (original, *restricted)]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two domains are named {name!r}: give each its own name")
+
+
 def _found(images: Images, domain: Domain) -> int:
     """Return how many images are in some split of `domain`, pixel by pixel."""
     splits = (domain.train, domain.validation, domain.test)

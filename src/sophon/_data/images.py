@@ -8,6 +8,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ class Fit:
     With a `size` the middle square is resized to it, of a side of `crop_pct` of the shorter one
     (as timm and torchvision resize to `size / crop_pct` and cut); where `crop_mode` is `squash`
     it is that share of both sides. What is transparent is laid on `background`. 16-bit
-    grey keeps the upper 8 of its `bit_depth` bits.
+    grey keeps the upper 8 of its `bit_depth` bits. `transparent` counts the pictures with a
+    transparent pixel, or a transparent colour, that became pixels.
     """
 
     size: int | None = None
@@ -105,6 +107,14 @@ class Fit:
     bit_depth: int = 16
     crop_mode: str = "center"
     background: str | None = None
+    transparent: Counter[bool] = field(default_factory=Counter, compare=False, repr=False)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What became of transparency, if there was any."""
+        done = f"laid on {self.background}" if self.background else "dropped, as without background"
+        count = self.transparent[True]
+        return (f"transparency of {count} images {done}",) if count else ()
 
     def squared(self, picture: Image.Image) -> Image.Image:
         """Return `picture` with its middle resized, with antialiasing; as it is without `size`."""
@@ -141,12 +151,19 @@ class Fit:
             raise DataError(
                 f"pictures of mode {picture.mode} are not supported; save it with 8 bits"
             )
-        if self.background and picture.has_transparency_data:
+        transparent = _transparent(picture)
+        self.transparent[transparent] += 1
+        if self.background and transparent:
             laid = Image.new("RGBA", picture.size, BACKGROUNDS[self.background])
             laid = Image.alpha_composite(laid, picture.convert("RGBA"))
             picture = laid.convert("L" if picture.mode in GREY_MODES else "RGB")
         squared = self.squared(picture)
         return np.asarray(squared.convert("L" if squared.mode in GREY_MODES else "RGB"))
+
+
+def _transparent(picture: Image.Image) -> bool:
+    opaque = "A" in picture.getbands() and picture.getchannel("A").getextrema()[0] == 255
+    return picture.has_transparency_data and not opaque
 
 
 class UnreadableError(DataError):

@@ -55,8 +55,8 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
             raise DataError(
                 f"image_column and label_column are for {', '.join(sources)}: remove them"
             )
-        plain = Fit(bit_depth=spec.bit_depth, background=spec.background)
-        if spec.image_size is None and _fit(spec) != plain:
+        fit, plain = _fit(spec), Fit(bit_depth=spec.bit_depth, background=spec.background)
+        if spec.image_size is None and fit != plain:
             raise DataError(
                 "interpolation, crop_pct and crop_mode need image_size: set it, or remove them"
             )
@@ -65,24 +65,24 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
                 f"dataset = {spec.dataset!r} is for torchvision, tree and embedded sources: remove"
                 " it"
             )
-        return SOURCES[spec.source](spec, base)
+        return SOURCES[spec.source](spec, base, fit)
     except DataError as error:
         raise DataError(f"{role}: {error}") from None
 
 
-def _npz(spec: DomainSpec, base: Path) -> Domain:
+def _npz(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
     path = _path(spec, base)
     try:
-        contents = read_archive(path, _fit(spec), coarse=spec.labels == "coarse")
-        return _domain(contents, spec, path.stem)
+        contents = read_archive(path, fit, coarse=spec.labels == "coarse")
+        return _domain(contents, spec, fit, path.stem)
     except DataError as error:
         # Most faults are found in arrays, which do not know their file.
         known = str(path) in str(error)
         raise DataError(str(error) if known else f"{path}: {error}") from None
 
 
-def _folder(spec: DomainSpec, base: Path) -> Domain:
-    path, fit, columns = _path(spec, base), _fit(spec), _columns(spec)
+def _folder(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
+    path, columns = _path(spec, base), _columns(spec)
     if spec.labels == "none":
         contents: Contents | None = read_images(path, fit)
     else:
@@ -92,49 +92,49 @@ def _folder(spec: DomainSpec, base: Path) -> Domain:
                 f"{path} has no table of images, such as labels.csv: remove image_column and"
                 " label_column, or add one"
             )
-    return _domain(contents or read_folder(path, fit), spec, path.resolve().name)
+    return _domain(contents or read_folder(path, fit), spec, fit, path.resolve().name)
 
 
-def _datasets(spec: DomainSpec, base: Path) -> Domain:
+def _datasets(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
     path, bare = _path(spec, base), spec.labels == "none"
-    contents = read_saved(path, _fit(spec), _columns(spec), bare=bare)
-    return _domain(contents, spec, path.resolve().stem)
+    contents = read_saved(path, fit, _columns(spec), bare=bare)
+    return _domain(contents, spec, fit, path.resolve().stem)
 
 
-def _webdataset(spec: DomainSpec, base: Path) -> Domain:
+def _webdataset(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
     path, bare = _path(spec, base), spec.labels == "none"
-    contents = read_tars(path, _fit(spec), _columns(spec), bare=bare)
-    return _domain(contents, spec, path.resolve().stem)
+    contents = read_tars(path, fit, _columns(spec), bare=bare)
+    return _domain(contents, spec, fit, path.resolve().stem)
 
 
-def _prompts(spec: DomainSpec, base: Path) -> Domain:
+def _prompts(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
     path = _path(spec, base)
-    return _domain(read_prompts(path, _fit(spec)), spec, path.resolve().name)
+    return _domain(read_prompts(path, fit), spec, fit, path.resolve().name)
 
 
-def _torchvision(spec: DomainSpec, base: Path) -> Domain:
+def _torchvision(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
     name, root = _named(spec, "CIFAR10"), _root(spec, base)
-    contents = read_torchvision(name, root, download=spec.download, fit=_fit(spec))
-    return _domain(contents, spec, name)
+    contents = read_torchvision(name, root, download=spec.download, fit=fit)
+    return _domain(contents, spec, fit, name)
 
 
-def _tree(spec: DomainSpec, base: Path) -> Domain:
+def _tree(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
     name = _named(spec, "CINIC10")
-    contents = read_tree(name, _root(spec, base), _fit(spec))
+    contents = read_tree(name, _root(spec, base), fit)
     if len(contents.classes) == 1 and spec.labels != "none":
         raise DataError(
             f"{name} has no labels: set labels = 'none', for a diffusion model, or take one of"
             " CelebA's attributes with source = 'torchvision'"
         )
-    return _domain(contents, spec, name)
+    return _domain(contents, spec, fit, name)
 
 
-def _embedded(spec: DomainSpec, base: Path) -> Domain:
+def _embedded(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
     name = _named(spec, "digits")
-    return _domain(read_embedded(name, _fit(spec)), spec, name)
+    return _domain(read_embedded(name, fit), spec, fit, name)
 
 
-SOURCES: dict[str, Callable[[DomainSpec, Path], Domain]] = {
+SOURCES: dict[str, Callable[[DomainSpec, Path, Fit], Domain]] = {
     "npz": _npz,
     "folder": _folder,
     "datasets": _datasets,
@@ -185,7 +185,7 @@ def expanded(text: str, base: Path) -> Path:
         raise DataError(f"{text!r}: {error}; write the folder out") from None
 
 
-def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
+def _domain(contents: Contents, spec: DomainSpec, fit: Fit, name: str) -> Domain:
     mean, std = _normalisation(spec)
     if spec.join:
         contents = joined(contents)
@@ -208,13 +208,13 @@ def _domain(contents: Contents, spec: DomainSpec, name: str) -> Domain:
         stratified=not free,
     )
     splits = vars(cut(contents, how))
-    named, weight = spec.name or name, spec.weight
-    fit = None if spec.image_size is None else _fit(spec)
-    if replace(_fit(spec), background=None) != Fit(spec.image_size, bit_depth=spec.bit_depth):
+    splits["remarks"] += fit.remarks
+    if replace(fit, background=None) != Fit(spec.image_size, bit_depth=spec.bit_depth):
         squashed = ", squashed" if spec.crop_mode == "squash" else ""
         said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}{squashed}"
         splits["remarks"] = (said, *splits["remarks"])
-    return Domain(named, **splits, mean=mean, std=std, source=spec.source, weight=weight, fit=fit)
+    splits |= {"mean": mean, "std": std, "fit": None if spec.image_size is None else fit}
+    return Domain(spec.name or name, **splits, source=spec.source, weight=spec.weight)
 
 
 def _fit(spec: DomainSpec) -> Fit:

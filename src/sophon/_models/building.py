@@ -263,7 +263,7 @@ def _checkpoint_folder(name: str, base: Path) -> Path | None:
     path = base / name
     if name.endswith(".safetensors"):
         if not path.is_file():
-            raise CheckpointError(f"{path} does not exist")
+            raise CheckpointError(f"{path} does not exist: correct model.name")
         return path.parent
     if name not in NETWORKS and ":" not in name and path.is_dir():
         if not (path / "model.safetensors").is_file():

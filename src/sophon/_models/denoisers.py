@@ -205,13 +205,13 @@ class DenoiserSource:
         except _UNUSABLE as error:
             raise UnsupportedModelError(
                 f"model.name: the configuration in {self.path} cannot be built"
-                f" ({first_line(error)})"
+                f" ({first_line(error)}): restore it"
             ) from None
         wrong = [name for name in unused if not name.startswith("_") and name not in _OF_EMA]
         if wrong:
             raise UnsupportedModelError(
                 f"model.name: {self.path} has settings that {self.class_name} does not know:"
-                f" {', '.join(wrong)}"
+                f" {', '.join(wrong)}: remove them, or update diffusers"
             )
         return model  # type: ignore[no-any-return]
 

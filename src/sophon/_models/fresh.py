@@ -111,7 +111,8 @@ def fresh_copy(
     if wanted.keys() != built.keys():
         differing = sorted(wanted.keys() ^ built.keys())[:4]
         raise UnsupportedModelError(
-            f"the factory of fresh models builds another architecture: {', '.join(differing)}"
+            f"the factory of fresh models builds another architecture: {', '.join(differing)}:"
+            " give one that builds the model's own"
         )
     differing = [key for key, value in wanted.items() if value.shape != built[key].shape]
     for head in sorted({key.rpartition(".")[0] for key in differing}):

@@ -11,7 +11,8 @@ from torch import nn
 
 from sophon._base.errors import CheckpointError, brief
 from sophon._base.files import read_json
-from sophon._models.transformers import input_beside, processor_input
+from sophon._models.image_processors import processor_input
+from sophon._models.transformers import input_beside
 
 # How Sophon resizes unless told otherwise.
 USUAL_FIT: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}

@@ -230,7 +230,8 @@ def require_finite(model: nn.Module, *, what: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UnsupportedModelError(
-                f"{what}: {name} holds NaN or infinite values; the weights are damaged"
+                f"{what}: {name} holds NaN or infinite values: give weights from before"
+                " training diverged, or copy the file again"
             )
 
 

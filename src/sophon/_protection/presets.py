@@ -46,7 +46,7 @@ def completed(spec: ProtectSpec, setting: Setting, model: nn.Module) -> ProtectS
     metric = setting.task.metric
     erases = spec.method == "erasure" and metric in TERMS["erasure"].metrics
     if erases and spec.hinder is None:
-        _require_images(setting)
+        require_images(setting.restricted)
     usual = _erasure(setting, model, spec) if erases else _sophon()
     return _filled(spec, usual, metric)
 
@@ -97,7 +97,7 @@ def _erasure(setting: Setting, model: nn.Module, spec: ProtectSpec) -> dict[str,
     # A small domain is read in smaller batches, of an even number of images, one of many classes
     # in larger ones. An attacker has a third as many to train on.
     fewest = min(map(_count, setting.restricted))
-    least = _least_batch(setting)
+    least = _least_batch(setting.restricted)
     batch = max(_SMALLEST, min(max(_BATCH, least), fewest * 3 // 4) // 2 * 2)
     batch = least if batch < least <= fewest - _ATTACKERS_LEAST else batch
     rounds = math.ceil(_PASSES * sum(map(_count, setting.restricted)) / batch)
@@ -131,14 +131,14 @@ def _erasure(setting: Setting, model: nn.Module, spec: ProtectSpec) -> dict[str,
     }
 
 
-def _least_batch(setting: Setting) -> int:
-    return max(_SMALLEST, images_needed(max(d.class_count for d in setting.restricted)))
+def _least_batch(restricted: tuple[Domain, ...]) -> int:
+    return max(_SMALLEST, images_needed(max(d.class_count for d in restricted)))
 
 
-def _require_images(setting: Setting) -> None:
-    """Raise DataError for a domain with fewer images than the smallest batches here take."""
-    needed = _least_batch(setting) + _ATTACKERS_LEAST
-    for domain in setting.restricted:
+def require_images(restricted: tuple[Domain, ...]) -> None:
+    """Raise DataError for a domain with fewer images than erasure's smallest batches take."""
+    needed = _least_batch(restricted) + _ATTACKERS_LEAST
+    for domain in restricted:
         if _count(domain) < needed:
             raise DataError(
                 f"domain {domain.name!r} has {_count(domain)} training images; erasure needs"

@@ -43,7 +43,9 @@ def check_rehearsal(spec: Rehearsal, model: nn.Module, around: Surroundings) -> 
         if fixed.lora_rank is not None:
             require_peft()
     if spec.readers is not None and (not setting.task.kind.classifies or around.ranks.sharded):
-        raise SpecError(f"{_WHAT} readers are for classifiers without --shard")
+        raise SpecError(
+            f"{_WHAT} readers are for classifiers without --shard: leave readers or --shard out"
+        )
     if spec.readers is not None and fixed is not None and fixed.lora_rank is not None:
         raise SpecError("protect.hinder: readers do not look into adapters: leave lora_rank out")
 

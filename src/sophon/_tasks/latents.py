@@ -36,7 +36,9 @@ class Latents:
         source: Path | None = None,
     ) -> None:
         if len(prompts) != len(embeddings):
-            raise DataError(f"{len(prompts)} prompts have {len(embeddings)} embeddings")
+            raise DataError(
+                f"{len(prompts)} prompts have {len(embeddings)} embeddings: give one for each"
+            )
         self.vae = vae.eval().requires_grad_(False)
         self.prompts = tuple(prompts)
         self.embeddings = embeddings.detach().float()
@@ -70,7 +72,7 @@ class Latents:
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
             raise CheckpointError(
                 f"{folder} is no pipeline with an autoencoder and a text encoder"
-                f" ({first_line(error, 200)})"
+                f" ({first_line(error, 200)}): name the folder of a whole one"
             ) from None
 
     @cached_property

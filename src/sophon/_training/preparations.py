@@ -159,7 +159,7 @@ def _train(
 ) -> int:
     """Follow the course and return its steps."""
     if surroundings.train is None:
-        raise SpecError(f"{preparation.kind} needs images of the original domain")
+        raise SpecError(f"{preparation.kind} needs images of the original domain: give them")
     course = Course(
         steps=spent_at_most(preparation, surroundings.steps),
         learning_rate=preparation.learning_rate,
@@ -192,7 +192,9 @@ def _fresh_head(model: nn.Module, _: FreshHead, surroundings: Surroundings) -> N
 def _ridge_head(model: nn.Module, preparation: RidgeHead, surroundings: Surroundings) -> int:
     """Fit a fresh head; it stays as drawn where nothing can be fitted. Return the steps spent."""
     if surroundings.labelled is None:
-        raise SpecError("ridge_head needs labelled images of the restricted domain")
+        raise SpecError(
+            "ridge_head needs labelled images of the restricted domain: give them, or leave it out"
+        )
     _fresh_head(model, FreshHead(), surroundings)
     most = _PASSES_A_STEP * spent_at_most(preparation, surroundings.steps)
     seen: list[int] = []

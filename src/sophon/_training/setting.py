@@ -17,8 +17,8 @@ from sophon._data import (
     Domain,
     Images,
     batch,
+    check_apart,
     check_channels,
-    check_distinct,
     fitted,
     resolve_normalisation,
 )
@@ -200,7 +200,7 @@ def make_setting(
         check_channels(domain.name, domain.image_shape[0], channels)
         task.check(model, domain, (channels, *domain.image_shape[1:]), trained=trained)
         shapes.append(task.shape((channels, *domain.image_shape[1:])))
-    _check_apart(original, restricted)
+    check_apart(original, restricted)
     found = find_head(model, (channels, *original.image_shape[1:]), head)
     if task.classes(original) not in (None, head_classes(model, found)):
         raise UnsupportedModelError(
@@ -274,15 +274,3 @@ def _remark_on_resizing(own: OwnInput | None, original: Domain) -> None:
 def _numbers(normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in normalisation)
     return f"mean {mean} and std {std}"
-
-
-def _check_apart(original: Domain, restricted: tuple[Domain, ...]) -> None:
-    """Raise DataError for two domains of the same images or of the same name."""
-    for index, domain in enumerate(restricted):
-        check_distinct(original, domain)
-        for other in restricted[:index]:
-            check_distinct(other, domain, ("restricted", "restricted"))
-    names = [domain.name for domain in (original, *restricted)]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"two domains are named {name!r}: give each its own name")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import astuple
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,14 @@ def read_pictures(files: list[Path], fit: Fit) -> Bytes:
         return _decoded(files, fit)
     entry = Path(folder) / f"{_name(files, fit)}.npy"
     try:
-        held: Bytes = np.load(entry, allow_pickle=False)
+        with entry.open("rb") as file:
+            held: Bytes = np.load(file, allow_pickle=False)
+            fit.transparent[True] += int(np.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
         require_writable(entry.parent, remedy=_REMEDY)
+        before = fit.transparent[True]
         held = _decoded(files, fit)
-        _keep(entry, held)
+        _keep(entry, held, fit.transparent[True] - before)
     return held
 
 
@@ -53,7 +56,11 @@ def _decoded(files: list[Path], fit: Fit) -> Bytes:
 
 def _name(files: list[Path], fit: Fit) -> str:
     # The size alone stood here before there was more to say.
-    how = fit.size if fit == Fit(fit.size) else list(astuple(fit))
+    how = (
+        fit.size
+        if fit == Fit(fit.size)
+        else [getattr(fit, one.name) for one in fields(fit) if one.compare]
+    )
     about = []
     for path in files:
         status = path.stat()
@@ -61,12 +68,13 @@ def _name(files: list[Path], fit: Fit) -> str:
     return hashlib.sha256(json.dumps([_VERSION, how, about]).encode()).hexdigest()
 
 
-def _keep(entry: Path, pixels: Bytes) -> None:
+def _keep(entry: Path, pixels: Bytes, transparent: int) -> None:
     # Whole or not at all: another process may read at any moment.
     temporary = temporary_beside(entry)
     try:
         with temporary.open("wb") as file:
-            np.save(file, pixels, allow_pickle=False)
+            for held in (pixels, np.int64(transparent)):
+                np.save(file, held, allow_pickle=False)
         temporary.replace(entry)
     except OSError as error:
         raise CheckpointError(

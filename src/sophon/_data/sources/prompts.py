@@ -49,7 +49,10 @@ def read_prompts(path: Path, fit: Fit) -> Contents:
         )
     bare = sorted(set(sorted_out(path)[0]) - set(files))
     if bare:
-        raise DataError(f"{table} has no prompt for {bare[0].name} ({len(bare)} images lack one)")
+        raise DataError(
+            f"{table} has no prompt for {bare[0].name} ({len(bare)} images lack one): add their"
+            " lines or remove the images"
+        )
     prompts = tuple(dict.fromkeys(text for _, text in rows))
     place = {text: number for number, text in enumerate(prompts)}
     labels = [place[text] for _, text in rows]

@@ -60,5 +60,8 @@ def _in_range(path: Path) -> list[Path]:
     files = [path.with_name(_RANGE.sub(number, path.name, count=1)) for number in numbers]
     absent = [file for file in files if not file.is_file()]
     if absent:
-        raise DataError(f"{len(absent)} of {len(files)} files are missing, the first {absent[0]}")
+        raise DataError(
+            f"{len(absent)} of {len(files)} files are missing, the first {absent[0]}: copy them"
+            " again, or narrow the range in path"
+        )
     return files

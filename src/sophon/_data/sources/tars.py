@@ -39,7 +39,7 @@ def read_tars(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) -> 
     def split(name: str) -> Labelled:
         samples = [sample for file in files[name] for sample in _samples(file, columns)]
         if not samples:
-            raise DataError(f"{files[name][0]} holds no images, such as 0001.jpg")
+            raise DataError(f"{files[name][0]} holds no images: put some in, such as 0001.jpg")
         labels = [0 if bare else sample.label for sample in samples]
 
         def read(index: Integers) -> Bytes:

@@ -21,6 +21,7 @@ from sophon._base.errors import SpecError, UnsupportedModelError
 from sophon._data import Domain
 from sophon._models import (
     Bare,
+    add_lora,
     bare_parameters,
     foreign_hooks,
     fresh_copy,
@@ -228,6 +229,17 @@ def test_adapters_learn_and_merge_into_the_plain_network() -> None:
         torch.testing.assert_close(
             merged.eval()(images), tuning.model.eval()(images), rtol=1e-4, atol=1e-4
         )
+
+
+def test_an_adapter_adds_twice_the_product_of_its_matrices() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    before = model.get_parameter("0.weight").detach().clone()
+    add_lora(model, 2, head="1", seed=0, names=())
+    down, up = (model.get_parameter(f"0.lora_{one}.default.weight") for one in "AB")
+    with torch.no_grad():
+        up.normal_()
+        wanted = before + 2 * up @ down
+    torch.testing.assert_close(merged_lora(model).get_parameter("0.weight"), wanted)
 
 
 @pytest.mark.parametrize("horizon", [None, 6])

@@ -9,16 +9,18 @@ from typing import Any, NoReturn
 
 import pytest
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from records import record
 from sophon._base.errors import CheckpointError
-from sophon._cli import auditing
+from sophon._cli import app, auditing
 from sophon._cli.controls import run_controls
 from sophon._cli.first_look import _in_full
 from sophon._cli.run_file import Case, load, load_subject
 from sophon._cli.running import run_pretraining, run_protection
 from sophon._models import head_classes
 from sophon._models.networks import SmallConvNet
+from sophon._training.checkpoints import save_model
 
 ROLES = ("restricted", "held_out", "benign")
 RUN = '[model]\nname = "small_convnet"\nin_channels = 1\nhead = "head"\n' + "".join(
@@ -90,6 +92,23 @@ def test_a_subject_is_judged_with_the_classes_that_it_has(case: Case, tmp_path: 
     two = load(tmp_path / "run.toml", None)
     assert head_classes(two.model, "head") == 2
     assert head_classes(load_subject(two, tmp_path / "theirs.safetensors")[0], "head") == 5
+
+
+def test_a_checkpoint_is_evaluated_on_images_as_it_took_them(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = case.network.model_dump(mode="json")
+    took = {"pretraining": {"input": {"mean": [0.3], "std": [0.2]}}}
+    save_model(tmp_path, case.model, {"model": network, **took})
+
+    def measured(model: Any, setting: Any, *_: Any) -> NoReturn:
+        raise Made(setting.normalisation(case.original))
+
+    monkeypatch.setattr("sophon._training.evaluate.evaluate", measured)
+    words = ["evaluate", tmp_path / "run.toml", "--model", tmp_path / "model.safetensors"]
+    made = CliRunner().invoke(app, [str(word) for word in words])
+    assert isinstance(made.exception, Made), made.output
+    assert made.exception.args == (((0.3,), (0.2,)),)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), ("1h30m", 5400)])

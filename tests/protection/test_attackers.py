@@ -38,7 +38,7 @@ from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._specs import AuditSpec, Distil, FreshHead, Heal, ModelSpec, ResetLastBlocks, Strategy
 from sophon._tasks import Classification, Distillation
 from sophon._training.evaluate import evaluate
-from sophon._training.loop import FineTuning, attacker_copy, attacker_images
+from sophon._training.loop import FineTuning, attacker_copy, attacker_images, image_count
 from sophon._training.setting import Setting
 
 STREAM = (0, ("attack",))
@@ -277,6 +277,9 @@ def test_few_images_hold_every_class_and_depend_on_the_seed() -> None:
     assert torch.equal(tenth.pixels, attacker_images(domain, 0.1, STREAM).pixels)
     assert not torch.equal(tenth.pixels, attacker_images(domain, 0.1, (1, ("attack",))).pixels)
     assert attacker_images(domain, 1.0, STREAM) is domain.train
+    # What batches are fitted to is what an attacker has.
+    for share in (0.01, 0.1, 0.37):
+        assert len(attacker_images(domain, share, STREAM)) == image_count(domain, share)
 
 
 # --- Healing and distilling -------------------------------------------------------------------

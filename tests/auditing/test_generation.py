@@ -406,6 +406,17 @@ def test_a_latent_pipeline_is_protected_and_attacked_through_adapters(tmp_path: 
     assert drawn.images.shape == (1, 16, 16, 3)
 
 
+def test_a_run_file_says_what_is_predicted_and_when(tmp_path: Path) -> None:
+    drawn = set()
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        case = load(run_file(folder), ["task.timestep=3", "task.prediction=sample"])
+        assert "sample prediction, timestep 3 alone" in case.task.name
+        drawn.add(weights_sha256(case.model))
+    # Random weights are the same wherever the configuration lies.
+    assert len(drawn) == 1
+
+
 def test_averaged_weights_of_a_pipeline_are_taken(tmp_path: Path) -> None:
     library = diffusers()
     pipeline = library.DDPMPipeline(unet(), library.DDPMScheduler(prediction_type="sample"))

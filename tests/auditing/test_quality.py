@@ -16,6 +16,7 @@ from denoisers import digits, unet, write_latent_pipeline
 from records import record, trial
 from sophon._auditing.extractors import Extractor, check_extractor, make_extractor
 from sophon._auditing.picture_quality import (
+    _among,
     check_quality,
     measure_quality,
 )
@@ -91,6 +92,18 @@ def test_copies_of_the_real_images_have_full_precision_and_recall() -> None:
     black = torch.zeros_like(images)
     quality = measure_quality(black, images, Extractor(Flat(), "pixels", 16), SPEC)
     assert quality.recall == 0
+    # One of them, again and again, is like the real ones and shows few of them.
+    one = images[:1].repeat(len(images), 1, 1, 1)
+    quality = measure_quality(one, images, Extractor(Flat(), "pixels", 16), SPEC)
+    assert quality.precision == 1
+    assert quality.recall < 0.1
+
+
+def test_a_ball_reaches_to_the_neighbour_asked_for() -> None:
+    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    drawn = torch.tensor([[-2.0], [-0.5], [12.0]])
+    assert _among(drawn, real, 1) == pytest.approx(1 / 3)
+    assert _among(drawn, real, 2) == 1
 
 
 def test_extractors_of_another_width_and_too_few_images_are_refused(tmp_path: Path) -> None:

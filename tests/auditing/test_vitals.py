@@ -21,7 +21,7 @@ from records import record
 from sophon._auditing.audit import Audit
 from sophon._auditing.vitals import measure_vitals, training_flops
 from sophon._data import Domain, overlaps, overlaps_of
-from sophon._data.images import Images
+from sophon._data.images import Images, to_images
 from sophon._judgement.flags.weights import inflated_weights
 from sophon._models import code_differences, network_identity, similarity
 from sophon._models.networks import SmallConvNet
@@ -210,6 +210,24 @@ def test_blank_images_are_like_no_other_but_the_same() -> None:
     assert all(o.exact == o.count and o.near == 0 for o in overlaps_of((same,)))
 
 
+def test_pictures_that_resemble_each_other_are_no_copies() -> None:
+    across, down = np.meshgrid(np.arange(32), np.arange(32))
+
+    def single(pixels: np.ndarray) -> Images:
+        return to_images(np.round(pixels)[None].astype(np.uint8), np.zeros(1, np.int64))
+
+    # All rows rise: every hash is the same, and thumbnails correlate by 1 / sqrt(1 + tilt ** 2).
+    level = 60 + 4 * across
+    for tilt, found in ((0.05, 1), (0.2, 0)):
+        assert overlaps.copies(single(level + tilt * 4 * down), single(level)) == found
+    # Each row in which the fifth step falls instead of rising is a bit of the hash.
+    stairs = np.broadcast_to(np.array([0, 20, 40, 60, 80, 81, 100, 120, 140]), (8, 9))
+    for rows, found in ((4, 1), (5, 0)):
+        changed = stairs.copy()
+        changed[:rows, 5] = 79
+        assert overlaps.copies(single(changed), single(stairs)) == found
+
+
 def test_what_was_only_recoloured_is_near_and_not_exact() -> None:
     raw = load_digits()
     images = np.round(raw.images * (200 / 16)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
@@ -335,6 +353,10 @@ def test_weights_are_alike_whatever_their_scale_and_unlike_when_trained_apart() 
     torch.manual_seed(5)
     apart = SmallConvNet(classes=5, in_channels=1)
     assert abs(similarity(apart, model) or 1.0) < 0.2
+    # A network of another head is the same one still.
+    refitted = trained_model()
+    refitted.head = apart.head
+    assert similarity(refitted, model) == pytest.approx(1.0)
     with torch.no_grad():
         next(scaled.parameters()).fill_(torch.nan)
     assert similarity(scaled, model) is None

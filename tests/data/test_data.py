@@ -28,7 +28,6 @@ from sophon._base.torchvision_patch import prepare_torchvision
 from sophon._data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SOURCES,
     Domain,
     Images,
     batch,
@@ -206,6 +205,26 @@ def test_validation_is_drawn_from_a_stream_of_its_own() -> None:
     drawn = stratified(labels, 0.1, derive_seed(7, "validation"), ("0", "1", "2"))[1]
     expected = torch.from_numpy(images[drawn]).permute(0, 3, 1, 2)
     assert torch.equal(domain.validation.pixels, expected)
+
+
+def test_a_domain_is_cut_and_weighed_as_its_specification_says(tmp_path: Path) -> None:
+    images, labels = noise(60, 8, 10), np.arange(60) % 3
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=labels)
+    cut: dict[str, Any] = {"validation": 0.2, "split_seed": 7}
+    domain = load_domain(
+        spec(source="npz", path="d.npz", weight=2.5, test=0.4, **cut), base=tmp_path
+    )
+    assert domain.weight == 2.5
+    drawn = stratified(labels, 0.4, derive_seed(7, "test"), ("0", "1", "2"))[1]
+    assert np.array_equal(domain.test.pixels[:, 0].numpy(), images[drawn])
+    # Of each class 8 of 20, then 2 of the 12 that are left.
+    assert (len(domain.validation), len(domain.test)) == (6, 24)
+    pairs = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
+    for same in (
+        Domain.from_arrays("a", images, labels, test=0.4, **cut),
+        Domain.from_datasets("a", pairs, test_fraction=0.4, **cut),
+    ):
+        assert same.fingerprint() == domain.fingerprint()
 
 
 @settings(max_examples=60, deadline=None)
@@ -928,19 +947,6 @@ def test_different_domains_pass_the_checks() -> None:
     check_channels("small", 1, 3)
     check_batch_fits(original, len(original.train), "batch_size")
     assert original.fingerprint() != restricted.fingerprint()
-
-
-def test_sources_are_the_documented_ones() -> None:
-    assert list(SOURCES) == [
-        "npz",
-        "folder",
-        "datasets",
-        "webdataset",
-        "torchvision",
-        "tree",
-        "embedded",
-        "prompts",
-    ]
 
 
 def test_jpeg_packing_equals_decoding_each_file(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks.suites import resolved, strategies_of
+from sophon._judgement import flags
 from sophon._judgement.flags.all import CHECKS
 from sophon._judgement.flags.flag import TEXTS
 from sophon._judgement.flags.running import unequal_search
@@ -212,6 +214,18 @@ CASES: dict[str, tuple[AuditRecord, AuditRecord]] = {
 def test_every_check_has_its_cases() -> None:
     assert set(CASES) == set(CHECKS)
     assert set(CURVES) == {"protected", "unprotected", "scratch"}
+    # One in a file that nobody looks through would never be asked, nor one without words.
+    files = {one.stem for one in Path(flags.__file__).parent.glob("*.py")}
+    looked_through = {subject.__name__.rpartition(".")[2] for subject in flags.all._SUBJECTS}
+    assert files - {"__init__", "all", "flag"} == looked_through
+    written = {
+        name
+        for subject in flags.all._SUBJECTS
+        for name, function in vars(subject).items()
+        if getattr(function, "__module__", "") == subject.__name__ and not name.startswith("_")
+        if getattr(function, "__annotations__", {}).get("return") == "Flag | None"
+    }
+    assert written == set(CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -83,6 +83,13 @@ def test_both_heads_are_fitted_in_closed_form() -> None:
         assert float((model(images).argmax(1) == labels).float().mean()) > 0.9
 
 
+def test_weights_of_the_encoder_are_its_matrices_and_filters() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 5)
+    )
+    assert set(models.encoder_weights(model, "4")) == {"0.weight", "3.weight"}
+
+
 @pytest.mark.parametrize("kind", BUILT)
 def test_they_are_protected_against_another_number_of_classes(kind: str) -> None:
     model = BUILT[kind][0](2)

@@ -315,6 +315,16 @@ def test_a_network_without_weights_starts_from_the_same_ones_every_time() -> Non
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.parametrize("name", ["resnet20", "small_convnet"])
+def test_our_own_networks_start_as_he_et_al_say(name: str) -> None:
+    """Weights of the variance 2 / fan in (arXiv 1502.01852), biases of zero."""
+    for part in NETWORKS[name](10, 3).modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            fan_in = part.weight[0].numel()
+            assert float(part.weight.detach().std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.2)
+            assert part.bias is None or not part.bias.any()
+
+
 # --- Checkpoints and names --------------------------------------------------------------------
 
 
@@ -639,6 +649,11 @@ def test_pairs_leave_out_outputs_that_something_else_reads() -> None:
     assert models.normalised_pairs(plain, IMAGE) == [("0", "2")]
     assert models.normalised_pairs(residual, IMAGE) == [("2", "3")]
     assert models.normalised_pairs(twice, IMAGE) == []
+    assert models.layers_in_order(plain, IMAGE) == ["0", "3"]
+    assert models.layers_in_order(twice, IMAGE) == []
+    norm = nn.BatchNorm2d(4)
+    both = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 4, 1), norm)
+    assert models.normalised_pairs(both, IMAGE) == []
 
 
 def test_the_hash_sees_weights_buffers_and_names() -> None:

@@ -306,9 +306,12 @@ def test_a_run_resizes_pictures_as_the_networks_processor_does(tmp_path: Path) -
             pixels = stream.integers(0, 256, (30, 40 + number, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(place)
     text = RUN.replace("npz", "folder").replace(".folder", "")
+    for role in ("held_out", "benign"):
+        text += f'[[{role}]]\nsource = "folder"\nname = "{role}"\npath = "refuse"\n'
     (tmp_path / "run.toml").write_text(text)
     case = load_run(tmp_path / "run.toml", [])
-    assert [d.fit for d in (case.original, *case.restricted)] == [Fit(16, crop_mode="squash")] * 2
+    loaded = (case.original, *case.restricted, *case.held_out, *case.benign)
+    assert [d.fit for d in loaded] == [Fit(16, crop_mode="squash")] * 4
     assert case.spec.original.image_size == 16
     assert case.setting().input()["crop_mode"] == "squash"
     assert "resized with bilinear, crop_pct 1, squashed" in case.read()[0]

@@ -117,6 +117,7 @@ SEVERAL = {
         lambda r, a: {**under("momentum_encoder.", a), **under("base_encoder.", r)},
         "momentum_encoder",
     ),
+    "nested": (lambda r, a: {"state_dict": under("ema.", a), "network": r}, "ema"),
     "distilled": (lambda r, a: {"teacher": a, "student": r}, "teacher"),
 }
 

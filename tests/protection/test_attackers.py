@@ -21,6 +21,7 @@ from sophon._base.errors import SpecError, UnsupportedModelError
 from sophon._data import Domain
 from sophon._models import (
     Bare,
+    add_lora,
     bare_parameters,
     foreign_hooks,
     fresh_copy,
@@ -37,7 +38,7 @@ from sophon._protection.terms.rehearsal import Rehearsal
 from sophon._specs import AuditSpec, Distil, FreshHead, Heal, ModelSpec, ResetLastBlocks, Strategy
 from sophon._tasks import Classification, Distillation
 from sophon._training.evaluate import evaluate
-from sophon._training.loop import FineTuning, attacker_copy, attacker_images
+from sophon._training.loop import FineTuning, attacker_copy, attacker_images, image_count
 from sophon._training.setting import Setting
 
 STREAM = (0, ("attack",))
@@ -230,6 +231,17 @@ def test_adapters_learn_and_merge_into_the_plain_network() -> None:
         )
 
 
+def test_an_adapter_adds_twice_the_product_of_its_matrices() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    before = model.get_parameter("0.weight").detach().clone()
+    add_lora(model, 2, head="1", seed=0, names=())
+    down, up = (model.get_parameter(f"0.lora_{one}.default.weight") for one in "AB")
+    with torch.no_grad():
+        up.normal_()
+        wanted = before + 2 * up @ down
+    torch.testing.assert_close(merged_lora(model).get_parameter("0.weight"), wanted)
+
+
 @pytest.mark.parametrize("horizon", [None, 6])
 def test_adapters_can_be_rehearsed(horizon: int | None) -> None:
     model = trained_model()
@@ -265,6 +277,9 @@ def test_few_images_hold_every_class_and_depend_on_the_seed() -> None:
     assert torch.equal(tenth.pixels, attacker_images(domain, 0.1, STREAM).pixels)
     assert not torch.equal(tenth.pixels, attacker_images(domain, 0.1, (1, ("attack",))).pixels)
     assert attacker_images(domain, 1.0, STREAM) is domain.train
+    # What batches are fitted to is what an attacker has.
+    for share in (0.01, 0.1, 0.37):
+        assert len(attacker_images(domain, share, STREAM)) == image_count(domain, share)
 
 
 # --- Healing and distilling -------------------------------------------------------------------

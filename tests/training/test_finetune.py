@@ -114,11 +114,11 @@ def test_scoring_evaluates_every_image_and_leaves_the_model_as_it_was(training: 
     assert torch.equal(scores, right.float()[None])
 
 
-def test_healing_meets_other_batches_with_another_seed() -> None:
+def test_healing_meets_other_batches_with_another_seed_or_batch_size() -> None:
     setting = _setting()
-    strategy = Strategy(preparations=(Heal(share=0.5),), batch_size=16, steps=8)
     found = []
-    for seed in (0, 0, 1):
+    for seed, size in ((0, 16), (0, 16), (1, 16), (0, 8)):
+        strategy = Strategy(preparations=(Heal(share=0.5),), batch_size=size, steps=8)
         model = setting.place(trained_model())
         stream = (seed, ("attack",))
         made = attacker_copy(
@@ -128,6 +128,7 @@ def test_healing_meets_other_batches_with_another_seed() -> None:
         found.append(model.get_parameter("stage1.0.weight").detach())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[3])
 
 
 def test_stopping_between_steps_changes_nothing() -> None:

@@ -526,6 +526,14 @@ def test_shrinking_mixes_filters_with_fresh_ones_of_their_norm(real: nn.Module) 
         assert noise == pytest.approx(0.25 if held.dim() > 1 else 0.0, abs=1e-5)
 
 
+def test_factors_multiply_along_the_list(real: nn.Module) -> None:
+    steps = (RescaleWeights(norm=2.0), ShrinkPerturb(share=0.25))
+    first, both = (prepare(copy.deepcopy(real), steps[:n], around())[0] for n in (1, 2))
+    kept = {key: 0.75 if held.dim() > 1 else 1.0 for key, held in real.named_parameters()}
+    assert any(factor != 1 for factor in first.values())
+    assert both == {key: pytest.approx(first[key] * kept[key]) for key in kept}
+
+
 def test_zeros_are_drawn_anew_and_nothing_else_changes(real: nn.Module) -> None:
     pruned = copy.deepcopy(real)
     with torch.no_grad():

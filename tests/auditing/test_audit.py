@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ def _record(store: Path | None = None, spec: AuditSpec = SPEC) -> AuditRecord:
     )
 
 
+BRIEF = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditRecord]:
+    """Return the store and the record of an audit of two steps."""
+    store = tmp_path_factory.mktemp("brief")
+    return store, _record(store, BRIEF)
+
+
+@pytest.fixture
+def store(brief: tuple[Path, AuditRecord], tmp_path: Path) -> Path:
+    """Return a copy of that store."""
+    return Path(shutil.copytree(brief[0], tmp_path / "store"))
+
+
 def _essence(trial: Trial) -> dict[str, object]:
     return trial.model_dump(exclude={"wall_s"})
 
@@ -68,9 +85,11 @@ def test_equal_subjects_get_equal_trials_and_every_trial_is_kept() -> None:
     assert summary.advantage.value == 0
 
 
-def test_a_repeated_audit_runs_only_what_is_missing(tmp_path: Path) -> None:
-    first = _record(tmp_path)
-    files = sorted((tmp_path / "trials").iterdir())
+def test_a_repeated_audit_runs_only_what_is_missing(
+    brief: tuple[Path, AuditRecord], store: Path
+) -> None:
+    _, first = brief
+    files = sorted((store / "trials").iterdir())
     stamps = [f.stat().st_mtime_ns for f in files]
     files[3].unlink()
     again = Audit(
@@ -78,8 +97,8 @@ def test_a_repeated_audit_runs_only_what_is_missing(tmp_path: Path) -> None:
         unprotected=trained_model(),
         original=original(),
         restricted=restricted(),
-        spec=SPEC,
-        store=tmp_path,
+        spec=BRIEF,
+        store=store,
         scratch=scratch_model,
     )
     assert again.missing() in (1, 2)
@@ -131,18 +150,16 @@ def test_what_is_frozen_by_design_is_no_fault() -> None:
     assert health(more, designed) == ("frozen_parameters",)
 
 
-def test_the_record_survives_its_json() -> None:
-    record = _record(spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}))
+def test_the_record_survives_its_json(brief: tuple[Path, AuditRecord]) -> None:
+    _, record = brief
     assert AuditRecord.model_validate_json(record.model_dump_json()) == record
 
 
-def test_a_damaged_trial_names_its_file(tmp_path: Path) -> None:
-    spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
-    _record(tmp_path, spec)
-    victim = next((tmp_path / "trials").iterdir())
+def test_a_damaged_trial_names_its_file(store: Path) -> None:
+    victim = next((store / "trials").iterdir())
     victim.write_text("{}")
     with pytest.raises(CheckpointError, match=victim.name):
-        _record(tmp_path, spec)
+        _record(store, BRIEF)
 
 
 class _Fragile(SmallConvNet):
@@ -163,7 +180,7 @@ def test_a_crashed_attack_is_recorded_and_the_rest_goes_on() -> None:
         unprotected=trained_model(),
         original=original(),
         restricted=restricted(),
-        spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}),
+        spec=BRIEF,
         scratch=scratch_model,
     )
     crashed = [t for t in record.trials if t.outcome.kind == "crashed"]
@@ -175,7 +192,6 @@ def test_a_crashed_attack_is_recorded_and_the_rest_goes_on() -> None:
 def test_a_crashed_trial_is_run_again_and_its_trace_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
     attack = Bench._attack
 
     def failing(self: Bench, job: Job, *rest: object) -> object:
@@ -184,22 +200,22 @@ def test_a_crashed_trial_is_run_again_and_its_trace_kept(
         return attack(self, job, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Bench, "_attack", failing)
-    first = _record(tmp_path, spec)
+    first = _record(tmp_path, BRIEF)
     assert sum(t.outcome.kind == "crashed" for t in first.trials) == 12
     assert first.earlier_crashes == ()
-    second = _record(tmp_path, spec)
+    second = _record(tmp_path, BRIEF)
     assert [t.key for t in second.trials] == [t.key for t in first.trials]
     # What crashes alike each time is said by the trials: killed or not, the record is the same.
     assert second.earlier_crashes == ()
     monkeypatch.setattr(Bench, "_attack", attack)
-    third = _record(tmp_path, spec)
+    third = _record(tmp_path, BRIEF)
     assert {t.outcome.kind for t in third.trials} == {"completed"}
     assert len(list((tmp_path / "trials").glob("*.crashed-1.json"))) == 12
     # Both runs of every trial that crashed are in the record, in the order of the trials.
     keys = [t.key for t in first.trials if t.subject == "scratch"]
     assert [c.trial for c in third.earlier_crashes] == [key for key in keys for _ in range(2)]
     assert {c.error for c in third.earlier_crashes} == {"MemoryError: for once"}
-    assert _record(tmp_path, spec).earlier_crashes == third.earlier_crashes
+    assert _record(tmp_path, BRIEF).earlier_crashes == third.earlier_crashes
 
 
 def test_crashes_are_in_the_record_without_a_store_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +223,7 @@ def test_crashes_are_in_the_record_without_a_store_too(monkeypatch: pytest.Monke
         trained_model(),
         original=original(),
         restricted=restricted(),
-        spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}),
+        spec=BRIEF,
         scratch=scratch_model,
     )
     attack, calls = Bench._attack, []
@@ -244,9 +260,7 @@ def test_code_beside_the_weights_is_recorded_and_has_trials_of_its_own() -> None
     assert other.subjects.code() == ("stage1.rate = 0.9 instead of absent",)
 
 
-def test_other_weights_and_other_images_are_other_trials(tmp_path: Path) -> None:
-    spec = SPEC.model_copy(update={"steps": 2, "evaluations": 2})
-    _record(tmp_path, spec)
+def test_other_weights_and_other_images_are_other_trials(store: Path) -> None:
     changed = trained_model()
     with torch.no_grad():
         changed.get_parameter(_head(changed)).mul_(1.01)
@@ -260,8 +274,8 @@ def test_other_weights_and_other_images_are_other_trials(tmp_path: Path) -> None
             unprotected=trained_model(),
             original=original(),
             restricted=domain,
-            spec=spec,
-            store=tmp_path,
+            spec=BRIEF,
+            store=store,
             scratch=scratch_model,
         )
         assert run.missing() == missing
@@ -515,7 +529,7 @@ def test_two_unlike_restricted_domains_end_to_end() -> None:
         unprotected=model,
         original=original(),
         restricted=both,
-        spec=SPEC.model_copy(update={"steps": 2, "evaluations": 2}),
+        spec=BRIEF,
     )
     assert [d.classes for d in record.restricted] == [5, 3]
     assert [d.image for d in record.restricted] == [(1, 8, 8), (3, 12, 12)]

@@ -29,6 +29,8 @@ def test_depth_against_r2_is_shown_before_and_after() -> None:
     assert "What readers find by depth" in page
     assert "What readers find by depth" in text
     assert "| layer1 | 0.45 | 0.14 | 0.12 |" in text
+    lines = text.splitlines()
+    assert all(not lines[i - 1] for i, line in enumerate(lines) if line.startswith("###"))
     assert "R2 of the best reader on" in page
     assert "<b>last</b>" not in page
 

@@ -228,19 +228,16 @@ def test_a_record_is_of_the_suite_that_it_says(tmp_path: Path) -> None:
     whole = record([trial("protected", [0.1] * len(STEPS))])
     suite, held = whole.suite_fingerprint, whole.model_dump(mode="json")
     file = tmp_path / "record.json"
-    unmarked = {key: value for key, value in held.items() if key != "suite_fingerprint"}
-    old = {key: value for key, value in unmarked.items() if key != "earlier_crashes"}
-    for usual in (held, old):
+    old = {key: value for key, value in held.items() if key != "suite_fingerprint"}
+    for usual in (held, old, {**held, "suite_fingerprint": ""}):
         file.write_text(json.dumps(usual))
         assert read_record(file).trials == whole.trials
-    file.write_text(json.dumps({**old, "spec": {**held["spec"], "suite": "quick-2"}}))
-    with pytest.raises(CheckpointError, match="it lacks suite_fingerprint"):
-        read_record(file)
-    file.write_text(json.dumps(unmarked))
-    with pytest.raises(CheckpointError, match="it lacks suite_fingerprint"):
-        read_record(file)
+    crash = {"trial": whole.trials[0].key, "error": "MemoryError"}
+    for later in ({"spec": {**held["spec"], "suite": "quick-2"}}, {"earlier_crashes": [crash]}):
+        file.write_text(json.dumps({**old, **later}))
+        with pytest.raises(CheckpointError, match="it lacks suite_fingerprint"):
+            read_record(file)
     for changes, said in (
-        ({"suite_fingerprint": ""}, "it lacks suite_fingerprint"),
         ({"suite_fingerprint": "0" * len(suite)}, "its attacks were not those"),
         ({"spec_fingerprint": "0" * 64}, "its settings are not those"),
         ({"spec": {**held["spec"], "suite": "mine"}}, "its suite 'mine' is unknown"),

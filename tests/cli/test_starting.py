@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,20 @@ def test_images_that_protect_would_refuse_are_refused_at_once_in_its_words(
         said = made.stderr.replace(os.path.relpath(refused), str(refused))
         assert said.replace("--refuse: ", "restricted: ") == protected.stderr
         assert not out.exists()
+
+
+def test_folders_of_one_name_get_names_of_their_own(folders: Path, tmp_path: Path) -> None:
+    for task in ("photos", "faces"):
+        shutil.copytree(folders / task, tmp_path / "of" / task / "images")
+    at, out = tmp_path / "of", tmp_path / "run.toml"
+    places = ("--keep", at / "photos/images", "--refuse", at / "faces/images")
+    words = ("--model", "small_convnet", "--image-size", "12", *places)
+    assert sophon("init", *words, "--out", out).exit_code == 0
+    held = tomllib.loads(out.read_text())
+    assert (held["original"]["name"], held["restricted"][0]["name"]) == (
+        "photos-images",
+        "faces-images",
+    )
 
 
 def test_a_task_to_keep_is_not_refused(folders: Path, tmp_path: Path) -> None:

@@ -447,6 +447,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+import torch
 from builders import original, quick_spec, restricted, trained_model
 from sophon._protection.spec import ProtectSpec
 from sophon._protection import protection as _protect
@@ -463,6 +464,8 @@ def counted(function):
     return call
 
 out, spec, *events = sys.argv[1:]
+# Threads of a parent are not there in its forks.
+torch.set_num_threads(1)
 model = trained_model()
 for event in events:
     if (child := os.fork()):

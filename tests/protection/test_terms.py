@@ -669,6 +669,15 @@ def test_clamp_refuses_blocks_that_are_computed_twice() -> None:
         ClampTerm.check(ClampSpec(batch_size=16), model, _around())
 
 
+@pytest.mark.parametrize("kind", ["booster", "clamp"])
+def test_differences_of_passes_are_taken_in_fp32(kind: str) -> None:
+    exact, rounded = (
+        _hindrance(kind, _around(kind=kind, precision=precision)).contribute(_model(kind)).gradients
+        for precision in ("fp32", "bf16")
+    )
+    assert all(torch.equal(exact[name], value) for name, value in rounded.items())
+
+
 @pytest.mark.parametrize("kind", HINDRANCES)
 def test_a_contribution_leaves_weights_buffers_and_modes_as_they_are(kind: str) -> None:
     model = _model(kind)

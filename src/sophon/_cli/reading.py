@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _GZIP = b"\x1f\x8b"
 # Of a record, unpacked; those of large audits have a twentieth.
 _MOST_BYTES = 2**28
-# Suites that were released before records had their fingerprints.
-_UNMARKED = ("quick-1", "standard-1")
+# Suites of the time before records had their fingerprints.
+_UNMARKED = ("quick-1",)
 _PRINTED = Path("-")
 # Of a line that tells what wrote a run file.
 _LONGEST = 2000
@@ -114,21 +114,18 @@ def _require_as_written(record: AuditRecord, file: Path) -> None:
     """Raise CheckpointError where the suite or the settings of a record are not those it ran with.
 
     Records from before suites had fingerprints are taken as they are: they are of the suites of
-    their time, and say nothing of crashes before.
+    their time, and tell no earlier crashes.
     """
     from sophon._attacks.suites import SUITES, suite_fingerprint
 
-    name, fault = record.spec.suite, ""
-    if not record.suite_fingerprint:
-        later = name in SUITES and name not in _UNMARKED
-        if not later and not record.model_fields_set & {"suite_fingerprint", "earlier_crashes"}:
-            return
+    name, marked, fault = record.spec.suite, record.suite_fingerprint, ""
+    if not marked and (name not in _UNMARKED or record.earlier_crashes):
         fault = "it lacks suite_fingerprint, which says what its attacks were: restore the file"
     elif name not in SUITES:
         fault = f"its suite {shortened(name)!r} is unknown here: use the version that wrote it"
-    elif suite_fingerprint(name) != record.suite_fingerprint:
+    elif marked and suite_fingerprint(name) != marked:
         fault = f"its attacks were not those of suite {name!r}: restore the file"
-    elif record.spec.fingerprint() != record.spec_fingerprint:
+    elif marked and record.spec.fingerprint() != record.spec_fingerprint:
         fault = "its settings are not those that it ran with: restore the file"
     if fault:
         raise CheckpointError(f"{file} is not as the audit wrote it; {fault}, or repeat the audit")

@@ -96,9 +96,8 @@ class Wanted:
     def require(self) -> int:
         """Return the side of the images, in pixels, that the network takes.
 
-        Raises SophonError, of images in the words of `protect`, for what it would refuse: images
-        that cannot be read, too few of them or of classes, weights that are not there, and networks
-        that cannot be built.
+        Raises SophonError for weights that are not there, networks that cannot be built and, in the
+        words of `protect`, images that it would refuse: damaged ones, too few, of too few classes.
         """
         from sophon._cli.run_file import parse_run
         from sophon._data import check_apart, load_domain
@@ -138,6 +137,13 @@ class Wanted:
         def at(path: Path) -> str:
             return toml(placed(path))
 
+        images = [path.resolve() for path in (self.keep, self.refuse, *self.allow)]
+
+        def of(path: Path) -> str:
+            name, parent = path.resolve().name, path.resolve().parent.name
+            alike = [one.name for one in images].count(name) > 1
+            return at(path) + (f"\nname = {toml(f'{parent}-{name}')}" if alike else "")
+
         trained = f"weights = {toml(START)}   # made by this command"
         weights = trained if command == "try" else "# weights = FILE; without, they are random"
         if self.weights is not None:
@@ -155,12 +161,12 @@ class Wanted:
             file=file.name,
             model=toml(renamed(self.model, placed)),
             weights=weights,
-            keep=at(self.keep),
-            refuse=at(self.refuse),
+            keep=of(self.keep),
+            refuse=of(self.refuse),
             size=size,
             fit=fit,
             resized="squashed" if squashes else "shorter side resized, middle cut",
-            allowed="".join(_ALLOWED.format(path=at(o), size=size, fit=fit) for o in allowed),
+            allowed="".join(_ALLOWED.format(path=of(o), size=size, fit=fit) for o in allowed),
             rounds="# rounds: by the number of images" if rounds is None else f"rounds = {rounds}",
             suite=chosen.suite,
             attacks=(_SHORT if command == "try" else _WHOLE).format(steps=chosen.steps),

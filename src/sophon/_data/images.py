@@ -97,8 +97,8 @@ class Fit:
     With a `size` the middle square is resized to it, of a side of `crop_pct` of the shorter one
     (as timm and torchvision resize to `size / crop_pct` and cut); where `crop_mode` is `squash`
     it is that share of both sides. What is transparent is laid on `background`. 16-bit
-    grey keeps the upper 8 of its `bit_depth` bits. `transparent` counts the pictures with a
-    transparent pixel, or a transparent colour, that became pixels.
+    grey keeps the upper 8 of its `bit_depth` bits, its transparency aside. `transparent` counts
+    the other pictures with a transparent pixel.
     """
 
     size: int | None = None
@@ -107,7 +107,9 @@ class Fit:
     bit_depth: int = 16
     crop_mode: str = "center"
     background: str | None = None
-    transparent: Counter[bool] = field(default_factory=Counter, compare=False, repr=False)
+    transparent: Counter[bool] = field(
+        default_factory=Counter, init=False, compare=False, repr=False
+    )
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -162,8 +164,10 @@ class Fit:
 
 
 def _transparent(picture: Image.Image) -> bool:
-    opaque = "A" in picture.getbands() and picture.getchannel("A").getextrema()[0] == 255
-    return picture.has_transparency_data and not opaque
+    if not picture.has_transparency_data:
+        return False
+    held = picture if "A" in picture.getbands() else picture.convert("RGBA")
+    return bool(held.getchannel("A").getextrema()[0] < 255)
 
 
 class UnreadableError(DataError):

@@ -207,8 +207,8 @@ def _domain(contents: Contents, spec: DomainSpec, fit: Fit, name: str) -> Domain
         least_classes=1 if free or spec.labels == "none" else 2,
         stratified=not free,
     )
-    splits = vars(cut(contents, how))
-    splits["remarks"] += fit.remarks
+    made = cut(contents, how)
+    splits = {**vars(made), "remarks": made.remarks + fit.remarks}
     if replace(fit, background=None) != Fit(spec.image_size, bit_depth=spec.bit_depth):
         squashed = ", squashed" if spec.crop_mode == "squash" else ""
         said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}{squashed}"

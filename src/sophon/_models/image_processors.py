@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -54,12 +55,14 @@ def processor_input(folder: Path) -> dict[str, Any] | None:
             f"{file}: auto_map brings code, which is never run: delete the file, and set mean and"
             " std of the domains"
         )
-    return dict(_measured(folder, json.dumps(held)))
+    config = folder / "config.json"
+    other = config.read_bytes() if config.is_file() else b""
+    return copy.deepcopy(_measured(folder, json.dumps(held), other))
 
 
 @lru_cache(maxsize=8)
-def _measured(folder: Path, _settings: str) -> dict[str, Any]:
-    """Return what the processor in `folder` does, once for the same settings."""
+def _measured(folder: Path, _settings: str, _config: bytes) -> dict[str, Any]:
+    """Return what the processor in `folder` does, once for the same files."""
     file = folder / PROCESSOR
     try:
         found = transformers().AutoImageProcessor.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -59,6 +60,8 @@ class BatchHindrance(Hindrance[AnyBatchSpec]):
     reads_original: ClassVar[bool] = False
     instead_of_two = "it takes turns over domains"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    # Whether it takes differences of passes that are nearly equal: these are in fp32.
+    exact: ClassVar[bool] = False
 
     def __init__(self, spec: AnyBatchSpec, around: Surroundings) -> None:
         super().__init__(spec, around)
@@ -107,7 +110,7 @@ class BatchHindrance(Hindrance[AnyBatchSpec]):
         last = isinstance(model.get_submodule(head), nn.Linear)
         handle = Place(head, before=True).watch(model, kept, head)
         try:
-            with self.around.setting.autocast():
+            with nullcontext() if self.exact else self.around.setting.autocast():
                 outputs = run(model, images)
         finally:
             handle.remove()

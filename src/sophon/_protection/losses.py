@@ -85,7 +85,7 @@ def denial_of_service(outputs: Tensor, targets: Tensor) -> Tensor:
 def negated_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return -MSE: plain ascent on the task loss, unbounded below.
 
-    It diverges; kept as the ablation that motivates DoS.
+    It diverges; kept as the ablation that motivates DoS, and as what IMMA and ResAlign ascend.
     """
     return -(outputs - targets).square().flatten(1).mean(1)
 

@@ -41,6 +41,7 @@ class BoosterTerm(ProbingHindrance[BoosterSpec]):
     """
 
     spec_type = BoosterSpec
+    exact = True
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
         """Return the loss; the score is the probe's accuracy before the step."""

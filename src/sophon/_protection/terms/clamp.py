@@ -52,16 +52,18 @@ class ClampTerm(ProbingHindrance[ClampSpec]):
     "Immunizing Models Against Harmful Long-Horizon Fine-Tuning" (CLAMP, CVPR 2026), by notes of
     others on it. h_t is a probe's cross-entropy at the attacker's weights w_t, g its gradient at
     w_K, v = -g / |g|; T(w) = w - rate grad h(w), c = |T(w_K + radius v) - T(w_K)| / radius;
-    k_t = (h(w_t + radius v_t) - 2 h(w_t) + h(w_t - radius v_t)) / radius^2. B bounds how far
-    updates lead that shrink by c each.
+    k_t = (h(w_t + radius v_t) - 2 h(w_t) + h(w_t - radius v_t)) / radius^2, t from 0 to K. B bounds
+    how far updates lead that shrink by c each.
 
     Where it departs: the paper differentiates its attacker's steps, here they are constant. Notes
     say neither what the direction v is, nor how L, a Lipschitz constant of the gradient, is
-    estimated: it is |grad h(w_K + radius v) - g| / radius here. 1 - c is at least 0.05. The
-    attacker descends with the encoder, the probe stays. All numbers are ours.
+    estimated: it is |grad h(w_K + radius v) - g| / radius here. 1 - c is at least 0.05, where B has
+    no gradient through c. The attacker descends with the encoder, the probe stays. All numbers are
+    ours.
     """
 
     spec_type = ClampSpec
+    exact = True
 
     @classmethod
     def check(cls, spec: ClampSpec, model: nn.Module, around: Surroundings) -> None:

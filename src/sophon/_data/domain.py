@@ -159,8 +159,8 @@ class Domain:
         if classes is not None:
             contents = replace(contents, classes=tuple(map(str, classes)))
         made = cut(contents, Cut(validation, test_fraction, split_seed, on_error=on_error))
-        splits = {**vars(made), "remarks": made.remarks + fit.remarks}
-        return cls(name, **splits, mean=_floats(mean), std=_floats(std))
+        made = replace(made, remarks=made.remarks + fit.remarks)
+        return cls(name, **vars(made), mean=_floats(mean), std=_floats(std))
 
 
 def several(given: Any) -> tuple[Any, ...]:

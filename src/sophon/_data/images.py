@@ -167,7 +167,7 @@ def _transparent(picture: Image.Image) -> bool:
     if not picture.has_transparency_data:
         return False
     held = picture if "A" in picture.getbands() else picture.convert("RGBA")
-    return bool(held.getchannel("A").getextrema()[0] < 255)
+    return held.getchannel("A").getextrema() != (255, 255)
 
 
 class UnreadableError(DataError):

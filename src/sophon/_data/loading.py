@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from sophon._base.errors import DataError, require_kind, unknown
 from sophon._data.collecting import Columns
@@ -208,7 +208,7 @@ def _domain(contents: Contents, spec: DomainSpec, fit: Fit, name: str) -> Domain
         stratified=not free,
     )
     made = cut(contents, how)
-    splits = {**vars(made), "remarks": made.remarks + fit.remarks}
+    splits: dict[str, Any] = {**vars(made), "remarks": made.remarks + fit.remarks}
     if replace(fit, background=None) != Fit(spec.image_size, bit_depth=spec.bit_depth):
         squashed = ", squashed" if spec.crop_mode == "squash" else ""
         said = f"resized with {spec.interpolation}, crop_pct {spec.crop_pct:.4g}{squashed}"

@@ -1,8 +1,10 @@
 """Turn finished audits into the table and the figure of a results page.
 
     python docs/results/tabulate.py FIGURE.svg "label=runs/a1" "label=runs/a2" ...
+    python docs/results/tabulate.py FIGURE.svg runs/a1
 
-Prints one Markdown row per audit and restricted domain; the figure has one panel each.
+The first prints one Markdown row per audit and restricted domain; the figure has one panel each.
+The second draws what readers found by depth on an audit's first restricted domain.
 """
 
 from __future__ import annotations
@@ -18,8 +20,15 @@ from sophon._judgement.statistics import Cost, wilson
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
 from sophon._records.audit_record import AuditRecord, Score
+from sophon._records.statement import stated
+from sophon._reporting.plots import readers_plot
 
 COLOURS = {"protected": "#c2410c", "unprotected": "#1d4ed8", "scratch": "#6b7280"}
+STYLE = (
+    "svg{background:#fff} text{font:15px sans-serif} .grid{stroke:#ccc}"
+    + "".join(f" .{name}{{stroke:{c};fill:{c}}}" for name, c in COLOURS.items())
+    + " polyline{fill:none;stroke-width:2} text{stroke:none}"
+)
 HEADER = (
     "| protection | original test, before and after | best attack, test (95 %) | won by |"
     " steps to 90 % | advantage removed (95 %) | verdict |\n|---|---|---|---|---|---|---|"
@@ -120,10 +129,20 @@ def main(figure: str, *named: str) -> None:
     picture.savefig(figure, metadata={"Date": None})
 
 
+def readers(figure: str, folder: str) -> None:
+    """Write what the best readers found at each depth, as a figure that stands alone."""
+    record = read_record(Path(folder))
+    name = record.restricted[0].name
+    drawn = str(readers_plot(name, stated(record.protection).readers[name]))
+    head, rest = drawn.split(">", 1)
+    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="720"')
+    Path(figure).write_text(f"{head}><style>{STYLE}</style>{rest}\n")
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     try:
-        main(*sys.argv[1:])
+        (main if "=" in sys.argv[2] else readers)(*sys.argv[1:])
     except SophonError as error:
         sys.exit(f"error: {error}")

@@ -107,6 +107,13 @@ def stored() -> list[Path]:
     return [path for folder in folders for path in sorted(folder)]
 
 
+def read(path: Path) -> AuditRecord:
+    """Return a record; those of the tests' folder are of a suite that no version has."""
+    if path.suffix == ".json":
+        return AuditRecord.model_validate_json(path.read_text())
+    return read_record(path)
+
+
 def pinned(name: str, held: AuditRecord) -> dict[str, Any]:
     """Return what is pinned of a record: some are judged in other views as well."""
     views = {view: judged(change(held)) for view, change in VIEWS.items() if name in ALL_VIEWS}
@@ -128,4 +135,4 @@ def test_every_stored_record_is_pinned() -> None:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_stored_record_is_judged_as_it_was(name: str) -> None:
-    assert pinned(name, read_record(ROOT / name)) == GOLDEN[name]
+    assert pinned(name, read(ROOT / name)) == GOLDEN[name]

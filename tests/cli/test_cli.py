@@ -182,6 +182,15 @@ def test_a_model_that_does_not_know_its_task_is_told_before_any_round(
     code, out, err = sophon("protect", run_file, "--out", tmp_path / "p", *settings)
     assert code == 0, err
     assert ("does not know its original task" in out + err) != knows
+    assert ("set `classes` to the order" in out + err) != knows
+
+
+def test_a_tolerance_below_one_image_is_told_before_any_round(
+    run_file: Path, tmp_path: Path
+) -> None:
+    settings = ("--set", "protect.guard.tolerance_points=0.01", "--set", "protect.rounds=1")
+    _, out, err = sophon("protect", run_file, "--out", tmp_path / "p", *settings)
+    assert "points, more than the tolerance of 0.01: give more images" in out + err
 
 
 def test_protect_says_what_it_did_and_repeats_it(run_file: Path, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_card_without_an_audit_says_so(place: Path) -> None:
         card = ModelCard.load(place / name / "README.md")
         assert card.data.to_dict()["sophon"]["verdict"] == "not audited"
         assert card.data.eval_results is None
-        assert "Not audited" in card.text
+        assert "**Not audited**" in card.text
 
 
 @pytest.mark.parametrize(

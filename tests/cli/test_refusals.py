@@ -181,6 +181,21 @@ def test_a_run_that_is_not_finished_is_said_to_be_none(finished: Path, tmp_path:
         assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("command", ["report", "inspect"])
+def test_an_audit_without_any_trial_is_not_finished(command: str, tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    said = sophon(command, tmp_path)
+    assert said.exit_code == 2
+    assert "is of an audit that is not finished (0 trials are stored)" in said.stderr
+
+
+def test_weights_of_others_are_not_exported(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    said = sophon("export", tmp_path, "--to", tmp_path / "e")
+    assert said.exit_code == 2
+    assert "has no model.json: name a folder that `sophon protect --out` wrote" in said.stderr
+
+
 def test_what_was_edited_by_hand_is_one_line(finished: Path, tmp_path: Path) -> None:
     held = json.loads((finished / "model.json").read_text())
     held["protection"] = {"input": 3}

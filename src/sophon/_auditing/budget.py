@@ -87,12 +87,12 @@ def fit(
     least = cost(chosen)
     seeds = len(chosen.seeds or ())
     without = " without the search," if spec.search_trials else ""
-    smaller = "" if suite_of(spec).prefilter is None else ", or take suite = 'quick-2'"
+    smaller = "look-1" if suite_of(spec).prefilter is None else "quick-2"
     raise AuditError(
         f"a budget of {_duration(seconds)} is too short: even{without} on {seeds} attack"
         f" seed{'' if seeds == 1 else 's'} of {chosen.steps} steps this audit takes about"
         f" {_duration(least)}: raise --budget, use more --workers, or lower audit.steps or"
-        f" audit.seeds yourself{smaller}"
+        f" audit.seeds yourself, or take audit.suite = {smaller!r}"
     )
 
 

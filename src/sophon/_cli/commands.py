@@ -183,7 +183,8 @@ def evaluate(
         return
     typer.echo(
         f"{case.original.name} {split}: {kind.noun} {kind.show(score.value, 1)} on {score.total}"
-        f" images (95 % interval {low} to {high})"
+        f" images (95 % interval {low} to {high}), by chance"
+        f" {kind.show(kind.chance(case.original.class_count, 0.0), 1)}"
     )
 
 

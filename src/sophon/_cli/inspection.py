@@ -42,7 +42,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         return
     tensors = read_tensors(file)
     size = sum(value.numel() for value in tensors.values())
-    provenance = ["no model.json beside it: not written by sophon"]
+    provenance = ["no model.json beside it: an export, or not written by sophon"]
     if (file.parent / "model.json").is_file():
         # To the end before the first line: a checkpoint that was changed is not described.
         provenance = list(_provenance(file, read_json(file.parent / "model.json")))

@@ -90,7 +90,7 @@ def _absence(path: Path, file: Path) -> str:
             f"{ended}: repeat its `sophon try` command with a larger one"
             f" (--set protect.guard.tolerance_points=...); {DELETE_FIRST}"
         )
-    if begun or tried:
+    if tried or (path / "trials").is_dir():
         command = "`sophon try` command" if tried else "`sophon audit`"
         return (
             f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
@@ -98,6 +98,10 @@ def _absence(path: Path, file: Path) -> str:
         )
     named = "record.json" if path.suffix in (".json", ".gz") else "the folder"
     return f"{file} does not exist: name {named} that `sophon audit --out` wrote"
+
+
+def _of_an_audit(folder: Path) -> bool:
+    return (folder / "record.json").is_file() or (folder / "trials").is_dir()
 
 
 def _first_look(folder: Path) -> bool:
@@ -289,7 +293,7 @@ def inspect(
 
         with _as_written(path):
             show_controls(read_json(controls)["controls"])
-    elif path.name.endswith((".json", ".json.gz")) or (path / "record.json").is_file():
+    elif path.name.endswith((".json", ".json.gz")) or _of_an_audit(path):
         from sophon._reporting.report import report as judge
 
         show_verdict(judge(read_record(path)), "lines", {})

@@ -130,7 +130,17 @@ def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
             mode,
             f"warning: the model does not know its original task: {kind.show(before.value, 1)} on"
             f" {run.setting.original.name}, chance is {kind.show(chance, 1)}; protection keeps"
-            " what a model can do: train it first (sophon pretrain) or name its weights",
+            " what a model can do: name its weights, set `classes` to the order that it learnt, or"
+            " train it first (sophon pretrain)",
+        )
+    images = len(run.setting.original.validation)
+    least, tolerance = 100 / images, run.guard.spec.tolerance_points
+    if kind.classifies and tolerance is not None and least > tolerance:
+        remark(
+            mode,
+            f"warning: one of {images} validation images of {run.setting.original.name} is"
+            f" {least:.1f} points, more than the tolerance of {tolerance:g}: give more images"
+            " (`validation`), or raise protect.guard.tolerance_points",
         )
     for term in run.hinder:
         for line in term.remarks():

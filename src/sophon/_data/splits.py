@@ -152,7 +152,7 @@ def _read(
     if len(pixels) < len(parts) or len(lost):
         name = "a split" if not len(lost) else f"class {names[renumbered(lost, wanted)[0]]!r}"
         raise DataError(f"without what cannot be read {name} has no images; {failed}")
-    some = ", ".join(Path(name).name for name, _ in faults[:3])
+    some = ", ".join("/".join(Path(name).parts[-2:]) for name, _ in faults[:3])
     said = f"{len(faults)} images skipped that cannot be used ({some}"
     return pixels, left, (f"{said}{', ...' if len(faults) > 3 else ''})",)
 

@@ -75,6 +75,10 @@ def load_protected(folder: Path) -> Exported:
     """
     file = folder / "model.safetensors"
     require_model_in(folder, "name a finished protection")
+    if not (folder / "model.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no model.json: name a folder that `sophon protect --out` wrote"
+        )
     held = read_json(folder / "model.json")
     require_recorded(file, held)
     if not held.get("model"):

@@ -189,8 +189,9 @@ def test_a_tolerance_below_one_image_is_told_before_any_round(
     run_file: Path, tmp_path: Path
 ) -> None:
     settings = ("--set", "protect.guard.tolerance_points=0.01", "--set", "protect.rounds=1")
-    _, out, err = sophon("protect", run_file, "--out", tmp_path / "p", *settings)
-    assert "points, more than the tolerance of 0.01: give more images" in out + err
+    for words in (("--out", tmp_path / "p"), ("--dry-run",)):
+        _, _, err = sophon("protect", run_file, *words, *settings)
+        assert "points, more than the tolerance of 0.01: give more images" in err
 
 
 def test_protect_says_what_it_did_and_repeats_it(run_file: Path, tmp_path: Path) -> None:

@@ -16,12 +16,15 @@ from sophon._cli.application import say_json, stopping
 if TYPE_CHECKING:
     from sophon._cli.progress import Mode
     from sophon._cli.run_file import Case
+    from sophon._data import Domain
     from sophon._models import OwnInput
     from sophon._protection.forecast import Forecast
     from sophon._protection.profile import Profiled
     from sophon._protection.protection import Protected, Protection
+    from sophon._records.audit_record import Measurement
     from sophon._reporting.comparison import Comparison
     from sophon._reporting.report import Report
+    from sophon._specs import Guard
     from sophon._specs.base import Spec
     from sophon._training.pretrain import Pretrained
 
@@ -80,7 +83,7 @@ def run_protection(
         state = "is complete" if finished else f"resumes after round {run.done} of {len(run)}"
         remark(mode, f"{out} {state}")
     say_read(case, mode)
-    _warn_of_ignorance(run, mode)
+    _say_doubts(run, mode)
     profiled = None if profile is None else Profiled(run, profile, out)
     guard, kind = "", kind_of(run.guard.before)
     display = Display(mode, noun="round", total=len(run), todo=len(run) - run.done)
@@ -118,33 +121,35 @@ def say_read(case: Case, mode: Mode, own: OwnInput | None = None) -> None:
         remark(mode, line)
 
 
-def _warn_of_ignorance(run: Protection, mode: Mode) -> None:
-    """Say, before any round, that the model does not know its task, and what the terms remark."""
+def _say_doubts(run: Protection, mode: Mode) -> None:
+    """Say, before any round, what speaks against it, and what the terms remark."""
+    doubts = _doubts(run.setting.original, run.guard.before, run.guard.spec)
+    for line in (*doubts, *(said for term in run.hinder for said in term.remarks())):
+        remark(mode, line)
+
+
+def _doubts(original: Domain, before: Measurement, guard: Guard | None) -> Iterator[str]:
+    """Yield that the model does not know its task, or that its validation images
+    are too few for a tolerance in points.
+    """
     from sophon._judgement.statistics import interval_of
     from sophon._records.metrics import kind_of
 
-    before = run.guard.before
-    kind, chance = kind_of(before), kind_of(before).chance(run.setting.original.class_count, 0.0)
+    kind, chance = kind_of(before), kind_of(before).chance(original.class_count, 0.0)
     if interval_of(before).low <= chance:
-        remark(
-            mode,
+        yield (
             f"warning: the model does not know its original task: {kind.show(before.value, 1)} on"
-            f" {run.setting.original.name}, chance is {kind.show(chance, 1)}; protection keeps"
-            " what a model can do: name its weights, set `classes` to the order that it learnt, or"
-            " train it first (sophon pretrain)",
+            f" {original.name}, chance is {kind.show(chance, 1)}; protection keeps what a model can"
+            " do: name its weights, set `classes` to the order that it learnt, or train it first"
+            " (sophon pretrain)"
         )
-    images = len(run.setting.original.validation)
-    least, tolerance = 100 / images, run.guard.spec.tolerance_points
-    if kind.classifies and tolerance is not None and least > tolerance:
-        remark(
-            mode,
-            f"warning: one of {images} validation images of {run.setting.original.name} is"
-            f" {least:.1f} points, more than the tolerance of {tolerance:g}: give more images"
-            " (`validation`), or raise protect.guard.tolerance_points",
+    images, tolerance = len(original.validation), guard and guard.tolerance_points
+    if kind.classifies and tolerance is not None and 100 / images > tolerance:
+        yield (
+            f"warning: one of {images} validation images of {original.name} is {100 / images:.1f}"
+            f" points, more than the tolerance of {tolerance:g}: give more images (`validation`),"
+            " or raise protect.guard.tolerance_points"
         )
-    for term in run.hinder:
-        for line in term.remarks():
-            remark(mode, line)
 
 
 def _show_profile(profiled: Profiled, mode: Mode) -> None:
@@ -297,9 +302,15 @@ def forecast_of(case: Case) -> Forecast:
 def show_forecast(case: Case, *, as_json: bool) -> None:
     """Print the resolved run and what it is expected to take."""
     from sophon._cli.progress import duration
+    from sophon._training.evaluate import evaluate
 
     expected = forecast_of(case)
-    peak = expected.peak_bytes
+    peak, setting = expected.peak_bytes, case.setting()
+    if not as_json:
+        model, images = setting.place(case.model), case.original.validation
+        before = evaluate(model, setting, case.original, images)
+        for line in _doubts(case.original, before, expected.spec.guard):
+            remark("lines", line)
     show_resolved(
         case,
         {"protect": expected.spec},

@@ -143,7 +143,8 @@ def _doubts(original: Domain, before: Measurement, guard: Guard | None) -> Itera
             " do: name its weights, set `classes` to the order that it learnt, or train it first"
             " (sophon pretrain)"
         )
-    images, tolerance = len(original.validation), guard and guard.tolerance_points
+    images = len(original.validation)
+    tolerance = None if guard is None else guard.tolerance_points
     if kind.classifies and tolerance is not None and 100 / images > tolerance:
         yield (
             f"warning: one of {images} validation images of {original.name} is {100 / images:.1f}"

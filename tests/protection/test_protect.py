@@ -549,7 +549,7 @@ def test_another_weight_of_a_domain_is_another_run(tmp_path: Path) -> None:
     given = {"original": original(), "spec": spec, "out": tmp_path}
     next(iter(Protection(trained_model(), restricted=restricted(), **given)))  # type: ignore[arg-type]
     heavier = dataclasses.replace(restricted(), weight=50.0)
-    with pytest.raises(CheckpointError, match="other domains"):
+    with pytest.raises(CheckpointError, match="another domains"):
         Protection(trained_model(), restricted=heavier, **given)  # type: ignore[arg-type]
 
 

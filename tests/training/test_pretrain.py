@@ -107,17 +107,17 @@ def test_a_folder_is_taken_up_only_by_the_same_network_and_engine(
 
     other = _model()
     other.__class__ = Other
-    with pytest.raises(CheckpointError, match="a run with other network"):
+    with pytest.raises(CheckpointError, match="a run with another network"):
         Pretraining(other, original=original(), spec=SPEC, out=out)
     with monkeypatch.context() as patch:
         patch.setattr("sophon._training.pretrain.ENGINE_VERSION", 0)
-        with pytest.raises(CheckpointError, match="a run with other engine"):
+        with pytest.raises(CheckpointError, match="a run with another engine"):
             Pretraining(_model(), original=original(), spec=SPEC, out=out)
     for folder, now in ((out, "1"), (tmp_path / "plain", "0")):
         monkeypatch.setenv("SOPHON_PLAIN", str(1 - int(now)))
         Pretraining(_model(), original=original(), spec=SPEC, out=folder)
         monkeypatch.setenv("SOPHON_PLAIN", now)
-        with pytest.raises(CheckpointError, match="a run with other plain"):
+        with pytest.raises(CheckpointError, match="a run with another plain"):
             Pretraining(_model(), original=original(), spec=SPEC, out=folder)
 
 

@@ -128,7 +128,7 @@ def open_run(
         different = [name for name, value in identity.items() if found.get(name) != value]
         if different:
             raise CheckpointError(
-                f"{folder} holds a run with other {' and '.join(different)}"
+                f"{folder} holds a run with another {' and '.join(different)}"
                 f"{_changes(found, resolved, prefix)}: give another --out, or delete that folder to"
                 " start over"
             )

@@ -61,13 +61,15 @@ def test_then_measurements_and_what_the_prefilter_lets_go_on() -> None:
         "most attacks are stopped at 0.125 of the budget instead of 0.25",
         "3 instead of 6 attacks of each subject go on from there",
     )
-    with pytest.raises(AuditError, match="too short"):
+    with pytest.raises(AuditError, match=r"too short.*take audit\.suite = 'quick-2'"):
         fit(spec, 300 + 60 + 12.5 + 9, price)
 
 
 def test_a_budget_too_short_names_the_least_time() -> None:
-    with pytest.raises(AuditError, match=r"too short.*about 5 min"):
+    with pytest.raises(AuditError, match=r"too short.*about 5 min.*audit\.suite = 'look-1'"):
         fit(WHOLE, 60, _cost)
+    with pytest.raises(AuditError, match=r"audit\.seeds yourself$"):
+        fit(WHOLE.model_copy(update={"suite": "look-1"}), 60, _cost)
 
 
 def test_steps_stay_ten_times_what_was_rehearsed() -> None:

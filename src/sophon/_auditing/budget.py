@@ -88,11 +88,12 @@ def fit(
     seeds = len(chosen.seeds or ())
     without = " without the search," if spec.search_trials else ""
     smaller = "look-1" if suite_of(spec).prefilter is None else "quick-2"
+    other = "" if spec.suite == smaller else f", or take audit.suite = {smaller!r}"
     raise AuditError(
         f"a budget of {_duration(seconds)} is too short: even{without} on {seeds} attack"
         f" seed{'' if seeds == 1 else 's'} of {chosen.steps} steps this audit takes about"
         f" {_duration(least)}: raise --budget, use more --workers, or lower audit.steps or"
-        f" audit.seeds yourself, or take audit.suite = {smaller!r}"
+        f" audit.seeds yourself{other}"
     )
 
 

@@ -181,10 +181,11 @@ def evaluate(
         held = {"split": split, **score.model_dump(), "low": interval.low, "high": interval.high}
         cli.say_json("summary", domain=case.original.name, **held)
         return
+    chance = kind.show(kind.chance(case.original.class_count, 0.0), 1)
+    guessing = f"; guessing: {chance}" if kind.classifies else ""
     typer.echo(
         f"{case.original.name} {split}: {kind.noun} {kind.show(score.value, 1)} on {score.total}"
-        f" images (95 % interval {low} to {high}), by chance"
-        f" {kind.show(kind.chance(case.original.class_count, 0.0), 1)}"
+        f" images (95 % interval {low} to {high}){guessing}"
     )
 
 

@@ -139,9 +139,9 @@ def _doubts(original: Domain, before: Measurement, guard: Guard | None) -> Itera
     if interval_of(before).low <= chance:
         yield (
             f"warning: the model does not know its original task: {kind.show(before.value, 1)} on"
-            f" {original.name}, chance is {kind.show(chance, 1)}; protection keeps what a model can"
-            " do: name its weights, set `classes` to the order that it learnt, or train it first"
-            " (sophon pretrain)"
+            f" {before.total} images of {original.name}, chance is {kind.show(chance, 1)};"
+            " protection keeps what a model can do: name its weights, set `classes` to the order"
+            " that it learnt, or train it first (sophon pretrain)"
         )
     images = len(original.validation)
     tolerance = None if guard is None else guard.tolerance_points

@@ -40,13 +40,16 @@ FLAGS: dict[str, set[str]] = {
     "slightly inflated weights": set(),
     "spoilt BatchNorm": {"extreme BatchNorm statistics", "original task destroyed"},
     UNTRAINABLE: {"zero or huge gradients"},
-    "deformed spectra": {"weight norms inflated"},
+    "deformed spectra": set(),
     "ill-conditioned features": {"weight norms inflated"},
     "outlying features": {"weight norms inflated"},
     "duplicated channels": set(),
     "dead units": set(),
     "obeyed sparsity": {"code of its own"},
 }
+
+# A flag that is no longer held against a model once an attack has rescaled its weights.
+UNDONE = {"inflated weights": {"weight norms inflated"}}
 
 # Attackers get no further than on a fresh network; with one seed that is void.
 HOPELESS = {"protected": CURVES["scratch"]}
@@ -69,7 +72,7 @@ def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) 
     said = (result.summary.verdict, result.summary.advantage, result.flags)
     assert result.passed, said
     assert set(result.flags) >= FLAGS[name], said
-    assert set(result.telling) >= FLAGS[name], said
+    assert set(result.telling) >= FLAGS[name] - UNDONE.get(name, set()), said
     if name in RECOVERED:
         value = result.summary.advantage.value
         assert value is not None, said
@@ -78,8 +81,8 @@ def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) 
 
 def test_every_decoy_has_its_flags() -> None:
     assert set(FLAGS) == set(DECOYS)
-    # Only attacks tell of what is inflated too little for a flag, and of what hardly changes.
-    subtle = ["slightly inflated weights", "duplicated channels", "dead units"]
+    # Only attacks tell of what is inflated or deformed too little for a flag.
+    subtle = [*("slightly inflated weights", "deformed spectra"), "duplicated channels", "dead units"]
     assert [name for name in DECOYS if not FLAGS[name]] == subtle
 
 

@@ -198,7 +198,8 @@ def test_images_that_protect_would_refuse_are_refused_at_once_in_its_words(
         made = sophon(command, *words, "--refuse", refused, "--out", out)
         assert made.exit_code == 2
         said = made.stderr.replace(os.path.relpath(refused), str(refused))
-        assert said.replace("--refuse: ", "restricted: ") == protected.stderr
+        # Lines break elsewhere where a path is longer.
+        assert said.replace("--refuse: ", "restricted: ").split() == protected.stderr.split()
         assert not out.exists()
 
 

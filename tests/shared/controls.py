@@ -17,18 +17,20 @@ from sophon._data import Domain, Images, load_domain
 from sophon._models import resolve_model
 from sophon._specs import AuditSpec, DomainSpec, ModelSpec
 
+WEIGHTS = Path(__file__).parents[2] / "docs/results/weights/small_convnet_cifar10_16.safetensors"
+
 
 def real_controls(shared_data: Path, store: Path) -> Controls:
-    """Return the controls of a real ResNet-20 that keeps CIFAR-10, on real traffic signs."""
-    kept = DomainSpec(source="npz", path="cifar10.npz", limit=30)
+    """Return the controls of a small network that keeps real CIFAR-10, on real traffic signs."""
+    kept = DomainSpec(source="npz", path="cifar10.npz", image_size=16, limit=60)
     signs = DomainSpec(source="npz", path="gtsrb10.npz", image_size=16, limit=150)
-    spec = ModelSpec(name="resnet20", weights="resnet20_cifar10.safetensors")
+    spec = ModelSpec(name="small_convnet", weights=str(WEIGHTS))
     model, scratch = resolve_model(spec, base=shared_data)
     return Controls(
         model,
         original=load_domain(kept, base=shared_data),
         restricted=load_domain(signs, base=shared_data),
-        spec=AuditSpec(steps=30, evaluations=2, batch_size=16),
+        spec=AuditSpec(suite="quick-2", steps=30, evaluations=2, batch_size=16),
         store=store,
         scratch=scratch,
     )
@@ -60,16 +62,20 @@ def digit_controls(store: Path | None = None, *, benign: bool = True, **changes:
     )
 
 
-def few_attacks(monkeypatch: pytest.MonkeyPatch, kept: Sequence[int] = (1, 10, 11)) -> None:
-    """Leave these attacks of `quick-1`; or three: one of all layers, two of the head alone."""
-    whole = SUITES["quick-1"]
+def few_attacks(
+    monkeypatch: pytest.MonkeyPatch, kept: Sequence[int] = (1, 10, 11), suite: str = "quick-1"
+) -> None:
+    """Leave these attacks of the suite; or three: one of all layers, two of the head alone."""
+    whole = SUITES[suite]
     chosen = tuple(whole.strategies[i] for i in kept)
-    monkeypatch.setitem(SUITES, "quick-1", dataclasses.replace(whole, strategies=chosen))
+    monkeypatch.setitem(SUITES, suite, dataclasses.replace(whole, strategies=chosen))
 
 
 @contextmanager
 def leading_attacks() -> Iterator[None]:
-    """Leave the five attacks of `quick-1` that lead on real images in 30 steps."""
+    """Leave five attacks of `quick-2`: a fast one of all layers, a fitted head, a ridge head, one
+    after rescaling and one after the last block was reset.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        few_attacks(patch, (2, 5, 6, 9, 11))
+        few_attacks(patch, (2, 6, 11, 14, 15), "quick-2")
         yield

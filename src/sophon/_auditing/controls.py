@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from sophon._attacks.suites import resolved
-from sophon._auditing.audit import Audit, audit
+from sophon._auditing.audit import Audit
 from sophon._auditing.budget import AuditForecast
 from sophon._auditing.decoys import (
     DECOYS,
@@ -32,7 +32,7 @@ from sophon._judgement.flags.flag import GOOD
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
 from sophon._models import find_head, fresh_copy
-from sophon._records.audit_record import AuditRecord
+from sophon._records.audit_record import AuditRecord, Vitals
 from sophon._specs import AuditSpec, Strategy
 from sophon._training.loop import train
 
@@ -125,6 +125,7 @@ class Controls:
             "scratch": scratch,
             **arguments,
         }
+        self._vitals: dict[tuple[str, ...], Vitals] = {}
         # Bad arguments are found out before anything runs.
         arguments = {"benign": self.benign}
         self.setting = self._audit(copy.deepcopy(unprotected), self.often, **arguments).setting
@@ -218,10 +219,15 @@ class Controls:
         return model.eval()
 
     def _audit(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> Audit:
-        return Audit(model, spec=spec, **self.arguments, **arguments)
+        run = Audit(model, spec=spec, **self.arguments, **arguments)
+        run.subjects.vitals = self._vitals
+        return run
 
     def _audited(self, model: nn.Module, spec: AuditSpec, **arguments: Any) -> AuditRecord:
-        return audit(model, spec=spec, **self.arguments, **arguments)
+        run = self._audit(model, spec, **arguments)
+        for _ in run:
+            pass
+        return run.record()
 
 
 def telling_flags(record: AuditRecord) -> tuple[str, ...]:

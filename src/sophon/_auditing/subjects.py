@@ -25,7 +25,7 @@ from sophon._models import (
     similarity,
     weights_sha256,
 )
-from sophon._records.audit_record import Measurement, SubjectRecord
+from sophon._records.audit_record import Measurement, SubjectRecord, Vitals
 from sophon._specs import Subject, fingerprint_of
 from sophon._training.environment import health
 from sophon._training.evaluate import evaluate
@@ -58,6 +58,8 @@ class Subjects:
             _require_same_architecture(protected, unprotected)
             self.models["unprotected"] = unprotected
         self.starts: dict[tuple[Subject, int], Start] = {}
+        # Of those beside the protected model: audits of the same may share them.
+        self.vitals: dict[tuple[str, ...], Vitals] = {}
 
     @property
     def names(self) -> tuple[Subject, ...]:
@@ -143,13 +145,21 @@ class Subjects:
                 parameters=sum(p.numel() for p in start.model.parameters()),
                 flags=health(start.model, other),
                 blocks=len(blocks(start.model, setting.head)),
-                vitals=measure_vitals(start.model, measured),
+                vitals=self._vitals(name, start, measured),
                 code=code if name == "protected" else (),
                 similarity=alike if name == "protected" else None,
             )
             for name in counted(self.names, "model", len(self.names))
             for start in (self.start(name, self.seed),)
         )
+
+    def _vitals(self, subject: Subject, start: Start, setting: Setting) -> Vitals:
+        if subject == "protected":
+            return measure_vitals(start.model, setting)
+        of = (subject, start.network, start.sha256, setting.precision)
+        if of not in self.vitals:
+            self.vitals[of] = measure_vitals(start.model, setting)
+        return self.vitals[of]
 
 
 def _require_same_architecture(protected: nn.Module, other: nn.Module) -> None:

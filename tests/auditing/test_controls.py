@@ -82,7 +82,11 @@ def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) 
 def test_every_decoy_has_its_flags() -> None:
     assert set(FLAGS) == set(DECOYS)
     # Only attacks tell of what is inflated or deformed too little for a flag.
-    subtle = [*("slightly inflated weights", "deformed spectra"), "duplicated channels", "dead units"]
+    subtle = [
+        *("slightly inflated weights", "deformed spectra"),
+        "duplicated channels",
+        "dead units",
+    ]
     assert [name for name in DECOYS if not FLAGS[name]] == subtle
 
 

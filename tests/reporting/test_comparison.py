@@ -101,7 +101,10 @@ def _seeds(held: AuditRecord) -> AuditRecord:
 
 
 def _budget(held: AuditRecord) -> AuditRecord:
-    return held.model_copy(update={"spec": held.spec.model_copy(update={"steps": 77})})
+    more = tuple(one.model_copy(update={"steps": 77}) for one in held.strategies)
+    spec = held.spec.model_copy(update={"steps": 77})
+    changes = {"spec": spec, "spec_fingerprint": spec.fingerprint(), "strategies": more}
+    return held.model_copy(update=changes)
 
 
 def _suite(held: AuditRecord) -> AuditRecord:
@@ -361,6 +364,33 @@ def test_a_dash_prints_the_markdown_and_nothing_else(
             assert "name a file" in refused.output
 
 
+def test_the_command_says_in_what_audits_differ_and_what_an_order_is_worth(
+    stored: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "longer").mkdir()
+    text = _budget(_audit(BROKEN)).model_dump_json()
+    (tmp_path / "longer" / "record.json").write_text(text)
+    words = [str(tmp_path / name) for name in ("sound", "broken", "longer")]
+    said = CliRunner().invoke(app, ["compare", *words]).output
+    assert "they differ in budget\n" in said
+    assert "budget: 77 steps" in said
+    assert said.count("budget: ") == 2
+    assert "original test before" in " ".join(said.split())
+    assert "Where intervals overlap, the order is not certain." in said
+    words = []
+    for name, curve in (("one", SOUND), ("two", BROKEN)):
+        (tmp_path / name).mkdir()
+        held = _audit(curve)
+        first = [trial for trial in held.trials if trial.seed == held.seeds[0]]
+        spec = held.spec.model_copy(update={"seeds": held.seeds[:1]})
+        changes = {"spec": spec, "spec_fingerprint": spec.fingerprint(), "trials": tuple(first)}
+        alone = held.model_copy(update=changes)
+        (tmp_path / name / "record.json").write_text(alone.model_dump_json())
+        words.append(str(tmp_path / name))
+    said = CliRunner().invoke(app, ["compare", *words]).output
+    assert "There are no intervals (one attack seed): the order says nothing." in said
+
+
 def test_the_command_in_json(stored: Path) -> None:
     words = ["compare", str(stored / "broken"), str(stored / "sound"), "--json"]
     held = json.loads(CliRunner().invoke(app, words).output)
@@ -377,6 +407,11 @@ def test_the_command_refuses_one_audit_and_what_is_none(stored: Path) -> None:
     gone = CliRunner().invoke(app, ["compare", str(stored / "sound"), str(stored / "gone")])
     assert gone.exit_code == 2
     assert "does not exist: name the folder" in gone.output
+    (stored / "many").mkdir()
+    (stored / "many" / "a.json.gz").touch()
+    several = CliRunner().invoke(app, ["compare", str(stored / "sound"), str(stored / "many")])
+    assert several.exit_code == 2
+    assert "holds files (a.json.gz ...): name those, one by one" in " ".join(several.output.split())
     misspelt = CliRunner().invoke(app, ["report", str(stored / "recrod.json.gz")])
     assert misspelt.exit_code == 2
     assert "does not exist: name record.json" in misspelt.output

@@ -96,6 +96,9 @@ def _absence(path: Path, file: Path) -> str:
             f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
             f" its {command}"
         )
+    if several := sorted(path.glob("*.json*")) if path.is_dir() else []:
+        named = ", ".join(one.name for one in several[:2])
+        return f"{path} is no audit's folder, but holds files ({named} ...): name those, one by one"
     named = "record.json" if path.suffix in (".json", ".gz") else "the folder"
     return f"{file} does not exist: name {named} that `sophon audit --out` wrote"
 

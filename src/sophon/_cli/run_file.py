@@ -18,7 +18,7 @@ from sophon._cli.extras import require_extras
 from sophon._cli.preparing import prepared
 from sophon._cli.run_spec import PretrainRunSpec, RunSpec
 from sophon._data import Domain, load_domain, share_prompts
-from sophon._data.loading import expanded
+from sophon._data.loading import expanded, require_variables
 from sophon._models import (
     DIFFUSERS,
     PATHS,
@@ -222,6 +222,7 @@ def load_spec(
     With `untrained` nobody uses the model's own weights: if their file is not there, the model has
     random ones. Raises DataError, UnsupportedModelError or CheckpointError.
     """
+    require_variables(spec.model_dump_json())
     roles = ("restricted", "held_out", "benign")
     return _case(_without_weights(spec, base) if untrained else spec, base, roles, threads)
 
@@ -238,6 +239,7 @@ def load_pretraining(
     `untrained` and what is raised are as of `load_spec`.
     """
     spec = parse_pretraining(_text_of(path), settings, where=str(path))
+    require_variables(spec.model_dump_json())
     spec = _without_weights(spec, path.parent) if untrained else spec
     return _case(spec, path.parent, (), threads)
 

@@ -246,6 +246,11 @@ def show_verdict(made: Report, mode: Mode, files: dict[str, Path]) -> None:
     typer.echo(f"verdict: {verdict}{written}")
 
 
+# What a terminal has room for; the pages have the rest.
+_COMPARED: tuple[str, ...] = ("rank", "audit", "verdict", "advantage removed (95 %)")
+_COMPARED += ("worst case, restricted test (95 %)", "original test before", "after")
+
+
 def show_comparison(made: Comparison, files: dict[str, Path], *, as_json: bool) -> None:
     """Print a table for each group of audits that can be compared, and where the pages are."""
     if as_json:
@@ -255,12 +260,16 @@ def show_comparison(made: Comparison, files: dict[str, Path], *, as_json: bool) 
     if made.differing:
         typer.echo(f"not all can be compared: they differ in {', '.join(made.differing)}")
     for group, table in zip(made.groups, made.tables(), strict=True):
-        # What a terminal has room for; the pages have the rest.
-        print_rows([row[:5] for row in (table.header, *table.rows)])
+        if made.differing:
+            differs = "; ".join(f"{name}: {group.setting[name]}" for name in made.differing)
+            typer.echo(f"\n{differs}")
+        at = [table.header.index(title) for title in _COMPARED]
+        print_rows([tuple(row[i] for i in at) for row in (table.header, *table.rows)])
         if len(table.rows) > 1:
-            typer.echo("Where intervals overlap, the order is not certain.")
+            typer.echo(group.certainty)
         if group.further:
             typer.echo(group.further)
+    typer.echo("More columns, and what each says: --markdown FILE, --html FILE")
     for path in files.values():
         typer.echo(str(path))
 

@@ -166,23 +166,26 @@ def expanded(text: str, base: Path) -> Path:
 
     Raises DataError: a variable is not set, or empty.
     """
-
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if not os.environ.get(name):
-            images = name == "SOPHON_DATA"
-            to = " to the folder that holds the image sets (docs/data.md)" if images else ""
-            raise DataError(
-                f"{text!r} needs the environment variable {name}, which is not set: set it{to}"
-            )
-        return os.environ[name]
-
-    path = Path(_VARIABLE.sub(value, text))
+    require_variables(text)
+    path = Path(_VARIABLE.sub(lambda match: os.environ[match.group(1)], text))
     start = Path.cwd() if _VARIABLE.match(text) else base
     try:
         return start / path.expanduser()
     except RuntimeError as error:
         raise DataError(f"{text!r}: {error}; write the folder out") from None
+
+
+def require_variables(text: str) -> None:
+    """Raise DataError naming all `${VARIABLES}` in `text` that are not set, or empty."""
+    named = dict.fromkeys(_VARIABLE.findall(text))
+    if unset := [name for name in named if not os.environ.get(name)]:
+        several = len(unset) > 1
+        images = "SOPHON_DATA" in unset
+        raise DataError(
+            f"the environment variable{'s' * several} {' and '.join(unset)}"
+            f" {'are' if several else 'is'} not set: export {'them' if several else 'it'}"
+            f"{'; SOPHON_DATA is the folder that holds the image sets (docs/data.md)' * images}"
+        )
 
 
 def _domain(contents: Contents, spec: DomainSpec, fit: Fit, name: str) -> Domain:

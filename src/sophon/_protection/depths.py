@@ -5,6 +5,7 @@ Found on a probe, without changing the network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -46,6 +47,13 @@ class Place:
         if self.before:
             return part.register_forward_pre_hook(lambda _, given: keep(_first_of(given)))
         return part.register_forward_hook(lambda _, given, output: keep(output))
+
+    def change(self, model: nn.Module, by: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Put `by(value)` in the place of what passes here, until the handle goes."""
+        part = model.get_submodule(self.module)
+        if self.before:
+            return part.register_forward_pre_hook(lambda _, given: (by(given[0]), *given[1:]))
+        return part.register_forward_hook(lambda _, given, output: by(output))
 
 
 def _first_of(given: tuple[object, ...]) -> object:

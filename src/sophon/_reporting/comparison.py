@@ -123,6 +123,13 @@ class Group:
         return kind.gap(apart) if apart > kind.close else ""
 
     @property
+    def certainty(self) -> str:
+        """How certain the order is, as a sentence."""
+        if any(entry.worst.advantage.interval for entry in self.entries):
+            return "Where intervals overlap, the order is not certain."
+        return "There are no intervals (one attack seed): the order says nothing."
+
+    @property
     def further(self) -> str:
         """What the suite did beyond its own attacks for the rates that protections state, as a
         sentence; nothing where they state the same, or where nothing follows from them.
@@ -251,8 +258,15 @@ def _attacks(record: AuditRecord) -> str:
     checkpoint states brought in. In whatever order: those of usual rates come before or after.
     """
     stated_alone = _of_stated_rates(record)
-    held = sorted(s.fingerprint() for s in record.strategies if s not in stated_alone)
+    steps = record.spec.steps
+    held = sorted(_but_for(steps, s) for s in record.strategies if s not in stated_alone)
     return f"{len(held)} [{fingerprint_of(held)[:_SHORT_HASH]}]"
+
+
+def _but_for(steps: int, strategy: Strategy) -> str:
+    """Return an attack's fingerprint, whatever the budget is, where it has the budget's steps."""
+    fields = strategy.model_dump(mode="json")
+    return fingerprint_of(fields | {"steps": None} if strategy.steps == steps else fields)
 
 
 def _of_stated_rates(record: AuditRecord) -> set[Strategy]:

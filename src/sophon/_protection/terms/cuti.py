@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from sophon._models import run
 from sophon._protection.batched import Batch, BatchHindrance, BatchSpec, Judged
-from sophon._protection.depths import Place
 from sophon._protection.readers import Reading, ReadingSpec
 from sophon._protection.term import Surroundings
 from sophon._specs.base import Rate
@@ -64,22 +64,15 @@ class CUTITerm(BatchHindrance[CUTISpec]):
     @contextmanager
     def _styled(self, model: nn.Module, stream: torch.Generator) -> Iterator[None]:
         """Hold the model so that the second half of a batch takes the style of the first."""
-        handles = [_changing(model, place, stream) for place in self.places.values()]
+        handles = [
+            place.change(model, partial(in_style, stream=stream, last=place.last))
+            for place in self.places.values()
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _changing(model: nn.Module, place: Place, stream: torch.Generator) -> Any:
-    def change(value: Tensor) -> Tensor:
-        return in_style(value, stream, last=place.last)
-
-    part = model.get_submodule(place.module)
-    if place.before:
-        return part.register_forward_pre_hook(lambda _, given: (change(given[0]), *given[1:]))
-    return part.register_forward_hook(lambda _, given, output: change(output))
 
 
 def in_style(value: Tensor, stream: torch.Generator, *, last: bool = False) -> Tensor:

@@ -35,7 +35,9 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
 
     Relative paths start at `base`, for a run file its folder; `${VARIABLES}` and a leading `~`
     are expanded; a leading variable's value starts at the working directory. `role`, such as
-    `original`, opens every error message.
+    `original`, opens every error message. It asks no network and no image processor of
+    transformers, which only the run file's commands do for size and way of resizing: give
+    `image_size`, `interpolation`, `crop_pct` and `crop_mode` as the processor has them.
 
     Raises DataError: the images cannot be found, read or used; one or two lines with the remedy.
     """

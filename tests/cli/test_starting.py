@@ -24,7 +24,7 @@ from sophon._data.images import open_picture
 from sophon._models import resolve_model, stated_input
 from sophon._models.networks import ResNet20
 from sophon._models.own_input import OwnInput
-from sophon._specs import AuditSpec, ModelSpec
+from sophon._specs import AuditSpec, Guard, ModelSpec
 
 CLASSES, EACH = 2, 40
 
@@ -71,6 +71,11 @@ def test_init_writes_a_run_file_that_is_read_and_never_replaces_one(
     # What can acquit: no suite cut down.
     assert (spec.audit.suite, spec.audit.steps, spec.audit.seeds) == ("quick-2", 200, (0, 1, 2))
     assert not spec.audit.model_fields_set & {"evaluations", "batch_size"}
+    # One tolerance for whoever says none, in the README, too.
+    assert spec.protect.guard is not None
+    assert spec.protect.guard.tolerance_points == Guard().tolerance_points
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"tolerance_points = {Guard().tolerance_points}" in readme
     before = out.read_text()
     again = sophon("init", "--model", "resnet20", *words)
     assert again.exit_code == 2

@@ -18,7 +18,13 @@ from torch import nn
 
 from sophon._attacks import suites
 from sophon._auditing.budget import AuditForecast, Pace, decided, fit, least_steps, measure_pace
-from sophon._auditing.checks import USUAL_BATCH, ExecutorName, check_attacks, check_executor
+from sophon._auditing.checks import (
+    USUAL_BATCH,
+    ExecutorName,
+    check_attacks,
+    check_classes,
+    check_executor,
+)
 from sophon._auditing.executors import Executor, Processes, Serial, Workload
 from sophon._auditing.plan import Plan
 from sophon._auditing.ray import RayCluster
@@ -122,6 +128,7 @@ class Audit:
         automatic = self.spec.precision == "auto"
         self.setting = self.subjects.precise_enough(setting) if automatic else setting
         self.plan = self._planned(self.spec)
+        check_classes(original, self.about.get("protection"))
         self.bench = Bench(self.setting, self.spec.evaluations, self._bare())
         check_attacks(self.plan, self.setting, model, self.subjects.fresh, self.bench.bare)
         folder = None if store is None else Path(store)

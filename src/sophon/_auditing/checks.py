@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -11,8 +11,9 @@ from sophon._attacks.search import require_optuna, starts
 from sophon._auditing.plan import Plan
 from sophon._auditing.ray import require_ray
 from sophon._auditing.samples import check_samples
-from sophon._base.errors import SpecError
-from sophon._data import check_batch_fits
+from sophon._base.errors import DataError, SpecError, brief
+from sophon._base.remarks import remark
+from sophon._data import Domain, check_batch_fits
 from sophon._models import Bare, require_peft
 from sophon._specs import Preparation, Strategy
 from sophon._training.loop import check_preparations
@@ -31,6 +32,24 @@ def check_executor(executor: str, address: str | None) -> None:
         require_ray()
     elif address is not None:
         raise SpecError(f"address = {address!r} is for executor = 'ray': add it, or leave it out")
+
+
+def check_classes(original: Domain, protection: Mapping[str, Any] | None) -> None:
+    """Hold the original task's classes against those that the checkpoint says it was protected
+    with: raise DataError for another order of the same, and remark on others.
+    """
+    held, own = (protection or {}).get("classes"), list(original.classes)
+    usual = isinstance(held, list) and all(isinstance(name, str) for name in held)
+    if not usual or held == own or len(held) != len(own):
+        return
+    at = next(index for index, name in enumerate(own) if name != held[index])
+    said = (
+        f"class {at} of {original.name!r} is {brief(own[at])}, and was {brief(held[at])} when the"
+        " model was protected"
+    )
+    if sorted(held) == sorted(own):
+        raise DataError(f"{said}: set original.classes = {brief(held, 120)}")
+    remark(f"warning: {said}: give the classes that it was protected with, if they are others")
 
 
 def check_attacks(

@@ -527,7 +527,7 @@ def test_a_small_lead_on_few_images_tells_nothing() -> None:
     ("verdict", "curves"),
     [
         ("withstood", {"protected": (0.1, 0.2, 0.49, 0.5)}),
-        ("void", {n: (0.13, 0.23, 0.43, 0.53) for n in ("protected", "unprotected")}),
+        ("void", dict.fromkeys(("protected", "unprotected"), (0.13, 0.23, 0.43, 0.53))),
     ],
 )
 def test_numbers_under_a_void_verdict_are_said_to_be_no_result(

@@ -38,7 +38,8 @@ def check_classes(original: Domain, protection: Mapping[str, Any] | None) -> Non
     """Hold the original task's classes against those that the checkpoint says it was protected
     with: raise DataError for another order of the same, and remark on others.
     """
-    held, own = (protection or {}).get("classes"), list(original.classes)
+    held: Any = (protection or {}).get("classes")
+    own = list(original.classes)
     usual = isinstance(held, list) and all(isinstance(name, str) for name in held)
     if not usual or held == own or len(held) != len(own):
         return

@@ -387,7 +387,9 @@ def _named(job: Job, trial: Trial) -> Trial:
 
 @signed_as(Audit)
 def audit(*model: Any, **arguments: Any) -> AuditRecord:
-    """Return the record of a whole audit; see `Audit` for the arguments and errors."""
+    """Return the record of a whole audit; see `Audit` for the arguments and errors, and iterate one
+    to see its trials.
+    """
     run = Audit(*model, **arguments)
     for _ in run:
         pass

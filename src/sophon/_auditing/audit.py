@@ -22,8 +22,8 @@ from sophon._auditing.checks import (
     USUAL_BATCH,
     ExecutorName,
     check_attacks,
-    check_classes,
     check_executor,
+    checked_about,
 )
 from sophon._auditing.executors import Executor, Processes, Serial, Workload
 from sophon._auditing.plan import Plan
@@ -113,7 +113,7 @@ class Audit:
         self.held_out, self.benign = several(held_out), several(benign)
         check_executor(executor, address)
         self.workers, self.executor, self.address = workers, executor, address
-        self.about = about or {}
+        self.about = checked_about(about or {}, original)
         self.subjects = Subjects(model, unprotected, scratch, (self.spec.seeds or (0,))[0])
         setting = make_setting(
             model,
@@ -128,7 +128,6 @@ class Audit:
         automatic = self.spec.precision == "auto"
         self.setting = self.subjects.precise_enough(setting) if automatic else setting
         self.plan = self._planned(self.spec)
-        check_classes(original, self.about.get("protection"))
         self.bench = Bench(self.setting, self.spec.evaluations, self._bare())
         check_attacks(self.plan, self.setting, model, self.subjects.fresh, self.bench.bare)
         folder = None if store is None else Path(store)

@@ -34,15 +34,17 @@ def check_executor(executor: str, address: str | None) -> None:
         raise SpecError(f"address = {address!r} is for executor = 'ray': add it, or leave it out")
 
 
-def check_classes(original: Domain, protection: Mapping[str, Any] | None) -> None:
-    """Hold the original task's classes against those that the checkpoint says it was protected
-    with: raise DataError for another order of the same, and remark on others.
+def checked_about(about: dict[str, Any], original: Domain) -> dict[str, Any]:
+    """Return what is said of a checkpoint, whose classes at protection are held against those of
+    the original task: raise DataError for another order of the same, and remark on others.
     """
-    held: Any = (protection or {}).get("classes")
-    own = list(original.classes)
+    protection = about.get("protection")
+    held: Any = protection.get("classes") if isinstance(protection, dict) else None
     usual = isinstance(held, list) and all(isinstance(name, str) for name in held)
+    # What is no domain is refused with the other domains.
+    own = list(original.classes) if isinstance(original, Domain) else held
     if not usual or held == own or len(held) != len(own):
-        return
+        return about
     at = next(index for index, name in enumerate(own) if name != held[index])
     said = (
         f"class {at} of {original.name!r} is {brief(own[at])}, and was {brief(held[at])} when the"
@@ -51,6 +53,7 @@ def check_classes(original: Domain, protection: Mapping[str, Any] | None) -> Non
     if sorted(held) == sorted(own):
         raise DataError(f"{said}: set original.classes = {brief(held, 120)}")
     remark(f"warning: {said}: give the classes that it was protected with, if they are others")
+    return about
 
 
 def check_attacks(

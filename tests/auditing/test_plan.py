@@ -29,7 +29,7 @@ from sophon._attacks.suites import (
 from sophon._auditing.audit import Audit
 from sophon._auditing.plan import Plan, _guess, _has_moved, fitted
 from sophon._auditing.trial import Job, evaluation_steps, stop_at
-from sophon._base.errors import SpecError
+from sophon._base.errors import DataError, SpecError
 from sophon._judgement.statistics import envelope
 from sophon._judgement.verdict import summarise
 from sophon._records.audit_record import AuditRecord, Point, Score, pack
@@ -375,6 +375,27 @@ def test_rates_stated_within_the_usual_ones_are_searched_as_far_as_a_hundred_tim
     # What released checkpoints state.
     stated = {"fixed": {"optimizer": "sgd", "learning_rate": 1e-4}}
     assert rates(beyond_rehearsal({"spec": {"rehearsal": stated}}, SPEC)) == RATES
+
+
+def test_the_classes_of_the_original_task_are_those_of_its_protection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def opened(classes: object) -> Audit:
+        held: dict[str, Any] = {"original": original(), "restricted": restricted(), "spec": SPEC}
+        return Audit(trained_model(), about={"protection": {"classes": classes}}, **held)
+
+    own = list(original().classes)
+    other = [own[1], own[0], *own[2:]]
+    said = f"class 0 of {original().name!r} is {own[0]!r}, and was {own[1]!r} when"
+    with pytest.raises(DataError, match=f"{said}.*set original.classes = .{own[1]!r}, {own[0]!r}"):
+        opened(other)
+    # What says nothing, or what a stranger wrote.
+    for silent in (own, None, 3, [1], [*own, "more"], [None] * len(own)):
+        opened(silent)
+    assert not caplog.messages
+    opened(["zebra", *own[1:]])
+    (line,) = caplog.messages
+    assert f"is {own[0]!r}, and was 'zebra' when" in line
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from sophon._cli import app
-from sophon._cli.first_look import _attacks_within
-from sophon._cli.run_file import read_run
-from sophon._models import stated_input
+from sophon._cli.first_look import USUAL, _attacks_within
+from sophon._cli.run_file import load, read_run
+from sophon._data.images import open_picture
+from sophon._models import resolve_model, stated_input
 from sophon._models.networks import ResNet20
 from sophon._models.own_input import OwnInput
-from sophon._specs import AuditSpec, ModelSpec
+from sophon._specs import AuditSpec, Guard, ModelSpec
 
 CLASSES, EACH = 2, 40
 
@@ -69,6 +71,11 @@ def test_init_writes_a_run_file_that_is_read_and_never_replaces_one(
     # What can acquit: no suite cut down.
     assert (spec.audit.suite, spec.audit.steps, spec.audit.seeds) == ("quick-2", 200, (0, 1, 2))
     assert not spec.audit.model_fields_set & {"evaluations", "batch_size"}
+    # One tolerance for whoever says none, in the README, too.
+    assert spec.protect.guard is not None
+    assert spec.protect.guard.tolerance_points == Guard().tolerance_points
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"tolerance_points = {Guard().tolerance_points}" in readme
     before = out.read_text()
     again = sophon("init", "--model", "resnet20", *words)
     assert again.exit_code == 2
@@ -197,10 +204,35 @@ def test_images_that_protect_would_refuse_are_refused_at_once_in_its_words(
     for command in ("init", "try"):
         made = sophon(command, *words, "--refuse", refused, "--out", out)
         assert made.exit_code == 2
-        said = made.stderr.replace(os.path.relpath(refused), str(refused))
+        what, _, said = made.stderr.replace(os.path.relpath(refused), str(refused)).partition("\n")
+        assert what.startswith("reading all images once")
         # Lines break elsewhere where a path is longer.
         assert said.replace("--refuse: ", "restricted: ").split() == protected.stderr.split()
         assert not out.exists()
+
+
+def test_try_reads_each_image_once(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def looked_at(path: Path, *rest: Any) -> Any:
+        opened.append(path)
+        return open_picture(path, *rest)
+
+    monkeypatch.setattr("sophon._data.sources.decoded.open_picture", looked_at)
+    monkeypatch.setattr("sophon._cli.starting.affordable", lambda *_, **__: USUAL)
+    monkeypatch.setattr("sophon._cli.starting.first_look", lambda run, *_, **__: load(run, None))
+    words = ("--model", "small_convnet", "--weights", tmp_path / "w.pt", "--image-size", "12")
+    torch.save(
+        resolve_model(ModelSpec(name="small_convnet", classes=CLASSES))[0].state_dict(),
+        tmp_path / "w.pt",
+    )
+    made = sophon("try", *words, *options(folders), "--out", tmp_path / "look")
+    assert made.exit_code == 0, made.stderr
+    assert len(opened) == 2 * CLASSES * EACH
+    load(tmp_path / "look" / "run.toml", None)
+    assert len(opened) == 2 * 2 * CLASSES * EACH
 
 
 def test_folders_of_one_name_get_names_of_their_own(folders: Path, tmp_path: Path) -> None:

@@ -122,6 +122,27 @@ def test_run_files_of_the_pages_are_valid() -> None:
     assert [term.kind for term in spec.hinder or ()] == ["erasure", "rehearsal"]
 
 
+def test_what_the_page_of_python_iterates_tells_each_round_and_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from builders import original, quick_spec, restricted, trained_model
+
+    text = (ROOT / "docs/python.md").read_text()
+    (code,) = re.findall(r"```python\n(run = sophon.*?)```", text, re.DOTALL)
+    attacks = sophon.AuditSpec(suite="look-1", steps=2, evaluations=2, seeds=(0,), batch_size=16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sophon, "ProtectSpec", quick_spec, raising=False)
+    monkeypatch.setattr(sophon, "AuditSpec", lambda suite: attacks, raising=False)
+    held: dict[str, Any] = {"sophon": sophon, "keep": original(), "refuse": restricted()}
+    exec(code, held | {"model": trained_model()})
+    said = capsys.readouterr().out.splitlines()
+    rounds = [line.split(",")[0] for line in said if line.startswith("round ")]
+    assert rounds == [f"round {number} of 6" for number in range(1, 7)]
+    trials = [line.split(":")[0].split(" of ") for line in said if line.startswith("trial ")]
+    assert [one for one, _ in trials] == [f"trial {at}" for at in range(1, len(trials) + 1)]
+    assert len(trials) >= int(trials[-1][1]) >= 3
+
+
 def test_the_page_of_sources_has_a_domain_of_each() -> None:
     import tomllib
 

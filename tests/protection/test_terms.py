@@ -901,8 +901,10 @@ def test_settings_that_cannot_be_are_named_with_their_path(kind: str) -> None:
     where = rf"^run\.toml: protect\.{_role(kind)}\.0: {kind}: "
     with pytest.raises(SpecError, match=where + r"weight = -1.*greater than 0"):
         _parsed(**{_role(kind): [{"kind": kind, "weight": -1}]})
-    with pytest.raises(SpecError, match=where + r"unknown key wight; the keys here are .*weight"):
+    with pytest.raises(SpecError, match=where + r"unknown key wight; did you mean 'weight'\?"):
         _parsed(**{_role(kind): [{"kind": kind, "wight": 1}]})
+    with pytest.raises(SpecError, match=rf"no such term; did you mean '{kind}'\? there is"):
+        _parsed(**{_role(kind): [{"kind": kind[:-1]}]})
     assert getattr(_parsed(**{_role(kind): [kind]}), _role(kind))[0].kind == kind
 
 

@@ -22,6 +22,7 @@ from markdown_it import MarkdownIt
 from torch import nn
 
 from records import CURVES, crashed, diverged, record, trial
+from sophon._attacks.kinds import in_words
 from sophon._base.errors import AuditError, CheckpointError
 from sophon._judgement.depth import depth_rows
 from sophon._judgement.summaries import DomainSummary
@@ -46,7 +47,7 @@ from sophon._reporting.heat import heat_maps
 from sophon._reporting.rendering import plain
 from sophon._reporting.report import attacks_by_role, report
 from sophon._reporting.tables import best_by_attack, distribution
-from sophon._specs import ModelSpec, RescaleWeights, Strategy
+from sophon._specs import FreshHead, ModelSpec, RescaleWeights, RidgeHead, Strategy
 
 STORED = Path(__file__).parents[1] / "records" / "record-v1.json"
 STORED_WHOLE = Path(__file__).parents[1] / "records" / "record-v1-whole.json"
@@ -520,6 +521,45 @@ def test_a_small_lead_on_few_images_tells_nothing() -> None:
         curves={"protected": (0.1, 0.2, 0.49, 0.5), "unprotected": (0.13, 0.23, 0.43, 0.53)}
     )
     assert report(base).verdict == "void"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "curves"),
+    [
+        ("withstood", {"protected": (0.1, 0.2, 0.49, 0.5)}),
+        ("void", dict.fromkeys(("protected", "unprotected"), (0.13, 0.23, 0.43, 0.53))),
+    ],
+)
+def test_numbers_under_a_void_verdict_are_said_to_be_no_result(
+    verdict: str, curves: dict[str, tuple[float, ...]]
+) -> None:
+    made = report(record(curves=curves))
+    assert repr(made).startswith(f"<Report of resnet20: {verdict}; ")
+    for text in (made.markdown(), made.html()):
+        assert ("no result, because the verdict is void" in text) == (verdict == "void")
+
+
+def test_the_strongest_attack_is_said_in_words() -> None:
+    name = r"Strongest attack on the protected model: (.*?): starts from the weights as they are"
+    assert re.search(name, report(record()).markdown())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (Strategy(), "starts from the weights as they are; trains all layers by sgd_momentum"),
+        (
+            Strategy(preparations=(FreshHead(),), scope="head", optimizer="adam"),
+            "starts from a fresh head; trains the head alone by adam at rate 0.01",
+        ),
+        (
+            Strategy(preparations=(RescaleWeights(), RidgeHead()), lora_rank=4),
+            "a head fitted at once, rescale weights; trains low-rank adapters and the head by",
+        ),
+    ],
+)
+def test_attacks_are_said_in_words(strategy: Strategy, said: str) -> None:
+    assert said in in_words(strategy)
 
 
 def test_markdown_cells_cannot_break_the_table() -> None:

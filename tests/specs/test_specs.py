@@ -50,7 +50,32 @@ def test_every_recipe_parses(path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "wrong", "said"),
     [
-        ("protect", {"roundz": 3}, r"unknown key protect\.roundz; the keys here are .*rounds"),
+        (
+            "protect",
+            {"ronuds": 3},
+            r"unknown key protect\.ronuds; did you mean 'rounds'\? the keys here are .*rounds",
+        ),
+        ("protect", {"xyzzy": 3}, r"unknown key protect\.xyzzy; the keys here are"),
+        (
+            "protect",
+            {"method": "sopho"},
+            r"protect\.method = 'sopho': .*; did you mean 'sophon'\?$",
+        ),
+        (
+            "protect",
+            {"update": {"kind": "joint", "averag": 0.9}},
+            r"averag; did you mean 'average'\? the keys here are .*pin_norms",
+        ),
+        (
+            "audit",
+            {"extra": [{"preparations": [{"kind": "noise_kick", "relativ_std": 1.0}]}]},
+            r"relativ_std; did you mean 'relative_std'\?",
+        ),
+        (
+            "audit",
+            {"extra": [{"preparations": [{"kind": "fresh_haed"}]}]},
+            r"did you mean 'fresh_head'\?",
+        ),
         ("protect", {"rounds": "many"}, r"protect\.rounds = 'many'"),
         ("protect", {"rounds": 0}, r"protect\.rounds = 0: .*greater than or equal to 1"),
         ("protect", {"suppression": "icy"}, r"protect\.hinder\.0: rehearsal: loss = 'icy': .*klu"),

@@ -16,6 +16,7 @@ from sophon._base.errors import CheckpointError
 from sophon._models import own_input
 from sophon._models.own_input import recorded_input
 from sophon._reporting.export import export
+from sophon._training.environment import domain_text
 from sophon._training.resumable import run_identity
 from sophon._training.setting import Setting, make_setting
 
@@ -74,6 +75,24 @@ def test_domains_without_a_normalisation_get_the_networks_own(
     assert "normalisation" in run_identity(
         quick_spec(), built("timm:vit_tiny_patch16_224"), found, engine=1
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm:vit_tiny_patch16_224", "(the network's: pretrained_cfg vit_tiny_patch16_224."),
+        # ImageNet's are the default as well, and still come from the network.
+        ("timm:resnet10t", "(the network's: pretrained_cfg resnet10t."),
+        ("torchvision:squeezenet1_1", "(the network's: pretrained_cfg squeezenet1_1.IMAGENET1K"),
+        ("resnet20", "(by default)"),
+    ],
+)
+def test_the_line_of_a_domain_says_where_its_normalisation_is_from(name: str, said: str) -> None:
+    usual, own = sophon.Classification().normalisation, own_input(built(name))
+    keep, given = domain("keep", 0), domain("keep", 0, mean=[0.5], std=[0.5])
+    assert said in domain_text(keep, keep, usual, own)
+    assert "(given)" in domain_text(given, given, usual, own)
+    assert "(the original domain's)" in domain_text(keep, given, usual, own)
 
 
 def test_what_the_run_file_says_wins_and_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,22 @@ def method(strategy: Strategy) -> tuple[str, ...]:
     return (*(preparation.kind for preparation in strategy.preparations), trained)
 
 
+def in_words(strategy: Strategy) -> str:
+    """Return what an attack's name says, in words."""
+    heads = {FreshHead: "a fresh head", RidgeHead: "a head fitted at once"}
+    kinds = [type(p) for p in strategy.preparations]
+    start = next(
+        (words for kind, words in heads.items() if kind in kinds), "the weights as they are"
+    )
+    before = "".join(
+        f", {p.kind.replace('_', ' ')}" for p in strategy.preparations if type(p) not in heads
+    )
+    trained = "low-rank adapters and the head" if strategy.lora_rank is not None else ""
+    trained = trained or ("all layers" if strategy.scope == "all" else "the head alone")
+    how = f"by {strategy.optimizer} at rate {strategy.learning_rate:.3g}"
+    return f"starts from {start}{before}; trains {trained} {how}"
+
+
 def way(strategy: Strategy) -> tuple[object, ...]:
     """Return what attacks that differ by rate alone share: preparations, adapters, clipping."""
     return strategy.preparations, strategy.lora_rank, strategy.clip_norm

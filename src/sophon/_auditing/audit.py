@@ -18,7 +18,13 @@ from torch import nn
 
 from sophon._attacks import suites
 from sophon._auditing.budget import AuditForecast, Pace, decided, fit, least_steps, measure_pace
-from sophon._auditing.checks import USUAL_BATCH, ExecutorName, check_attacks, check_executor
+from sophon._auditing.checks import (
+    USUAL_BATCH,
+    ExecutorName,
+    check_attacks,
+    check_executor,
+    checked_about,
+)
 from sophon._auditing.executors import Executor, Processes, Serial, Workload
 from sophon._auditing.plan import Plan
 from sophon._auditing.ray import RayCluster
@@ -107,7 +113,7 @@ class Audit:
         self.held_out, self.benign = several(held_out), several(benign)
         check_executor(executor, address)
         self.workers, self.executor, self.address = workers, executor, address
-        self.about = about or {}
+        self.about = checked_about(about or {}, original)
         self.subjects = Subjects(model, unprotected, scratch, (self.spec.seeds or (0,))[0])
         setting = make_setting(
             model,
@@ -380,7 +386,9 @@ def _named(job: Job, trial: Trial) -> Trial:
 
 @signed_as(Audit)
 def audit(*model: Any, **arguments: Any) -> AuditRecord:
-    """Return the record of a whole audit; see `Audit` for the arguments and errors."""
+    """Return the record of a whole audit; see `Audit` for the arguments and errors, and iterate one
+    to see its trials.
+    """
     run = Audit(*model, **arguments)
     for _ in run:
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -11,8 +11,9 @@ from sophon._attacks.search import require_optuna, starts
 from sophon._auditing.plan import Plan
 from sophon._auditing.ray import require_ray
 from sophon._auditing.samples import check_samples
-from sophon._base.errors import SpecError
-from sophon._data import check_batch_fits
+from sophon._base.errors import DataError, SpecError, brief
+from sophon._base.remarks import remark
+from sophon._data import Domain, check_batch_fits
 from sophon._models import Bare, require_peft
 from sophon._specs import Preparation, Strategy
 from sophon._training.loop import check_preparations
@@ -31,6 +32,28 @@ def check_executor(executor: str, address: str | None) -> None:
         require_ray()
     elif address is not None:
         raise SpecError(f"address = {address!r} is for executor = 'ray': add it, or leave it out")
+
+
+def checked_about(about: dict[str, Any], original: Domain) -> dict[str, Any]:
+    """Return what is said of a checkpoint, whose classes at protection are held against those of
+    the original task: raise DataError for another order of the same, and remark on others.
+    """
+    protection = about.get("protection")
+    held: Any = protection.get("classes") if isinstance(protection, dict) else None
+    usual = isinstance(held, list) and all(isinstance(name, str) for name in held)
+    # What is no domain is refused with the other domains.
+    own = list(original.classes) if isinstance(original, Domain) else held
+    if not usual or held == own or len(held) != len(own):
+        return about
+    at = next(index for index, name in enumerate(own) if name != held[index])
+    said = (
+        f"class {at} of {original.name!r} is {brief(own[at])}, and was {brief(held[at])} when the"
+        " model was protected"
+    )
+    if sorted(held) == sorted(own):
+        raise DataError(f"{said}: set original.classes = {brief(held, 120)}")
+    remark(f"warning: {said}: give the classes that it was protected with, if they are others")
+    return about
 
 
 def check_attacks(

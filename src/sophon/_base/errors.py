@@ -95,15 +95,22 @@ def require_kind(value: Any, kind: type | tuple[type, ...], what: str, remedy: s
         raise SpecError(f"{what} = {brief(value)}: give {remedy}")
 
 
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the question whether the nearest of the `known` names is meant, empty where none is
+    near.
+    """
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def unknown(what: str, name: str, known: Iterable[str], *, any_case: bool = False) -> str:
     """Return the message that a name is not among the `known` ones, with the nearest of them."""
     names = list(known)
+    hint = meant(name, names)
     if any_case:
         folded = difflib.get_close_matches(
             name.partition(":")[0].upper(), {one.upper() for one in names}, 1
         )
         near = next((one for one in names if one.upper() in folded), "")
-    else:
-        near = next((repr(one) for one in difflib.get_close_matches(name, names, 1)), "")
-    hint = f"did you mean {near}? " if near else ""
+        hint = f"did you mean {near}? " if near else ""
     return f"unknown {what} {name!r}; {hint}known: {', '.join(names)}"

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 START = "start/model.safetensors"
 # What comes before a first look is repeated with another protection.
 DELETE_FIRST = "delete its folder `protected` first, trained weights beside it are kept"
-# Points that the task to keep may lose.
-_TOLERANCE = 3.0
+# Points that the task to keep may lose: as everywhere, and in a first look.
+_TOLERANCE, _SHORT_TOLERANCE = 2.0, 3.0
 # Of the budget: for what is not measured before (fresh floors, test scores, vitals, reports), and
 # of what is left at most for attacks.
 _UNMEASURED, _AUDITING = 0.1, 0.5
@@ -83,7 +83,7 @@ def affordable(case: Case, mode: Mode, seconds: float, began: float, *, trains: 
     running.remark(mode, f"forecast: about {duration(total)} in all{less} ({', '.join(parts)})")
     # Of few images each is several points: three of them may be lost in a first look.
     fewest = 300 / len(case.original.validation)
-    return Chosen(rounds, suite, steps, max(_TOLERANCE, round(fewest, 1)))
+    return Chosen(rounds, suite, steps, max(_SHORT_TOLERANCE, round(fewest, 1)))
 
 
 def _attacks_within(seconds: float, audit: Audit) -> tuple[str, int, float]:

@@ -17,6 +17,7 @@ from sophon._cli.auditing import parse_duration
 from sophon._cli.first_look import START, USUAL, Chosen, affordable, first_look
 
 if TYPE_CHECKING:
+    from sophon._cli.progress import Mode
     from sophon._specs import ModelSpec
 
 _SIZE = 64
@@ -93,8 +94,8 @@ class Wanted:
     allow: tuple[Path, ...]
     image_size: int | None
 
-    def require(self) -> int:
-        """Return the side of the images, in pixels, that the network takes.
+    def require(self, mode: Mode) -> int:
+        """Return the side of the images, in pixels, that the network takes; say what is read.
 
         Raises SophonError for weights that are not there, networks that cannot be built and, in the
         words of `protect`, images that it would refuse: damaged ones, too few, of too few classes.
@@ -109,6 +110,7 @@ class Wanted:
         run = parse_run(self.run_file(Path("run.toml"), "init", size), None, where="run.toml")
         flags = ("--keep", "--refuse", *("--allow" for _ in run.benign))
         specs = (run.original, *run.restricted, *run.benign)
+        running.remark(mode, "reading all images once, to refuse at once what protect would")
         original, refused, *_ = (
             load_domain(spec, role=flag) for flag, spec in zip(flags, specs, strict=True)
         )
@@ -226,7 +228,8 @@ def init(
         raise CheckpointError(f"{out} exists already: give another --out, or delete it")
     require_place(out.parent)
     wanted = Wanted(model, weights, pretrained, keep, refuse, tuple(allow or ()), image_size)
-    text = wanted.run_file(out, "init", wanted.require())
+    size = wanted.require(running.mode_of(quiet=False, as_json=False))
+    text = wanted.run_file(out, "init", size)
     parse_run(text, None, where=str(out))
     require_writable(out.parent)
     write_new_text(out, text)
@@ -271,28 +274,30 @@ def try_(  # noqa: PLR0913, PLR0917 - one parameter an option
         require_outside,
         require_place,
     )
+    from sophon._data.loading import reading_once
 
     began = time.monotonic()
     mode, seconds, run = running.mode_of(quiet, as_json), parse_duration(budget), out / "run.toml"
     require_place(out)
     require_unused(out, run.name)
     wanted = Wanted(model, weights, pretrained, keep, refuse, tuple(allow or ()), image_size)
-    size = wanted.require()
-    text = wanted.run_file(run, "try", size)
-    spec = parse_run(text, settings, where=str(run))
-    require_outside(out, spec, run.parent)
-    if run.is_file():
-        held = read_run(run, settings)
-        tables = ("model", "original", "restricted", "benign")
-        changed = [name for name in tables if getattr(held, name) != getattr(spec, name)]
-        if changed:
-            raise CheckpointError(
-                f"{run} is of other options ({', '.join(changed)}): give another --out, or repeat"
-                " the command as it was"
-            )
-    else:
-        require_writable(out)  # and made: paths start there
-        case = load_spec(spec, out, threads, untrained=True)
-        chosen = affordable(case, mode, seconds, began, trains=START in text)
-        write_text(run, wanted.run_file(run, "try", size, chosen))
-    first_look(run, out, settings, mode, threads, pretrained=pretrained)
+    with reading_once():
+        size = wanted.require(mode)
+        text = wanted.run_file(run, "try", size)
+        spec = parse_run(text, settings, where=str(run))
+        require_outside(out, spec, run.parent)
+        if run.is_file():
+            held = read_run(run, settings)
+            tables = ("model", "original", "restricted", "benign")
+            changed = [name for name in tables if getattr(held, name) != getattr(spec, name)]
+            if changed:
+                raise CheckpointError(
+                    f"{run} is of other options ({', '.join(changed)}): give another --out, or"
+                    " repeat the command as it was"
+                )
+        else:
+            require_writable(out)  # and made: paths start there
+            case = load_spec(spec, out, threads, untrained=True)
+            chosen = affordable(case, mode, seconds, began, trains=START in text)
+            write_text(run, wanted.run_file(run, "try", size, chosen))
+        first_look(run, out, settings, mode, threads, pretrained=pretrained)

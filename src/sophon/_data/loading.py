@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +29,19 @@ from sophon._models import OwnInput
 from sophon._specs import DomainSpec, Interpolation
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+# Domains by what describes them, while they are to be read once.
+_kept: dict[str, Domain] | None = None
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Let `load_domain` return, inside, what it read before where it is asked for the same."""
+    global _kept  # noqa: PLW0603 - what asks for domains knows nothing of who asked before
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain") -> Domain:
@@ -35,7 +49,9 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
 
     Relative paths start at `base`, for a run file its folder; `${VARIABLES}` and a leading `~`
     are expanded; a leading variable's value starts at the working directory. `role`, such as
-    `original`, opens every error message.
+    `original`, opens every error message. It asks no network and no image processor of
+    transformers, which only the run file's commands do for size and way of resizing: give
+    `image_size`, `interpolation`, `crop_pct` and `crop_mode` as the processor has them.
 
     Raises DataError: the images cannot be found, read or used; one or two lines with the remedy.
     """
@@ -65,9 +81,21 @@ def load_domain(spec: DomainSpec, *, base: str | Path = ".", role: str = "domain
                 f"dataset = {spec.dataset!r} is for torchvision, tree and embedded sources: remove"
                 " it"
             )
-        return SOURCES[spec.source](spec, base, fit)
+        return _read(spec, base, fit)
     except DataError as error:
         raise DataError(f"{role}: {error}") from None
+
+
+def _read(spec: DomainSpec, base: Path, fit: Fit) -> Domain:
+    if _kept is None:
+        return SOURCES[spec.source](spec, base, fit)
+    # The same place may be named from several.
+    given = {"path": spec.path, "root": spec.root}
+    places = {key: str(expanded(v, base).resolve()) for key, v in given.items() if v}
+    key = spec.model_copy(update=places).model_dump_json()
+    if key not in _kept:
+        _kept[key] = SOURCES[spec.source](spec, base, fit)
+    return _kept[key]
 
 
 def _npz(spec: DomainSpec, base: Path, fit: Fit) -> Domain:

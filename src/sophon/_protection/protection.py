@@ -339,7 +339,8 @@ class Protection(ResumableRun[Round]):
 
 @signed_as(Protection)
 def protect(*model: Any, **arguments: Any) -> Protected:
-    """Return the protected model; see `Protection` for the arguments.
+    """Return the protected model; see `Protection` for the arguments, and iterate one to see its
+    rounds.
 
     Raises what `Protection` raises, and IntactnessError if no weights kept the original task
     within the tolerance.

@@ -38,6 +38,10 @@ class Report(Document):
         self.judgement = judge(record)
         self.summaries, self.worst = self.judgement.restricted, self.judgement.worst
 
+    def __repr__(self) -> str:
+        what = f"Report of {self.record.model}: {self.verdict}"
+        return f"<{what}; write_html(path) and write_markdown(path) say why>"
+
     @property
     def verdict(self) -> str:
         """The verdict on the model: that of its worst restricted domain."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from sophon._attacks.kinds import in_words
 from sophon._judgement.advantage import Estimate
 from sophon._judgement.data_sizes import DataSizes
 from sophon._judgement.depth import DepthRow
@@ -28,7 +29,10 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
     """Return a domain's key numbers with their names."""
     advantage = summary.advantage
     removed = removed_text(advantage) if advantage.defined else f"undefined: {advantage.reason}"
-    found = [("Verdict", summary.text), ("Advantage removed", removed)]
+    found = [("Verdict", summary.text)]
+    if summary.verdict == "void":
+        found.append(("The numbers here", "no result, because the verdict is void"))
+    found.append(("Advantage removed", removed))
     if advantage.one_more is not None:
         low, high = (f"{100 * bound:z.0f}" for bound in advantage.one_more)
         found.append(("The same of one further attack seed, same images", f"{low} to {high} %"))
@@ -45,6 +49,9 @@ def facts(summary: DomainSummary) -> list[tuple[str, str]]:
         found.append(("Cost multiplier that is sure between measurements", ratio_text(sure)))
     if summary.logrank_p is not None:
         found.append(("Log-rank p, protected against unprotected", f"{summary.logrank_p:.3f}"))
+    if "protected" in summary.subjects:
+        won = summary.subjects["protected"].winner.strategy
+        found.append(("Strongest attack on the protected model", f"{won.label()}: {in_words(won)}"))
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sophon._base.errors import brief, shortened
+from sophon._base.errors import brief, meant, shortened
 
 # Of a file full of faults only the first few are told.
 _MOST_FAULTS = 100
@@ -31,8 +32,9 @@ def _describe(cls: type[BaseModel], fault: Any) -> str:
     path = shortened(".".join(str(part) for part in fault["loc"])) or "(top level)"
     value = fault.get("input")
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(_keys_at(cls, fault["loc"][:-1]))
-        return f"unknown key {path}" + (f"; the keys here are {known}" if known else "")
+        keys = _keys_at(cls, fault["loc"][:-1])
+        known = f"; {meant(str(fault['loc'][-1]), keys)}the keys here are {', '.join(keys)}"
+        return f"unknown key {path}" + (known if keys else "")
     if fault["type"] == "missing":
         return f"{path} is missing; add it"
     message = fault["msg"].removeprefix("Value error, ")
@@ -41,25 +43,37 @@ def _describe(cls: type[BaseModel], fault: Any) -> str:
     if fault["type"] in ("tuple_type", "list_type") and isinstance(value, dict):
         message = f"there may be several: write [[{path}]] with two brackets a side"
     message = message[0].lower() + message[1:]
+    message += _hint(fault)
     shown = "" if isinstance(value, dict) else f" = {brief(value)}"
     return f"{path}{shown}: {message}"
 
 
+def _hint(fault: Any) -> str:
+    """Return the question whether the nearest of the words that may stand here is meant."""
+    context = fault.get("ctx", {})
+    words = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
+    given = context.get("tag", fault.get("input"))
+    hint = meant(given, words).strip() if isinstance(given, str) else ""
+    return f"; {hint}" if hint else ""
+
+
 def _keys_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    current: Any = cls
+    current: list[Any] = [cls]
     for part in loc:
-        fields = getattr(current, "model_fields", {})
-        if isinstance(part, int) or part not in fields:
-            continue
-        current = _spec_in(fields[part].annotation)
-    return sorted(getattr(current, "model_fields", {}))
+        fields = [one.model_fields for one in current]
+        # A part that is no key tells which of several specifications it is.
+        found = [one for one in current if _kind_of(one) == part] or current
+        inside = [_specs_in(held[part].annotation) for held in fields if part in held]
+        current = inside[0] if inside else found
+    return sorted({key for one in current for key in one.model_fields})
 
 
-def _spec_in(annotation: Any) -> Any:
+def _kind_of(cls: type[BaseModel]) -> Any:
+    return cls.model_fields["kind"].default if "kind" in cls.model_fields else None
+
+
+def _specs_in(annotation: Any) -> list[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _spec_in(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [spec for argument in arguments for spec in _specs_in(argument)]

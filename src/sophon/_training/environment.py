@@ -54,7 +54,7 @@ def domain_text(
     channels, height, width = domain.image_shape
     sizes = f"{len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)}"
     usual = "by default"
-    if own is not None and (own.mean, own.std) != default:
+    if own is not None:
         usual, default = f"the network's: {own.stated}", (own.mean, own.std)
     by = "given" if domain.mean else "the original domain's" if original.mean else usual
     mean, std = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sophon._base.errors import SpecError
+from sophon._base.errors import SpecError, meant
 from sophon._protection.term import Hindrance, Keep, Term, TermSpec
 from sophon._protection.terms.booster import BoosterTerm
 from sophon._protection.terms.clamp import ClampTerm
@@ -55,7 +55,8 @@ def parse_term(value: Any, role: type[Keep[Any]] | type[Hindrance[Any]]) -> Term
     kind = value.kind if isinstance(value, TermSpec) else value
     kind = kind.get("kind") if isinstance(kind, dict) else kind
     if kind not in fitting:
-        raise SpecError(f"kind = {kind!r} is no such term; there is {', '.join(fitting)}")
+        hint = meant(str(kind), fitting)
+        raise SpecError(f"kind = {kind!r} is no such term; {hint}there is {', '.join(fitting)}")
     wanted = TERMS[kind].spec_type
     if isinstance(value, wanted):
         return value

@@ -18,7 +18,7 @@ from sophon._records.audit_record import Trial
 
 # Runs a small audit by stages (prefilter, search, seeds, a benign domain) and prints what must
 # not depend on when trials ran; kills its own process at the N-th step of an attack, flush,
-# link or removal of a file.
+# link or removal of a file. Of several N each but the last is a fork's, until ten were killed.
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -31,7 +31,7 @@ from sophon._auditing.audit import Audit
 from sophon._training.loop import FineTuning
 from sophon._specs import AuditSpec
 
-left = int(sys.argv[2])
+store, workers, *forked, last = sys.argv[1:]
 def counted(function):
     def call(*args, **kwargs):
         global left
@@ -45,7 +45,18 @@ SUITES["tiny"] = Suite(
     tuple(SUITES["standard-1"].strategies[i] for i in (5, 24, 40)),
     prefilter=0.5, survivors=1, headline=True, seeds=(0, 1), search_trials=2,
 )
-model = trained_model()
+model, kills = trained_model(), 0
+for event in forked:
+    if (child := os.fork()) == 0:
+        last = event
+        break
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    kills += status == signal.SIGKILL
+    if kills == 10:
+        break
+assert kills == 10 or last != {never!r} or not forked
+left = int(last)
 os.fsync = counted(os.fsync)
 os.link = counted(os.link)
 Path.unlink = counted(Path.unlink)
@@ -53,23 +64,23 @@ FineTuning._step = counted(FineTuning._step)
 run = Audit(
     model, unprotected=model, original=original(), restricted=digits(5, 8),
     spec=AuditSpec(suite="tiny", steps=4, evaluations=2, batch_size=16, precision="fp32"),
-    scratch=scratch_model, store=sys.argv[1], workers=int(sys.argv[3]),
+    scratch=scratch_model, store=store, workers=int(workers),
 )
 for _ in run:
     pass
 varying = {{"wall_s", "environment"}}
 print(json.dumps([trial.model_dump(mode="json", exclude=varying) for trial in run.record().trials]))
-print(1_000_000 - left, file=sys.stderr)
+print({never} - left, file=sys.stderr)
 """
 NEVER = 1_000_000
 
 SHARED = Path(__file__).parents[1] / "shared"
 
 
-def _run(store: Path, event: int, workers: int = 1) -> subprocess.Popen[str]:
-    script = SCRIPT.format(tests=str(SHARED))
+def _run(store: Path, *events: int, workers: int = 1) -> subprocess.Popen[str]:
+    script = SCRIPT.format(tests=str(SHARED), never=str(NEVER))
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(store), str(event), str(workers)],
+        [sys.executable, "-c", script, str(store), str(workers), *map(str, events)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,17 +115,9 @@ def test_killed_at_ten_random_points_the_record_is_the_same(
     expected, events = uninterrupted
     assert events > 100
     stream = random.Random(0)
-    kills = 0
-    for _ in range(40):
-        # Each kill comes a twelfth of the whole further, at most: ten before it is done.
-        process = _run(tmp_path, stream.randint(1, events // 6))
-        process.communicate()
-        assert process.returncode in (0, -9)
-        kills += process.returncode == -9
-        if kills == 10:
-            break
-    assert kills == 10
-    found, _ = _finished(_run(tmp_path, NEVER))
+    # Each kill comes a twelfth of the whole further, at most: ten before it is done.
+    points = [stream.randint(1, events // 6) for _ in range(40)]
+    found, _ = _finished(_run(tmp_path, *points, NEVER))
     assert found == expected
     assert sorted(t["key"] for t in found) == _stored(tmp_path)
 

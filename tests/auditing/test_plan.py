@@ -56,7 +56,7 @@ SMALL = Suite(
     search_trials=5,
     depth=True,
     rehearsed=True,
-    secondary=SUITES["quick-1"].strategies,
+    secondary=SUITES["quick-1"].strategies[:3],
 )
 SPEC = AuditSpec(suite="small", steps=16, evaluations=4, precision="fp32")
 
@@ -771,7 +771,7 @@ def test_a_prefilter_at_the_end_of_the_budget_runs_nothing_twice() -> None:
     assert set(second) <= set(first)
     of_one_domain = len({(a.subject, a.strategy) for a in first})
     expected = plan.expected()
-    assert expected.trials == of_one_domain + 3 * 12
+    assert expected.trials == of_one_domain + 3 * 3
     points = evaluation_steps(spec.steps, spec.evaluations)
     assert expected.measurements == expected.trials * (1 + len(points))
 

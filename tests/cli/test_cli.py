@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
+from controls import few_attacks
 from sophon._auditing import controls as _controls
 from sophon._base import errors
 from sophon._base.errors import IntactnessError
@@ -984,6 +985,7 @@ def test_controls_are_found_out_by_the_command(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The others are found out in test_controls.py.
+    few_attacks(monkeypatch)
     few = dict(list(_controls.DECOYS.items())[:2])
     monkeypatch.setattr(_controls, "DECOYS", few)
     settings = ("--set", "audit.steps=4", "--set", "audit.evaluations=2")

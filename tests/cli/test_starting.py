@@ -235,6 +235,16 @@ def test_try_reads_each_image_once(
     assert len(opened) == 2 * 2 * CLASSES * EACH
 
 
+def test_a_linked_folder_is_named_by_its_link(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").symlink_to(folders / "photos")
+    places = ("--keep", tmp_path / "mine", "--refuse", folders / "faces")
+    words = ("--model", "small_convnet", "--image-size", "12", *places)
+    assert sophon("init", *words, "--out", tmp_path / "run.toml").exit_code == 0
+    held = tomllib.loads((tmp_path / "run.toml").read_text())
+    assert held["original"]["path"] == "mine"
+    assert load(tmp_path / "run.toml", None).original.class_count == CLASSES
+
+
 def test_folders_of_one_name_get_names_of_their_own(folders: Path, tmp_path: Path) -> None:
     for task in ("photos", "faces"):
         shutil.copytree(folders / task, tmp_path / "of" / task / "images")

@@ -412,7 +412,7 @@ def test_embedded_without_its_library(tmp_path: Path, monkeypatch: pytest.Monkey
     digits.cache_clear()
     monkeypatch.setattr(importlib, "import_module", absent)
     message = refused(tmp_path, "scikit-learn", source="embedded", name="digits")
-    assert "sophon-protect[demo]" in message
+    assert "-c constraints.txt '.[demo]'" in message
 
 
 # --- Arrays and datasets through the API ------------------------------------------------------

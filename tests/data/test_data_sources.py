@@ -527,3 +527,12 @@ def test_columns_are_of_tables(tmp_path: Path) -> None:
     refused(tmp_path, "npz", "remove them", label_column="label")
     (tmp_path / "a").mkdir()
     refused(tmp_path, "folder", "no table of images", label_column="label")
+
+
+def test_a_saved_data_set_is_named_as_such(tmp_path: Path) -> None:
+    for name, folder in (("state.json", "whole"), ("dataset_dict.json", "splits")):
+        (tmp_path / folder / "train").mkdir(parents=True)
+        (tmp_path / folder / name).write_text("{}")
+        (tmp_path / folder / "train" / "data-0.arrow").touch()
+        with pytest.raises(DataError, match="saved Hugging Face data set: set source = 'datasets'"):
+            load_domain(DomainSpec(source="folder", path=str(tmp_path / folder)))

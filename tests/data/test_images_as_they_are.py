@@ -206,8 +206,9 @@ def test_the_networks_own_resizing_is_said_where_another_is_used(
 
     assert setting(image_size=32).input().keys() == {"input_size", "mean", "std"}
     (line,) = caplog.messages
-    assert "'keep' is resized with interpolation = 'bilinear' and crop_pct = 1; " in line
-    assert "own are 'bicubic' and 0.875 (pretrained_cfg resnet10t" in line
+    assert "'keep' is resized with interpolation = 'bilinear' and crop_pct = 1.0; " in line
+    assert "own is interpolation = 'bicubic' and crop_pct = 0.875 (pretrained_cfg" in line
+    assert "crop_mode" not in line
     caplog.clear()
     found = setting(image_size=32, interpolation="bicubic", crop_pct=0.875)
     assert not caplog.messages

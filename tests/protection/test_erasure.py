@@ -512,8 +512,9 @@ def test_readings_of_several_domains_have_their_names() -> None:
         found = [key for key in sorted(record.readings) if not key.startswith("floor")]
         assert found == [f"{one} ({name})" for one in whole]
         text = round_text("12 %", "97 %", record)
-        assert re.match(
-            rf"R2 early/middle/late (-?\d\.\d\d/?){{3}} \(fresh \d.*\) \({name}\)  price", text
+        assert re.search(
+            rf"price \d.*  R2 early/middle/late (-?\d\.\d\d/?){{3}} \(fresh \d.*\) \({name}\)$",
+            text,
         )
     # Two updates a round take a turn each: the line is of the last one.
     (both, *_) = _two_domains(update={"kind": "alternate", "hindrance_steps": 2})

@@ -992,7 +992,7 @@ def test_pictures_that_could_not_be_judged_are_said_before_anything_is_trained(
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     monkeypatch.setenv("SOPHON_DATA", str(tmp_path / "nowhere"))
     cell = ("ddpm-orl-dos", "--out", tmp_path)
-    assert "pip install 'sophon-protect[quality]'" in grid_command(*cell, fails=2)
+    assert "pip install -c constraints.txt '.[quality]'" in grid_command(*cell, fails=2)
     said = grid_command(*cell, "--set", "audit.samples.count=0", fails=2)
     assert "cifar100.npz" in said
 

@@ -554,7 +554,7 @@ def test_the_strongest_attack_is_said_in_words() -> None:
         ),
         (
             Strategy(preparations=(RescaleWeights(), RidgeHead()), lora_rank=4),
-            "a head fitted at once, rescale weights; trains low-rank adapters and the head by",
+            "a head fitted first by ridge regression, rescale weights; trains low-rank adapters",
         ),
     ],
 )

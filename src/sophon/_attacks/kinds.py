@@ -23,7 +23,10 @@ def method(strategy: Strategy) -> tuple[str, ...]:
 
 def in_words(strategy: Strategy) -> str:
     """Return what an attack's name says, in words."""
-    heads = {FreshHead: "a fresh head", RidgeHead: "a head fitted at once"}
+    heads = {
+        FreshHead: "a fresh head",
+        RidgeHead: "a head fitted first by ridge regression",
+    }
     kinds = [type(p) for p in strategy.preparations]
     start = next(
         (words for kind, words in heads.items() if kind in kinds), "the weights as they are"

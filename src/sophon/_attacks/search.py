@@ -13,7 +13,7 @@ from typing import Any
 
 from sophon._attacks.kinds import idle, spent_first
 from sophon._base.errors import SpecError
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._records.metrics import KINDS
 from sophon._specs import (
     BatchNorm,
@@ -227,7 +227,7 @@ def _named(choices: Mapping[str, Any], wanted: Any) -> str | None:
 
 def require_optuna() -> Any:
     """Return Optuna. Raises SpecError where it cannot be imported."""
-    remedy = "pip install 'sophon-protect[search]', or set audit.search_trials = 0"
+    remedy = f"{installing('search')}; or set audit.search_trials = 0"
     needed = f"a search needs it: {remedy}"
     optuna = library("optuna", "optuna cannot be imported", needed, SpecError)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sophon._base.errors import SophonError, SpecError, UnsupportedModelError, first_line
 from sophon._base.files import read_json
 from sophon._base.seeding import seeded
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._data import Domain, Images
 from sophon._models import find_head, read_tensors, resolve_model
 from sophon._models.networks import SmallConvNet
@@ -245,7 +245,7 @@ def _inception(file: Path) -> Extractor:
             module = fid.NoTrainInceptionV3("inception-v3-compat", ["2048"], str(copy))
     except ModuleNotFoundError:
         raise SpecError(
-            "Inception's features need torch-fidelity: pip install 'sophon-protect[quality]'"
+            f"Inception's features need torch-fidelity: {installing('quality')}"
         ) from None
     except RuntimeError as error:
         raise SpecError(
@@ -258,6 +258,6 @@ def _inception(file: Path) -> Extractor:
 
 def torchmetrics(name: str) -> Any:
     """Return a module of torchmetrics. Raises SpecError where it is not installed."""
-    remedy = "pip install 'sophon-protect[quality]', or set audit.samples.count = 0"
+    remedy = f"{installing('quality')}; or set audit.samples.count = 0"
     needed = f"KID and FID need it: {remedy}"
     return library(name, "torchmetrics cannot be imported", needed, SpecError)

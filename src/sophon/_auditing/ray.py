@@ -1,4 +1,4 @@
-"""Trials on a Ray cluster: an extra, `pip install 'sophon-protect[cluster]'`.
+"""Trials on a Ray cluster: an extra, `pip install -c constraints.txt '.[cluster]'`.
 
 Ray gives the trial of a worker that died to another one; it counts once. After some deaths it has
 crashed.
@@ -19,7 +19,7 @@ from sophon._auditing.executors import ATTEMPTS, Executor, Workload, lost
 from sophon._auditing.trial import Job
 from sophon._base.errors import AuditError, SpecError, first_line
 from sophon._base.plain_mode import SWITCH
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._records.audit_record import Trial
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def require_ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray makes workers the last to get processor time; a forecast could not be kept then.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    remedy = "pip install 'sophon-protect[cluster]', or use --workers alone"
+    remedy = f"{installing('cluster')}; or use --workers alone"
     library("ray.exceptions", "ray cannot be imported", remedy, SpecError)
     return library("ray", "ray cannot be imported", remedy, SpecError)
 

@@ -23,6 +23,11 @@ def library(
         raise error(f"{refusal} ({fault}): {remedy}") from None
 
 
+def installing(*extras: str) -> str:
+    """Return the command that installs extras, with the versions that go together."""
+    return f"in a clone of sophon, pip install -c constraints.txt '.[{','.join(extras)}]'"
+
+
 @cache
 def prepare_torchvision() -> None:
     """Let torchvision, and what imports it, load beside a torch without CUDA.

@@ -133,6 +133,7 @@ def _show_dry(case: Case, model: Path, *, as_json: bool, **wanted: Any) -> None:
     from sophon._cli.progress import forecast_text
 
     audit = _opened(case, model, "quiet" if as_json else "lines", note="", **wanted)
+    remark("quiet" if as_json else "lines", "measuring a few attacks for the forecast")
     expected = audit.forecast()
     show_resolved(
         case,
@@ -357,6 +358,7 @@ def _show_forecast(audit: Audit, todo: int, mode: Mode) -> None:
 
     if not todo or mode == "quiet":
         return
+    remark(mode, "measuring a few attacks for the forecast")
     say_forecast(audit.forecast(), mode, todo, audit.given_up, about=audit.plan.staged)
     if sets := audit.picture_sets:
         late = "come after the trials; their time is not in the forecast"

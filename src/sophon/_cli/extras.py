@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from sophon._attacks.suites import resolved, strategies_of
 from sophon._base.errors import SpecError
+from sophon._base.torchvision_patch import installing
 from sophon._cli.run_spec import PretrainRunSpec
 from sophon._models import DIFFUSERS, TRANSFORMERS
 from sophon._specs import DomainSpec
@@ -32,8 +33,7 @@ def require_extras(spec: PretrainRunSpec, domains: tuple[DomainSpec, ...]) -> No
         lacking = {extra: _lacking(extra) for extra in dict.fromkeys(wanted) if _lacking(extra)}
         packages = ", ".join(name for names in lacking.values() for name in names)
         raise SpecError(
-            f"this run needs {packages}, which Python does not find: in a clone of sophon,"
-            f" pip install -c constraints.txt '.[{','.join(lacking)}]'"
+            f"this run needs {packages}, which Python does not find: {installing(*lacking)}"
         )
 
 

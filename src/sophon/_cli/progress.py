@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["bar", "lines", "json", "quiet"]
 SECONDS_BETWEEN_LINES = 10.0
+# A narrower terminal has no room for a bar beside what is said.
+_WIDE = 120
 # Loops that are over sooner are not shown.
 LATE_S = 2.0
 
@@ -54,6 +56,8 @@ def say_forecast(
         say_json("forecast", **numbers, **more)
         return
     left = "" if todo is None else f"; {todo} trials are still to be run"
+    if todo and expected.seconds is not None and todo < expected.trials:
+        left += f", about {duration(expected.seconds * todo / expected.trials)}"
     typer.echo(f"forecast: {forecast_text(expected, about=about)}{left}", err=True)
 
 
@@ -90,8 +94,10 @@ class Display(AbstractContextManager["Display"]):
         self.shown = True
         Display.displays += 1
         if self.mode == "bar":
-            columns = (TextColumn(self.noun + "s"), BarColumn(24), MofNCompleteColumn())
             console = Console(stderr=True)
+            wide = console.width >= _WIDE
+            bar = (TextColumn(self.noun + "s"), BarColumn(24)) if wide else ()
+            columns = (*bar, MofNCompleteColumn())
             self.bar = Progress(*columns, TextColumn("{task.description}"), console=console)
             self.bar.add_task("", total=self.total)
             self.bar.start()
@@ -181,8 +187,8 @@ def lines(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def round_text(query: str, guard: str, record: Round) -> str:
-    """Return what a line says of a round: the query score, or what readers find early, midway and
-    late beside fresh networks; the price of hindrance; the last check of the original task.
+    """Return what a line says of a round: the last check of the original task; the price of
+    hindrance; the query score, or what readers find early, midway and late beside fresh networks.
     """
     groups = [name.removeprefix("R2 ") for name in record.readings if name.startswith("R2 ")]
     found = f"restricted score {query}"
@@ -196,8 +202,8 @@ def round_text(query: str, guard: str, record: Round) -> str:
         )
         depths = "/".join(group.partition(" ")[0] for group in groups)
         found = f"R2 {depths} {read} (fresh {fresh}){domain and ' ' + domain}"
-    price = "" if record.price is None else f"  price {record.price:.2f}"
-    return f"{found}{price}  original {guard or 'not yet checked'}"
+    price = "" if record.price is None else f"price {record.price:.2f}  "
+    return f"original {guard or 'not yet checked'}  {price}{found}"
 
 
 def stage_text(stage: Stage) -> str:

@@ -242,6 +242,8 @@ def show_verdict(made: Report, mode: Mode, files: dict[str, Path]) -> None:
         for summary in made.summaries:
             for reason in summary.reasons:
                 typer.echo(f"{summary.domain.name}: {reason}")
+            if summary.verdict == "void":
+                typer.echo(f"{summary.domain.name}: void, so the numbers above are no result")
     written = "".join(f"; {path}" for path in files.values())
     typer.echo(f"verdict: {verdict}{written}")
 
@@ -314,6 +316,7 @@ def show_forecast(case: Case, *, as_json: bool) -> None:
     from sophon._cli.progress import duration
     from sophon._training.evaluate import evaluate
 
+    remark(mode_of(quiet=False, as_json=as_json), "measuring a few rounds for the forecast")
     expected = forecast_of(case)
     peak, setting = expected.peak_bytes, case.setting()
     if not as_json:

@@ -134,7 +134,9 @@ class Wanted:
         from sophon._models import brings_weights, renamed, stated_input
 
         def placed(path: Path) -> str:
-            return Path(os.path.relpath(path.resolve(), file.parent.resolve())).as_posix()
+            # A link is named as such: it may lead elsewhere one day.
+            given = path.parent.resolve() / path.name
+            return Path(os.path.relpath(given, file.parent.resolve())).as_posix()
 
         def at(path: Path) -> str:
             return toml(placed(path))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sophon._base.errors import SpecError
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._records.round import Round
 
 # The tag of each number of a round.
@@ -32,7 +32,7 @@ class RoundLog(AbstractContextManager["RoundLog"]):
     """
 
     def __init__(self, folder: Path, *, done: int) -> None:
-        remedy = "pip install 'sophon-protect[track]'"
+        remedy = installing("track")
         library("tensorboard", "--tensorboard needs tensorboard", remedy, SpecError)
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._writer: Any = writer(str(folder), purge_step=done)

@@ -23,7 +23,7 @@ from sophon._base.errors import (
     shortened,
 )
 from sophon._base.files import temporary_beside, write_text
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 
 # What the last layer is called in both; it is the head that attackers start anew.
 HEAD = "conv_out"
@@ -152,7 +152,7 @@ def _settings(model: nn.Module) -> Any:
 def diffusers() -> Any:
     """Return the library. Raises UnsupportedModelError where it is not installed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    needed = "pip install 'sophon-protect[diffusion]'"
+    needed = installing("diffusion")
     held = library("diffusers", "diffusers cannot be imported", needed)
     # Loading is shown by whoever runs a command, and a page of bars hides that.
     held.utils.logging.disable_progress_bar()

@@ -15,7 +15,7 @@ import numpy as np
 
 from sophon._base.errors import CheckpointError, UnsupportedModelError, first_line
 from sophon._base.files import read_others_json
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 
 PROCESSOR = "preprocessor_config.json"
 # How far shares of a picture's sides, and pixels from 0 to 1, may be from what they mean.
@@ -26,7 +26,7 @@ RESAMPLED = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 def transformers() -> Any:
     """Return the library. Raises UnsupportedModelError where it is not installed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    needed = "pip install 'sophon-protect[transformers]'"
+    needed = installing("transformers")
     held = library("transformers", "transformers cannot be imported", needed)
     held.utils.logging.disable_progress_bar()
     return held

@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from sophon._base.errors import UnsupportedModelError, first_line
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._models.networks import NETWORKS
 from sophon._models.own_input import torchvision_input
 
 
 def vision(name: str) -> Any:
     """Return a module of timm or torchvision; UnsupportedModelError where it is not installed."""
-    return library(name, f"{name} cannot be imported", "pip install 'sophon-protect[vision]'")
+    return library(name, f"{name} cannot be imported", installing("vision"))
 
 
 def require_name(kind: str, name: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sophon._base.errors import UnsupportedModelError
 from sophon._base.seeding import seeded
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._models.heads import heads
 
 # peft keeps a layer's own weights under this name, and its adapters under "default".
@@ -77,5 +77,5 @@ def require_peft() -> Any:
     return library(
         "peft",
         "peft cannot be imported",
-        "attacks with lora_rank need it: pip install 'sophon-protect[peft]'",
+        f"attacks with lora_rank need it: {installing('peft')}",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 
 
 class BasicBlock(nn.Module):
@@ -149,7 +149,7 @@ def small_vgg(classes: int = 10, in_channels: int = 3) -> nn.Module:
 
 
 def _timm(module: str, name: str) -> Any:
-    needed = "pip install 'sophon-protect[vision]'"
+    needed = installing("vision")
     return library(f"timm.models.{module}", f"{name} needs timm", needed)
 
 

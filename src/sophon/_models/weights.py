@@ -56,7 +56,7 @@ def read_content(path: Path) -> Any:
     is refused unread.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: set the path of the weights")
+        raise CheckpointError(f"{path} does not exist: correct the path of the weights")
     if path.name.endswith(INDEX):
         return {k: v for file, keys in _shards(path).items() for k, v in _named(file, keys).items()}
     try:

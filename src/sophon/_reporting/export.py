@@ -21,7 +21,7 @@ from torch import nn
 
 from sophon._base.errors import AuditError, CheckpointError, SpecError
 from sophon._base.files import read_json, require_writable, write_text
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._models import (
     DIFFUSERS,
     TRANSFORMERS,
@@ -210,7 +210,7 @@ def model_card(source: Exported, record: AuditRecord | None) -> str:
     Under `sophon` the metadata hold the verdict with its scope; without a record, `not audited`.
     Raises SpecError without huggingface_hub.
     """
-    remedy = "pip install 'sophon-protect[vision]'"
+    remedy = installing("vision")
     hub = library("huggingface_hub", "the model card needs huggingface_hub", remedy, SpecError)
     owner = source.network.name.partition(":")[0]
     made = None if record is None else report(record)
@@ -252,6 +252,7 @@ def _results(hub: Any, made: Report, task: str) -> list[Any]:
         subject = summary.subjects.get("protected")
         if subject is not None and subject.test is not None:
             what = f"best of {len(record.strategies)} attacks, {record.spec.steps} steps"
+            what += ", of an audit that is void" if summary.verdict == "void" else ""
             found.append((what, summary.domain.name, subject.test.value))
     return [
         hub.EvalResult(

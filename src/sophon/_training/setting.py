@@ -254,21 +254,27 @@ def _remark_on_classes(original: Domain, stated: list[str]) -> None:
         )
 
 
+_RESIZING = ("interpolation", "crop_mode", "crop_pct")
+
+
 def _remark_on_resizing(own: OwnInput | None, original: Domain) -> None:
     """Say where images are resized otherwise than the network's library states."""
     fit = original.fit
     if own is None or fit is None or own.interpolation not in get_args(Interpolation):
         return
+    pairs = [(name, getattr(fit, name), getattr(own, name)) for name in _RESIZING]
     # Published numbers are rounded.
-    alike = own.interpolation == fit.interpolation and own.crop_mode == fit.crop_mode
-    if alike and abs(own.crop_pct - fit.crop_pct) < 0.01:
-        return
-    mode = f" and crop_mode = {own.crop_mode!r}" if own.crop_mode != fit.crop_mode else ""
-    remark(
-        f"warning: {original.name!r} is resized with interpolation = {fit.interpolation!r} and"
-        f" crop_pct = {fit.crop_pct:.4g}; the network's own are {own.interpolation!r} and"
-        f" {own.crop_pct:.4g}{mode} ({own.stated}): set them for a new run"
-    )
+    differ = [
+        (name, mine, theirs)
+        for name, mine, theirs in pairs
+        if (mine != theirs if isinstance(mine, str) else abs(mine - theirs) >= 0.01)
+    ]
+    if differ:
+        here, there = (" and ".join(f"{one[0]} = {one[at]!r}" for one in differ) for at in (1, 2))
+        remark(
+            f"warning: {original.name!r} is resized with {here}; the network's own is {there}"
+            f" ({own.stated}): set it for a new run"
+        )
 
 
 def _numbers(normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> str:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sophon._base.errors import DataError, unknown
 from sophon._base.seeding import derive_seed
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._data.images import Bytes, Fit, Integers
 from sophon._data.splits import Contents, part_of_array
 
@@ -23,7 +23,7 @@ SIDE = 16
 LETTERS = string.ascii_uppercase
 PER_LETTER = 120
 CANVAS = 64
-_NEEDED, _REMEDY = "the embedded domains need", "pip install 'sophon-protect[demo]'"
+_NEEDED, _REMEDY = "the embedded domains need", installing("demo")
 # Text fonts only: the other files hold mathematical symbols.
 FONTS = tuple(
     f"{name}.ttf"

@@ -18,6 +18,8 @@ from sophon._data.split_names import TESTS, TRAINING, precedence, split_of
 from sophon._data.splits import Contents, Part
 
 _LINK = "links that lead nowhere"
+# Beside the files of a data set that `datasets` saved.
+_SAVED = ("dataset_dict.json", "state.json")
 
 
 def read_folder(path: Path, fit: Fit) -> Contents:
@@ -32,6 +34,11 @@ def read_folder(path: Path, fit: Fit) -> Contents:
 
     Raises DataError: no classes, a class without images, a damaged image, or sizes that differ.
     """
+    if any((path / name).is_file() for name in _SAVED) and any(path.rglob("*.arrow")):
+        raise DataError(
+            f"{path} is a saved Hugging Face data set: set source = 'datasets' in a run file"
+            " (`sophon init` writes those of folders)"
+        )
     layout = _layout(path, nested=True)
     train = layout.train
     classes = tuple(folder.name for folder in directories(train))

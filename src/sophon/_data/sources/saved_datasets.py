@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sophon._base.errors import DataError, brief, first_line
-from sophon._base.torchvision_patch import library
+from sophon._base.torchvision_patch import installing, library
 from sophon._data.collecting import Columns, columns_of, labelled
 from sophon._data.images import Fit, unusual
 from sophon._data.labelled import contents_of
@@ -33,7 +33,7 @@ def read_saved(path: Path, fit: Fit, columns: Columns, *, bare: bool = False) ->
     datasets = library(
         "datasets",
         "source = 'datasets' needs it",
-        "pip install 'sophon-protect[datasets]'",
+        installing("datasets"),
         DataError,
     )
     if any((path / name).is_file() for name in (_SPLITS, _STATE)):

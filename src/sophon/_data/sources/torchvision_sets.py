@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sophon._base.errors import DataError, first_line, unknown
-from sophon._base.torchvision_patch import prepare_torchvision
+from sophon._base.torchvision_patch import installing, prepare_torchvision
 from sophon._data.images import UNREADABLE, Bytes, Fit, Integers, from_item, opened, stack
 from sophon._data.sources.conventions import SETS
 from sophon._data.sources.downloads import expected_files, fault, summary
@@ -84,7 +84,7 @@ def _opened(key: str, split: SplitName, variant: str, root: Path, download: bool
         return getattr(datasets, key)(root=str(root), download=download, **arguments)
     except ImportError as error:
         raise DataError(
-            f"{key} needs {error.name or 'torchvision'}; pip install 'sophon-protect[vision]' scipy"
+            f"{key} needs {error.name or 'torchvision'}: {installing('vision')} scipy"
         ) from None
     except (RuntimeError, OSError, ValueError, KeyError, EOFError, AssertionError) as error:
         reason = first_line(error, 1000)

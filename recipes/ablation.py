@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from grid import ABLATION, DATA, HERE
 from sameness import settings_in
 from sophon._base.errors import CheckpointError, SpecError
+from sophon._base.torchvision_patch import installing
 from sophon._cli.progress import toml
 from sophon._judgement.summaries import DomainSummary
 from sophon._judgement.verdict import summarise
@@ -258,6 +259,6 @@ def pyplot() -> Any:
         return importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise SpecError(
-            f"matplotlib cannot be imported ({error}): the study's figure needs it: pip install"
-            " 'sophon-protect[demo]'"
+            f"matplotlib cannot be imported ({error}): the study's figure needs it:"
+            f" {installing('demo')}"
         ) from None

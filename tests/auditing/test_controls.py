@@ -81,7 +81,8 @@ def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) 
 
 def test_every_decoy_has_its_flags() -> None:
     assert set(FLAGS) == set(DECOYS)
-    # Only attacks tell of what is inflated or deformed too little for a flag.
+    # Only attacks tell of what is inflated or deformed too little for a flag, and of what hardly
+    # changes.
     subtle = [
         *("slightly inflated weights", "deformed spectra"),
         "duplicated channels",

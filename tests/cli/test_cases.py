@@ -22,7 +22,7 @@ SHORT += " --set audit.evaluations=2 --set protect.guard.tolerance_points=100.0"
 def executable(tmp_path: Path) -> Path:
     """Return a `sophon` whose demonstration is short, beside its Python."""
     python = shlex.quote(sys.executable)
-    whole = f"exec {python} -m sophon"
+    whole = f"exec {shlex.quote(str(Path(sys.executable).with_name('sophon')))}"
     scripts = {
         "python": f'exec {python} "$@"',
         "sophon": f'[ "$1" != demo ] || {whole} "$@" {SHORT}\n{whole} "$@"',

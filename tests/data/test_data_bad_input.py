@@ -256,7 +256,7 @@ def test_unset_variable_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("SOPHON_DATA", raising=False)
     remedy = "export it; SOPHON_DATA is the folder that holds the image sets (docs/data.md)"
     refused(tmp_path, remedy, source="npz", path="${SOPHON_DATA}/a.npz")
-    both = "the environment variables SOPHON_DATA and SOPHON_NOT_SET are not set: export them"
+    both = "SOPHON_DATA and SOPHON_NOT_SET of '${SOPHON_DATA}/${SOPHON_NOT_SET}/a.npz' are not set"
     refused(tmp_path, both, source="npz", path="${SOPHON_DATA}/${SOPHON_NOT_SET}/a.npz")
 
 

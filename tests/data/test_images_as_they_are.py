@@ -206,7 +206,7 @@ def test_the_networks_own_resizing_is_said_where_another_is_used(
 
     assert setting(image_size=32).input().keys() == {"input_size", "mean", "std"}
     (line,) = caplog.messages
-    assert "'keep' is resized with interpolation = 'bilinear' and crop_pct = 1.0; " in line
+    assert "'keep' is resized with interpolation = 'bilinear' and crop_pct = 1; " in line
     assert "own is interpolation = 'bicubic' and crop_pct = 0.875 (pretrained_cfg" in line
     assert "crop_mode" not in line
     caplog.clear()

@@ -550,11 +550,11 @@ def test_the_strongest_attack_is_said_in_words() -> None:
         (Strategy(), "starts from the weights as they are; trains all layers by sgd_momentum"),
         (
             Strategy(preparations=(FreshHead(),), scope="head", optimizer="adam"),
-            "starts from a fresh head; trains the head alone by adam at rate 0.01",
+            "starts from the weights with a fresh head; trains the head alone by adam",
         ),
         (
             Strategy(preparations=(RescaleWeights(), RidgeHead()), lora_rank=4),
-            "a head fitted first by ridge regression, rescale weights; trains low-rank adapters",
+            "with rescale weights, then a head fitted by ridge regression; trains low-rank",
         ),
     ],
 )

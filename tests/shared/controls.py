@@ -73,8 +73,8 @@ def few_attacks(
 
 @contextmanager
 def leading_attacks() -> Iterator[None]:
-    """Leave five attacks of `quick-2`: a fast one of all layers, a fitted head, a ridge head, one
-    after rescaling and one after the last block was reset.
+    """Leave five attacks of `quick-2`: a fast one of all layers, a head alone, a ridge head, one
+    after rescaling and one after the last block was reset; the suite adds one of its own.
     """
     with pytest.MonkeyPatch.context() as patch:
         few_attacks(patch, (2, 6, 11, 14, 15), "quick-2")

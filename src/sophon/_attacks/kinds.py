@@ -23,21 +23,13 @@ def method(strategy: Strategy) -> tuple[str, ...]:
 
 def in_words(strategy: Strategy) -> str:
     """Return what an attack's name says, in words."""
-    heads = {
-        FreshHead: "a fresh head",
-        RidgeHead: "a head fitted first by ridge regression",
-    }
-    kinds = [type(p) for p in strategy.preparations]
-    start = next(
-        (words for kind, words in heads.items() if kind in kinds), "the weights as they are"
-    )
-    before = "".join(
-        f", {p.kind.replace('_', ' ')}" for p in strategy.preparations if type(p) not in heads
-    )
+    heads = {FreshHead: "a fresh head", RidgeHead: "a head fitted by ridge regression"}
+    done = [heads.get(type(p), p.kind.replace("_", " ")) for p in strategy.preparations]
+    start = f"the weights with {', then '.join(done)}" if done else "the weights as they are"
     trained = "low-rank adapters and the head" if strategy.lora_rank is not None else ""
     trained = trained or ("all layers" if strategy.scope == "all" else "the head alone")
     how = f"by {strategy.optimizer} at rate {strategy.learning_rate:.3g}"
-    return f"starts from {start}{before}; trains {trained} {how}"
+    return f"starts from {start}; trains {trained} {how}"
 
 
 def way(strategy: Strategy) -> tuple[object, ...]:

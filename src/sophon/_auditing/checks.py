@@ -51,7 +51,10 @@ def checked_about(about: dict[str, Any], original: Domain) -> dict[str, Any]:
         " model was protected"
     )
     if sorted(held) == sorted(own):
-        raise DataError(f"{said}: set original.classes = {brief(held, 120)}")
+        raise DataError(
+            f"{said}: give the classes in the order of `classes` in the checkpoint's model.json"
+            " (original.classes in a run file)"
+        )
     remark(f"warning: {said}: give the classes that it was protected with, if they are others")
     return about
 

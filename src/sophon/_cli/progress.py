@@ -56,7 +56,8 @@ def say_forecast(
         say_json("forecast", **numbers, **more)
         return
     left = "" if todo is None else f"; {todo} trials are still to be run"
-    if todo and expected.seconds is not None and todo < expected.trials:
+    # Of stages the trials that are left are the longer ones.
+    if todo and not about and expected.seconds is not None and todo < expected.trials:
         left += f", about {duration(expected.seconds * todo / expected.trials)}"
     typer.echo(f"forecast: {forecast_text(expected, about=about)}{left}", err=True)
 

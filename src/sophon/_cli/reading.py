@@ -96,9 +96,11 @@ def _absence(path: Path, file: Path) -> str:
             f"{path} is of an audit that is not finished ({begun} trials are stored): repeat"
             f" its {command}"
         )
-    if several := sorted(path.glob("*.json*")) if path.is_dir() else []:
-        named = ", ".join(one.name for one in several[:2])
-        return f"{path} is no audit's folder, but holds files ({named} ...): name those, one by one"
+    if (path / "model.json").is_file():
+        return f"{path} is of a model: name the folder that `sophon audit --out` wrote"
+    if several := sorted(path.glob("*.json.gz")):
+        named = several[0].name
+        return f"{path} is no audit's folder, but holds {named}: name such files one by one"
     named = "record.json" if path.suffix in (".json", ".gz") else "the folder"
     return f"{file} does not exist: name {named} that `sophon audit --out` wrote"
 

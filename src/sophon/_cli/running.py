@@ -267,13 +267,8 @@ def show_comparison(made: Comparison, files: dict[str, Path], *, as_json: bool) 
             typer.echo(f"\n{differs}")
         at = [table.header.index(title) for title in _COMPARED]
         print_rows([tuple(row[i] for i in at) for row in (table.header, *table.rows)])
-        if len(table.rows) > 1:
-            typer.echo(group.certainty)
-        if group.further:
-            typer.echo(group.further)
-    typer.echo("More columns, and what each says: --markdown FILE, --html FILE")
-    for path in files.values():
-        typer.echo(str(path))
+        say(filter(None, (group.certainty, group.further)))
+    say(map(str, files.values()) if files else ["More columns: --markdown FILE, --html FILE"])
 
 
 def print_rows(rows: list[tuple[str, ...]]) -> None:

@@ -135,7 +135,7 @@ class Wanted:
 
         def placed(path: Path) -> str:
             # A link is named as such: it may lead elsewhere one day.
-            given = path.parent.resolve() / path.name
+            given = path.parent.resolve() / path.name if ".." in path.parts else path.absolute()
             return Path(os.path.relpath(given, file.parent.resolve())).as_posix()
 
         def at(path: Path) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from sophon._base.errors import DataError, require_kind, unknown
+from sophon._base.errors import DataError, brief, require_kind, unknown
 from sophon._data.collecting import Columns
 from sophon._data.domain import Domain, check_normalisation
 from sophon._data.images import Fit
@@ -209,8 +209,9 @@ def require_variables(text: str) -> None:
     if unset := [name for name in named if not os.environ.get(name)]:
         several = len(unset) > 1
         images = "SOPHON_DATA" in unset
+        (used, *_) = re.findall(rf'[^"]*\$\{{{unset[0]}\}}[^"]*', text)
         raise DataError(
-            f"the environment variable{'s' * several} {' and '.join(unset)}"
+            f"the environment variable{'s' * several} {' and '.join(unset)} of {brief(used)}"
             f" {'are' if several else 'is'} not set: export {'them' if several else 'it'}"
             f"{'; SOPHON_DATA is the folder that holds the image sets (docs/data.md)' * images}"
         )

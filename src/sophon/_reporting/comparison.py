@@ -124,10 +124,14 @@ class Group:
 
     @property
     def certainty(self) -> str:
-        """How certain the order is, as a sentence."""
-        if any(entry.worst.advantage.interval for entry in self.entries):
+        """How certain the order is, as a sentence; nothing where there is none."""
+        ranked = [entry for entry in self.entries if entry.ranked]
+        if len(ranked) < 2:
+            return ""
+        if any(entry.worst.advantage.interval for entry in ranked):
             return "Where intervals overlap, the order is not certain."
-        return "There are no intervals (one attack seed): the order says nothing."
+        alone = " (one attack seed)" if len(ranked[0].record.seeds) == 1 else ""
+        return f"There are no intervals{alone}: within a verdict the order says nothing."
 
     @property
     def further(self) -> str:
@@ -226,7 +230,7 @@ def _setting(record: AuditRecord) -> dict[str, str]:
         share, several = spec.prefilter or stages.prefilter, spec.survivors or stages.survivors
         suite += f", {several} go on at {share:.3g}"
     if spec.extra:
-        extra = fingerprint_of([strategy.model_dump(mode="json") for strategy in spec.extra])
+        extra = fingerprint_of([_but_for(spec.steps, strategy) for strategy in spec.extra])
         suite += f" [{extra[:_SHORT_HASH]}]"
     batch = f", batches of {spec.batch_size}" if spec.batch_size is not None else ""
     return {

@@ -270,11 +270,17 @@ def _remark_on_resizing(own: OwnInput | None, original: Domain) -> None:
         if (mine != theirs if isinstance(mine, str) else abs(mine - theirs) >= 0.01)
     ]
     if differ:
-        here, there = (" and ".join(f"{one[0]} = {one[at]!r}" for one in differ) for at in (1, 2))
+        here, there = (
+            " and ".join(f"{one[0]} = {_plain(one[at])}" for one in differ) for at in (1, 2)
+        )
         remark(
             f"warning: {original.name!r} is resized with {here}; the network's own is {there}"
             f" ({own.stated}): set it for a new run"
         )
+
+
+def _plain(value: str | float) -> str:
+    return repr(value) if isinstance(value, str) else f"{value:.4g}"
 
 
 def _numbers(normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> str:

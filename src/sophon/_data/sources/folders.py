@@ -34,11 +34,6 @@ def read_folder(path: Path, fit: Fit) -> Contents:
 
     Raises DataError: no classes, a class without images, a damaged image, or sizes that differ.
     """
-    if any((path / name).is_file() for name in _SAVED) and any(path.rglob("*.arrow")):
-        raise DataError(
-            f"{path} is a saved Hugging Face data set: set source = 'datasets' in a run file"
-            " (`sophon init` writes those of folders)"
-        )
     layout = _layout(path, nested=True)
     train = layout.train
     classes = tuple(folder.name for folder in directories(train))
@@ -97,6 +92,11 @@ def _layout(path: Path, *, nested: bool) -> _Layout:
     """
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; correct path")
+    if any((path / name).is_file() for name in _SAVED) and any(path.rglob("*.arrow")):
+        raise DataError(
+            f"{path} is a saved Hugging Face data set: set source = 'datasets' in a run file"
+            " (`init` and `try` read folders of images alone)"
+        )
     folders = directories(path)
     named = sorted(
         (one for one in folders if split_of(one.name)), key=lambda one: precedence(one.name)

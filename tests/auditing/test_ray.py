@@ -220,7 +220,7 @@ def test_what_cannot_be_used_is_refused_before_work(monkeypatch: pytest.MonkeyPa
         raise ImportError(f"no {name}")
 
     monkeypatch.setattr("sophon._base.torchvision_patch.importlib.import_module", missing)
-    with pytest.raises(SpecError, match=r"sophon-protect\[cluster\]"):
+    with pytest.raises(SpecError, match=r"'\.\[cluster\]'"):
         make(executor="ray")
 
 

@@ -502,9 +502,7 @@ def test_a_missing_folder_and_a_missing_library(
         resolved(tmp_path / "nowhere")
     folder = saved(tmp_path, classifier("vit"))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        UnsupportedModelError, match=r"pip install 'sophon-protect\[transformers\]'"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"-c constraints.txt '\.\[transformers\]'"):
         resolved(folder)
 
 

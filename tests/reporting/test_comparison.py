@@ -378,9 +378,9 @@ def test_the_command_says_in_what_audits_differ_and_what_an_order_is_worth(
     assert "original test before" in " ".join(said.split())
     assert "Where intervals overlap, the order is not certain." in said
     words = []
-    for name, curve in (("one", SOUND), ("two", BROKEN)):
+    for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        held = _audit(curve)
+        held = _audit(BROKEN)
         first = [trial for trial in held.trials if trial.seed == held.seeds[0]]
         spec = held.spec.model_copy(update={"seeds": held.seeds[:1]})
         changes = {"spec": spec, "spec_fingerprint": spec.fingerprint(), "trials": tuple(first)}
@@ -388,7 +388,7 @@ def test_the_command_says_in_what_audits_differ_and_what_an_order_is_worth(
         (tmp_path / name / "record.json").write_text(alone.model_dump_json())
         words.append(str(tmp_path / name))
     said = CliRunner().invoke(app, ["compare", *words]).output
-    assert "There are no intervals (one attack seed): the order says nothing." in said
+    assert "There are no intervals (one attack seed): within a verdict the order" in said
 
 
 def test_the_command_in_json(stored: Path) -> None:
@@ -411,7 +411,10 @@ def test_the_command_refuses_one_audit_and_what_is_none(stored: Path) -> None:
     (stored / "many" / "a.json.gz").touch()
     several = CliRunner().invoke(app, ["compare", str(stored / "sound"), str(stored / "many")])
     assert several.exit_code == 2
-    assert "holds files (a.json.gz ...): name those, one by one" in " ".join(several.output.split())
+    assert "holds a.json.gz: name such files one by one" in " ".join(several.output.split())
+    (stored / "many" / "model.json").touch()
+    model = CliRunner().invoke(app, ["report", str(stored / "many")])
+    assert "is of a model: name the folder that `sophon audit --out` wrote" in model.output
     misspelt = CliRunner().invoke(app, ["report", str(stored / "recrod.json.gz")])
     assert misspelt.exit_code == 2
     assert "does not exist: name record.json" in misspelt.output

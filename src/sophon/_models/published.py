@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 _REACH_S = 3.0
 _UNREACHED = (OSError, RuntimeError, ValueError)
 # What reading half a file raises, and a download whose checksum is another.
-_CUT = (SafetensorError, UnpicklingError, EOFError, RuntimeError)
+_CUT = (SafetensorError, UnpicklingError, EOFError, RuntimeError, struct.error)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,7 @@ from sophon._models.weight_sets import NESTS, chosen, required_keys
 INDEX = ".index.json"
 _DAMAGED = (
     *(SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, AssertionError),
-    *(AttributeError, TypeError, OverflowError, MemoryError),
+    *(AttributeError, TypeError, OverflowError, MemoryError, struct.error),
 )
 
 

@@ -79,6 +79,19 @@ def test_every_decoy_is_found_out(name: str, results: dict[str, ControlResult]) 
         assert value < 0.5, said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deformed spectra", "inflated weights"])
+def test_weights_of_a_real_resnet_that_are_inflated_are_flagged(
+    name: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_attacks(monkeypatch, (11,))
+    weights = "resnet20_cifar10.safetensors"
+    network = ModelSpec(name="resnet20", weights=weights)
+    spec = AuditSpec(suite="quick-1", steps=2, evaluations=2, batch_size=16)
+    run = real_controls(shared_data, None, network, spec)
+    assert "weight norms inflated" in run.decoy(name).telling
+
+
 def test_every_decoy_has_its_flags() -> None:
     assert set(FLAGS) == set(DECOYS)
     # Only attacks tell of what is inflated or deformed too little for a flag, and of what hardly

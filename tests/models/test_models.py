@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,17 @@ def test_weights_of_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
     spec = ModelSpec(name="small_convnet", weights="w.pt")
     with pytest.raises(CheckpointError, match=rf"w\.pt.*stage2\.0\.weight.*{kind}|{kind}.*stage2"):
         models.resolve_model(spec, base=tmp_path)
+
+
+def test_weights_that_end_within_a_number_are_damaged(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.pth", tmp_path / "cut.pth"
+    torch.save({"weight": torch.zeros(2)}, whole)
+    with zipfile.ZipFile(whole) as held, zipfile.ZipFile(cut, "w") as made:
+        for name in held.namelist():
+            # A whole number of four bytes, one of which is there.
+            made.writestr(name, b"\x80\x02J\x01" if name.endswith(".pkl") else held.read(name))
+    with pytest.raises(CheckpointError, match="is damaged or not a file of tensors"):
+        models.read_tensors(cut)
 
 
 def test_a_long_key_is_cut_in_the_middle(tmp_path: Path) -> None:

@@ -20,17 +20,22 @@ from sophon._specs import AuditSpec, DomainSpec, ModelSpec
 WEIGHTS = Path(__file__).parents[2] / "docs/results/weights/small_convnet_cifar10_16.safetensors"
 
 
-def real_controls(shared_data: Path, store: Path) -> Controls:
-    """Return the controls of a small network that keeps real CIFAR-10, on real traffic signs."""
+SMALL = ModelSpec(name="small_convnet", weights=str(WEIGHTS))
+SHORT = AuditSpec(suite="quick-2", steps=30, evaluations=2, batch_size=16)
+
+
+def real_controls(
+    shared_data: Path, store: Path | None, network: ModelSpec = SMALL, spec: AuditSpec = SHORT
+) -> Controls:
+    """Return the controls of a network that keeps real CIFAR-10, on real traffic signs."""
     kept = DomainSpec(source="npz", path="cifar10.npz", image_size=16, limit=60)
     signs = DomainSpec(source="npz", path="gtsrb10.npz", image_size=16, limit=150)
-    spec = ModelSpec(name="small_convnet", weights=str(WEIGHTS))
-    model, scratch = resolve_model(spec, base=shared_data)
+    model, scratch = resolve_model(network, base=shared_data)
     return Controls(
         model,
         original=load_domain(kept, base=shared_data),
         restricted=load_domain(signs, base=shared_data),
-        spec=AuditSpec(suite="quick-2", steps=30, evaluations=2, batch_size=16),
+        spec=spec,
         store=store,
         scratch=scratch,
     )

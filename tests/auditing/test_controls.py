@@ -20,11 +20,13 @@ from records import CURVES, crashed, diverged, record, trial
 from sophon._attacks.suites import SUITES
 from sophon._auditing.controls import ControlResult, Controls, telling_flags
 from sophon._auditing.decoys import DECOYS, FAINT, RECOVERED, STUBBORN, UNTRAINABLE, decoy_of
+from sophon._auditing.vitals import measure_vitals
 from sophon._judgement.flags.flag import GOOD
 from sophon._judgement.verdict import summarise
 from sophon._models import resolve_model
-from sophon._records.audit_record import Trial
+from sophon._records.audit_record import Trial, Vitals
 from sophon._specs import AuditSpec, FreshHead, ModelSpec, RescaleWeights, Strategy
+from sophon._training.setting import Setting
 
 # What must be said of each decoy, whatever else is.
 FLAGS: dict[str, set[str]] = {
@@ -315,6 +317,27 @@ def test_flags_that_forbid_nothing_find_nothing_out() -> None:
     held = record([*trials, *others])
     assert "the head alone resists" in {flag.name for flag in summarise(held)[0].flags}
     assert "the head alone resists" not in telling_flags(held)
+
+
+def test_what_controls_share_is_measured_once_and_is_what_each_would_measure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few_attacks(monkeypatch, (11,))
+    measured: list[nn.Module] = []
+
+    def counted(model: nn.Module, setting: Setting) -> Vitals:
+        measured.append(model)
+        return measure_vitals(model, setting)
+
+    monkeypatch.setattr("sophon._auditing.subjects.measure_vitals", counted)
+    run = digit_controls(benign=False, suite="quick-1", steps=2)
+    first, second = (run._audited(trained_model(), run.once) for _ in range(2))
+    # The model itself twice, the unprotected and the fresh network once.
+    assert len(measured) == 4
+    alone = digit_controls(benign=False, suite="quick-1", steps=2)
+    found = alone._audited(trained_model(), alone.once)
+    assert [s.vitals for s in first.subjects] == [s.vitals for s in found.subjects]
+    assert [s.vitals for s in second.subjects] == [s.vitals for s in found.subjects]
 
 
 def test_controls_leave_the_model_as_it_is() -> None:

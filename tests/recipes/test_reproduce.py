@@ -918,7 +918,7 @@ def test_a_cell_without_its_images_never_ran(
     monkeypatch.setenv("SOPHON_DATA", folder)
     cell = ("vgg-mnist-klu", "--out", tmp_path)
     said = grid_command(*cell, fails=2)
-    assert ("is not set: export it" if not folder else "there is no file") in said
+    assert ("needs SOPHON_DATA): export it" if not folder else "there is no file") in said
     lines = grid_command("--list", "--scale", "small", "--out", tmp_path).splitlines()
     assert [line.split()[-2:] for line in lines if "vgg-mnist-klu" in line] == [["not", "run"]]
 

@@ -211,8 +211,9 @@ def require_variables(text: str) -> None:
         images = "SOPHON_DATA" in unset
         (used, *_) = re.findall(rf'[^"]*\$\{{{unset[0]}\}}[^"]*', text)
         raise DataError(
-            f"the environment variable{'s' * several} {' and '.join(unset)} of {brief(used)}"
-            f" {'are' if several else 'is'} not set: export {'them' if several else 'it'}"
+            f"the environment variable{'s' * several} {' and '.join(unset)}"
+            f" {'are' if several else 'is'} not set ({brief(used)} needs {unset[0]}): export"
+            f" {'them' if several else 'it'}"
             f"{'; SOPHON_DATA is the folder that holds the image sets (docs/data.md)' * images}"
         )
 
